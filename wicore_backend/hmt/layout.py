@@ -1,0 +1,71 @@
+"""The shape of the KV cache: which layers share a block, and how many bytes a block has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class LayerGroup(StrEnum):
+    """Layers that keep the same keys share block tables and a pool."""
+
+    GLOBAL = "global"
+    """Every key of the sequence."""
+    LOCAL = "local"
+    """A sliding window; blocks wholly behind it are freed."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape of the KV cache of one model.
+
+    Attributes
+    ----------
+    block_size
+        Tokens a block.
+    layers
+        For each decoder layer its group and its index within that group.
+    window
+        Keys that a local layer sees, the token's own included.
+    """
+
+    block_size: int
+    layers: tuple[tuple[LayerGroup, int], ...]
+    kv_heads: int
+    head_dim: int
+    window: int
+    bytes_per_value: int
+
+    @classmethod
+    def of(
+        cls,
+        groups: Iterable[LayerGroup],
+        *,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int,
+        bytes_per_value: int,
+    ) -> KVLayout:
+        """The layout of a model whose layers, from the first to the last, belong to `groups`."""
+        seen = dict.fromkeys(LayerGroup, 0)
+        layers = []
+        for group in groups:
+            layers.append((group, seen[group]))
+            seen[group] += 1
+        return cls(block_size, tuple(layers), kv_heads, head_dim, window, bytes_per_value)
+
+    @property
+    def layers_in(self) -> Mapping[LayerGroup, int]:
+        """How many layers each group has; 0 for a group that the model lacks."""
+        return {group: sum(g is group for g, _ in self.layers) for group in LayerGroup}
+
+    def block_shape(self, group: LayerGroup) -> tuple[int, int, int, int, int]:
+        """[layers of the group, 2 (K, V), block_size, KV heads, head dim]."""
+        return (self.layers_in[group], 2, self.block_size, self.kv_heads, self.head_dim)
+
+    def block_bytes(self, group: LayerGroup) -> int:
+        """Bytes of one block of `group`."""
+        layers, kv, tokens, heads, dim = self.block_shape(group)
+        return layers * kv * tokens * heads * dim * self.bytes_per_value
