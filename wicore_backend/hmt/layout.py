@@ -61,6 +61,19 @@ class KVLayout:
         """How many layers each group has; 0 for a group that the model lacks."""
         return {group: sum(g is group for g, _ in self.layers) for group in LayerGroup}
 
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The groups that have layers."""
+        return tuple(group for group, count in self.layers_in.items() if count)
+
+    def blocks_held(self, group: LayerGroup, tokens: int, max_chunk: int) -> int:
+        """The most blocks that a sequence of `tokens` tokens, computed by up to `max_chunk`, holds at once."""
+        if group is LayerGroup.LOCAL:
+            # A chunk's first token still sees window - 1 keys before it; neither end need fall on a block's edge.
+            span = min(tokens, self.window - 1 + max_chunk)
+            return min(-(-tokens // self.block_size), -(-span // self.block_size) + 1)
+        return -(-tokens // self.block_size)
+
     def block_shape(self, group: LayerGroup) -> tuple[int, int, int, int, int]:
         """[layers of the group, 2 (K, V), block_size, KV heads, head dim]."""
         return (self.layers_in[group], 2, self.block_size, self.kv_heads, self.head_dim)

@@ -1,0 +1,49 @@
+"""Every setting of the engine, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from wicore_backend.settings import Settings
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class EngineConfig(Settings):
+    """Settings of one engine. Sizes are in tokens unless the name says otherwise."""
+
+    model: Annotated[Path, Field(strict=False)]
+    """Directory of a Gemma-3 checkpoint in Hugging Face layout."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """Where the model runs; auto takes the first CUDA device and otherwise the CPU."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights, activations and KV cache; auto is bfloat16 on CUDA and float32 on the CPU."""
+
+    threads: Positive | None = None
+    """CPU threads of one operator; None leaves PyTorch's choice."""
+
+    max_model_len: Positive | None = None
+    """Longest sequence, prompt and answer; None takes the checkpoint's own limit."""
+
+    max_batch_tokens: Positive = 512
+    """Tokens that one step computes at most: decodes first, then chunks of prompts."""
+
+    max_running: Positive = 64
+    """Sequences that are computed at the same time."""
+
+    max_waiting: Annotated[int, Field(ge=0)] = 1024
+    """Requests that may wait for their turn; one more is refused with a time to retry after."""
+
+    block_size: Annotated[int, Field(ge=1, le=256)] = 16
+    """Tokens a block of the KV cache."""
+
+    kv_cache_bytes: Positive | None = None
+    """Device memory of the KV cache; None takes `hmt_gpu_threshold` of what is free on CUDA, 1 GiB on the CPU."""
+
+    hmt_gpu_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Share of the free CUDA memory, weights loaded, that the KV cache takes when `kv_cache_bytes` is None."""

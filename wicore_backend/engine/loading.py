@@ -1,0 +1,146 @@
+"""From settings and a checkpoint directory to a model that is ready to run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wicore_backend.attention.torch_paged import TorchPagedAttention
+from wicore_backend.config import EngineConfig
+from wicore_backend.engine.runner import ModelRunner
+from wicore_backend.engine.sampling_params import generation_defaults
+from wicore_backend.errors import CheckpointError, InvalidArgumentError
+from wicore_backend.executor.torch_executor import TorchExecutor
+from wicore_backend.hmt.blocks import BlockManager
+from wicore_backend.hmt.budget import divide_memory
+from wicore_backend.hmt.layout import KVLayout
+from wicore_backend.hmt.pool import KVPools
+from wicore_backend.models.gemma3.checkpoint import load_weights
+from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.rope import RotaryTables
+from wicore_backend.processor.processor import Processor, PromptLimits
+
+_log = logging.getLogger(__name__)
+
+_CPU_KV_CACHE_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model on its device with its KV cache, and what the engine has to know of it."""
+
+    runner: ModelRunner
+    processor: Processor
+    blocks: BlockManager
+    max_model_len: int
+    vocab_size: int
+    soft_tokens_per_image: int
+    """0 for a model without vision."""
+    eos_token_ids: frozenset[int]
+    generation_defaults: Mapping[str, Any]
+
+
+def load_model(settings: EngineConfig) -> LoadedModel:
+    """Load the checkpoint, allocate the KV cache and wire the parts.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory is not a usable Gemma-3 checkpoint.
+    InvalidArgumentError
+        If a setting contradicts the machine or the model.
+    """
+    began = time.monotonic()
+    if not settings.model.is_dir():
+        raise CheckpointError(f"model = {str(settings.model)!r} is not a directory; give that of a Gemma-3 checkpoint")
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    config = Gemma3Config.from_checkpoint(settings.model)
+    limit = config.text.max_position_embeddings
+    max_model_len = settings.max_model_len or limit
+    if max_model_len > limit:
+        raise InvalidArgumentError(
+            f"max_model_len = {max_model_len:,} is beyond the {limit:,} positions that {settings.model.name} has"
+        )
+    image_tokens = config.mm_tokens_per_image if config.vision else 0
+    if settings.max_batch_tokens < settings.max_running + image_tokens:
+        raise InvalidArgumentError(
+            f"max_batch_tokens = {settings.max_batch_tokens} must hold a token of each of max_running = "
+            f"{settings.max_running} sequences and a whole image of {image_tokens} tokens"
+        )
+    processor = Processor.from_checkpoint(settings.model, limits=PromptLimits(max_prompt_tokens=max_model_len - 1))
+    weights = load_weights(settings.model, config, device=device, dtype=dtype)
+
+    layout = KVLayout.of(
+        config.text.layer_groups,
+        block_size=settings.block_size,
+        kv_heads=config.text.num_kv_heads,
+        head_dim=config.text.head_dim,
+        window=config.text.window,
+        bytes_per_value=dtype.itemsize,
+    )
+    num_blocks = divide_memory(
+        layout,
+        memory_bytes=settings.kv_cache_bytes or _free_memory(device, settings.hmt_gpu_threshold),
+        max_sequences=settings.max_running,
+        max_tokens=max_model_len,
+        max_chunk=settings.max_batch_tokens,
+    )
+    runner = ModelRunner(
+        executor=TorchExecutor(config, weights),
+        attention=TorchPagedAttention(
+            KVPools.allocate(layout, num_blocks, device=device, dtype=dtype),
+            scale=config.text.attention_scale,
+            window=config.text.window,
+            softcap=config.text.attn_logit_softcapping,
+        ),
+        rotary=RotaryTables(config, max_positions=max_model_len, device=device, dtype=dtype),
+        normalization=processor.normalization,
+        layout=layout,
+    )
+    _log.info(
+        "%s ready on %s in %s after %.1f s: context %d, KV blocks %s",
+        *(settings.model.name, device, dtype, time.monotonic() - began, max_model_len),
+        {str(group): num_blocks[group] for group in layout.groups},
+    )
+    return LoadedModel(
+        runner=runner,
+        processor=processor,
+        blocks=BlockManager(layout, num_blocks, max_chunk=settings.max_batch_tokens),
+        max_model_len=max_model_len,
+        vocab_size=config.text.vocab_size,
+        soft_tokens_per_image=image_tokens,
+        eos_token_ids=frozenset(config.eos_token_ids),
+        generation_defaults=generation_defaults(settings.model),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidArgumentError(
+            f"device = {name!r}: this machine has {torch.cuda.device_count()} usable CUDA devices; use 'cpu' or 'auto'"
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _free_memory(device: torch.device, share: float) -> int:
+    """Bytes for the KV cache where no setting says how many."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * share)
+    return _CPU_KV_CACHE_BYTES

@@ -1,0 +1,111 @@
+"""Runs the chunks of one step through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wicore_backend.attention.base import Attention, PackedStep
+from wicore_backend.engine.scheduler import Chunk
+from wicore_backend.executor.base import Executor
+from wicore_backend.hmt.layout import KVLayout
+from wicore_backend.models.gemma3.rope import RotaryTables
+from wicore_backend.processor.images import PixelNormalization
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOutput:
+    """The model's output for the T packed tokens of a step, short of the head, which runs on the rows asked for."""
+
+    executor: Executor
+    hidden: Tensor
+    attention: Tensor
+    offsets: tuple[int, ...]
+    """Row of each chunk's first token, and T."""
+
+    def logits(self, rows: Rows[int]) -> Tensor:
+        """float32 [R, V] of the given rows."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.hidden.device)
+        return self.executor.last(self.hidden, self.attention, index)
+
+
+class ModelRunner:
+    """Packs chunks, encodes their images and drives the executor and the attention layer by layer.
+
+    To be used under `torch.inference_mode()`.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        attention: Attention[Any],
+        rotary: RotaryTables,
+        normalization: PixelNormalization,
+        layout: KVLayout,
+    ) -> None:
+        self._executor = executor
+        self._attention = attention
+        self._rotary = rotary
+        self._normalization = normalization
+        self._layout = layout
+
+    def run(self, chunks: Rows[Chunk]) -> StepOutput:
+        """Compute `chunks`, whose blocks are in place, and write their keys and values to the pools."""
+        executor, attention, layers = self._executor, self._attention, self._layout.layers
+        step = self._pack(chunks)
+        plan = attention.plan(step)
+        rope = self._rotary.lookup(torch.from_numpy(step.positions).to(executor.device))
+        ids = np.concatenate([np.array(c.sequence.tokens[c.start : c.end], np.int64) for c in chunks])
+        offsets = np.concatenate([[0], step.query_lens.cumsum()]).tolist()
+
+        hidden = executor.embed(torch.from_numpy(ids).to(executor.device), *self._soft_tokens(chunks, offsets))
+        q, k, v = executor.first(hidden, *rope[layers[0][0]])
+        for layer, (_, (next_group, _)) in enumerate(pairwise(layers)):
+            attended = attention.attend(plan, layer, q, k, v)
+            hidden, (q, k, v) = executor.mid(layer, hidden, attended, *rope[next_group])
+        attended = attention.attend(plan, len(layers) - 1, q, k, v)
+        return StepOutput(executor, hidden, attended, tuple(offsets))
+
+    def _pack(self, chunks: Rows[Chunk]) -> PackedStep:
+        limits = []
+        for chunk in chunks:
+            limit = np.arange(chunk.start, chunk.end, dtype=np.int32)
+            for image in chunk.images:
+                limit[image.start - chunk.start : image.end - chunk.start] = image.end - 1
+            limits.append(limit)
+        tables = {}
+        for group in self._layout.groups:
+            width = max(-(-c.end // self._layout.block_size) for c in chunks)
+            tables[group] = np.zeros((len(chunks), width), np.int32)
+            for row, chunk in zip(tables[group], chunks, strict=True):
+                table = chunk.sequence.running_blocks.tables[group][:width]
+                row[: len(table)] = table
+        return PackedStep(
+            positions=np.concatenate([np.arange(c.start, c.end, dtype=np.int32) for c in chunks]),
+            attend_limits=np.concatenate(limits),
+            query_lens=np.array([c.end - c.start for c in chunks], np.int32),
+            decodes=sum(1 for _ in takewhile(lambda c: c.end - c.start == 1, chunks)),
+            block_tables=tables,
+        )
+
+    def _soft_tokens(self, chunks: Rows[Chunk], offsets: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        """Soft tokens [R, D] of all images in the step and the packed rows that they replace."""
+        pixels, rows = [], []
+        for chunk, offset in zip(chunks, offsets, strict=False):
+            for image in chunk.images:
+                first = offset + image.start - chunk.start
+                pixels.append(image.pixels)
+                rows.append(np.arange(first, first + image.length))
+        if not pixels:
+            return None, None
+        executor = self._executor
+        normalised = torch.from_numpy(self._normalization.apply(np.stack(pixels)))
+        soft = executor.vision(normalised.to(executor.device, executor.dtype)).flatten(0, 1)
+        return soft, torch.from_numpy(np.concatenate(rows)).to(executor.device)

@@ -1,0 +1,102 @@
+"""Logits to tokens. Each row depends on its own sequence alone, so a batch gives what single requests would."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wicore_backend.engine.request import TokenLogprob
+from wicore_backend.engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What choosing one sequence's next token depends on, beside its logits."""
+
+    params: SamplingParams
+    seed: int
+    place: int
+    """Which token of the answer is to be chosen, counted from 0."""
+    prompt: Rows[int] = ()
+    answer: Rows[int] = ()
+    """Tokens so far; needed, like the prompt's, only where a penalty looks at them."""
+
+
+def sample(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
+    """The next token of each row of `logits` float32 [R, V], which may be overwritten.
+
+    The order of operations is that of `SamplingParams`.
+    """
+    for row, r in enumerate(rows):
+        if r.params.repetition_penalty != 1:
+            _penalise_repetition(logits[row], [*r.prompt, *r.answer], r.params.repetition_penalty)
+        if r.answer and (r.params.presence_penalty or r.params.frequency_penalty):
+            counts = Counter(r.answer)
+            drops = [r.params.presence_penalty + r.params.frequency_penalty * n for n in counts.values()]
+            logits[row, list(counts)] -= torch.tensor(drops, device=logits.device)
+    tokens: list[int] = logits.argmax(-1).tolist()
+    drawn = [row for row, r in enumerate(rows) if r.params.temperature > 0]
+    if drawn:
+        chosen = _draw(logits[drawn], [rows[row] for row in drawn])
+        for row, token in zip(drawn, chosen, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def logprobs_of(logits: Tensor, tokens: Rows[int], tops: Rows[int]) -> list[TokenLogprob]:
+    """Log-probability of `tokens[i]` under row i of `logits` [R, V], and of that row's `tops[i]` likeliest tokens."""
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(min(max(tops), logits.shape[1]), dim=-1)
+    return [
+        TokenLogprob(token, logprob, tuple(zip(row_ids[:top], row_values[:top], strict=True)))
+        for token, logprob, top, row_ids, row_values in zip(
+            tokens, chosen, tops, ids.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+def _penalise_repetition(logits: Tensor, seen: list[int], penalty: float) -> None:
+    index = torch.tensor(seen, device=logits.device)
+    values = logits[index]
+    logits[index] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
+    """Tokens drawn by inverting the distribution function at one uniform number a row."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
+
+    vocab = logits.shape[1]
+    logits = logits / column([r.params.temperature for r in rows])
+    logits, ids = logits.sort(-1, descending=True)
+    rank = torch.arange(vocab, device=logits.device)
+    logits = logits.masked_fill(rank >= column([r.params.top_k or vocab for r in rows]), -torch.inf)
+    probs = logits.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    probs = probs.masked_fill(before >= column([r.params.top_p for r in rows]), 0)
+    probs = probs.masked_fill(probs < probs[:, :1] * column([r.params.min_p for r in rows]), 0)
+    cumulative = probs.cumsum(-1)
+    point = column([_uniform(r.seed, r.place) for r in rows]) * cumulative[:, -1:]
+    # Rounding may put the point at the very end; the last token with any probability is then the one.
+    place = (cumulative <= point).sum(-1).clamp(max=(probs > 0).sum(-1) - 1)
+    tokens: list[int] = ids.gather(1, place[:, None])[:, 0].tolist()
+    return tokens
+
+
+def _uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) that depends on nothing but a request's seed and the place in its answer.
+
+    Hence a request that is preempted and computed again, or runs in another batch, draws the same tokens. The mixing
+    is SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+    """
+    mask = 2**64 - 1
+    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return ((z ^ (z >> 31)) >> 40) / 2**24
