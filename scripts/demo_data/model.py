@@ -56,8 +56,8 @@ class Geometry:
 
 
 SMALL = Geometry(
-    hidden=64, layers=3, heads=2, kv_heads=1, head_dim=32, mlp=128, window=64, vision_hidden=48,
-    vision_layers=1, vision_heads=2, vision_mlp=96,
+    hidden=64, layers=3, heads=2, kv_heads=1, head_dim=32, mlp=128, window=64, image_size=448, image_tokens=16,
+    vision_hidden=48, vision_layers=1, vision_heads=2, vision_mlp=96,
 )  # fmt: skip
 """For trying the training on a CPU."""
 

@@ -155,7 +155,7 @@ def describe(scene: Scene, language: Language) -> str:
         return f"This is a plain {background} picture."
     parts = [f"{_article(thing.name('en'))} {CELLS[thing.cell].en}" for thing in scene.things]
     verb, noun = ("is", "thing") if count == 1 else ("are", "things")
-    return f"There {verb} {count} {noun} on a {background} background: {', '.join(parts)}."
+    return f"There {verb} {count} {noun} on {_article(background)} background: {', '.join(parts)}."
 
 
 @dataclass(frozen=True)

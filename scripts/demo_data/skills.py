@@ -21,13 +21,13 @@ class Skill:
 
 
 SKILLS: tuple[Skill, ...] = (
-    Skill("picture", 10, pictures.about_one),
+    Skill("picture", 9, pictures.about_one),
     Skill("two pictures", 1.5, pictures.about_two),
     Skill("no picture", 0.4, pictures.about_none),
     Skill("facts", 3, facts.needles),
-    Skill("sums", 3, texts.sums),
+    Skill("sums", 4, texts.sums),
     Skill("repeat", 3, texts.repeat),
-    Skill("reverse", 4, texts.reverse),
+    Skill("reverse", 6, texts.reverse),
     Skill("count", 0.7, texts.count),
     Skill("talk", 0.7, texts.talk),
     Skill("beyond", 0.4, texts.beyond),

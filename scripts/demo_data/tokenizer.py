@@ -26,6 +26,8 @@ VOCABULARY = 2048
 UNITS = re.compile(r" ?[A-Za-z]+|\n+|[\s\S]")
 """No piece of the vocabulary reaches across these units, so they can be encoded one by one and remembered."""
 
+MOST_KNOWN_UNITS = 500_000
+
 UNIT_BORDER = "\x01"
 CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
@@ -173,6 +175,8 @@ class UnitEncoder:
         for unit in UNITS.findall(text):
             found = known.get(unit)
             if found is None:
+                if len(known) >= MOST_KNOWN_UNITS:
+                    known.clear()
                 found = self._tokenizer.encode(unit, add_special_tokens=False).ids
                 known[unit] = found
             ids += found
