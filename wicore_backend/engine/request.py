@@ -43,6 +43,13 @@ class Usage:
     ttft_s: float | None
     total_s: float
 
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first; None for an answer of less than two."""
+        if self.ttft_s is None or self.completion_tokens < 2:
+            return None
+        return (self.total_s - self.ttft_s) / (self.completion_tokens - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class TokensEvent:

@@ -88,12 +88,13 @@ class StatisticsRecorder:
         self.requests[event.reason] += 1
         self.prompt_tokens += usage.prompt_tokens
         self.completion_tokens += usage.completion_tokens
-        if usage.queue_s is not None:
-            self.queue.observe(usage.queue_s)
-        if usage.ttft_s is not None:
-            self.ttft.observe(usage.ttft_s)
-            if usage.completion_tokens > 1:
-                self.tpot.observe((usage.total_s - usage.ttft_s) / (usage.completion_tokens - 1))
+        for histogram, seconds in (
+            (self.queue, usage.queue_s),
+            (self.ttft, usage.ttft_s),
+            (self.tpot, usage.tpot_s),
+        ):
+            if seconds is not None:
+                histogram.observe(seconds)
 
     def snapshot(self, *, running: int, waiting: int, blocks: Mapping[LayerGroup, BlockUsage]) -> EngineStatistics:
         """Everything counted so far, with the gauges given."""

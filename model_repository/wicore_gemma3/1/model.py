@@ -1,0 +1,3 @@
+from wicore_backend.triton.gemma3 import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

@@ -1,0 +1,3 @@
+from wicore_backend.triton.preprocess import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

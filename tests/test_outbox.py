@@ -1,0 +1,163 @@
+"""From events to responses: order kept, tokens grouped, one end each, lost clients noticed."""
+
+import threading
+import time
+
+import pytest
+
+from wicore_backend.engine.request import FinishedEvent, FinishReason, TokensEvent, Usage
+from wicore_backend.errors import DeadlineExceededError, EngineError
+from wicore_backend.triton.outbox import Outbox, Reply
+
+USAGE = Usage(prompt_tokens=3, completion_tokens=2, queue_s=0.0, ttft_s=0.1, total_s=0.2)
+
+
+class FakeWire:
+    def __init__(self) -> None:
+        self.sent: list[Reply | Exception] = []
+        self.kept_alive = 0
+        self.gone = False
+        self.slow = threading.Event()
+        self.slow.set()
+        self.broken = False
+
+    def send(self, reply: Reply) -> None:
+        self.slow.wait(5)
+        if self.broken:
+            raise RuntimeError("the pipe is gone")
+        self.sent.append(reply)
+
+    def fail(self, error: Exception) -> None:
+        self.sent.append(error)
+
+    def keep_alive(self) -> None:
+        self.kept_alive += 1
+
+    def is_cancelled(self) -> bool:
+        return self.gone
+
+
+@pytest.fixture
+def outbox():
+    box = Outbox(interval_s=0.02)
+    yield box
+    box.close()
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end, "waited 5 s in vain"
+        time.sleep(0.002)
+
+
+def tokens(*ids: int) -> TokensEvent:
+    return TokensEvent(ids, "".join(chr(97 + i) for i in ids))
+
+
+END = FinishedEvent(FinishReason.STOP, USAGE)
+
+
+def test_a_stream_sends_tokens_as_they_come_and_one_end(outbox):
+    wire = FakeWire()
+    channel = outbox.open(wire, stream=True, cancel=pytest.fail)
+    channel.put(tokens(0))
+    wait_for(lambda: len(wire.sent) == 1)
+    channel.put(tokens(1))
+    channel.put(END)
+    wait_for(lambda: wire.sent[-1].reason is not None)
+    assert "".join(reply.text for reply in wire.sent) == "ab"
+    assert [reply.reason for reply in wire.sent].count(None) == len(wire.sent) - 1
+    assert wire.sent[-1].usage == USAGE
+
+
+def test_tokens_that_come_while_the_wire_is_slow_leave_together(outbox):
+    wire = FakeWire()
+    channel = outbox.open(wire, stream=True, cancel=pytest.fail)
+    wire.slow.clear()
+    for token in range(20):
+        channel.put(tokens(token))
+    channel.put(END)
+    wire.slow.set()
+    wait_for(lambda: wire.sent and wire.sent[-1].reason is not None)
+    assert len(wire.sent) <= 3
+    assert [token for reply in wire.sent for token in reply.token_ids] == list(range(20))
+
+
+def test_without_streaming_there_is_exactly_one_response(outbox):
+    wire = FakeWire()
+    channel = outbox.open(wire, stream=False, cancel=pytest.fail)
+    channel.put(tokens(0))
+    time.sleep(0.05)
+    assert wire.sent == []
+    channel.put(tokens(1))
+    channel.put(END)
+    wait_for(lambda: wire.sent)
+    assert [(reply.text, reply.reason) for reply in wire.sent] == [("ab", FinishReason.STOP)]
+
+
+def test_an_error_before_the_first_token_is_an_error_and_after_it_a_last_response(outbox):
+    early, late = FakeWire(), FakeWire()
+    error = EngineError("broke")
+    outbox.open(early, stream=True, cancel=pytest.fail).put(FinishedEvent(FinishReason.ERROR, USAGE, error))
+    channel = outbox.open(late, stream=True, cancel=pytest.fail)
+    channel.put(tokens(0))
+    wait_for(lambda: late.sent)
+    channel.put(FinishedEvent(FinishReason.ERROR, USAGE, error))
+    wait_for(lambda: early.sent and len(late.sent) == 2)
+    assert early.sent == [error]
+    assert (late.sent[1].reason, late.sent[1].error) == (FinishReason.ERROR, error)
+
+
+def test_what_was_produced_before_a_deadline_is_kept_without_streaming_too(outbox):
+    wire = FakeWire()
+    channel = outbox.open(wire, stream=False, cancel=pytest.fail)
+    channel.put(tokens(0))
+    channel.put(FinishedEvent(FinishReason.DEADLINE, USAGE, DeadlineExceededError("late")))
+    wait_for(lambda: wire.sent)
+    assert (wire.sent[0].text, wire.sent[0].reason) == ("a", FinishReason.DEADLINE)
+
+
+def test_a_client_that_goes_away_is_noticed_once_also_without_tokens(outbox):
+    wire = FakeWire()
+    cancels: list[int] = []
+    outbox.open(wire, stream=False, cancel=lambda: cancels.append(1))
+    wait_for(lambda: wire.kept_alive)
+    wire.gone = True
+    wait_for(lambda: cancels)
+    time.sleep(0.1)
+    assert cancels == [1]
+
+
+def test_a_broken_wire_cancels_its_request_and_leaves_the_others_alone(outbox):
+    broken, sound = FakeWire(), FakeWire()
+    broken.broken = True
+    cancels: list[int] = []
+    bad = outbox.open(broken, stream=True, cancel=lambda: cancels.append(1))
+    good = outbox.open(sound, stream=True, cancel=pytest.fail)
+    bad.put(tokens(0))
+    good.put(tokens(0))
+    good.put(END)
+    wait_for(lambda: cancels and sound.sent and sound.sent[-1].reason is not None)
+    bad.put(FinishedEvent(FinishReason.CANCELLED, USAGE))
+    time.sleep(0.05)
+    assert cancels == [1]
+
+
+def test_no_event_is_lost_between_the_threads(outbox):
+    wires = [FakeWire() for _ in range(8)]
+    channels = [outbox.open(wire, stream=True, cancel=pytest.fail) for wire in wires]
+
+    def put() -> None:
+        for token in range(500):
+            for channel in channels:
+                channel.put(TokensEvent((token,), ""))
+        for channel in channels:
+            channel.put(END)
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    wait_for(lambda: all(wire.sent and wire.sent[-1].reason is not None for wire in wires))
+    thread.join()
+    for wire in wires:
+        assert [token for reply in wire.sent for token in reply.token_ids] == list(range(500))

@@ -1,0 +1,50 @@
+"""The Triton model `wicore_preprocess`: a client's text and pictures to the engine's Prompt."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from wicore_backend.errors import WicoreError
+from wicore_backend.processor.processor import Processor
+from wicore_backend.triton.errors import triton_error
+from wicore_backend.triton.settings import check_numpy, engine_config
+from wicore_backend.triton.tensors import strings, tensors_of
+from wicore_backend.triton.wire import RequestOptions, prompt_source, prompt_to_tensors
+
+
+class TritonPythonModel:
+    """Stateless: each request gives one response, whatever becomes of it later."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        check_numpy()
+        settings = engine_config(json.loads(args["model_config"]))
+        self._processor = Processor.from_checkpoint(settings.model)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
+        try:
+            return pb_utils.InferenceResponse([pb_utils.Tensor(*item) for item in self._process(request).items()])
+        except WicoreError as error:
+            return pb_utils.InferenceResponse(error=triton_error(error))
+        except Exception as error:
+            pb_utils.Logger.log_error(f"request {request.request_id()!r} broke the preprocessor: {error!r}")
+            return pb_utils.InferenceResponse(error=triton_error(error))
+
+    def _process(self, request: Any) -> dict[str, NDArray[Any]]:
+        tensors = tensors_of(request)
+        options = RequestOptions.parse(
+            request.parameters(),
+            tensors["sampling_parameters"][0] if "sampling_parameters" in tensors else None,
+            **({"stream": bool(tensors["stream"][0])} if "stream" in tensors else {}),
+        )
+        prompt = self._processor.process(
+            prompt_source(tensors), images=list(tensors.get("images", ())), raw=options.serving.raw
+        )
+        outputs = prompt_to_tensors(prompt, self._processor.image_size or 1)
+        return outputs | {"request": strings(json.dumps(options.values))}

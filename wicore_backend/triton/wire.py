@@ -1,0 +1,193 @@
+"""What travels between a client, the models of the repository and back: tensors, their names, and a request's options.
+
+Nothing here imports Triton, so that it is tested without a server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from wicore_backend.engine.request import TokenLogprob, Usage
+from wicore_backend.engine.sampling_params import SamplingParams
+from wicore_backend.errors import InvalidArgumentError
+from wicore_backend.processor.processor import PromptSource
+from wicore_backend.processor.prompt import Prompt, PromptImage
+from wicore_backend.settings import Settings
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+class ServingOptions(Settings):
+    """What a request can ask for beside sampling."""
+
+    stream: bool = False
+    """Many responses, each with what is new, instead of one with everything."""
+
+    raw: bool = False
+    """Take `text_input` as it is, without the chat template."""
+
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Smaller goes first."""
+
+    deadline_ms: Annotated[int, Field(ge=1)] | None = None
+    """Time after which the request ends, with what it has produced."""
+
+
+class RequestOptions:
+    """A request's serving options and sampling parameters, out of one flat set of names.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming each unknown name and each value of a wrong type or out of range.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        unknown = values.keys() - ServingOptions.model_fields.keys() - SamplingParams.model_fields.keys()
+        if unknown:
+            known = sorted({*ServingOptions.model_fields, *SamplingParams.model_fields})
+            raise InvalidArgumentError(
+                f"{', '.join(map(repr, sorted(unknown)))} is not a parameter; there are: {', '.join(known)}"
+            )
+        self.values = dict(values)
+        self.serving = ServingOptions(**{k: v for k, v in values.items() if k in ServingOptions.model_fields})
+        self.sampling = SamplingParams(**{k: v for k, v in values.items() if k in SamplingParams.model_fields})
+
+    @classmethod
+    def parse(cls, parameters: str, sampling_parameters: str | bytes | None, **tensors: Any) -> RequestOptions:
+        """Options of a request.
+
+        Parameters
+        ----------
+        parameters
+            Triton's request parameters as the backend gives them, a JSON object; these win. Names that begin with
+            `triton_` are the server's own.
+        sampling_parameters
+            The input tensor of that name, a JSON object.
+        tensors
+            Options that came as input tensors of their own.
+        """
+        values: dict[str, Any] = {}
+        if sampling_parameters is not None:
+            try:
+                values = json.loads(sampling_parameters)
+            except ValueError as error:
+                raise InvalidArgumentError(f"sampling_parameters is not JSON: {error}") from None
+            if not isinstance(values, dict):
+                raise InvalidArgumentError(f"sampling_parameters must be a JSON object, not {json.dumps(values)[:80]}")
+        given = json.loads(parameters or "{}")
+        return cls(values | tensors | {k: v for k, v in given.items() if not k.startswith("triton_")})
+
+
+def prompt_source(tensors: Tensors) -> PromptSource:
+    """What the client asks: `text_input` or `messages`, as the processor takes it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If neither or both are there, or the text is not UTF-8, or the messages are not a JSON list.
+    """
+    given = [name for name in ("text_input", "messages") if name in tensors]
+    if len(given) != 1:
+        raise InvalidArgumentError(f"give text_input or messages, one of them; the request has {given or 'neither'}")
+    (name,) = given
+    if tensors[name].size != 1:
+        raise InvalidArgumentError(f"{name} takes one value, not {tensors[name].size}")
+    try:
+        text: str = tensors[name].item().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"{name} is not UTF-8: {error}") from None
+    if name == "text_input":
+        return text
+    try:
+        messages = json.loads(text)
+    except ValueError as error:
+        raise InvalidArgumentError(f"messages is not JSON: {error}") from None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise InvalidArgumentError("messages must be a JSON list of objects with 'role' and 'content'")
+    return messages
+
+
+def prompt_to_tensors(prompt: Prompt, image_size: int) -> dict[str, NDArray[Any]]:
+    """The tensors that carry a Prompt from the preprocessor to the model; those of the images may have 0 rows."""
+    images = prompt.images
+    return {
+        "input_ids": prompt.token_ids,
+        "pixels": np.stack([i.pixels for i in images])
+        if images
+        else np.zeros((0, 3, image_size, image_size), np.uint8),
+        "image_spans": np.array([(i.start, i.length) for i in images], np.int32).reshape(-1, 2),
+        "image_digests": np.frombuffer(b"".join(i.digest for i in images), np.uint8).reshape(-1, 16),
+    }
+
+
+def prompt_from_tensors(tensors: Tensors, image_size: int | None) -> Prompt:
+    """The Prompt in the model's input tensors, which a client may have made itself.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the images' tensors do not fit one another or the ids.
+    """
+    ids = tensors["input_ids"]
+    if "pixels" not in tensors or len(tensors["pixels"]) == 0:
+        return Prompt(ids)
+    pixels, spans, digests = (tensors.get(name) for name in ("pixels", "image_spans", "image_digests"))
+    assert pixels is not None
+    count = len(pixels)
+    if pixels.shape != (count, 3, image_size, image_size):
+        raise InvalidArgumentError(
+            f"pixels is {list(pixels.shape)}; this model takes [N, 3, {image_size}, {image_size}]"
+        )
+    if spans is None or spans.shape != (count, 2) or digests is None or digests.shape != (count, 16):
+        raise InvalidArgumentError(f"{count} images need image_spans [{count}, 2] and image_digests [{count}, 16]")
+    images = [
+        PromptImage(int(start), int(length), pixels[i], digests[i].tobytes()) for i, (start, length) in enumerate(spans)
+    ]
+    for before, after in zip([None, *images], images, strict=False):
+        if after.start < (before.end if before else 0) or after.length < 1 or after.end > len(ids):
+            raise InvalidArgumentError(
+                f"image_spans {spans.tolist()} must be ordered, apart and inside the {len(ids)} input_ids"
+            )
+    return Prompt(ids, tuple(images))
+
+
+def usage_json(usage: Usage) -> str:
+    """The `usage` output: token counts, and times in milliseconds."""
+
+    def milliseconds(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds * 1000, 3)
+
+    return json.dumps(
+        {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "queue_ms": milliseconds(usage.queue_s),
+            "ttft_ms": milliseconds(usage.ttft_s),
+            "total_ms": milliseconds(usage.total_s),
+        }
+    )
+
+
+def logprobs_json(
+    logprobs: list[TokenLogprob], prompt_logprobs: tuple[TokenLogprob | None, ...] | None, token_text: Any
+) -> str:
+    """The `logprobs` output: {"tokens": [...], "prompt": [...]}, each entry a token's id, text and alternatives."""
+
+    def entry(logprob: TokenLogprob | None) -> dict[str, Any] | None:
+        if logprob is None:
+            return None
+        top = [{"token_id": t, "token": token_text(t), "logprob": value} for t, value in logprob.top]
+        token = logprob.token_id
+        return {"token_id": token, "token": token_text(token), "logprob": logprob.logprob, "top": top}
+
+    content: dict[str, Any] = {"tokens": [entry(logprob) for logprob in logprobs]}
+    if prompt_logprobs is not None:
+        content["prompt"] = [entry(logprob) for logprob in prompt_logprobs]
+    return json.dumps(content, ensure_ascii=False)
