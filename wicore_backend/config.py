@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from wicore_backend.errors import InvalidArgumentError
+from wicore_backend.processor.limits import PromptLimits
 from wicore_backend.settings import Settings
 
 Positive = Annotated[int, Field(ge=1)]
@@ -47,3 +49,28 @@ class EngineConfig(Settings):
 
     hmt_gpu_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of the free CUDA memory, weights loaded, that the KV cache takes when `kv_cache_bytes` is None."""
+
+    limits: PromptLimits = PromptLimits()
+    """What one prompt may bring."""
+
+    pan_and_scan: bool | None = None
+    """Send crops of long pictures along with them; None does as the checkpoint's preprocessor_config.json says."""
+
+    def context(self, positions: int) -> int:
+        """The longest sequence of a model that has `positions` of them.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If `max_model_len` is beyond that.
+        """
+        if self.max_model_len is not None and self.max_model_len > positions:
+            raise InvalidArgumentError(
+                f"max_model_len = {self.max_model_len:,} is beyond the {positions:,} positions of {self.model.name}"
+            )
+        return self.max_model_len or positions
+
+    def prompt_limits(self, positions: int) -> PromptLimits:
+        """`limits`, with no more tokens than leave room in the context for one token of an answer."""
+        tokens = min(self.limits.max_prompt_tokens, self.context(positions) - 1)
+        return self.limits.model_copy(update={"max_prompt_tokens": tokens})

@@ -23,7 +23,7 @@ from wicore_backend.hmt.pool import KVPools
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.rope import RotaryTables
-from wicore_backend.processor.processor import Processor, PromptLimits
+from wicore_backend.processor.processor import Processor
 
 _log = logging.getLogger(__name__)
 
@@ -61,19 +61,17 @@ def load_model(settings: EngineConfig) -> LoadedModel:
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
     config = Gemma3Config.from_checkpoint(settings.model)
-    limit = config.text.max_position_embeddings
-    max_model_len = settings.max_model_len or limit
-    if max_model_len > limit:
-        raise InvalidArgumentError(
-            f"max_model_len = {max_model_len:,} is beyond the {limit:,} positions that {settings.model.name} has"
-        )
+    positions = config.text.max_position_embeddings
+    max_model_len = settings.context(positions)
     image_tokens = config.mm_tokens_per_image if config.vision else 0
     if settings.max_batch_tokens < settings.max_running + image_tokens:
         raise InvalidArgumentError(
             f"max_batch_tokens = {settings.max_batch_tokens} must hold a token of each of max_running = "
             f"{settings.max_running} sequences and a whole image of {image_tokens} tokens"
         )
-    processor = Processor.from_checkpoint(settings.model, limits=PromptLimits(max_prompt_tokens=max_model_len - 1))
+    processor = Processor.from_checkpoint(
+        settings.model, limits=settings.prompt_limits(positions), do_pan_and_scan=settings.pan_and_scan
+    )
     weights = load_weights(settings.model, config, device=device, dtype=dtype)
 
     layout = KVLayout.of(

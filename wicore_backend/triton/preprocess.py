@@ -9,6 +9,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from wicore_backend.errors import WicoreError
+from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.processor.processor import Processor
 from wicore_backend.triton.errors import triton_error
 from wicore_backend.triton.settings import check_numpy, engine_config
@@ -22,7 +23,12 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         check_numpy()
         settings = engine_config(json.loads(args["model_config"]))
-        self._processor = Processor.from_checkpoint(settings.model)
+        config = Gemma3Config.from_checkpoint(settings.model)
+        self._processor = Processor.from_checkpoint(
+            settings.model,
+            limits=settings.prompt_limits(config.text.max_position_embeddings),
+            do_pan_and_scan=settings.pan_and_scan,
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]
