@@ -1,0 +1,129 @@
+"""Triton over gRPC: one channel, and on it one stream for each request, so that requests end independently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from wicore_client import grpc_wire
+from wicore_client.endpoint import Endpoint
+from wicore_client.requests import GenerateRequest
+from wicore_client.results import Health, ModelStatistics, Response
+
+
+class GrpcCall:
+    def __init__(self, responses: Any, endpoint: Endpoint) -> None:
+        self._responses = responses
+        self._endpoint = endpoint
+
+    def receive(self) -> Response | None:
+        try:
+            message = next(self._responses, None)
+        except grpc.RpcError as error:
+            raise grpc_wire.error_from_rpc(error, self._endpoint) from None
+        return None if message is None else grpc_wire.decode(message)
+
+    def cancel(self) -> None:
+        self._responses.cancel()
+
+    close = cancel
+
+
+class GrpcTransport:
+    """See Transport."""
+
+    def __init__(self, endpoint: Endpoint, model: str, connect_timeout: float) -> None:
+        self.endpoint = endpoint
+        self._model = model
+        self._channel = grpc.insecure_channel(endpoint.address, options=grpc_wire.channel_options(connect_timeout))
+        self._stub = GRPCInferenceServiceStub(self._channel)
+
+    def start(self, request: GenerateRequest, timeout: float | None) -> GrpcCall:
+        messages = iter([grpc_wire.encode(request, self._model)])
+        responses = self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=grpc_wire.CALL_METADATA)
+        return GrpcCall(responses, self.endpoint)
+
+    def health(self, timeout: float) -> Health:
+        try:
+            live = self._stub.ServerLive(pb.ServerLiveRequest(), timeout=timeout)
+            server = self._stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=timeout)
+            index = self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise grpc_wire.error_from_rpc(error, self.endpoint) from None
+        return grpc_wire.health(live, server, index, self._model)
+
+    def model_statistics(self, timeout: float) -> tuple[ModelStatistics, ...]:
+        try:
+            message = self._stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise grpc_wire.error_from_rpc(error, self.endpoint) from None
+        return grpc_wire.model_statistics(message)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class AsyncGrpcCall:
+    def __init__(self, call: Any, endpoint: Endpoint) -> None:
+        self._call = call
+        self._endpoint = endpoint
+
+    async def receive(self) -> Response | None:
+        try:
+            message = await self._call.read()
+            if message is grpc.aio.EOF:
+                return None
+        except grpc.RpcError as error:
+            raise grpc_wire.error_from_rpc(error, self._endpoint) from None
+        return grpc_wire.decode(message)
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    close = cancel
+
+
+class AsyncGrpcTransport:
+    """See AsyncTransport."""
+
+    def __init__(self, endpoint: Endpoint, model: str, connect_timeout: float) -> None:
+        self.endpoint = endpoint
+        self._model = model
+        self._options = grpc_wire.channel_options(connect_timeout)
+        self._channel: grpc.aio.Channel | None = None
+
+    @property
+    def _stub(self) -> Any:
+        """The service on the one channel, which is made when an event loop runs."""
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self.endpoint.address, options=self._options)
+            self._service = GRPCInferenceServiceStub(self._channel)
+        return self._service
+
+    def start(self, request: GenerateRequest, timeout: float | None) -> AsyncGrpcCall:
+        messages = iter([grpc_wire.encode(request, self._model)])
+        call = self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=grpc_wire.CALL_METADATA)
+        return AsyncGrpcCall(call, self.endpoint)
+
+    async def health(self, timeout: float) -> Health:
+        try:
+            live = await self._stub.ServerLive(pb.ServerLiveRequest(), timeout=timeout)
+            server = await self._stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=timeout)
+            index = await self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise grpc_wire.error_from_rpc(error, self.endpoint) from None
+        return grpc_wire.health(live, server, index, self._model)
+
+    async def model_statistics(self, timeout: float) -> tuple[ModelStatistics, ...]:
+        try:
+            message = await self._stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise grpc_wire.error_from_rpc(error, self.endpoint) from None
+        return grpc_wire.model_statistics(message)
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()

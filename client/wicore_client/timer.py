@@ -1,0 +1,32 @@
+"""A request's time, attempts and waits between them included."""
+
+from __future__ import annotations
+
+import time
+
+from wicore_client.errors import timed_out
+
+
+class Timer:
+    """Counts down from `timeout` seconds, or for ever if there is none."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._end = None if timeout is None else time.monotonic() + timeout
+
+    def remaining(self) -> float | None:
+        """Seconds left; None without a limit.
+
+        Raises
+        ------
+        DeadlineExceeded
+            When there are none.
+        """
+        if self._end is None:
+            return None
+        seconds = self._end - time.monotonic()
+        if seconds <= 0:
+            raise timed_out()
+        return seconds
+
+    def ends_within(self, seconds: float) -> bool:
+        return self._end is not None and self._end - time.monotonic() <= seconds
