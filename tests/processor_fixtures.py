@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +130,22 @@ PREPROCESSOR_CONFIG: dict[str, Any] = {
 }
 
 
+@cache
+def gemma_directory() -> Path:
+    """A directory of `build_processor` that all tests share and none may change."""
+    keeper = tempfile.TemporaryDirectory()
+    atexit.register(keeper.cleanup)
+    return build_processor(Path(keeper.name))
+
+
+def copied_directory(target: Path, *, without: Collection[str] = ()) -> Path:
+    """A copy of `gemma_directory` that a test may change, some files left out."""
+    shutil.copytree(gemma_directory(), target, ignore=shutil.ignore_patterns(*without))
+    return target
+
+
 def build_processor(directory: Path, *, image_seq_length: int = 16, **preprocessor: Any) -> Path:
-    """Every file of a Gemma-3 checkpoint but its model, small, in `directory`; `preprocessor` changes image settings."""
+    """Every file of a Gemma-3 checkpoint but its model, small; `preprocessor` changes image settings."""
     directory.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -78,7 +78,7 @@ def load_rgb(source: ImageSource, *, name: str, limits: PromptLimits) -> Image.I
     _check_size(source, name=name, limits=limits)
     try:
         source.load()
-        return to_rgb(upright(source))
+        return to_rgb(upright(source), name=name)
     except InvalidArgumentError:
         raise
     except Exception as error:  # on damaged data Pillow's decoders raise almost anything
@@ -111,13 +111,13 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
     """The picture in RGB, transparency composited over white, as transformers' `convert_to_rgb` has it.
 
     One difference: 16-bit grey keeps its high byte, where Pillow's conversion would clip all above 255 to white.
     """
     if image.mode in ("I", "F"):
-        raise InvalidArgumentError(f"an image of mode {image.mode} has no defined range; convert it to L or RGB first")
+        raise InvalidArgumentError(f"{name} has mode {image.mode}, which has no defined range; convert it to L or RGB")
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or image.info.get("transparency") is not None:

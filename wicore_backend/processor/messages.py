@@ -65,7 +65,13 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[ChatMessage]:
     """
     if not messages:
         raise InvalidArgumentError("the conversation is empty; send at least one message")
-    return [_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    parsed = [_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    for index, message in enumerate(parsed[1:], start=1):
+        if message.role == "system":
+            raise InvalidArgumentError(f"messages[{index}].role is 'system', which only the first message may have")
+    if all(message.role != "user" for message in parsed):
+        raise InvalidArgumentError("the conversation has no user message; send what the model is to answer")
+    return parsed
 
 
 def _parse_message(message: Any, where: str) -> ChatMessage:

@@ -138,8 +138,8 @@ class Processor:
             _check_not_empty([source], image_count=len(images))
             if raw:
                 return self._prompt([source], self._load(images))
-            parts: tuple[ImagePart | TextPart, ...] = (*map(ImagePart, images), TextPart(source))
-            return self._chat([ChatMessage("user", parts if images else source)], images=())
+            places = tuple(ImagePart(None) for _ in images)
+            return self._chat([ChatMessage("user", (*places, TextPart(source)))], images=images)
         if raw:
             raise InvalidArgumentError("raw is for a prompt that is a text; leave it out for messages and token ids")
         if isinstance(source, np.ndarray) or (len(source) > 0 and isinstance(source[0], int)):

@@ -133,9 +133,10 @@ def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     """The model in `path`; CheckpointError if it is no SentencePiece model or treats spaces as Gemma's does not."""
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        starts = ["".join(model.encode(text, out_type=str)) for text in ("a", " a")]
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a SentencePiece model: {error}") from None
-    if "".join(model.encode(" a", out_type=str)) != "▁a" or "".join(model.encode("a", out_type=str)) != "a":
+    if starts != ["a", "▁a"]:
         raise CheckpointError(f"{path} adds or removes spaces at the start of a text; Gemma's model keeps it as it is")
     return model
 
