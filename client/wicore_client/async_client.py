@@ -52,6 +52,11 @@ class AsyncStream(AsyncIterator[Chunk]):
         return self._request.id
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self._closed
+
+    @property
     def text(self) -> str:
         """The answer so far."""
         return self._answer.text
@@ -221,7 +226,7 @@ class AsyncClient:
     def cancel(self, request_id: str) -> bool:
         """End a request; whoever waits for it gets Cancelled. False if this client has none such."""
         stream = self._streams.get(request_id)
-        if stream is None:
+        if stream is None or stream.ended:
             return False
         stream.cancel()
         return True

@@ -55,6 +55,11 @@ class Stream(Iterator[Chunk]):
         return self._request.id
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self._closed
+
+    @property
     def text(self) -> str:
         """The answer so far."""
         return self._answer.text
@@ -252,7 +257,7 @@ class Client:
     def cancel(self, request_id: str) -> bool:
         """End a request, from any thread; whoever waits for it gets Cancelled. False if this client has none such."""
         stream = self._streams.get(request_id)
-        if stream is None:
+        if stream is None or stream.ended:
             return False
         stream.cancel()
         return True

@@ -18,12 +18,14 @@ class GrpcCall:
     def __init__(self, responses: Any, endpoint: Endpoint) -> None:
         self._responses = responses
         self._endpoint = endpoint
+        self._answered = False
 
     def receive(self) -> Response | None:
         try:
             message = next(self._responses, None)
         except grpc.RpcError as error:
-            raise grpc_wire.error_from_rpc(error, self._endpoint) from None
+            raise grpc_wire.error_from_rpc(error, self._endpoint, answered=self._answered) from None
+        self._answered = True
         return None if message is None else grpc_wire.decode(message)
 
     def cancel(self) -> None:
@@ -70,6 +72,7 @@ class AsyncGrpcCall:
     def __init__(self, call: Any, endpoint: Endpoint) -> None:
         self._call = call
         self._endpoint = endpoint
+        self._answered = False
 
     async def receive(self) -> Response | None:
         try:
@@ -77,7 +80,8 @@ class AsyncGrpcCall:
             if message is grpc.aio.EOF:
                 return None
         except grpc.RpcError as error:
-            raise grpc_wire.error_from_rpc(error, self._endpoint) from None
+            raise grpc_wire.error_from_rpc(error, self._endpoint, answered=self._answered) from None
+        self._answered = True
         return grpc_wire.decode(message)
 
     def cancel(self) -> None:

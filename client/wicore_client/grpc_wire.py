@@ -12,7 +12,6 @@ from tritonclient.grpc import service_pb2 as pb
 from wicore_client.endpoint import Endpoint
 from wicore_client.errors import (
     Cancelled,
-    DeadlineExceeded,
     InvalidArgument,
     ServerError,
     Unavailable,
@@ -33,9 +32,22 @@ _CODES = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgument.code,
     grpc.StatusCode.UNAVAILABLE: Unavailable.code,
     grpc.StatusCode.RESOURCE_EXHAUSTED: InvalidArgument.code,  # gRPC's own: a message beyond the server's limit
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded.code,
     grpc.StatusCode.CANCELLED: Cancelled.code,
 }
+
+_NEVER_CONNECTED = ("failed to connect", "dns resolution failed", "name resolution", "empty address list")
+_CONNECTION_LOST = (
+    "socket closed",
+    "connection reset",
+    "broken pipe",
+    "goaway",
+    "transport",
+    "keepalive",
+    "endpoint closing",
+    "cancelling all calls",
+    "stream removed",
+    "recvmsg",
+)
 
 
 def channel_options(connect_timeout: float) -> list[tuple[str, int]]:
@@ -102,18 +114,22 @@ def _value(datatype: str, raw: bytes) -> str | tuple[int, ...]:
     return raw[4:].decode()
 
 
-def error_from_rpc(error: Any, endpoint: Endpoint) -> WicoreClientError:
-    """The error of a grpc.RpcError (sync) or AioRpcError, which carry the same."""
+def error_from_rpc(error: Any, endpoint: Endpoint, *, answered: bool = False) -> WicoreClientError:
+    """The error of a grpc.RpcError (sync) or AioRpcError, which carry the same.
+
+    gRPC gives its own failures the status codes that a server can send too. They are told apart by their text, and by
+    `answered`: after a first response the server tells its errors in a last one, so that a status is the connection's.
+    """
     status, details = error.code(), error.details() or ""
-    from_server = "received from peer" in (error.debug_error_string() or "")  # gRPC's mark of a status that was sent
-    if status is grpc.StatusCode.UNAVAILABLE and not from_server:
-        if details.lower().startswith(("failed to connect", "dns resolution failed")):
+    if status is grpc.StatusCode.UNAVAILABLE:
+        if details.lower().startswith(_NEVER_CONNECTED):
             reason = details.rpartition("Failed to connect to remote host: ")[2]
             return endpoint.unreachable(reason.removeprefix("connect: "))
-        return endpoint.broken(details)
-    if status is grpc.StatusCode.DEADLINE_EXCEEDED and not from_server:
+        if answered or any(words in details.lower() for words in _CONNECTION_LOST):
+            return endpoint.broken(details)
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED:  # of the call's own timeout: Triton has no such code
         return timed_out()
-    if status is grpc.StatusCode.CANCELLED and not from_server:
+    if status is grpc.StatusCode.CANCELLED and not details:
         return cancelled_here()
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return ServerError(f"the server at {endpoint} does not speak Triton's protocol: {details}; check the address")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections import deque
 from collections.abc import Iterator
@@ -256,6 +257,6 @@ def translated(endpoint: Endpoint) -> Iterator[None]:
     except TimeoutError:
         raise timed_out() from None
     except aiohttp.ClientConnectorError as error:
-        raise endpoint.unreachable(error.strerror or str(error)) from None
+        raise endpoint.unreachable(os.strerror(error.errno) if error.errno else str(error)) from None
     except (aiohttp.ClientError, OSError) as error:
         raise endpoint.broken(str(error) or type(error).__name__) from None
