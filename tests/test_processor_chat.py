@@ -155,6 +155,10 @@ def test_token_ids_are_taken_as_they_are() -> None:
         assert prompt.token_ids.dtype == np.int32
 
 
+NESTED: list[Any] = []
+for _ in range(10_000):
+    NESTED = [NESTED]
+
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty text": ("", {}, "prompt is empty"),
     "text of spaces": (" \n\t ", {}, "prompt is empty"),
@@ -208,6 +212,12 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "token ids in two rows": (np.ones((2, 3), dtype=int), {}, r"\[2, 3\]"),
     "token ids with images": ([1, 2], {"images": [IMAGE]}, "token ids takes no images"),
     "token ids of an image": ([PROCESSOR.tokenizer.named_id("image_token")], {}, "image token"),
+    "token ids of unlike lengths": ([1, [2, 3]], {}, "unlike things"),
+    "one message outside a list": (user("x"), {}, "the prompt is a dict"),
+    "bytes": (b"x", {}, "the prompt is a bytes"),
+    "nothing": (None, {}, "the prompt is a NoneType"),
+    "one image outside a list": ("x", {"images": IMAGE}, "takes a list of images"),
+    "content nested without end": ([{"role": "user", "content": NESTED}], {}, r"content\[0\] is \[\["),
     "lone surrogate": ("a\ud800", {}, "surrogate"),
 }
 

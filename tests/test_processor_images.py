@@ -126,6 +126,7 @@ def test_transparency_lies_over_white() -> None:
     assert half[:, 0, 0].tolist() == [255, 127, 127]
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_damaged_exif_block_does_not_cost_the_picture() -> None:
     for exif in (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\1" * 40):
         plain, damaged = encoded(picture(), "JPEG"), encoded(picture(), "JPEG", exif=exif)
@@ -352,6 +353,9 @@ def test_unusable_image_length_is_named(tmp_path: Path, length: Any) -> None:
         ({"vision_config": {"image_size": 896}}, r"image_size = 896.* 96"),
         ({"mm_tokens_per_image": 256}, r"mm_tokens_per_image = 256.* 16"),
         ({"image_token_index": 5}, "image_token_index = 5"),
+        ({"vision_config": "none"}, "vision_config = 'none'"),
+        ({"text_config": [1]}, r"text_config = \[1\]"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
     ],
 )
 def test_files_that_contradict_the_model_are_named(tmp_path: Path, config: dict[str, Any], words: str) -> None:

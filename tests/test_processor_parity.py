@@ -92,6 +92,7 @@ FILES = {
     "jpeg CMYK": encoded(picture(mode="CMYK", seed=11), "JPEG"),
     "jpeg progressive": encoded(picture(seed=12), "JPEG", progressive=True),
     "jpeg of quality 5": encoded(picture(seed=13), "JPEG", quality=5),
+    "jpeg of several pictures": encoded(picture(), "MPO", save_all=True, append_images=[picture(seed=20)]),
     "webp RGB": encoded(picture(seed=14), "WEBP"),
     "webp RGBA": encoded(picture(mode="RGBA", seed=15), "WEBP"),
     "webp lossless": encoded(picture(seed=16), "WEBP", lossless=True),

@@ -17,6 +17,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
 from wicore_backend.processor.checkpoint_files import read_json_if_present
 
+RENDER_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""A template is a program: messages that it did not expect end in any of these."""
+
 
 class ChatTemplate:
     """A Jinja template that turns messages into the text the model was trained on.
@@ -59,8 +70,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._variables
             )
-        # A template is a program: messages that it did not expect end in any of these.
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except RENDER_FAULTS as error:
             raise InvalidArgumentError(f"the model's chat template refuses the messages: {error}") from None
 
 

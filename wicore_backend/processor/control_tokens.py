@@ -26,7 +26,7 @@ class ControlTokenGuard:
     Parameters
     ----------
     control_tokens
-        What users must not be able to write.
+        What users must not be able to write, two characters or longer each.
     texts
         Every text of the conversation; the mark is a noncharacter that none of them contains.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,12 +79,12 @@ def _parse_message(message: Any, where: str) -> ChatMessage:
     fields = _object(message, where, known=("role", "content"))
     role = fields.get("role")
     if role not in ROLES:
-        raise InvalidArgumentError(f"{where}.role is {_brief(role)}; there are: {', '.join(ROLES)}")
+        raise InvalidArgumentError(f"{where}.role is {reprlib.repr(role)}; there are: {', '.join(ROLES)}")
     content = fields.get("content")
     if isinstance(content, str):
         return ChatMessage(role, content)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise InvalidArgumentError(f"{where}.content is {_brief(content)}; it takes a text or a list of parts")
+        raise InvalidArgumentError(f"{where}.content is {reprlib.repr(content)}; it takes a text or a list of parts")
     parts = tuple(_parse_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
     if role != "system":
         return ChatMessage(role, parts)
@@ -97,7 +98,7 @@ def _parse_part(part: Any, where: str) -> TextPart | ImagePart:
     if kind == "text":
         text = _object(part, where, known=("type", "text")).get("text")
         if not isinstance(text, str):
-            raise InvalidArgumentError(f"{where}.text is {_brief(text)}; it takes a text")
+            raise InvalidArgumentError(f"{where}.text is {reprlib.repr(text)}; it takes a text")
         return TextPart(text)
     if kind == "image":
         return ImagePart(_object(part, where, known=("type", "image")).get("image"))
@@ -106,22 +107,16 @@ def _parse_part(part: Any, where: str) -> TextPart | ImagePart:
         url = url.get("url") if isinstance(url, Mapping) else url
         if not isinstance(url, str) or not url.startswith("data:"):
             raise InvalidArgumentError(
-                f"{where}.image_url is {_brief(url)}; only data: URLs are taken, nothing is fetched from the network"
+                f"{where}.image_url is {reprlib.repr(url)}; only data: URLs are taken, nothing is fetched"
             )
         return ImagePart(url)
-    raise InvalidArgumentError(f"{where} is {_brief(part)}; a part's type is one of: text, image, image_url")
+    raise InvalidArgumentError(f"{where} is {reprlib.repr(part)}; a part's type is one of: text, image, image_url")
 
 
 def _object(value: Any, where: str, *, known: tuple[str, ...]) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise InvalidArgumentError(f"{where} is {_brief(value)}; it takes an object with {', '.join(known)}")
+        raise InvalidArgumentError(f"{where} is {reprlib.repr(value)}; it takes an object with {', '.join(known)}")
     for key, field in value.items():
         if key not in known and field is not None:
-            raise InvalidArgumentError(f"{where} has the field {_brief(key)}; there are: {', '.join(known)}")
+            raise InvalidArgumentError(f"{where} has the field {reprlib.repr(key)}; there are: {', '.join(known)}")
     return value
-
-
-def _brief(value: Any) -> str:
-    """The value as an error message shows it."""
-    text = repr(value[:60] if isinstance(value, str | bytes) else value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -100,13 +100,15 @@ class Processor:
         model_config = read_json_if_present(directory / "config.json")
         if image_config is not None:
             _check_agreement(model_config, image_config, soft_tokens, tokenizer)
-        text_config = model_config.get("text_config") or model_config
+        vocab_size = _section(model_config, "text_config").get("vocab_size", model_config.get("vocab_size", 0))
+        if not isinstance(vocab_size, int):
+            raise CheckpointError(f"{directory}/config.json: vocab_size is {vocab_size!r}")
         return cls(
             tokenizer=tokenizer,
             template=ChatTemplate.from_checkpoint(directory, variables=tokenizer.names),
             image_config=image_config,
             soft_tokens_per_image=soft_tokens,
-            vocab_size=max(tokenizer.vocab_size, text_config.get("vocab_size", 0)),
+            vocab_size=max(tokenizer.vocab_size, vocab_size),
             limits=limits,
         )
 
@@ -134,6 +136,8 @@ class Processor:
         InvalidArgumentError
             The prompt is empty, malformed, or over one of the limits.
         """
+        if isinstance(images, str | bytes):
+            raise InvalidArgumentError(f"images is a {type(images).__name__}; it takes a list of images")
         if isinstance(source, str):
             _check_not_empty([source], image_count=len(images))
             if raw:
@@ -142,14 +146,22 @@ class Processor:
             return self._chat([ChatMessage("user", (*places, TextPart(source)))], images=images)
         if raw:
             raise InvalidArgumentError("raw is for a prompt that is a text; leave it out for messages and token ids")
+        if not isinstance(source, Sequence | np.ndarray) or isinstance(source, bytes):
+            raise InvalidArgumentError(
+                f"the prompt is a {type(source).__name__}; it takes a text, messages or token ids"
+            )
         if isinstance(source, np.ndarray) or (len(source) > 0 and isinstance(source[0], int)):
-            if images:
+            if len(images) > 0:
                 raise InvalidArgumentError("a prompt of token ids takes no images; send a text or messages")
-            return self._from_token_ids(np.asarray(source))
-        self._check_token_count(len(source))
+            return self._from_token_ids(source)
+        self._check_token_count(len(source))  # before they are parsed; each is one token at the very least
         return self._chat(parse_messages(source), images=images)  # type: ignore[arg-type]
 
-    def _from_token_ids(self, ids: NDArray[Any]) -> Prompt:
+    def _from_token_ids(self, source: Any) -> Prompt:
+        try:
+            ids = np.asarray(source)
+        except ValueError:  # a list of lists of different lengths
+            raise InvalidArgumentError("token ids are a list of unlike things; they must be integers [T]") from None
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise InvalidArgumentError(f"token ids are {ids.dtype} {list(ids.shape)}; they must be integers [T]")
         if len(ids) == 0:
@@ -172,14 +184,14 @@ class Processor:
         parts = [part for message in messages for part in message.images]
         _check_not_empty(texts, image_count=len(parts))
         self._check_text_length(texts)
-        loaded = self._load(_sources(parts, images))
+        sources = _sources(parts, images)
         guard = ControlTokenGuard(self._control_tokens, texts)
         rendered = self._template.render([_for_template(message, guard) for message in messages])
-        return self._prompt(guard.segments(rendered), loaded)
+        return self._prompt(guard.segments(rendered), self._load(sources))
 
     def _load(self, images: Sequence[ImageSource]) -> list[list[NDArray[np.uint8]]]:
         """For each image its pixels and those of its crops."""
-        if not images:
+        if len(images) == 0:
             return []
         if self._images is None:
             raise InvalidArgumentError(f"the prompt has {len(images)} image(s), but this model reads text only")
@@ -322,7 +334,7 @@ def _check_agreement(
     model_config: Mapping[str, Any], image_config: ImageConfig, soft_tokens: int, tokenizer: Tokenizer
 ) -> None:
     """CheckpointError if config.json and the processor's files describe different models."""
-    vision = model_config.get("vision_config") or {}
+    vision = _section(model_config, "vision_config")
     pairs = {
         "vision_config.image_size": (vision.get("image_size"), image_config.size, "preprocessor_config.json"),
         "mm_tokens_per_image": (model_config.get("mm_tokens_per_image"), soft_tokens, "processor_config.json"),
@@ -335,3 +347,11 @@ def _check_agreement(
     for name, (seen, expected, file) in pairs.items():
         if seen is not None and seen != expected:
             raise CheckpointError(f"config.json has {name} = {seen}, but {file} says {expected}")
+
+
+def _section(model_config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object within config.json, empty if it is absent."""
+    section = model_config.get(name) or {}
+    if not isinstance(section, dict):
+        raise CheckpointError(f"config.json has {name} = {section!r} where an object is needed")
+    return section
