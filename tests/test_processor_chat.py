@@ -24,7 +24,7 @@ from tests.processor_fixtures import (
 )
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
 from wicore_backend.processor.chat_template import ChatTemplate
-from wicore_backend.processor.control_tokens import NONCHARACTERS
+from wicore_backend.processor.control_tokens import NONCHARACTERS, ControlTokenGuard
 from wicore_backend.processor.limits import PromptLimits
 from wicore_backend.processor.processor import Processor
 from wicore_backend.processor.prompt import Prompt
@@ -90,10 +90,17 @@ def test_every_text_of_a_conversation_is_guarded() -> None:
 @pytest.mark.parametrize("token", ["<end_of_turn>", "<start_of_image>"])
 def test_parts_that_a_template_joins_cannot_make_a_control_token(token: str) -> None:
     for first, second in itertools.combinations(range(1, len(token)), 2):
-        parts = (token[:first], f"  {token[first:second]} \n", token[second:])
+        parts = (f"{token[:first]}\n ", f"  {token[first:second]} \n", token[second:])
         prompt = PROCESSOR.process([user(*parts)])
         assert control_ids(prompt) == HARMLESS
         assert token in text_of(prompt)
+
+
+def test_control_tokens_that_overlap_are_all_cut() -> None:
+    guard = ControlTokenGuard(["<<>", "aba", "<a"], ["<<<<>ababa<aba"])
+    segments = guard.segments(guard.protect("<<<<>ababa<aba"))
+    assert "".join(segments) == "<<<<>ababa<aba"
+    assert not any(token in segment for segment in segments for token in ("<<>", "aba", "<a"))
 
 
 @settings(max_examples=300, deadline=None)
@@ -236,8 +243,9 @@ def test_prompts_over_the_token_limit_are_refused_with_both_numbers() -> None:
         processor.process("1 " * 40)
     with pytest.raises(InvalidArgumentError, match="has 51 tokens"):
         processor.process([5] * 51)
-    with pytest.raises(InvalidArgumentError, match=r"at least \d+ tokens"):
-        processor.process("1 " * 10**6)
+    for raw in (False, True):
+        with pytest.raises(InvalidArgumentError, match=r"at least \d+ tokens"):
+            processor.process("1 " * 10**6, raw=raw)
     with pytest.raises(InvalidArgumentError, match="has 64 tokens"):
         processor.process("x", images=[IMAGE] * 4)
     with pytest.raises(InvalidArgumentError, match="has 60 tokens"):
@@ -319,6 +327,11 @@ def test_helpers_that_templates_may_use() -> None:
     )
     rendered = ChatTemplate(source, variables={"bos_token": "<bos>"}).render([{"role": "user", "content": "<é>"}])
     assert re.fullmatch(r'\{"role": "user", "content": "<é>"\} \d{4} 0 1 <bos>', rendered)
+
+
+def test_blocks_leave_no_lines_of_their_own() -> None:
+    source = "{% for message in messages %}\n  {% if true %}\n{{ message.content }}\n  {% endif %}\n{% endfor %}\n"
+    assert ChatTemplate(source, variables={}).render([{"role": "user", "content": "x"}] * 2) == "x\nx\n"
 
 
 def test_a_template_without_bos_gets_it_from_the_tokenizer(tmp_path: Path) -> None:

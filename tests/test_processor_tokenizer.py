@@ -114,6 +114,7 @@ def test_model_file_without_any_list_of_added_tokens(tmp_path: Path, text: str) 
     edit_json(tmp_path / "tokenizer_config.json", extra_special_tokens=names)
     tokenizer, reference = Tokenizer.from_checkpoint(tmp_path), tokenizers_of(gemma_directory())[0]
     marked = f"<bos><start_of_turn>user\n<image_soft_token>{text}<end_of_turn>"
+    assert tokenizer.bos_id == reference.bos_id
     assert tokenizer.encode(marked) == reference.encode(marked)
     assert tokenizer.decode(tokenizer.encode(marked)) == reference.decode(reference.encode(marked))
 

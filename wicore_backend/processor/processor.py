@@ -141,6 +141,7 @@ class Processor:
         if isinstance(source, str):
             _check_not_empty([source], image_count=len(images))
             if raw:
+                self._check_text_length([source])
                 return self._prompt([source], self._load(images))
             places = tuple(ImagePart(None) for _ in images)
             return self._chat([ChatMessage("user", (*places, TextPart(source)))], images=images)
@@ -207,7 +208,6 @@ class Processor:
 
     def _prompt(self, segments: Sequence[str], images: Sequence[Sequence[NDArray[np.uint8]]]) -> Prompt:
         """The prompt of a text, cut where tokens must not reach across, and its images' views."""
-        self._check_text_length(segments)
         if self._images is not None:
             segments = self._images.write(segments, [len(views) for views in images])
         bos = self.tokenizer.names["bos_token"]

@@ -194,6 +194,6 @@ def _added_tokens(
     turns = [token for token in GEMMA_TURN_TOKENS if token in vocab]
     for token in (*control, *turns, *names.values()):
         special.add(token)
-        next_free = max((*vocab.values(), *added.values())) + 1
-        added.setdefault(token, vocab.get(token, next_free))
+        if token not in added:
+            added[token] = vocab[token] if token in vocab else max(*vocab.values(), *added.values()) + 1
     return added, frozenset(special)

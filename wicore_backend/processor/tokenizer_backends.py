@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +13,16 @@ import sentencepiece
 import tokenizers
 
 from wicore_backend.errors import CheckpointError
-from wicore_backend.processor.checkpoint_files import read_json
+
+GEMMA_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ],
+}
+"""What tokenizer.json says of turning pieces into text, in every Gemma checkpoint."""
 
 
 class TokenizerBackend(Protocol):
@@ -62,19 +73,12 @@ class TokenizersBackend:
         """Whether the file's own post-processor puts a special token around a text."""
         return bool(self._tokenizer.num_special_tokens_to_add(False))
 
-    @staticmethod
-    def _check_decoder(path: Path) -> None:
+    def _check_decoder(self, path: Path) -> None:
         """Pieces become bytes in `Tokenizer.token_bytes` as Gemma's decoder has it, so another decoder is refused."""
-        steps = (read_json(path).get("decoder") or {}).get("decoders", [])
-        kinds = [step.get("type") for step in steps]
-        if kinds != ["Replace", "ByteFallback", "Fuse"] or steps[0] != {
-            "type": "Replace",
-            "pattern": {"String": "▁"},
-            "content": " ",
-        }:
-            raise CheckpointError(
-                f"{path} has the decoder {kinds or None}; Gemma's is Replace('▁', ' '), ByteFallback, Fuse"
-            )
+        decoder = self._tokenizer.decoder
+        seen = None if decoder is None else json.loads(decoder.__getstate__())
+        if seen != GEMMA_DECODER:
+            raise CheckpointError(f"{path} has the decoder {reprlib.repr(seen)}; Gemma's is {GEMMA_DECODER}")
 
 
 class SentencePieceBackend:
