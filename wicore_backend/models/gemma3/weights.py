@@ -1,0 +1,96 @@
+"""A Gemma-3 model's tensors, as the executors read them.
+
+Matrices are [out, in], those that read the same input fused into one. Gemma's norms multiply by 1 + weight: what
+stands here is that sum, in float32, as transformers computes it. D is the hidden size, d a head's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """One decoder layer with Hq query and Hkv KV heads and an MLP of F."""
+
+    input_norm: Tensor
+    """float32 [D]"""
+    qkv: Tensor
+    """[(Hq + 2 Hkv) d, D]"""
+    qkv_bias: Tensor | None
+    """[(Hq + 2 Hkv) d]"""
+    qk_norm: Tensor
+    """float32 [Hq + Hkv, d]: the query norm for each query head, then the key norm for each key head."""
+    out: Tensor
+    """[D, Hq d]"""
+    out_bias: Tensor | None
+    """[D]"""
+    post_attention_norm: Tensor
+    """float32 [D]"""
+    pre_feedforward_norm: Tensor
+    """float32 [D]"""
+    gate_up: Tensor
+    """[2 F, D]"""
+    down: Tensor
+    """[D, F]"""
+    post_feedforward_norm: Tensor
+    """float32 [D]"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextWeights:
+    """The decoder."""
+
+    embedding: Tensor
+    """[V, D]"""
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    """float32 [D]"""
+    head: Tensor
+    """[V, D]; the embedding itself where the two are tied."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Affine:
+    """A weight and the bias that goes with it: a linear map [out, in] and [out], or a layer norm's [D] and [D]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VisionLayerWeights:
+    """One layer of the SigLIP tower."""
+
+    norm1: Affine
+    qkv: Affine
+    out: Affine
+    norm2: Affine
+    up: Affine
+    down: Affine
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VisionWeights:
+    """The SigLIP tower and the projector to the decoder's hidden size."""
+
+    patches: Affine
+    """The patch convolution as a linear map of a patch's pixels [hidden, channels * patch * patch]."""
+    positions: Tensor
+    """[patches, hidden]"""
+    layers: tuple[VisionLayerWeights, ...]
+    norm: Affine
+    soft_token_norm: Tensor
+    """float32 [hidden]"""
+    projection: Tensor
+    """[D, hidden]"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gemma3Weights:
+    """A whole model. `vision` is None for a text-only one."""
+
+    text: TextWeights
+    vision: VisionWeights | None
