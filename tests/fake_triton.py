@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2 as pb
@@ -28,7 +29,6 @@ wicore_requests_total{model="wicore_gemma3",outcome="stop \\"a\\""} 7
 nv_inference_count{model="wicore"} 12
 wicore_blocks_used 3.5
 """
-HTTP_STATUS = {"invalid_argument": 400, "unavailable": 503, "cancelled": 499, "internal": 500}
 GRPC_STATUS = {
     "invalid_argument": grpc.StatusCode.INVALID_ARGUMENT,
     "unavailable": grpc.StatusCode.UNAVAILABLE,
@@ -93,8 +93,7 @@ class FakeTriton:
         self._servicer = _Servicer(self)
         add_GRPCInferenceServiceServicer_to_server(self._servicer, self._grpc)
         self.ports = {"grpc": self._grpc.add_insecure_port("127.0.0.1:0")}
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
-        self._http.daemon_threads = True
+        self._http = _HttpServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
         self.ports["http"] = self._http.server_port
 
     def __enter__(self) -> FakeTriton:
@@ -127,7 +126,7 @@ class FakeTriton:
         return False
 
     @property
-    def statistics(self) -> dict[str, object]:
+    def statistics(self) -> dict[str, Any]:
         def spent(count: int, ns: int) -> dict[str, int]:
             return {"count": count, "ns": ns}
 
@@ -136,7 +135,7 @@ class FakeTriton:
         return {"model_stats": [{"name": "wicore", "version": "1", "execution_count": 10, "inference_stats": stats}]}
 
 
-class _Servicer(GRPCInferenceServiceServicer):
+class _Servicer(GRPCInferenceServiceServicer):  # type: ignore[misc]
     def __init__(self, fake: FakeTriton) -> None:
         self._fake = fake
 
@@ -156,7 +155,7 @@ class _Servicer(GRPCInferenceServiceServicer):
             except Failure as failure:
                 finished.set()
                 if dict(context.invocation_metadata()).get("triton_grpc_error") == "true":
-                    context.abort(GRPC_STATUS[failure.code], str(failure))
+                    context.abort(GRPC_STATUS[failure.code], f"in ensemble 'wicore', {failure.code}: {failure}")
                 yield pb.ModelStreamInferResponse(error_message=str(failure))
             except Disconnect:
                 self._fake.cut_grpc()
@@ -200,6 +199,11 @@ def _to_message(response: Response) -> pb.ModelStreamInferResponse:
         )
         inferred.raw_output_contents.append(raw)
     return pb.ModelStreamInferResponse(infer_response=inferred)
+
+
+class _HttpServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -257,7 +261,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             first = next(responses)
         except Failure as failure:
-            self._reply(HTTP_STATUS[failure.code], json.dumps({"error": str(failure)}).encode())
+            self._reply(400, _error(failure))  # whatever the error: Triton 2.51 does so
+            return
+        except StopIteration:  # the client has left
             return
         if not request.stream:
             self._reply(200, _to_json(first))
@@ -271,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
             for response in responses:
                 self._event(_to_json(response))
         except Failure as failure:
-            self._event(json.dumps({"error": str(failure)}).encode())
+            self._event(_error(failure))
         self.wfile.write(b"0\r\n\r\n")
 
     def _event(self, data: bytes) -> None:
@@ -285,6 +291,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _error(failure: Failure) -> bytes:
+    return json.dumps({"error": f"in ensemble 'wicore', {failure.code}: {failure}"}).encode()
 
 
 def _to_json(response: Response) -> bytes:

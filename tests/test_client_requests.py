@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 from PIL import Image
@@ -118,7 +119,7 @@ def connect(request, server):
     protocol, _, flavour = request.param.partition("-")
     with contextlib.ExitStack() as stack:
 
-        def make(*, port: int | None = None, **settings):
+        def make(*, port=None, **settings):
             settings = {"retry": QUICK, "metrics_port": server.ports["http"]} | settings
             url = f"127.0.0.1:{port or server.ports[protocol]}"
             client = (Blocking if flavour else Client)(url, protocol, **settings)
@@ -223,6 +224,7 @@ def test_an_error_has_one_type_before_and_after_the_first_token(connect, server,
         server.script = script
         with pytest.raises(WicoreClientError, match="top_k is -1") as caught:
             client.stream("Hi").completion() if stream else client.generate("Hi")
+        assert str(caught.value) == "top_k is -1"
         assert type(caught.value) is kind
         assert caught.value.code == code
         assert caught.value.partial_text == partial
@@ -251,6 +253,7 @@ def test_a_timeout_ends_the_request_on_both_sides(connect, server):
         assert 0.25 < time.monotonic() - started < 1.5
         assert caught.value.partial_text == partial
     assert server.wait_until_gone(2)
+    assert [json.loads(r.sampling_parameters) for r in server.requests] == [{"deadline_ms": 300}] * 2
 
 
 def test_leaving_the_with_block_cancels(connect, server):
@@ -415,7 +418,8 @@ def _forward(port: int, server: FakeTriton) -> None:
 
 
 def test_the_wrong_protocol_is_a_readable_error(server):
-    for protocol, other in (("grpc", "http"), ("http", "grpc")):
+    protocols: tuple[Literal["grpc", "http"], ...] = ("grpc", "http")
+    for protocol, other in zip(protocols, reversed(protocols), strict=True):
         with (
             Client(f"127.0.0.1:{server.ports[other]}", protocol, retry=None) as client,
             pytest.raises(WicoreClientError, match=r"127\.0\.0\.1"),

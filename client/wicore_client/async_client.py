@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
@@ -218,8 +219,12 @@ class AsyncClient:
         *,
         stream: bool,
     ) -> AsyncStream:
+        timeout = self._timeout if timeout is None else timeout
+        if timeout is not None and options.get("deadline_ms") is None:
+            # For the server as well: Triton's HTTP may miss that a client has left.
+            options = {**options, "deadline_ms": max(1, math.ceil(timeout * 1000))}
         request = GenerateRequest.build(prompt, images, options, stream=stream, request_id=request_id)
-        answer = AsyncStream(self._transport, request, self._timeout if timeout is None else timeout, self._retry)
+        answer = AsyncStream(self._transport, request, timeout, self._retry)
         self._streams[request.id] = answer
         return answer
 

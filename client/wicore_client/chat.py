@@ -13,7 +13,7 @@ from wicore_client.requests import SamplingOptions, load_image
 from wicore_client.results import Completion, Usage
 from wicore_client.terminal import Terminal
 
-HELP = "/image PATH shows a picture with the next question, /reset forgets the conversation, /quit (or Ctrl-D) leaves"
+HELP = "/image PATH adds a picture to the next question, /reset starts anew, /quit or Ctrl-D leaves"
 
 
 class Conversation:
@@ -146,9 +146,10 @@ class Chat:
 
 def summary(usage: Usage) -> str:
     """How long an answer took, in a few words."""
-    parts = [f"{usage.completion_tokens} tokens"]
+    count = usage.completion_tokens
+    parts = [f"{count} token{'' if count == 1 else 's'}"]
     if usage.ttft_ms is not None:
         parts.append(f"first after {usage.ttft_ms / 1000:.2f} s")
     if usage.ttft_ms is not None and usage.total_ms is not None and usage.total_ms > usage.ttft_ms:
-        parts.append(f"then {(usage.completion_tokens - 1) * 1000 / (usage.total_ms - usage.ttft_ms):.0f} a second")
+        parts.append(f"then {(count - 1) * 1000 / (usage.total_ms - usage.ttft_ms):.0f} a second")
     return ", ".join(parts)

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from wicore_client.chat import Chat, summary
 from wicore_client.client import CONNECT_TIMEOUT, DEFAULT_MODEL, DEFAULT_URL, Client
@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    server = argparse.ArgumentParser(add_help=False)
+    server = _Parser(add_help=False)
     group = server.add_argument_group("server")
     group.add_argument(
         "--url",
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
     group.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
-    sampling = argparse.ArgumentParser(add_help=False)
+    sampling = _Parser(add_help=False)
     group = sampling.add_argument_group("sampling (the server's defaults otherwise)")
     for name, (kind, text) in _OPTIONS.items():
         metavar = "N" if kind is int else "X"
@@ -91,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for an error of the request, 2 for one of usage, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log lines would stand between ours
     given = build_parser().parse_args(arguments)
     terminal = Terminal()
     try:
@@ -159,8 +160,7 @@ def _health(client: Client, terminal: Terminal, given: argparse.Namespace) -> in
 
 
 def _sampling(given: argparse.Namespace) -> SamplingOptions:
-    options: Any = {name: getattr(given, name) for name in (*_OPTIONS, "stop")}
-    return SamplingOptions(**options)
+    return cast(SamplingOptions, {name: getattr(given, name) for name in (*_OPTIONS, "stop")})
 
 
 def _print_json(terminal: Terminal, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -162,7 +163,8 @@ class Client:
     model
         The model to ask.
     timeout
-        Seconds that a request may take, attempts and waits included, if it does not say itself; None is no limit.
+        Seconds that a request may take, attempts and waits included, if it does not say itself; None is no limit. The
+        server hears of it as `deadline_ms`, unless that is given.
     connect_timeout
         Seconds to wait for a connection.
     retry
@@ -249,8 +251,12 @@ class Client:
         *,
         stream: bool,
     ) -> Stream:
+        timeout = self._timeout if timeout is None else timeout
+        if timeout is not None and options.get("deadline_ms") is None:
+            # For the server as well: Triton's HTTP may miss that a client has left.
+            options = {**options, "deadline_ms": max(1, math.ceil(timeout * 1000))}
         request = GenerateRequest.build(prompt, images, options, stream=stream, request_id=request_id)
-        answer = Stream(self._transport, request, self._timeout if timeout is None else timeout, self._retry)
+        answer = Stream(self._transport, request, timeout, self._retry)
         self._streams[request.id] = answer
         return answer
 

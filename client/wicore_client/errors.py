@@ -81,15 +81,27 @@ class ConnectionFailed(WicoreClientError):
         self.sent = sent
 
 
+_TRITON_MESSAGE = re.compile(
+    r"(?:in ensemble '[^']*', )?"  # which Triton puts before what a step says
+    r"(?:(?P<code>invalid_argument|unavailable|deadline_exceeded|cancelled|internal): )?(?P<text>.*)"
+)
+
+
 def error_from_code(code: str, message: str, *, retry_after: float | None = None) -> WicoreClientError:
-    """The error of a wire code; an unknown code is a ServerError.
+    """The error that a server sent; an unknown code is a ServerError.
 
     Parameters
     ----------
+    code
+        The wire's code, as far as the protocol tells it. Triton's HTTP does not, so the code that Wicore puts
+        before its message goes first.
     retry_after
         What the protocol said of it; otherwise a "retry after 1.5 s" in the message counts.
     """
-    message = " ".join(message.split()) or f"the server gave no message with its error code {code!r}"
+    found = _TRITON_MESSAGE.fullmatch(" ".join(message.split()))
+    assert found is not None, "the pattern ends with .*"
+    code = found["code"] or code
+    message = found["text"] or f"the server gave no message with its error code {code!r}"
     match code:
         case InvalidArgument.code:
             return InvalidArgument(message)

@@ -95,7 +95,7 @@ def decode(message: Any) -> Response:
         If the message is an error, or cannot be read.
     """
     if message.error_message:
-        raise ServerError(message.error_message)
+        raise error_from_code(ServerError.code, message.error_message)
     inferred = message.infer_response
     try:
         raws = zip(inferred.outputs, inferred.raw_output_contents, strict=True)
@@ -123,6 +123,8 @@ def error_from_rpc(error: Any, endpoint: Endpoint, *, answered: bool = False) ->
     status, details = error.code(), error.details() or ""
     if status is grpc.StatusCode.UNAVAILABLE:
         if details.lower().startswith(_NEVER_CONNECTED):
+            if "http/2" in details.lower():
+                return endpoint.unreachable("what answers there does not speak gRPC")
             reason = details.rpartition("Failed to connect to remote host: ")[2]
             return endpoint.unreachable(reason.removeprefix("connect: "))
         if answered or any(words in details.lower() for words in _CONNECTION_LOST):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPResponse, RemoteDisconnected
 
 import aiohttp
 
@@ -25,6 +25,7 @@ from wicore_client.results import Health, ModelStatistics, Response
 from wicore_client.timer import Timer
 
 READ_SIZE = 65536  # bytes; far more than a response, so that one read takes what there is
+NOT_HTTP = "what answers there does not speak HTTP/1"
 
 
 class HttpCall:
@@ -96,6 +97,8 @@ class HttpCall:
         except (OSError, HTTPException, ValueError) as error:  # http.client: ValueError for a closed file
             if self._cancelled:
                 raise cancelled_here() from None
+            if isinstance(error, BadStatusLine) and not isinstance(error, RemoteDisconnected):
+                raise self._endpoint.unreachable(NOT_HTTP) from None
             raise self._endpoint.broken(str(error) or type(error).__name__) from None
 
     def cancel(self) -> None:
@@ -256,6 +259,8 @@ def translated(endpoint: Endpoint) -> Iterator[None]:
         raise endpoint.unreachable("connecting took too long") from None
     except TimeoutError:
         raise timed_out() from None
+    except aiohttp.ClientResponseError:
+        raise endpoint.unreachable(NOT_HTTP) from None
     except aiohttp.ClientConnectorError as error:
         raise endpoint.unreachable(os.strerror(error.errno) if error.errno else str(error)) from None
     except (aiohttp.ClientError, OSError) as error:

@@ -67,7 +67,7 @@ def decode(text: str | bytes) -> Response:
     try:
         values = json.loads(text)
         if "error" in values:
-            raise ServerError(" ".join(str(values["error"]).split()))
+            raise error_from_code(ServerError.code, str(values["error"]))
         tokens = values.get("token_ids", ())
         values["token_ids"] = (tokens,) if isinstance(tokens, int) else tuple(tokens)  # Triton writes [7] as 7
         return Response(**{name: values[name] for name in Response.__dataclass_fields__ if name in values})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from typing import TextIO
@@ -59,6 +60,8 @@ class Terminal:
 
     def ask(self, prompt: str) -> str:
         """A line from the keyboard. Raises EOFError at its end, KeyboardInterrupt for Ctrl-C."""
+        with contextlib.suppress(ImportError):  # where Python has it: `input` then edits and remembers lines
+            import readline  # noqa: F401
         # \001 and \002 tell readline that what is between them takes no place on the line.
         return input(f"\001{_BOLD}\002{prompt}\001{_RESET}\002" if self.interactive else prompt)
 
