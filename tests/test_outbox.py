@@ -7,7 +7,7 @@ import pytest
 
 from wicore_backend.engine.request import FinishedEvent, FinishReason, TokensEvent, Usage
 from wicore_backend.errors import DeadlineExceededError, EngineError
-from wicore_backend.triton.outbox import Outbox, Reply
+from wicore_backend.triton.outbox import Channel, Outbox, Reply
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, queue_s=0.0, ttft_s=0.1, total_s=0.2)
 
@@ -15,7 +15,9 @@ USAGE = Usage(prompt_tokens=3, completion_tokens=2, queue_s=0.0, ttft_s=0.1, tot
 class FakeWire:
     def __init__(self) -> None:
         self.sent: list[Reply | Exception] = []
-        self.kept_alive = 0
+        self.probes = 0
+        self.accepting = True
+        self.accepts_all_but_the_last = False
         self.gone = False
         self.slow = threading.Event()
         self.slow.set()
@@ -30,8 +32,11 @@ class FakeWire:
     def fail(self, error: Exception) -> None:
         self.sent.append(error)
 
-    def keep_alive(self) -> None:
-        self.kept_alive += 1
+    def probe(self) -> None:
+        self.probes += 1
+
+    def accepts(self, *, last: bool) -> bool:
+        return self.accepting or (self.accepts_all_but_the_last and not last)
 
     def is_cancelled(self) -> bool:
         return self.gone
@@ -39,7 +44,7 @@ class FakeWire:
 
 @pytest.fixture
 def outbox():
-    box = Outbox(interval_s=0.02)
+    box = Outbox(patrol_s=(0.02, 0.02))
     yield box
     box.close()
 
@@ -51,6 +56,12 @@ def wait_for(condition) -> None:
         time.sleep(0.002)
 
 
+def opened(outbox: Outbox, wire: FakeWire, *, stream: bool, cancel=pytest.fail) -> Channel:
+    channel = outbox.channel(wire, stream=stream, cancel=cancel)
+    outbox.begin(channel)
+    return channel
+
+
 def tokens(*ids: int) -> TokensEvent:
     return TokensEvent(ids, "".join(chr(97 + i) for i in ids))
 
@@ -60,7 +71,7 @@ END = FinishedEvent(FinishReason.STOP, USAGE)
 
 def test_a_stream_sends_tokens_as_they_come_and_one_end(outbox):
     wire = FakeWire()
-    channel = outbox.open(wire, stream=True, cancel=pytest.fail)
+    channel = opened(outbox, wire, stream=True)
     channel.put(tokens(0))
     wait_for(lambda: len(wire.sent) == 1)
     channel.put(tokens(1))
@@ -73,7 +84,7 @@ def test_a_stream_sends_tokens_as_they_come_and_one_end(outbox):
 
 def test_tokens_that_come_while_the_wire_is_slow_leave_together(outbox):
     wire = FakeWire()
-    channel = outbox.open(wire, stream=True, cancel=pytest.fail)
+    channel = opened(outbox, wire, stream=True)
     wire.slow.clear()
     for token in range(20):
         channel.put(tokens(token))
@@ -86,7 +97,7 @@ def test_tokens_that_come_while_the_wire_is_slow_leave_together(outbox):
 
 def test_without_streaming_there_is_exactly_one_response(outbox):
     wire = FakeWire()
-    channel = outbox.open(wire, stream=False, cancel=pytest.fail)
+    channel = opened(outbox, wire, stream=False)
     channel.put(tokens(0))
     time.sleep(0.05)
     assert wire.sent == []
@@ -99,8 +110,8 @@ def test_without_streaming_there_is_exactly_one_response(outbox):
 def test_an_error_before_the_first_token_is_an_error_and_after_it_a_last_response(outbox):
     early, late = FakeWire(), FakeWire()
     error = EngineError("broke")
-    outbox.open(early, stream=True, cancel=pytest.fail).put(FinishedEvent(FinishReason.ERROR, USAGE, error))
-    channel = outbox.open(late, stream=True, cancel=pytest.fail)
+    opened(outbox, early, stream=True).put(FinishedEvent(FinishReason.ERROR, USAGE, error))
+    channel = opened(outbox, late, stream=True)
     channel.put(tokens(0))
     wait_for(lambda: late.sent)
     channel.put(FinishedEvent(FinishReason.ERROR, USAGE, error))
@@ -111,7 +122,7 @@ def test_an_error_before_the_first_token_is_an_error_and_after_it_a_last_respons
 
 def test_what_was_produced_before_a_deadline_is_kept_without_streaming_too(outbox):
     wire = FakeWire()
-    channel = outbox.open(wire, stream=False, cancel=pytest.fail)
+    channel = opened(outbox, wire, stream=False)
     channel.put(tokens(0))
     channel.put(FinishedEvent(FinishReason.DEADLINE, USAGE, DeadlineExceededError("late")))
     wait_for(lambda: wire.sent)
@@ -121,8 +132,8 @@ def test_what_was_produced_before_a_deadline_is_kept_without_streaming_too(outbo
 def test_a_client_that_goes_away_is_noticed_once_also_without_tokens(outbox):
     wire = FakeWire()
     cancels: list[int] = []
-    outbox.open(wire, stream=False, cancel=lambda: cancels.append(1))
-    wait_for(lambda: wire.kept_alive)
+    opened(outbox, wire, stream=False, cancel=lambda: cancels.append(1))
+    wait_for(lambda: wire.probes)
     wire.gone = True
     wait_for(lambda: cancels)
     time.sleep(0.1)
@@ -133,8 +144,8 @@ def test_a_broken_wire_cancels_its_request_and_leaves_the_others_alone(outbox):
     broken, sound = FakeWire(), FakeWire()
     broken.broken = True
     cancels: list[int] = []
-    bad = outbox.open(broken, stream=True, cancel=lambda: cancels.append(1))
-    good = outbox.open(sound, stream=True, cancel=pytest.fail)
+    bad = opened(outbox, broken, stream=True, cancel=lambda: cancels.append(1))
+    good = opened(outbox, sound, stream=True)
     bad.put(tokens(0))
     good.put(tokens(0))
     good.put(END)
@@ -146,7 +157,7 @@ def test_a_broken_wire_cancels_its_request_and_leaves_the_others_alone(outbox):
 
 def test_no_event_is_lost_between_the_threads(outbox):
     wires = [FakeWire() for _ in range(8)]
-    channels = [outbox.open(wire, stream=True, cancel=pytest.fail) for wire in wires]
+    channels = [opened(outbox, wire, stream=True) for wire in wires]
 
     def put() -> None:
         for token in range(500):
@@ -161,3 +172,56 @@ def test_no_event_is_lost_between_the_threads(outbox):
     thread.join()
     for wire in wires:
         assert [token for reply in wire.sent for token in reply.token_ids] == list(range(500))
+
+
+def test_what_the_wire_does_not_accept_yet_waits_and_leaves_whole(outbox):
+    wire = FakeWire()
+    wire.accepting = False
+    channel = opened(outbox, wire, stream=True)
+    channel.put(tokens(0))
+    channel.put(END)
+    time.sleep(0.05)
+    assert wire.sent == []
+    probes = wire.probes
+    time.sleep(0.1)
+    assert wire.probes == probes, "a request that is ending is not probed any more"
+    wire.accepting = True
+    outbox.post(channel.flush)
+    wait_for(lambda: wire.sent)
+    assert [(reply.text, reply.reason) for reply in wire.sent] == [("a", FinishReason.STOP)]
+
+
+def test_tokens_pass_while_only_the_end_has_to_wait(outbox):
+    wire = FakeWire()
+    wire.accepting, wire.accepts_all_but_the_last = False, True
+    channel = opened(outbox, wire, stream=True)
+    channel.put(tokens(0))
+    wait_for(lambda: wire.sent)
+    channel.put(tokens(1))
+    channel.put(END)
+    time.sleep(0.05)
+    assert all(reply.reason is None for reply in wire.sent)
+    wire.accepting = True
+    outbox.post(channel.flush)
+    wait_for(lambda: wire.sent[-1].reason)
+    assert "".join(reply.text for reply in wire.sent) == "ab"
+
+
+def test_closing_sends_what_is_left_even_where_the_wire_does_not_accept():
+    box = Outbox()
+    wire = FakeWire()
+    wire.accepting = False
+    opened(box, wire, stream=False).put(END)
+    box.close()
+    assert [reply.reason for reply in wire.sent] == [FinishReason.STOP]
+
+
+def test_events_that_come_before_the_channel_begins_are_sent_once(outbox):
+    wire = FakeWire()
+    channel = outbox.channel(wire, stream=True, cancel=pytest.fail)
+    channel.put(tokens(0))
+    channel.put(END)
+    outbox.begin(channel)
+    wait_for(lambda: wire.sent and wire.sent[-1].reason)
+    time.sleep(0.05)
+    assert "".join(reply.text for reply in wire.sent) == "a"

@@ -46,7 +46,7 @@ class OverloadedError(WicoreError):
     code = ErrorCode.UNAVAILABLE
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
+        super().__init__(f"{message}; retry after {retry_after_s:g} s")
         self.retry_after_s = retry_after_s
 
 

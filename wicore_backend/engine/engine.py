@@ -255,8 +255,7 @@ class Engine:
         if self._queued_or_running >= limit:
             self._recorder.refused += 1
             raise OverloadedError(
-                f"{limit} requests are queued or running (max_running + max_waiting); try again later",
-                retry_after_s=1.0,
+                f"{limit} requests are queued or running (max_running + max_waiting)", retry_after_s=1.0
             )
 
     def _check(self, prompt: Prompt, params: SamplingParams) -> None:

@@ -8,18 +8,21 @@ import triton_python_backend_utils as pb_utils
 
 from wicore_backend.errors import ErrorCode, WicoreError
 
-_CODES = {
-    ErrorCode.INVALID_ARGUMENT: pb_utils.TritonError.INVALID_ARG,
-    ErrorCode.UNAVAILABLE: pb_utils.TritonError.UNAVAILABLE,
+_TRITON_NAMES = {
+    ErrorCode.INVALID_ARGUMENT: "INVALID_ARG",
+    ErrorCode.UNAVAILABLE: "UNAVAILABLE",
     # Triton has no code for a deadline: what passed it is not to be had any more, which UNAVAILABLE says best.
-    ErrorCode.DEADLINE_EXCEEDED: pb_utils.TritonError.UNAVAILABLE,
-    ErrorCode.CANCELLED: pb_utils.TritonError.CANCELLED,
-    ErrorCode.INTERNAL: pb_utils.TritonError.INTERNAL,
+    ErrorCode.DEADLINE_EXCEEDED: "UNAVAILABLE",
+    ErrorCode.CANCELLED: "CANCELLED",
+    ErrorCode.INTERNAL: "INTERNAL",
 }
 
 
 def triton_error(error: Exception) -> Any:
-    """`error` as a TritonError. Its text begins with the code's name, which survives roads that lose Triton's code."""
-    if isinstance(error, WicoreError):
-        return pb_utils.TritonError(f"{error.code}: {error}", _CODES[error.code])
-    return pb_utils.TritonError(f"internal: {type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+    """`error` as a TritonError whose text begins with its code in brackets.
+
+    HTTP answers 400 whatever Triton's code, and a gRPC stream carries the text alone, so the text has to say it.
+    """
+    if not isinstance(error, WicoreError):
+        return pb_utils.TritonError(f"[{ErrorCode.INTERNAL}] {type(error).__name__}: {error}")
+    return pb_utils.TritonError(f"[{error.code}] {error}", getattr(pb_utils.TritonError, _TRITON_NAMES[error.code]))

@@ -7,27 +7,27 @@ import logging
 import secrets
 from functools import partial
 from typing import Any
-
-import numpy as np
-import triton_python_backend_utils as pb_utils
-from numpy.typing import NDArray
+from weakref import WeakValueDictionary
 
 from wicore_backend.engine.engine import Engine
 from wicore_backend.errors import WicoreError
-from wicore_backend.triton.errors import triton_error
 from wicore_backend.triton.logs import log_to_triton
 from wicore_backend.triton.metrics import Metrics, MetricsThread
-from wicore_backend.triton.outbox import Outbox, Reply
+from wicore_backend.triton.outbox import Channel, Outbox
 from wicore_backend.triton.settings import check_numpy, engine_config
-from wicore_backend.triton.tensors import strings, tensors_of
-from wicore_backend.triton.wire import RequestOptions, logprobs_json, prompt_from_tensors, usage_json
+from wicore_backend.triton.tensors import tensors_of
+from wicore_backend.triton.wire import RequestOptions, prompt_from_tensors
+from wicore_backend.triton.wires import FINAL, DirectWire, EnsembleWire, ReplySender
 
 _log = logging.getLogger(__name__)
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
-    """Hands requests to the engine and never waits for them; the outbox answers."""
+    """Hands requests to the engine and never waits for them; the outbox answers.
+
+    A request is *direct*, from a client of this model, or one of an ensemble's two steps, *submit* and *attach*
+    (`triton/wires.py`): attach has the input `tick_in`, submit asks for the output `tick` alone.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         check_numpy()
@@ -35,37 +35,61 @@ class TritonPythonModel:
         self._engine = Engine(engine_config(json.loads(args["model_config"])))
         self._metrics = Metrics(args["model_name"], list(self._engine.statistics().blocks))
         self._metrics_thread = MetricsThread(self._metrics, self._engine.statistics)
+        self._replies = ReplySender(self._engine.processor.tokenizer.token_text, self._metrics.observe)
         self._outbox = Outbox()
+        self._attachable: WeakValueDictionary[bytes, Channel] = WeakValueDictionary()  # The outbox holds what is open.
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
+            tensors = tensors_of(request)
+            if "tick_in" in tensors:
+                key = bytes(tensors["tick_in"][0])
+                self._outbox.post(partial(self._attach, key, sender, cancelled=request.is_cancelled()))
+                continue
             try:
-                self._submit(request, sender)
+                self._submit(request, tensors, sender)
             except Exception as error:
                 if not isinstance(error, WicoreError):
                     _log.exception("request %r could not be submitted", request.request_id())
-                sender.send(pb_utils.InferenceResponse(error=triton_error(error)), flags=_FINAL)
+                self._replies.fail(sender, error)
 
     def finalize(self) -> None:
         self._engine.close()
         self._outbox.close()
         self._metrics_thread.close()
 
-    def _submit(self, request: Any, sender: Any) -> None:
-        tensors = tensors_of(request)
+    def _submit(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:
         options = RequestOptions.parse(request.parameters(), tensors["request"][0] if "request" in tensors else None)
         prompt = prompt_from_tensors(tensors, self._engine.processor.image_size)
         # Clients choose their request ids, also twice the same; inside, each request has its own.
         request_id = f"{request.request_id()}#{secrets.token_hex(4)}"
-        wire = _PythonWire(sender, self._engine.processor.tokenizer.token_text, self._metrics)
-        sink = self._outbox.open(wire, stream=options.serving.stream, cancel=partial(self._engine.cancel, request_id))
+        key = request_id.encode()
+        in_ensemble = list(request.requested_output_names()) == ["tick"]
+        wire = EnsembleWire(key, sender, self._replies) if in_ensemble else DirectWire(sender, self._replies)
+        channel = self._outbox.channel(
+            wire, stream=options.serving.stream, cancel=partial(self._engine.cancel, request_id)
+        )
         deadline_ms = options.serving.deadline_ms
         self._engine.submit(
             prompt,
             options.sampling,
-            sink=sink,
+            sink=channel.put,
             request_id=request_id,
             priority=options.serving.priority,
             deadline_s=None if deadline_ms is None else deadline_ms / 1000,
         )
+        if isinstance(wire, EnsembleWire):
+            self._attachable[key] = channel
+        self._outbox.begin(channel)
+
+    def _attach(self, key: bytes, sender: Any, *, cancelled: bool) -> None:
+        """On the sending thread: a tick has come back."""
+        channel = self._attachable.get(key)
+        if channel is None or not channel.open or not isinstance(channel.wire, EnsembleWire):
+            sender.send(flags=FINAL)
+            return
+        channel.wire.attach(sender, cancelled=cancelled)
+        if cancelled:
+            channel.lose()
+        channel.flush()

@@ -21,6 +21,12 @@ from wicore_backend.errors import WicoreError
 
 _log = logging.getLogger(__name__)
 
+_PATROL_S = (0.25, 0.75)
+"""Shortest and longest time between two questions whether a client is still there."""
+
+_CHANNELS_PER_S = 80
+"""Clients asked after in a second at most, between those times: asking costs an ensemble about 1 ms of CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -36,7 +42,10 @@ class Reply:
 
 
 class Wire(Protocol):
-    """The road back to one request's client. Used by the sending thread only, except before the request is opened."""
+    """The road back to one request's client. Used by the sending thread only."""
+
+    def accepts(self, *, last: bool) -> bool:
+        """Whether a response, or the last one, may be sent now; if not, the wire's owner flushes when it may."""
 
     def send(self, reply: Reply) -> None:
         """Send a response; after one with a `reason` the request is over."""
@@ -44,29 +53,30 @@ class Wire(Protocol):
     def fail(self, error: WicoreError) -> None:
         """End a request that has had no response yet with an error."""
 
-    def keep_alive(self) -> None:
-        """Send whatever lets a cancel be noticed further up, and that the client does not see."""
+    def probe(self) -> None:
+        """Do what it takes for `is_cancelled` to be true soon if the client has gone."""
 
     def is_cancelled(self) -> bool:
-        """Whether the client has gone or has cancelled."""
+        """Whether the client is known to have gone, or to have cancelled."""
 
 
 class Channel:
-    """One open request: the buffer between the engine's thread, which puts, and the sending thread, which flushes."""
+    """One request's buffer between the engine's thread, which puts, and the sending thread, which flushes.
+
+    It is *open* until its last response is sent, or sending fails. If its client goes away it is *lost*: the request
+    is cancelled, and the channel stays open for its end, which Triton needs.
+    """
 
     def __init__(
-        self, wire: Wire, *, stream: bool, cancel: Callable[[], None], ready: SimpleQueue[Channel | None]
+        self, wire: Wire, *, stream: bool, cancel: Callable[[], None], post: Callable[[Channel], None]
     ) -> None:
         self.wire = wire
+        self.open = True
         self.lost = False
-        """Whether the client has gone; the request's end is still sent, for Triton's sake."""
-        self.broken = False
-        """Whether sending failed; nothing is sent any more."""
-        self._cancel = cancel
-        self.last_sent = time.monotonic()
         self._stream = stream
+        self._cancel = cancel
+        self._post = post
         self._events: deque[Event] = deque()
-        self._ready = ready
         self._announced = False
         self._answered = False
 
@@ -75,7 +85,50 @@ class Channel:
         self._events.append(event)
         if not self._announced and (self._stream or isinstance(event, FinishedEvent)):
             self._announced = True
-            self._ready.put(self)
+            self._post(self)
+
+    @property
+    def ending(self) -> bool:
+        """Whether the last event is there."""
+        return bool(self._events) and isinstance(self._events[-1], FinishedEvent)
+
+    def flush(self, *, force: bool = False) -> None:
+        """Send what there is, if the wire accepts it; with `force` in any case."""
+        self._announced = False  # Before the buffer is read: an event that comes now announces itself again.
+        events = [self._events.popleft() for _ in range(len(self._events))]
+        if not events or not self.open:
+            return
+        ending = isinstance(events[-1], FinishedEvent)
+        if not (self._stream or ending) or not (force or self.wire.accepts(last=ending)):
+            self._events.extendleft(reversed(events))
+            return
+        reply = merge(events)
+        try:
+            if reply.error is not None and not self._answered and not reply.token_ids:
+                self.wire.fail(reply.error)
+            else:
+                self.wire.send(reply)
+        except Exception:
+            # The road back is broken, so nobody hears what is computed from here on.
+            _log.exception("a response could not be sent; its request is cancelled")
+            self.open = False
+            self.lose()
+        self._answered = True
+        if reply.reason is not None:
+            self.open = False
+
+    def patrol(self) -> None:
+        """Ask after the client."""
+        if self.lost or self.ending:
+            return
+        try:
+            if self.wire.is_cancelled():
+                self.lose()
+            else:
+                self.wire.probe()
+        except Exception:
+            _log.exception("a request's client cannot be asked after; the request is cancelled")
+            self.lose()
 
     def lose(self) -> None:
         """The client has gone: cancel the request, once."""
@@ -83,96 +136,64 @@ class Channel:
             self.lost = True
             self._cancel()
 
-    def flush(self) -> bool:
-        """Send what there is; True once the request is over."""
-        self._announced = False  # Before the buffer is read: an event that comes now announces itself again.
-        events: list[Event] = []
-        while self._events:
-            events.append(self._events.popleft())
-        if not events or self.broken:
-            return False
-        reply = merge(events)
-        if reply.error is not None and not self._answered and not reply.token_ids:
-            self.wire.fail(reply.error)
-        else:
-            self.wire.send(reply)
-        self._answered = True
-        self.last_sent = time.monotonic()
-        return reply.reason is not None
-
 
 class Outbox:
-    """The sending thread and the requests it serves.
+    """The sending thread and the channels it serves."""
 
-    Parameters
-    ----------
-    interval_s
-        How often every open request is asked whether its client is still there, and told of by `keep_alive` if
-        nothing else was sent in that time.
-    """
-
-    def __init__(self, *, interval_s: float = 0.2) -> None:
-        self._interval_s = interval_s
-        self._ready: SimpleQueue[Channel | None] = SimpleQueue()
-        self._open: set[Channel] = set()
+    def __init__(self, *, patrol_s: tuple[float, float] = _PATROL_S) -> None:
+        self._patrol_s = patrol_s
+        self._ready: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._channels: set[Channel] = set()
         self._thread = threading.Thread(target=self._run, name="wicore-outbox", daemon=True)
         self._thread.start()
 
-    def open(self, wire: Wire, *, stream: bool, cancel: Callable[[], None]) -> Channel:
-        """A channel for one request. `cancel` is called at most once, if the client goes away before the end."""
-        channel = Channel(wire, stream=stream, cancel=cancel, ready=self._ready)
-        self._open.add(channel)
-        return channel
+    def channel(self, wire: Wire, *, stream: bool, cancel: Callable[[], None]) -> Channel:
+        """A channel for one request; nothing is sent on it before `begin`.
 
-    def discard(self, channel: Channel) -> None:
-        """Forget a channel whose request never began: nothing more is sent on it."""
-        self._open.remove(channel)
+        Parameters
+        ----------
+        cancel
+            Called at most once, if the client goes away before the end.
+        """
+        return Channel(wire, stream=stream, cancel=cancel, post=lambda channel: self.post(channel.flush))
+
+    def begin(self, channel: Channel) -> None:
+        """Serve a channel whose request has been accepted."""
+
+        def begin() -> None:
+            self._channels.add(channel)
+            channel.patrol()
+            channel.flush()
+
+        self.post(begin)
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Have the sending thread do something."""
+        self._ready.put(action)
 
     def close(self) -> None:
-        """End the thread, after what is ready now has been sent."""
+        """End the thread, after everything that is ready has been sent."""
         self._ready.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        patrol = time.monotonic() + self._interval_s
+        patrol = time.monotonic() + self._patrol_s[0]
         while True:
             try:
-                channel = self._ready.get(timeout=max(0.0, patrol - time.monotonic()))
-                if channel is None:
-                    return
-                self._flush(channel)
+                action = self._ready.get(timeout=max(0.0, patrol - time.monotonic()))
+                if action is None:
+                    break
+                action()
             except Empty:
                 pass
             if time.monotonic() >= patrol:
-                self._patrol()
-                patrol = time.monotonic() + self._interval_s
-
-    def _flush(self, channel: Channel) -> None:
-        try:
-            over = channel.flush()
-        except Exception:
-            # The road back is broken, so nobody hears what is computed from here on.
-            _log.exception("a response could not be sent; its request is cancelled")
-            channel.broken = True
-            channel.lose()
-            over = True
-        if over:
-            self._open.discard(channel)
-
-    def _patrol(self) -> None:
-        now = time.monotonic()
-        for channel in list(self._open):
-            if channel.lost:
-                continue
-            try:
-                if channel.wire.is_cancelled():
-                    channel.lose()
-                elif now - channel.last_sent >= self._interval_s:
-                    channel.wire.keep_alive()
-                    channel.last_sent = now
-            except Exception:
-                _log.exception("a request's client could not be asked after; its request is cancelled")
-                channel.lose()
+                self._channels = {channel for channel in self._channels if channel.open}
+                for channel in self._channels:
+                    channel.patrol()
+                shortest, longest = self._patrol_s
+                patrol = time.monotonic() + min(longest, max(shortest, len(self._channels) / _CHANNELS_PER_S))
+        for channel in self._channels:
+            channel.flush(force=True)
 
 
 def merge(events: list[Event]) -> Reply:

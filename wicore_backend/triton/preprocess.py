@@ -44,11 +44,13 @@ class TritonPythonModel:
 
     def _process(self, request: Any) -> dict[str, NDArray[Any]]:
         tensors = tensors_of(request)
-        options = RequestOptions.parse(
-            request.parameters(),
-            tensors["sampling_parameters"][0] if "sampling_parameters" in tensors else None,
-            **({"stream": bool(tensors["stream"][0])} if "stream" in tensors else {}),
-        )
+        given: dict[str, Any] = {}
+        if "stream" in tensors:
+            given["stream"] = bool(tensors["stream"].item())
+        if "stop" in tensors:
+            given["stop"] = [text.decode() for text in tensors["stop"]]
+        sampling = tensors["sampling_parameters"].item() if "sampling_parameters" in tensors else None
+        options = RequestOptions.parse(request.parameters(), sampling, **given)
         prompt = self._processor.process(
             prompt_source(tensors), images=list(tensors.get("images", ())), raw=options.serving.raw
         )

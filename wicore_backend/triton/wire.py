@@ -6,7 +6,7 @@ Nothing here imports Triton, so that it is tested without a server.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -66,8 +66,8 @@ class RequestOptions:
         Parameters
         ----------
         parameters
-            Triton's request parameters as the backend gives them, a JSON object; these win. Names that begin with
-            `triton_` are the server's own.
+            Triton's request parameters as the backend gives them, a JSON object; these win. The server's own are
+            left out.
         sampling_parameters
             The input tensor of that name, a JSON object.
         tensors
@@ -82,7 +82,12 @@ class RequestOptions:
             if not isinstance(values, dict):
                 raise InvalidArgumentError(f"sampling_parameters must be a JSON object, not {json.dumps(values)[:80]}")
         given = json.loads(parameters or "{}")
-        return cls(values | tensors | {k: v for k, v in given.items() if not k.startswith("triton_")})
+        return cls(values | tensors | {name: value for name, value in given.items() if not _is_tritons(name)})
+
+
+def _is_tritons(name: str) -> bool:
+    """Whether a request parameter is the server's own: `generate` passes a request's id on as one, for example."""
+    return name.startswith(("triton_", "sequence_")) or name == "id"
 
 
 def prompt_source(tensors: Tensors) -> PromptSource:
@@ -176,7 +181,9 @@ def usage_json(usage: Usage) -> str:
 
 
 def logprobs_json(
-    logprobs: list[TokenLogprob], prompt_logprobs: tuple[TokenLogprob | None, ...] | None, token_text: Any
+    logprobs: Iterable[TokenLogprob],
+    prompt_logprobs: Iterable[TokenLogprob | None] | None,
+    token_text: Callable[[int], str],
 ) -> str:
     """The `logprobs` output: {"tokens": [...], "prompt": [...]}, each entry a token's id, text and alternatives."""
 
