@@ -101,7 +101,10 @@ def error_from_code(code: str, message: str, *, retry_after: float | None = None
     found = _TRITON_MESSAGE.fullmatch(" ".join(message.split()))
     assert found is not None, "the pattern ends with .*"
     code = found["code"] or code
-    message = found["text"] or f"the server gave no message with its error code {code!r}"
+    message = found["text"]
+    if message.startswith("Request for unknown model"):  # Triton's, with a code on no protocol
+        return InvalidArgument(f"{message}; `wicore health` lists the server's models")
+    message = message or f"the server gave no message with its error code {code!r}"
     match code:
         case InvalidArgument.code:
             return InvalidArgument(message)

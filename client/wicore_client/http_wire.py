@@ -70,7 +70,11 @@ def decode(text: str | bytes) -> Response:
             raise error_from_code(ServerError.code, str(values["error"]))
         tokens = values.get("token_ids", ())
         values["token_ids"] = (tokens,) if isinstance(tokens, int) else tuple(tokens)  # Triton writes [7] as 7
-        return Response(**{name: values[name] for name in Response.__dataclass_fields__ if name in values})
+        fields = {name: values[name] for name in Response.__dataclass_fields__ if name in values}
+        for name, value in fields.items():
+            if not (all(isinstance(i, int) for i in value) if name == "token_ids" else isinstance(value, str)):
+                raise TypeError(f"{name} is {str(value)[:40]!r}")
+        return Response(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise ServerError(f"cannot read the server's response: {error!r}") from error
 
