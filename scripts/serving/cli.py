@@ -1,0 +1,225 @@
+"""What scripts/serve.sh, scripts/test.sh and scripts/setup.sh run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from scripts.serving.console import Step, say
+from scripts.serving.installation import ROOT, Installation, SetUpError
+from scripts.serving.server import LOG_LEVELS, ServerOptions, ServerStartError, TritonServer
+
+DEMO_MODEL = ROOT / "models" / "wicore-demo"
+PICTURE = ROOT / "client" / "wicore_client" / "assets" / "shapes.png"
+
+_DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
+_FIRST_RESTART_SECONDS, _LONGEST_RESTART_SECONDS = 1.0, 30.0
+_HEALTHY_SECONDS = 60.0
+"""A server that ran so long and then died is restarted without the growing wait."""
+
+
+class _Stopped(BaseException):
+    """A person or the system wants this process to end."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts.serving", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    serve = commands.add_parser(
+        "serve",
+        prog="scripts/serve.sh",
+        description="Set up what is missing and serve Gemma-3 through Triton until Ctrl-C.",
+        epilog="Exit code: 0 when it was told to stop, 1 when the server could not start or died, 2 for wrong usage.",
+    )
+    serve.add_argument("--demo", action="store_true", help="ask one question about a picture, then stop")
+    serve.add_argument(
+        "--model",
+        type=Path,
+        default=os.environ.get("WICORE_MODEL") or DEMO_MODEL,
+        metavar="PATH",
+        help="a Gemma-3 checkpoint in Hugging Face layout (default: $WICORE_MODEL or the demo model)",
+    )
+    serve.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    serve.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="NAME=VALUE",
+        dest="settings",
+        help="a setting of the engine, its value as JSON or text: --set max_batch_tokens=512; may be repeated",
+    )
+    for name, port in _DEFAULT_PORTS.items():
+        serve.add_argument(
+            f"--{name}-port", type=_port, metavar="PORT", help=f"0 takes a free one (default: {port}; --demo: 0)"
+        )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--model-repository", type=Path, default=ROOT / "model_repository", metavar="PATH")
+    serve.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="of the log (default: %(default)s)")
+    serve.add_argument("--ready-timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
+    serve.add_argument("--restart", action="store_true", help="start the server again when it dies")
+    serve.set_defaults(run=_serve)
+
+    setup = commands.add_parser("setup", prog="scripts/setup.sh", description="Set up what is missing, start nothing.")
+    setup.add_argument("--test", action="store_true", help="with what the tests need")
+    setup.set_defaults(run=_set_up)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["test"]:  # whose arguments are pytest's
+        run = partial(_test, arguments[1:])
+    else:
+        given = build_parser().parse_args(arguments)
+        run = partial(given.run, given)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _raise_stopped)
+    try:
+        code: int = run()
+        return code
+    except _Stopped:
+        say("stopped")
+        return 0
+    except (SetUpError, ServerStartError) as error:
+        say(f"error: {error}")
+        return 1
+
+
+def _raise_stopped(number: int, _frame: object) -> NoReturn:
+    raise _Stopped(number)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def _options(given: argparse.Namespace) -> ServerOptions:
+    model = Path(given.model).resolve()
+    if not (model / "config.json").is_file():
+        raise ServerStartError(f"{model} is not a checkpoint: it has no config.json")
+    settings = {"model": str(model), **({"device": given.device} if given.device else {}), **dict(given.settings)}
+    return ServerOptions(
+        model_repository=given.model_repository.resolve(),
+        host=given.host,
+        log_level=given.log_level,
+        settings=settings,
+        http_port=_chosen_port(given, "http"),
+        grpc_port=_chosen_port(given, "grpc"),
+        metrics_port=_chosen_port(given, "metrics"),
+    )
+
+
+def _chosen_port(given: argparse.Namespace, name: str) -> int:
+    wanted: int | None = getattr(given, f"{name}_port")
+    if wanted is None:
+        return 0 if given.demo else _DEFAULT_PORTS[name]
+    return wanted
+
+
+def _serve(given: argparse.Namespace) -> int:
+    options = _options(given)
+    installation = Installation.of_this_checkout()
+    pause = _FIRST_RESTART_SECONDS
+    while True:
+        with _running(options, installation, given.ready_timeout) as server:
+            if given.demo:
+                return _demo(server, installation)
+            print(_welcome(server), flush=True)
+            began = time.monotonic()
+            while server.wait(1.0) is None:
+                pass
+            say(f"error: tritonserver died (exit code {server.exit_code}):\n{server.why()}\nlog: {server.log}")
+        if not given.restart:
+            return 1
+        pause = _FIRST_RESTART_SECONDS if time.monotonic() - began > _HEALTHY_SECONDS else pause
+        say(f"starting it again in {pause:.0f} s")
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_RESTART_SECONDS)
+
+
+@contextmanager
+def _running(options: ServerOptions, installation: Installation, ready_timeout: float) -> Iterator[TritonServer]:
+    """A server that is ready. Leaving stops it, and while that lasts no signal gets in between."""
+    server = TritonServer(options, installation)
+    try:
+        server.start()
+        step = Step("starting tritonserver")
+        server.wait_ready(
+            timeout=ready_timeout,
+            progress=lambda model: step.detail(f"{model} is ready") if model else step.alive(f"log: {server.log}"),
+        )
+        step.done()
+        yield server
+    finally:
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        if server.exit_code is None:
+            say("stopping tritonserver ...")
+        server.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _demo(server: TritonServer, installation: Installation) -> int:
+    command = ["describe", str(PICTURE), "--url", server.urls.grpc]
+    say(f"\n$ wicore {shlex.join(command)}")
+    return subprocess.run([installation.environment / "bin" / "wicore", *command]).returncode
+
+
+def _welcome(server: TritonServer) -> str:
+    urls = server.urls
+    url = "" if server.options.grpc_port == _DEFAULT_PORTS["grpc"] else f" --url {urls.grpc}"
+    wicore = f"{_from_here(ROOT / '.venv' / 'bin' / 'wicore')}"
+    question = json.dumps({"text_input": "What is 7 plus 5?", "stream": True})
+    return f"""
+Wicore is ready.
+  HTTP     {urls.http}
+  gRPC     {urls.grpc}
+  metrics  {urls.metrics}
+  log      {server.log}
+
+Try:
+  {wicore} describe {_from_here(PICTURE)}{url}
+  {wicore} chat{url}
+  curl -sN {urls.http}/v2/models/wicore/generate_stream -d '{question}'
+
+Ctrl-C stops it."""
+
+
+def _from_here(path: Path) -> str:
+    return shlex.quote(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else shlex.quote(str(path))
+
+
+def _set_up(given: argparse.Namespace) -> int:
+    Installation.of_this_checkout(extras=["test"] if given.test else [])
+    say("everything is set up")
+    return 0
+
+
+def _test(arguments: Sequence[str]) -> NoReturn:
+    installation = Installation.of_this_checkout(extras=["test"])
+    os.chdir(ROOT)
+    os.environ.pop("PYTHONPATH", None)
+    os.execv(installation.python, [str(installation.python), "-m", "pytest", *arguments])
