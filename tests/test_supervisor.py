@@ -1,0 +1,184 @@
+"""The supervisor, with a stand-in for the server: whatever is killed, nothing of a start stays behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.serving import Installation, ServerOptions, ServerStartError, TritonServer, server
+from scripts.serving.installation import ROOT
+from scripts.serving.runs import Run, open_run, sweep
+
+FREE = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+
+
+@pytest.fixture
+def repository(tmp_path):
+    (tmp_path / "repository" / "one").mkdir(parents=True)
+    (tmp_path / "repository" / "one" / "config.pbtxt").write_text('name: "one"')
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def installation(tmp_path):
+    program = tmp_path / "server" / "bin" / "tritonserver"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!{sys.executable}\n{Path(ROOT, 'tests', 'fake_tritonserver.py').read_text()}")
+    program.chmod(0o755)
+    return Installation(Path(sys.prefix), tmp_path / "server")
+
+
+@pytest.fixture
+def make(repository, installation, tmp_path):
+    def make(*, mode="", **options):
+        return TritonServer(
+            ServerOptions(**({"model_repository": repository} | FREE | options)),
+            installation,
+            state=tmp_path / "state",
+            environ={**os.environ, "FAKE_SERVER": mode},
+        )
+
+    return make
+
+
+def is_clean(run: Run) -> bool:
+    return not run.processes() and not run.regions() and not run.directory.exists()
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_a_server_starts_answers_and_stops_without_a_trace(make):
+    with make() as triton:
+        assert len(triton.run.processes()) == 2
+        assert len(triton.run.regions()) == 1
+        assert triton.exit_code is None
+    assert triton.exit_code == 0
+    assert is_clean(triton.run)
+    triton.stop()  # once more does nothing
+
+
+def test_ports_are_free_ones_and_differ(make):
+    with make() as first, make() as second:
+        ports = {url.split(":")[-1].split("/")[0] for urls in (first.urls, second.urls) for url in vars(urls).values()}
+        assert len(ports) == 6
+
+
+def test_a_taken_port_is_named_before_anything_is_started(make):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        triton = make(grpc_port=port)
+        with pytest.raises(ServerStartError, match=rf"cannot listen on 127\.0\.0\.1:{port}.*--grpc-port 0"):
+            triton.start()
+
+
+def test_a_repository_without_models_is_refused(make, tmp_path):
+    with pytest.raises(ServerStartError, match="there is no model in"):
+        make(model_repository=tmp_path).start()
+
+
+def test_settings_reach_the_models_and_the_users_python_path_does_not(make):
+    triton = make(settings={"model": "/models/x", "max_batch_tokens": 512})
+    triton._environ["PYTHONPATH"] = "/somewhere"
+    with triton:
+        environment = Path(f"/proc/{triton.process_id}/environ").read_bytes().decode().split("\0")
+    assert 'WICORE_SETTINGS={"model": "/models/x", "max_batch_tokens": 512}' in environment
+    assert not [entry for entry in environment if entry.startswith("PYTHONPATH=")]
+    assert next(entry for entry in environment if entry.startswith("PATH=")).startswith(f"PATH={sys.prefix}/bin:")
+
+
+def test_a_model_that_fails_to_load_is_reported_in_its_own_words(make):
+    triton = make(mode="broken")
+    with pytest.raises(ServerStartError, match=r"exit code 1\):\none: Internal: no such luck\nlog: "):
+        triton.__enter__()
+    assert is_clean(triton.run)
+
+
+def test_a_killed_server_is_noticed_and_cleared_up_after(make):
+    with make() as triton:
+        os.kill(triton.process_id, signal.SIGKILL)
+        assert triton.wait(10) == -signal.SIGKILL
+        assert is_clean(triton.run)
+
+
+def test_a_server_that_does_not_stop_is_killed(make, monkeypatch):
+    monkeypatch.setattr(server, "_STOP_SECONDS", 0.2)
+    with make(mode="stubborn") as triton:
+        pass
+    assert triton.exit_code == -signal.SIGKILL
+    assert is_clean(triton.run)
+
+
+def test_a_killed_guard_takes_its_server_along(make):
+    with make(mode="stubborn") as triton:
+        triton._guard.kill()
+        assert triton.wait(10) == -signal.SIGKILL
+        assert is_clean(triton.run)
+
+
+def start_elsewhere(repository, installation, state, mode=""):
+    """A supervisor in a process of its own; returns it, its run, and its guard's id."""
+    code = f"""
+        import time
+        from pathlib import Path
+        from scripts.serving import Installation, ServerOptions, TritonServer
+        installation = Installation(Path({str(installation.environment)!r}), Path({str(installation.server)!r}))
+        options = ServerOptions(model_repository=Path({str(repository)!r}), http_port=0, grpc_port=0, metrics_port=0)
+        with TritonServer(options, installation, state=Path({str(state)!r})) as server:
+            print(server.run.name, server._guard.pid, flush=True)
+            time.sleep(600)
+        """
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env={**os.environ, "FAKE_SERVER": mode},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert supervisor.stdout is not None
+    name, guard = supervisor.stdout.readline().split()
+    return supervisor, Run(state / "runs" / name), int(guard)
+
+
+def test_nothing_stays_when_the_supervisor_is_killed(repository, installation, tmp_path):
+    supervisor, run, _ = start_elsewhere(repository, installation, tmp_path / "state")
+    assert len(run.processes()) == 2
+    supervisor.kill()
+    supervisor.wait()
+    wait_until(lambda: is_clean(run))
+
+
+def test_the_next_start_clears_what_a_wholesale_kill_left(repository, installation, tmp_path, make):
+    supervisor, run, guard = start_elsewhere(repository, installation, tmp_path / "state", mode="stubborn")
+    for process in (guard, supervisor.pid):
+        os.kill(process, signal.SIGKILL)
+    supervisor.wait()
+    assert len(run.processes()) == 2  # it ignores the SIGTERM that the guard's death sends it
+    with make():
+        assert is_clean(run)
+
+
+def test_sweeping_leaves_running_servers_alone(make, tmp_path):
+    with make() as triton:
+        assert sweep(tmp_path / "state") == []
+        assert len(triton.run.processes()) == 2
+
+
+def test_a_run_is_swept_once_nobody_holds_its_lock(tmp_path):
+    run, lock = open_run(tmp_path)
+    region = Path("/dev/shm", f"{run.shared_memory_prefix}left-over")
+    region.write_bytes(b"0")
+    assert sweep(tmp_path) == []
+    os.close(lock)
+    assert sweep(tmp_path) == [run]
+    assert not region.exists()
