@@ -1,8 +1,9 @@
 """From the engine's events to responses: one thread sends for all requests, and groups when it falls behind.
 
 The engine's thread only appends an event to its request's buffer. The sending thread takes a request's whole buffer at
-a time, so tokens that arrive while it is busy leave together: a slow client or backend makes responses fewer and
-larger, never the engine slower.
+a time, and leaves as much time between two responses of a request as keeps it idle for most of the time: what it takes
+is taken from the engine. So a slow client or backend, or many streams, make responses fewer and larger, never the
+engine slow. The first tokens and the last ones of an answer never wait.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -23,6 +27,12 @@ _log = logging.getLogger(__name__)
 
 _PATROL_S = (0.25, 0.75)
 """Shortest and longest time between two questions whether a client is still there."""
+
+_SENDING_SHARE = 0.2
+"""Share of the time that the sending thread may spend on sending tokens."""
+
+_LONGEST_GAP_S = 0.1
+"""Longest time between two responses of a request that has tokens: what reads as fluent."""
 
 _CHANNELS_PER_S = 80
 """Clients asked after in a second at most, between those times: asking costs an ensemble about 1 ms of CPU."""
@@ -78,12 +88,15 @@ class Channel:
         self._post = post
         self._events: deque[Event] = deque()
         self._announced = False
-        self._answered = False
+        self.answered = False
+        """Whether a response has been sent."""
+        self.next_response = 0.0
+        """When the next one may be, if it is not the last."""
 
     def put(self, event: Event) -> None:
         """The request's sink, on the engine's thread."""
         self._events.append(event)
-        if not self._announced and (self._stream or isinstance(event, FinishedEvent)):
+        if (self._stream and not self._announced) or isinstance(event, FinishedEvent):
             self._announced = True
             self._post(self)
 
@@ -104,7 +117,7 @@ class Channel:
             return
         reply = merge(events)
         try:
-            if reply.error is not None and not self._answered and not reply.token_ids:
+            if reply.error is not None and not self.answered and not reply.token_ids:
                 self.wire.fail(reply.error)
             else:
                 self.wire.send(reply)
@@ -113,7 +126,7 @@ class Channel:
             _log.exception("a response could not be sent; its request is cancelled")
             self.open = False
             self.lose()
-        self._answered = True
+        self.answered = True
         if reply.reason is not None:
             self.open = False
 
@@ -140,10 +153,14 @@ class Channel:
 class Outbox:
     """The sending thread and the channels it serves."""
 
-    def __init__(self, *, patrol_s: tuple[float, float] = _PATROL_S) -> None:
+    def __init__(self, *, patrol_s: tuple[float, float] = _PATROL_S, longest_gap_s: float = _LONGEST_GAP_S) -> None:
         self._patrol_s = patrol_s
+        self._longest_gap_s = longest_gap_s
         self._ready: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._channels: set[Channel] = set()
+        self._later: list[tuple[float, int, Channel]] = []  # A heap; the number keeps equal times in order.
+        self._numbers = count()
+        self._seconds_per_response = 0.0
         self._thread = threading.Thread(target=self._run, name="wicore-outbox", daemon=True)
         self._thread.start()
 
@@ -155,7 +172,9 @@ class Outbox:
         cancel
             Called at most once, if the client goes away before the end.
         """
-        return Channel(wire, stream=stream, cancel=cancel, post=lambda channel: self.post(channel.flush))
+        return Channel(
+            wire, stream=stream, cancel=cancel, post=lambda channel: self.post(partial(self._serve, channel))
+        )
 
     def begin(self, channel: Channel) -> None:
         """Serve a channel whose request has been accepted."""
@@ -179,21 +198,44 @@ class Outbox:
     def _run(self) -> None:
         patrol = time.monotonic() + self._patrol_s[0]
         while True:
+            wake = min(patrol, self._later[0][0]) if self._later else patrol
             try:
-                action = self._ready.get(timeout=max(0.0, patrol - time.monotonic()))
+                action = self._ready.get(timeout=max(0.0, wake - time.monotonic()))
                 if action is None:
                     break
                 action()
             except Empty:
                 pass
-            if time.monotonic() >= patrol:
-                self._channels = {channel for channel in self._channels if channel.open}
-                for channel in self._channels:
-                    channel.patrol()
-                shortest, longest = self._patrol_s
-                patrol = time.monotonic() + min(longest, max(shortest, len(self._channels) / _CHANNELS_PER_S))
+            now = time.monotonic()
+            while self._later and self._later[0][0] <= now:
+                self._send(heappop(self._later)[2])
+            if now >= patrol:
+                patrol = now + self._patrol()
         for channel in self._channels:
             channel.flush(force=True)
+
+    def _serve(self, channel: Channel) -> None:
+        """A channel has events: send them now, or when its next response is due."""
+        if channel.answered and not channel.ending and channel.next_response > time.monotonic():
+            heappush(self._later, (channel.next_response, next(self._numbers), channel))
+        else:
+            self._send(channel)
+
+    def _send(self, channel: Channel) -> None:
+        began = time.monotonic()
+        channel.flush()
+        now = time.monotonic()
+        self._seconds_per_response += 0.05 * (now - began - self._seconds_per_response)
+        gap = len(self._channels) * self._seconds_per_response / _SENDING_SHARE
+        channel.next_response = now + min(gap, self._longest_gap_s)
+
+    def _patrol(self) -> float:
+        """Ask after every open channel's client; returns the seconds until the next time."""
+        self._channels = {channel for channel in self._channels if channel.open}
+        for channel in self._channels:
+            channel.patrol()
+        shortest, longest = self._patrol_s
+        return min(longest, max(shortest, len(self._channels) / _CHANNELS_PER_S))
 
 
 def merge(events: list[Event]) -> Reply:

@@ -1,0 +1,243 @@
+"""Measures Wicore and prints one JSON object.
+
+    python scripts/benchmark.py engine    the engine in this process against transformers' generate, same weights
+    python scripts/benchmark.py serving   the same load in this process and through a real server's gRPC ensemble
+
+Figures that are compared come from one run, taken in turns, and are medians over `--rounds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from wicore_client import AsyncClient
+
+from wicore_backend import Engine, EngineConfig, SamplingParams
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Prompts as token ids, and how many tokens to generate after each."""
+
+    prompts: list[list[int]]
+    new_tokens: list[int]
+
+    @classmethod
+    def mixed(cls, count: int, vocab: int, seed: int = 0) -> Load:
+        """`count` requests of 16 to 256 prompt tokens and 16 to 128 new ones, the same for a seed."""
+        rng = np.random.default_rng(seed)
+        prompts = [rng.integers(300, vocab, rng.integers(16, 257)).tolist() for _ in range(count)]
+        return cls(prompts, rng.integers(16, 129, count).tolist())
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.new_tokens)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds that each side takes, one after the other in each round; a first round warms up and is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(rounds + 1):
+        for name, run in sides.items():
+            took = seconds(run)
+            if round_:
+                times[name].append(took)
+    return times
+
+
+def run_in_process(engine: Engine, prompts: Sequence[Any], new_tokens: Sequence[int], *, raw: bool = False) -> None:
+    """All requests at once, as streams read by this thread."""
+    streams = [
+        engine.stream(prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True), raw=raw)
+        for prompt, tokens in zip(prompts, new_tokens, strict=True)
+    ]
+    for stream, tokens in zip(streams, new_tokens, strict=True):
+        assert len(stream.collect().token_ids) == tokens
+
+
+def run_transformers(model: Any, load: Load, pad: int) -> None:
+    """All of the load in one batch, padded on the left, until the longest answer is there."""
+    width = max(map(len, load.prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in load.prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in load.prompts])
+    longest = max(load.new_tokens)
+    model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=longest,
+        min_new_tokens=longest,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=pad,
+    )
+
+
+def benchmark_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second at batch 1 and at 16 requests of mixed lengths, against transformers."""
+    from transformers import AutoModelForImageTextToText
+
+    reference = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
+    vocab = reference.config.get_text_config().vocab_size
+    loads = {
+        "batch 1": Load(Load.mixed(1, vocab).prompts, [128]),
+        "16 requests of mixed lengths": Load.mixed(16, vocab),
+    }
+    results: dict[str, Any] = {}
+    with Engine(engine_config(args)) as engine:
+        for name, load in loads.items():
+            times = in_turns(
+                {
+                    "wicore": partial(run_in_process, engine, load.prompts, load.new_tokens),
+                    "transformers": partial(run_transformers, reference, load, pad=0),
+                },
+                args.rounds,
+            )
+            ratios = [t / w for t, w in zip(times["transformers"], times["wicore"], strict=True)]
+            results[name] = {
+                "new_tokens": load.tokens,
+                **{f"{s}_tokens_per_s": round(load.tokens / statistics.median(t), 1) for s, t in times.items()},
+                "wicore_over_transformers": round(statistics.median(ratios), 2),
+            }
+    return results
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """User and system time of processes so far."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # It ended meanwhile.
+            continue
+    found = [pid]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
+
+
+def run_through_server(url: str, texts: Sequence[str], new_tokens: int) -> int:
+    """All requests as concurrent streams on one event loop; returns how many responses carried them."""
+
+    async def stream(async_client: AsyncClient, text: str) -> int:
+        responses = tokens = 0
+        async for chunk in async_client.stream(text, max_tokens=new_tokens, temperature=0.0, ignore_eos=True, raw=True):
+            responses += 1
+            tokens += len(chunk.token_ids)
+        assert tokens == new_tokens, f"{tokens} tokens came, {new_tokens} were asked for"
+        return responses
+
+    async def all_streams() -> int:
+        async with AsyncClient(url) as async_client:
+            return sum(await asyncio.gather(*(stream(async_client, text) for text in texts)))
+
+    return asyncio.run(all_streams())
+
+
+def benchmark_serving(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of concurrent streams, in process and through gRPC on the ensemble, and the CPU time between."""
+    texts = [
+        f"Request {index}: tell me of {index + 2} red circles and {index + 3} blue squares."
+        for index in range(args.streams)
+    ]
+    tokens = args.streams * args.new
+    responses: list[int] = []
+    cpu: dict[str, list[float]] = {"in process": [], "served": []}
+    with Engine(engine_config(args)) as engine, start_server(args) as (url, server_pid):
+
+        def in_process() -> None:
+            began = cpu_seconds([os.getpid()])
+            run_in_process(engine, texts, [args.new] * args.streams, raw=True)
+            cpu["in process"].append(cpu_seconds([os.getpid()]) - began)
+
+        def served() -> None:
+            pids = [os.getpid(), *tree(server_pid)]
+            began = cpu_seconds(pids)
+            responses.append(run_through_server(url, texts, args.new))
+            cpu["served"].append(cpu_seconds(pids) - began)
+
+        times = in_turns({"in process": in_process, "served": served}, args.rounds)
+    ratios = [p / s for p, s in zip(times["in process"], times["served"], strict=True)]
+    added = [(s - p) / tokens for s, p in zip(cpu["served"][1:], cpu["in process"][1:], strict=True)]
+    return {
+        "streams": args.streams,
+        "new_tokens_each": args.new,
+        "in_process_tokens_per_s": round(tokens / statistics.median(times["in process"]), 1),
+        "served_tokens_per_s": round(tokens / statistics.median(times["served"]), 1),
+        "served_over_in_process": round(statistics.median(ratios), 3),
+        "tokens_per_response": round(tokens / statistics.median(responses[1:]), 2),
+        "cpu_us_added_per_token": round(statistics.median(added) * 1e6, 1),
+        "cpu_us_in_process_per_token": round(statistics.median(cpu["in process"][1:]) / tokens * 1e6, 1),
+    }
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(model=args.model, device="cpu", dtype="float32", threads=args.threads)
+
+
+@contextmanager
+def start_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """gRPC address and process id of a server: the one of `--url` and `--server-pid`."""
+    yield args.url, args.server_pid
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["engine", "serving"])
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="CPU threads of one operator")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--new", type=int, default=128, help="tokens of each stream")
+    parser.add_argument("--url", help="gRPC address of a running server; one is started otherwise")
+    parser.add_argument("--server-pid", type=int, help="process of the server at --url")
+    args = parser.parse_args()
+    result = {"engine": benchmark_engine, "serving": benchmark_serving}[args.what](args)
+    print(json.dumps({"benchmark": args.what, "environment": environment(), "result": result}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
