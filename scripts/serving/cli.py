@@ -151,7 +151,7 @@ def _serve(given: argparse.Namespace) -> int:
             began = time.monotonic()
             while server.wait(1.0) is None:
                 pass
-            say(f"error: tritonserver died (exit code {server.exit_code}):\n{server.why()}\nlog: {server.log}")
+            say(f"error: tritonserver died ({server.ending}):\n{server.why()}\nlog: {server.log}")
         if not given.restart:
             return 1
         pause = _FIRST_RESTART_SECONDS if time.monotonic() - began > _HEALTHY_SECONDS else pause
@@ -166,12 +166,8 @@ def _running(options: ServerOptions, installation: Installation, ready_timeout: 
     server = TritonServer(options, installation)
     try:
         server.start()
-        step = Step("starting tritonserver")
-        server.wait_ready(
-            timeout=ready_timeout,
-            progress=lambda model: step.detail(f"{model} is ready") if model else step.alive(f"log: {server.log}"),
-        )
-        step.done()
+        with Step("starting tritonserver") as step:
+            server.wait_ready(timeout=ready_timeout, progress=lambda model: step.detail(f"{model} is ready"))
         yield server
     finally:
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}

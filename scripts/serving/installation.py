@@ -168,21 +168,18 @@ def ensure_environment(directory: Path, *, extras: Collection[str]) -> Path:
 def _install(directory: Path, stamp_file: Path, wanted: _Stamp) -> None:
     python = directory / "bin" / "python"
     if not python.exists():
-        step = Step(f"virtual environment in {directory}")
-        venv.create(directory, with_pip=True, clear=True)
-        step.done()
+        with Step(f"virtual environment in {directory}"):
+            venv.create(directory, with_pip=True, clear=True)
     replace(wanted, complete=False).write(stamp_file)
-    step = Step("packages")
     package = f"{ROOT}[{','.join(wanted.extras)}]"
-    _pip(python, step, "install", "--constraint", str(ROOT / "constraints.txt"), "--editable", package)
-    step.done()
-    step = Step("looking whether everything loads")
-    outcome = subprocess.run([python, "-P", "-c", _CHECK], capture_output=True, text=True, env=_plain_environment())
+    with Step("packages") as step:
+        _pip(python, step, "install", "--constraint", str(ROOT / "constraints.txt"), "--editable", package)
+    with Step("looking whether everything loads"):
+        outcome = subprocess.run([python, "-P", "-c", _CHECK], capture_output=True, text=True, env=_plain_environment())
     if outcome.returncode != 0:
         raise _DamagedError(f"the packages do not load:\n{outcome.stderr.strip()}")
     if outcome.stdout.strip() != NUMPY:
         raise _DamagedError(f"numpy is {outcome.stdout.strip()}, the server's Python stub needs {NUMPY}")
-    step.done()
 
 
 def ensure_server(environment: Path) -> Path:
@@ -199,8 +196,10 @@ def ensure_server(environment: Path) -> Path:
             return server
         _check_space(STATE, "server")
         _check_python_library(python, version)
-        step = Step(f"tritonserver {SERVER_VERSION}")
-        with tempfile.TemporaryDirectory(dir=STATE, prefix="unpacking-") as scratch:
+        with (
+            Step(f"tritonserver {SERVER_VERSION}") as step,
+            tempfile.TemporaryDirectory(dir=STATE, prefix="unpacking-") as scratch,
+        ):
             work = Path(scratch)
             _pip(python, step, "download", "--no-deps", "--dest", str(work), SERVER_WHEEL)
             wheel = next(work.glob("*.whl"))
@@ -214,7 +213,6 @@ def ensure_server(environment: Path) -> Path:
             for program in (stub, unpacked / "bin" / "tritonserver"):
                 program.chmod(0o755)
             (work / "server").rename(target)
-        step.done()
     return server
 
 
@@ -270,7 +268,6 @@ def _pip(python: Path, step: Step, *arguments: str) -> None:
                 step.detail(line)
             elif line.startswith("Installing collected packages"):
                 step.detail(f"installing {line.count(',') + 1} packages")
-            step.alive(line.split(" (")[0][:60])
     if pip.returncode != 0:
         raise SetUpError("\n".join([f"pip failed (all of it is in {log}):", *tail]))
 

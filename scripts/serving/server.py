@@ -135,6 +135,14 @@ class TritonServer:
         self._look()
         return self._exit_code
 
+    @property
+    def ending(self) -> str:
+        """`exit_code` in words."""
+        code = self.exit_code
+        if code is None:
+            return "running"
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
     def start(self) -> None:
         """Start the server; it answers once `wait_ready` has returned.
 
@@ -190,7 +198,7 @@ class TritonServer:
         timeout
             Seconds from now.
         progress
-            Gets the name of each model once it is ready, and is called with "" in between.
+            Gets the name of each model once it is ready.
 
         Raises
         ------
@@ -302,11 +310,10 @@ class TritonServer:
         deadline = time.monotonic() + timeout
         missing = self.models()
         while True:
-            progress("")
             if self.exit_code is not None:
                 why = self.why()
                 kind = _PortTakenError if re.search(r"Socket '\S+' already in use", why) else ServerStartError
-                raise kind(f"tritonserver ended while it started ({_ending(self.exit_code)}):\n{why}\nlog: {self.log}")
+                raise kind(f"tritonserver ended while it started ({self.ending}):\n{why}\nlog: {self.log}")
             if self._get("/v2").get("name") == self.run.name:  # and not somebody else's server on this port
                 for name in [name for name in missing if self._ready(f"/v2/models/{name}/ready")]:
                     missing.remove(name)
@@ -334,10 +341,6 @@ class TritonServer:
                 return bool(answer.status == 200)
         except OSError:
             return False
-
-
-def _ending(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _log_lines(log: Path) -> list[str]:
