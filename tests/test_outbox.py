@@ -69,6 +69,11 @@ def tokens(*ids: int) -> TokensEvent:
 END = FinishedEvent(FinishReason.STOP, USAGE)
 
 
+def said(wire: FakeWire) -> list:
+    """What was sent, without empty responses."""
+    return [reply for reply in wire.sent if reply != Reply()]
+
+
 def test_a_stream_sends_tokens_as_they_come_and_one_end(outbox):
     wire = FakeWire()
     channel = opened(outbox, wire, stream=True)
@@ -113,11 +118,11 @@ def test_an_error_before_the_first_token_is_an_error_and_after_it_a_last_respons
     opened(outbox, early, stream=True).put(FinishedEvent(FinishReason.ERROR, USAGE, error))
     channel = opened(outbox, late, stream=True)
     channel.put(tokens(0))
-    wait_for(lambda: late.sent)
+    wait_for(lambda: said(late))
     channel.put(FinishedEvent(FinishReason.ERROR, USAGE, error))
-    wait_for(lambda: early.sent and len(late.sent) == 2)
-    assert early.sent == [error]
-    assert (late.sent[1].reason, late.sent[1].error) == (FinishReason.ERROR, error)
+    wait_for(lambda: early.sent and len(said(late)) == 2)
+    assert said(early) == [error]
+    assert (said(late)[1].reason, said(late)[1].error) == (FinishReason.ERROR, error)
 
 
 def test_what_was_produced_before_a_deadline_is_kept_without_streaming_too(outbox):
@@ -225,3 +230,15 @@ def test_events_that_come_before_the_channel_begins_are_sent_once(outbox):
     wait_for(lambda: wire.sent and wire.sent[-1].reason)
     time.sleep(0.05)
     assert "".join(reply.text for reply in wire.sent) == "a"
+
+
+def test_a_stream_without_tokens_gets_empty_responses_and_may_still_fail_as_a_whole(outbox):
+    wire, whole = FakeWire(), FakeWire()
+    channel = opened(outbox, wire, stream=True)
+    opened(outbox, whole, stream=False)
+    wait_for(lambda: len(wire.sent) >= 2)
+    assert all(reply == Reply() for reply in wire.sent)
+    error = EngineError("broke")
+    channel.put(FinishedEvent(FinishReason.ERROR, USAGE, error))
+    wait_for(lambda: wire.sent[-1] is error)
+    assert whole.sent == []

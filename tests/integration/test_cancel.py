@@ -35,13 +35,21 @@ def leave_grpc_bare(server) -> None:
     stream.cancel()
 
 
-def leave_http(path: str, **body):
+def leave_http(text: str):
     def leave(server) -> None:
-        connection = open_http(server, path, {"text_input": "hello", **ENDLESS, **body})
+        body = {"text_input": text, "stream": True, **ENDLESS}
+        connection = open_http(server, "/v2/models/wicore/generate_stream", body)
         wait_running(server)
         connection.close()
 
     return leave
+
+
+def leave_http_bare(server) -> None:
+    body = {"input_ids": [2, 300], "stream": True, **ENDLESS}
+    connection = open_http(server, "/v2/models/wicore_gemma3/generate_stream", body)
+    wait_running(server)
+    connection.close()
 
 
 def leave_while_prefilling(server) -> None:
@@ -58,8 +66,9 @@ def leave_while_prefilling(server) -> None:
 ROADS = {
     "gRPC, ensemble": leave_grpc_ensemble,
     "gRPC, model": leave_grpc_bare,
-    "generate_stream, ensemble": leave_http("/v2/models/wicore/generate_stream", stream=True),
-    "generate, ensemble": leave_http("/v2/models/wicore/generate"),
+    "HTTP, ensemble": leave_http("hello"),
+    "HTTP, model": leave_http_bare,
+    "HTTP, ensemble, in prefill": leave_http(LONG_PROMPT),
     "gRPC, ensemble, in prefill": leave_while_prefilling,
 }
 
@@ -69,6 +78,16 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_second(server, road):
     wait_idle(server, 5)
     ROADS[road](server)
     assert wait_idle(server, 5) <= FREED_WITHIN_S
+
+
+def test_a_client_of_generate_that_leaves_is_noticed_at_its_deadline(server):
+    """Triton's HTTP server looks at a connection when it writes to it, and `generate` writes once, at the end."""
+    wait_idle(server, 5)
+    body = {"text_input": "hello", "deadline_ms": 1500, **ENDLESS}
+    connection = open_http(server, "/v2/models/wicore/generate", body)
+    wait_running(server)
+    connection.close()
+    assert wait_idle(server, 5) <= 1.5 + FREED_WITHIN_S
 
 
 def test_200_random_cancels_and_disconnects_leak_nothing(server):
@@ -95,6 +114,8 @@ def test_200_random_cancels_and_disconnects_leak_nothing(server):
             else:
                 path = "/v2/models/wicore/" + ("generate" if kind == 2 else "generate_stream")
                 body = {"text_input": f"hello {index}", "stream": kind == 3, **options}
+                if kind == 2:  # Noticed at the end only; see above.
+                    body["max_tokens"] = min(tokens, 40)
                 connection = open_http(server, path, body)
                 time.sleep(delay)
                 connection.close()

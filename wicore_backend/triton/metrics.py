@@ -19,7 +19,7 @@ class Metrics:
     def __init__(self, model: str, layer_groups: list[LayerGroup]) -> None:
         self._label = {"model": model}
         self._families: list[Any] = []  # Triton drops a metric whose family is gone.
-        self._counted: dict[str, float] = {}
+        self._told: dict[str, float] = {}  # Each call is a message to the server; unchanged values need none.
 
         counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
         requests = self._family("wicore_requests_total", "Requests that ended, by outcome", counter)
@@ -58,16 +58,21 @@ class Metrics:
         self._count("generated", self._generated, statistics.completion_tokens)
         self._count("steps", self._steps, statistics.steps)
         self._count("step seconds", self._step_seconds, statistics.step_seconds)
-        self._running.set(statistics.running)
-        self._waiting.set(statistics.waiting)
+        self._show("running", self._running, statistics.running)
+        self._show("waiting", self._waiting, statistics.waiting)
         for group, usage in statistics.blocks.items():
-            self._used[group].set(usage.used)
-            self._capacity[group].set(usage.capacity)
+            self._show(f"used {group}", self._used[group], usage.used)
+            self._show(f"capacity {group}", self._capacity[group], usage.capacity)
 
     def _count(self, name: str, metric: Any, value: float) -> None:
-        if more := value - self._counted.get(name, 0):
+        if more := value - self._told.get(name, 0):
             metric.increment(more)
-            self._counted[name] = value
+            self._told[name] = value
+
+    def _show(self, name: str, metric: Any, value: float) -> None:
+        if value != self._told.get(name):
+            metric.set(value)
+            self._told[name] = value
 
     def _family(self, name: str, description: str, kind: Any) -> Any:
         family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
@@ -89,7 +94,7 @@ class MetricsThread:
     """Keeps the metrics at most `interval_s` behind the engine."""
 
     def __init__(
-        self, metrics: Metrics, statistics: Callable[[], EngineStatistics], *, interval_s: float = 0.5
+        self, metrics: Metrics, statistics: Callable[[], EngineStatistics], *, interval_s: float = 0.1
     ) -> None:
         self._metrics = metrics
         self._statistics = statistics

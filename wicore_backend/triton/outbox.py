@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from wicore_backend.errors import WicoreError
 
 _log = logging.getLogger(__name__)
 
-_PATROL_S = (0.25, 0.75)
+_PATROL_S = (0.2, 0.75)
 """Shortest and longest time between two questions whether a client is still there."""
 
 _SENDING_SHARE = 0.2
@@ -40,7 +41,7 @@ _CHANNELS_PER_S = 80
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One response's content. `reason` and `usage` are there on a request's last, and only there."""
+    """One response's content. `reason` and `usage` are there on a request's last, and only there. It may be empty."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -75,6 +76,9 @@ class Channel:
 
     It is *open* until its last response is sent, or sending fails. If its client goes away it is *lost*: the request
     is cancelled, and the channel stays open for its end, which Triton needs.
+
+    A stream that has nothing to say gets an empty response now and then: Triton's HTTP server does not look at a
+    connection before it writes to it, so that nothing else shows that a client went away during a long prefill.
     """
 
     def __init__(
@@ -89,7 +93,8 @@ class Channel:
         self._events: deque[Event] = deque()
         self._announced = False
         self.answered = False
-        """Whether a response has been sent."""
+        """Whether tokens have been sent."""
+        self._last_sent = time.monotonic()
         self.next_response = 0.0
         """When the next one may be, if it is not the last."""
 
@@ -127,18 +132,22 @@ class Channel:
             self.open = False
             self.lose()
         self.answered = True
+        self._last_sent = time.monotonic()
         if reply.reason is not None:
             self.open = False
 
-    def patrol(self) -> None:
-        """Ask after the client."""
+    def patrol(self, silence_s: float) -> None:
+        """Ask after the client, with an empty response if there was none for `silence_s`."""
         if self.lost or self.ending:
             return
         try:
             if self.wire.is_cancelled():
                 self.lose()
-            else:
-                self.wire.probe()
+                return
+            self.wire.probe()
+            if self._stream and time.monotonic() - self._last_sent >= silence_s and self.wire.accepts(last=False):
+                self.wire.send(Reply())
+                self._last_sent = time.monotonic()
         except Exception:
             _log.exception("a request's client cannot be asked after; the request is cancelled")
             self.lose()
@@ -181,7 +190,7 @@ class Outbox:
 
         def begin() -> None:
             self._channels.add(channel)
-            channel.patrol()
+            channel.patrol(silence_s=inf)
             channel.flush()
 
         self.post(begin)
@@ -233,7 +242,7 @@ class Outbox:
         """Ask after every open channel's client; returns the seconds until the next time."""
         self._channels = {channel for channel in self._channels if channel.open}
         for channel in self._channels:
-            channel.patrol()
+            channel.patrol(self._patrol_s[0])
         shortest, longest = self._patrol_s
         return min(longest, max(shortest, len(self._channels) / _CHANNELS_PER_S))
 
