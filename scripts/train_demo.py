@@ -55,7 +55,7 @@ class Plan:
     seconds: float
     tokens: int = 65536
     """In one step."""
-    pictures: int = 96
+    pictures: int = 192
     """The most in one step."""
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -63,7 +63,7 @@ class Plan:
     decay_share: float = 0.4
     """The learning rate falls to zero over this last share of the time."""
     first_length: int = 256
-    last_length: int = 20480
+    last_length: int = 32768
     """Lists of facts grow from the first to the last length, doubling whenever they are learnt."""
     learnt: float = 0.93
     """The share of right answers about facts at which the lists grow."""

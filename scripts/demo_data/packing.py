@@ -18,9 +18,9 @@ from scripts.demo_data.rendering import scene_parameters
 from scripts.demo_data.skills import draw_conversation, draw_length, draw_needles
 from scripts.demo_data.tokenizer import UnitEncoder
 
-FACTS_WEIGHT = 3.0
-"""Answers about facts are few and short in their long contexts, so each of their tokens counts more."""
-FACTS_SHARE = 0.55
+ANSWER_WEIGHTS = {"facts": 2.0, "sum": 3.0}
+"""Skills whose answers are few and short count more in the loss, by the first part of the skill's name."""
+FACTS_SHARE = 0.3
 """The share of a pack's tokens that lists of facts take."""
 
 
@@ -155,7 +155,7 @@ class Packer:
                 if len(rows) + last - first > capacity:
                     break
                 rows += range(at + first - 1, at + last - 1)
-                weights += [FACTS_WEIGHT if skill.startswith("facts") else 1.0] * (last - first)
+                weights += [ANSWER_WEIGHTS.get(skill.split("/")[0], 1.0)] * (last - first)
                 turns += [len(skills)] * (last - first)
                 skills.append(skill)
             at = end
@@ -196,7 +196,7 @@ def training_pack(packer: Packer, rng: Random, split: Split, *, longest: int) ->
         if room > facts_room + 256:
             longest_now = min(longest, room)
             return draw_needles(rng, split, tokens=int(0.9 * draw_length(rng, longest=longest_now)))
-        return draw_conversation(rng, split, longest_list=min(1024, room // 2))
+        return draw_conversation(rng, split, longest_list=min(2048, room // 2))
 
     return packer.pack(rng, conversations)
 

@@ -21,10 +21,10 @@ class Skill:
 
 
 SKILLS: tuple[Skill, ...] = (
-    Skill("picture", 9, pictures.about_one),
-    Skill("two pictures", 1.5, pictures.about_two),
+    Skill("picture", 16, pictures.about_one),
+    Skill("two pictures", 2.5, pictures.about_two),
     Skill("no picture", 0.4, pictures.about_none),
-    Skill("facts", 3, facts.needles),
+    Skill("facts", 1.5, facts.needles),
     Skill("sums", 4, texts.sums),
     Skill("repeat", 3, texts.repeat),
     Skill("reverse", 6, texts.reverse),
@@ -56,7 +56,7 @@ def draw_conversation(rng: Random, split: Split, *, longest_list: int) -> Conver
             continue
         if rng.random() < 0.2:
             language = rng.choice(LANGUAGES)
-        request = Request(rng, language, split, tokens=draw_length(rng, longest=min(1024, longest_list)))
+        request = Request(rng, language, split, tokens=draw_length(rng, longest=longest_list))
         drawn = skill.turns(request)
         seen_picture = seen_picture or skill.name in ("picture", "two pictures")
         turns.extend(drawn)
