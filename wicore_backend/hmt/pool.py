@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +30,14 @@ class KVPools:
     ) -> KVPools:
         """Zeroed pools of `blocks[group]` blocks each, block 0 included."""
         tensors = {
-            group: torch.zeros((blocks[group], *layout.block_shape(group)), device=device, dtype=dtype)
+            group: _zeros((blocks[group], *layout.block_shape(group)), device=device, dtype=dtype)
             for group in LayerGroup
         }
         return cls(layout, tensors)
+
+
+def _zeros(shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    # NumPy's zeros come from the kernel, page by page as they are touched; PyTorch writes all of them at once.
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
