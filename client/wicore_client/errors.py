@@ -83,7 +83,7 @@ class ConnectionFailed(WicoreClientError):
 
 _TRITON_MESSAGE = re.compile(
     r"(?:in ensemble '[^']*', )?"  # which Triton puts before what a step says
-    r"(?:(?P<code>invalid_argument|unavailable|deadline_exceeded|cancelled|internal): )?(?P<text>.*)"
+    r"(?:\[(?P<code>invalid_argument|unavailable|deadline_exceeded|cancelled|internal)\] )?(?P<text>.*)"
 )
 
 
