@@ -69,11 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="of the log (default: %(default)s)")
     serve.add_argument("--ready-timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
     serve.add_argument("--restart", action="store_true", help="start the server again when it dies")
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, parser=serve)
 
     setup = commands.add_parser("setup", prog="scripts/setup.sh", description="Set up what is missing, start nothing.")
     setup.add_argument("--test", action="store_true", help="with what the tests need")
-    setup.set_defaults(run=_set_up)
+    setup.set_defaults(run=_set_up, parser=setup)
     return parser
 
 
@@ -81,7 +81,9 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["test"]:  # whose arguments are pytest's
         run = partial(_test, arguments[1:])
     else:
-        given = build_parser().parse_args(arguments)
+        given, unknown = build_parser().parse_known_args(arguments)
+        if unknown:
+            given.parser.error(f"unrecognized arguments: {shlex.join(unknown)}")
         run = partial(given.run, given)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _raise_stopped)
@@ -164,8 +166,8 @@ def _serve(given: argparse.Namespace) -> int:
 def _running(options: ServerOptions, installation: Installation, ready_timeout: float) -> Iterator[TritonServer]:
     """A server that is ready. Leaving stops it, and while that lasts no signal gets in between."""
     server = TritonServer(options, installation)
+    server.start()
     try:
-        server.start()
         with Step("starting tritonserver") as step:
             server.wait_ready(timeout=ready_timeout, progress=lambda model: step.detail(f"{model} is ready"))
         yield server
@@ -179,7 +181,7 @@ def _running(options: ServerOptions, installation: Installation, ready_timeout: 
 
 
 def _demo(server: TritonServer, installation: Installation) -> int:
-    command = ["describe", str(PICTURE), "--url", server.urls.grpc]
+    command = ["describe", str(PICTURE), "--max-tokens", "200", "--url", server.urls.grpc]
     say(f"\n$ wicore {shlex.join(command)}")
     return subprocess.run([installation.environment / "bin" / "wicore", *command]).returncode
 
