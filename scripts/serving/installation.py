@@ -261,13 +261,17 @@ def _pip(python: Path, step: Step, *arguments: str) -> None:
         ) as pip,
     ):
         assert pip.stdout is not None
-        for line in map(str.strip, pip.stdout):
-            book.write(f"{line}\n")
-            tail = [*tail[-7:], line]
-            if line.startswith("Downloading ") and " MB)" in line:
-                step.detail(line)
-            elif line.startswith("Installing collected packages"):
-                step.detail(f"installing {line.count(',') + 1} packages")
+        try:
+            for line in map(str.strip, pip.stdout):
+                book.write(f"{line}\n")
+                tail = [*tail[-7:], line]
+                if line.startswith("Downloading ") and " MB)" in line:
+                    step.detail(line)
+                elif line.startswith("Installing collected packages"):
+                    step.detail(f"installing {line.count(',') + 1} packages")
+        except BaseException:
+            pip.terminate()
+            raise
     if pip.returncode != 0:
         raise SetUpError("\n".join([f"pip failed (all of it is in {log}):", *tail]))
 
