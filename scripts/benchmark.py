@@ -1,7 +1,7 @@
 """Measures Wicore and prints one JSON object.
 
-    python scripts/benchmark.py engine    the engine in this process against transformers' generate, same weights
-    python scripts/benchmark.py serving   the same load in this process and through a real server's gRPC ensemble
+    python -m scripts.benchmark engine    the engine in this process against transformers' generate, same weights
+    python -m scripts.benchmark serving   the same load in this process and through a real server's gRPC ensemble
 
 Figures that are compared come from one run, taken in turns, and are medians over `--rounds`.
 """
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from wicore_client import AsyncClient
 
+from scripts.serving import Installation, ServerOptions, TritonServer
 from wicore_backend import Engine, EngineConfig, SamplingParams
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
@@ -166,7 +167,7 @@ def run_through_server(url: str, texts: Sequence[str], new_tokens: int) -> int:
 
 
 def benchmark_serving(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of concurrent streams, in process and through gRPC on the ensemble, and the CPU time between."""
+    """Tokens per second of concurrent streams, in process and over gRPC on the ensemble, and the CPU time between."""
     texts = [
         f"Request {index}: tell me of {index + 2} red circles and {index + 3} blue squares."
         for index in range(args.streams)
@@ -208,8 +209,11 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 @contextmanager
 def start_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """gRPC address and process id of a server: the one of `--url` and `--server-pid`."""
-    yield args.url, args.server_pid
+    """A server of the same model; its gRPC address and process id."""
+    settings = engine_config(args).model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    options = ServerOptions(http_port=0, grpc_port=0, metrics_port=0, settings=settings)
+    with TritonServer(options, Installation.of_this_environment()) as server:
+        yield server.urls.grpc, server.process_id
 
 
 def environment() -> dict[str, Any]:
@@ -220,7 +224,7 @@ def environment() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
+        "command": " ".join(["python -m scripts.benchmark", *sys.argv[1:]]),
     }
 
 
@@ -232,8 +236,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of one operator")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--new", type=int, default=128, help="tokens of each stream")
-    parser.add_argument("--url", help="gRPC address of a running server; one is started otherwise")
-    parser.add_argument("--server-pid", type=int, help="process of the server at --url")
     args = parser.parse_args()
     result = {"engine": benchmark_engine, "serving": benchmark_serving}[args.what](args)
     print(json.dumps({"benchmark": args.what, "environment": environment(), "result": result}, indent=2))
