@@ -226,9 +226,11 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """The engine's numbers at this moment."""
+        running = len(self._scheduler.running)
         return self._recorder.snapshot(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            running=running,
+            # Those that the loop has not taken over yet wait as well.
+            waiting=max(0, self._queued_or_running - running),
             blocks={g: BlockUsage(p.used, p.capacity) for g, p in self._model.blocks.pools.items()},
         )
 

@@ -1,0 +1,373 @@
+"""The engine in one process: its answers, its ends, and that neither depends on what else is running."""
+
+import io
+import random
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine.request import FinishedEvent, FinishReason, TokensEvent
+from wicore_backend.errors import (
+    CancelledError,
+    CheckpointError,
+    DeadlineExceededError,
+    EngineError,
+    InvalidArgumentError,
+    OverloadedError,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "wicore-demo"
+PICTURE = (ROOT / "client" / "wicore_client" / "assets" / "shapes.png").read_bytes()
+
+
+def config(**settings) -> EngineConfig:
+    return EngineConfig(**{"model": MODEL, "device": "cpu", "dtype": "float32"} | settings)
+
+
+def greedy(tokens: int = 16, **params) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": tokens, "temperature": 0.0, "ignore_eos": True} | params)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine(config()) as engine:
+        yield engine
+        assert_nothing_left(engine)
+
+
+def assert_nothing_left(engine: Engine) -> None:
+    end = time.monotonic() + 5
+    while True:
+        now = engine.statistics()
+        if not now.running and not now.waiting and not any(usage.used for usage in now.blocks.values()):
+            break
+        assert time.monotonic() < end, now
+        time.sleep(0.01)
+    engine._model.blocks.check_integrity()
+
+
+PROMPTS: list = [
+    ("Describe this picture.", [PICTURE]),
+    ("What is 12 + 7?", []),
+    (
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many things?"}]},
+            {"role": "assistant", "content": "There are 2 things."},
+            {"role": "user", "content": [{"type": "text", "text": "And here?"}, {"type": "image"}]},
+        ],
+        [PICTURE, PICTURE],
+    ),
+    ([2, 300, 301, 302], []),
+    ("The code of Anna is 4821. " * 60 + "What is the code of Anna?", []),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    """Each prompt's answer when nothing else runs."""
+    return [engine.generate(prompt, greedy(), images=images).token_ids for prompt, images in PROMPTS]
+
+
+def test_a_batch_gives_what_single_requests_give(engine, alone):
+    prompts = [prompt for prompt, _ in PROMPTS] * 3
+    images = [images for _, images in PROMPTS] * 3
+    results = engine.generate(prompts, greedy(), images=images)
+    assert [result.token_ids for result in results] == alone * 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_batch_tokens": 72, "max_running": 8},  # An image is 64: chunks around images.
+        {"block_size": 7, "max_batch_tokens": 200},
+        {"max_running": 2, "max_batch_tokens": 66},
+        {"kv_cache_bytes": 11 * 2**20, "max_model_len": 2048},  # Little memory: requests wait for one another.
+    ],
+)
+def test_chunks_blocks_and_memory_do_not_change_an_answer(alone, settings):
+    with Engine(config(**settings)) as engine:
+        prompts, images = [p for p, _ in PROMPTS], [i for _, i in PROMPTS]
+        results = engine.generate(prompts * 2, greedy(), images=images * 2)
+        assert [result.token_ids for result in results] == alone * 2
+        assert_nothing_left(engine)
+
+
+def test_the_answers_are_those_of_transformers(engine):
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    reference = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(MODEL)
+    picture = Image.open(io.BytesIO(PICTURE)).convert("RGB")
+    for question, pictures in [
+        ("Describe this picture.", [picture]),
+        ("What is 3 + 4?", []),
+        ("描述这张图片", [picture]),
+    ]:
+        content = [{"type": "image", "image": p} for p in pictures] + [{"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        out = reference.generate(**inputs, max_new_tokens=48, do_sample=False)
+        expected = out[0, inputs["input_ids"].shape[1] :].tolist()
+        result = engine.generate(
+            question, SamplingParams(max_tokens=48, temperature=0.0), images=[PICTURE] * len(pictures)
+        )
+        assert result.token_ids == expected
+
+
+def test_sampling_depends_on_the_seed_alone(engine):
+    params = SamplingParams(
+        max_tokens=24, temperature=20.0, seed=11, ignore_eos=True
+    )  # Hot, or the demo model is too sure.
+    first = engine.generate("hello", params)
+    crowd = engine.generate(["hello", "What is 1 + 1?", "hello", "你好"], params)
+    assert crowd[0].token_ids == crowd[2].token_ids == first.token_ids
+    other = engine.generate("hello", params.model_copy(update={"seed": 12}))
+    assert other.token_ids != first.token_ids
+
+
+def test_an_answer_ends_at_eos_length_stop_token_or_stop_string(engine):
+    natural = engine.generate("What is 12 + 7?", SamplingParams(max_tokens=50, temperature=0.0))
+    assert natural.finish_reason is FinishReason.STOP
+    assert natural.text == "19"
+    assert engine.processor.tokenizer.is_special(natural.token_ids[-1])
+
+    sentence = engine.generate("Describe this picture.", SamplingParams(temperature=0.0), images=[PICTURE])
+    cut = engine.generate("Describe this picture.", SamplingParams(temperature=0.0, stop=" red"), images=[PICTURE])
+    assert cut.finish_reason is FinishReason.STOP
+    assert " red" in sentence.text
+    assert cut.text == sentence.text.split(" red")[0]
+
+    short = engine.generate("Describe this picture.", SamplingParams(temperature=0.0, max_tokens=3), images=[PICTURE])
+    assert short.finish_reason is FinishReason.LENGTH
+    assert short.token_ids == sentence.token_ids[:3]
+
+    stop_id = sentence.token_ids[4]
+    stopped = engine.generate(
+        "Describe this picture.", SamplingParams(temperature=0.0, stop_token_ids=(stop_id,)), images=[PICTURE]
+    )
+    assert stopped.token_ids == sentence.token_ids[:5]
+    assert stopped.finish_reason is FinishReason.STOP
+
+
+def test_an_answer_ends_with_the_context():
+    with Engine(config(max_model_len=600)) as engine:
+        prompt = list(range(300, 300 + 590))
+        result = engine.generate(prompt, SamplingParams(temperature=0.0, ignore_eos=True))
+        assert (len(result.token_ids), result.finish_reason) == (10, FinishReason.LENGTH)
+        with pytest.raises(InvalidArgumentError, match=r"600 tokens.* limit of 599"):
+            engine.generate(list(range(300, 900)))
+
+
+def test_logprobs_are_those_of_the_prompt_computed_at_once(engine):
+    """The prompt's logprobs of prompt + answer must be the answer's logprobs, chunk by chunk or token by token."""
+    ids = [2, *range(300, 320)]
+    result = engine.generate(ids, greedy(12, logprobs=2))
+    again = engine.generate([*ids, *result.token_ids], greedy(1, prompt_logprobs=2))
+    assert again.prompt_logprobs[0] is None
+    assert len(again.prompt_logprobs) == len(ids) + 12
+    for generated, prompted in zip(result.logprobs, again.prompt_logprobs[len(ids) :], strict=True):
+        assert generated.token_id == prompted.token_id == generated.top[0][0]
+        assert generated.logprob == pytest.approx(prompted.logprob, abs=1e-4)
+        assert [t for t, _ in generated.top] == [t for t, _ in prompted.top]
+
+
+def test_prompt_logprobs_do_not_depend_on_chunks(engine):
+    ids = [2, *range(300, 500)]
+    whole = engine.generate(ids, greedy(1, prompt_logprobs=0)).prompt_logprobs
+    with Engine(config(max_batch_tokens=67, max_running=3)) as small:
+        chunked = small.generate(ids, greedy(1, prompt_logprobs=0)).prompt_logprobs
+    assert [t.logprob for t in chunked[1:]] == pytest.approx([t.logprob for t in whole[1:]], abs=1e-4)
+
+
+def test_events_come_one_by_one_and_add_up(engine):
+    events = list(engine.stream("Describe this picture.", SamplingParams(temperature=0.0), images=[PICTURE]))
+    assert all(isinstance(event, TokensEvent) for event in events[:-1])
+    assert isinstance(events[-1], FinishedEvent)
+    whole = engine.generate("Describe this picture.", SamplingParams(temperature=0.0), images=[PICTURE])
+    assert "".join(event.text for event in events[:-1]) == whole.text
+    assert events[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+    assert 0 <= events[-1].usage.queue_s <= events[-1].usage.ttft_s <= events[-1].usage.total_s
+
+
+def test_closing_a_stream_cancels_its_request_and_no_other(engine):
+    other = engine.stream("hello", greedy(60))
+    with engine.stream("hello", greedy(5000)) as stream:
+        next(stream)
+    assert len(other.collect().token_ids) == 60
+    assert_nothing_left(engine)
+
+
+def test_a_deadline_ends_a_request_with_what_it_has(engine):
+    events: list = []
+    ended = threading.Event()
+
+    def sink(event) -> None:
+        events.append(event)
+        if isinstance(event, FinishedEvent):
+            ended.set()
+
+    prompt = engine.processor.process("hello")
+    engine.submit(prompt, greedy(20_000), sink=sink, deadline_s=0.3)
+    assert ended.wait(5)
+    assert events[-1].reason is FinishReason.DEADLINE
+    assert isinstance(events[-1].error, DeadlineExceededError)
+    assert "0.300 s" in str(events[-1].error)
+    assert len(events) > 2
+    assert events[-1].usage.total_s < 1.0
+
+
+@pytest.mark.parametrize(
+    ("ids", "params", "said"),
+    [
+        ([], {}, "empty"),
+        ([5000], {}, "5000"),
+        ([-1], {}, "-1"),
+        ([300] * 40_000, {}, "limit"),
+        ([300], {"stop_token_ids": (99_999,)}, "99999"),
+    ],
+)
+def test_what_the_model_cannot_compute_is_refused_at_once(engine, ids, params, said):
+    with pytest.raises(InvalidArgumentError, match=said):
+        engine.generate(np.array(ids, np.int64), greedy(**params))
+
+
+def test_a_full_queue_refuses_with_a_time_to_retry():
+    with Engine(config(max_running=1, max_waiting=1)) as engine:
+        streams = [engine.stream("hello", greedy(2000)) for _ in range(2)]
+        with pytest.raises(OverloadedError, match="retry after") as caught:
+            engine.generate("hello", greedy(1))
+        assert caught.value.retry_after_s > 0
+        assert engine.statistics().refused == 1
+        for stream in streams:
+            stream.close()
+        assert_nothing_left(engine)
+        assert len(engine.generate("hello", greedy(2)).token_ids) == 2
+
+
+def test_smaller_priority_goes_first():
+    with Engine(config(max_running=1)) as engine:
+        order: list[str] = []
+        ended = threading.Barrier(2)
+
+        def sink(name: str):
+            def take(event) -> None:
+                if isinstance(event, FinishedEvent):
+                    order.append(name)
+                    if len(order) == 4:
+                        ended.wait(5)
+
+            return take
+
+        prompt = engine.processor.process("hello")
+        engine.submit(prompt, greedy(200), sink=sink("first"))
+        time.sleep(0.1)
+        for name, priority in [("late", 5), ("usual", 0), ("urgent", -5)]:
+            engine.submit(prompt, greedy(2), sink=sink(name), priority=priority)
+        ended.wait(10)
+        assert order == ["first", "urgent", "usual", "late"]
+
+
+def test_two_requests_with_one_id_are_not_mixed_up(engine):
+    prompt = engine.processor.process("hello")
+    events: list = []
+    engine.submit(prompt, greedy(100), sink=events.append, request_id="twin")
+    second: list = []
+    engine.submit(prompt, greedy(100), sink=second.append, request_id="twin")
+    assert_nothing_left(engine)
+    assert sum(len(event.token_ids) for event in events[:-1]) == 100
+    assert isinstance(second[-1].error, InvalidArgumentError)
+
+
+def test_a_step_that_fails_ends_its_requests_with_an_error_and_the_next_ones_run(monkeypatch):
+    with Engine(config()) as engine:
+        expected = engine.generate("hello", greedy(4)).token_ids
+        runner = engine._model.runner
+        run, calls = runner.run, []
+
+        def broken(chunks):
+            calls.append(chunks)
+            if len(calls) == 3:
+                raise RuntimeError("the device is on fire")
+            return run(chunks)
+
+        monkeypatch.setattr(runner, "run", broken)
+        with pytest.raises(EngineError, match="on fire"):
+            engine.generate(["hello", "hello"], greedy(50))
+        assert_nothing_left(engine)
+        assert engine.generate("hello", greedy(4)).token_ids == expected
+
+
+def test_a_sink_that_fails_hurts_nobody_else(engine):
+    def bad(_) -> None:
+        raise ValueError("no")
+
+    other = engine.stream("hello", greedy(20))
+    engine.submit(engine.processor.process("hello"), greedy(20), sink=bad)
+    assert len(other.collect().token_ids) == 20
+    assert_nothing_left(engine)
+
+
+def test_closing_ends_every_request_and_refuses_new_ones():
+    engine = Engine(config(max_running=2))
+    streams = [engine.stream("hello", greedy(5000)) for _ in range(5)]
+    engine.close()
+    for stream in streams:
+        with pytest.raises(CancelledError, match="closing"):
+            stream.collect()
+    with pytest.raises(OverloadedError, match="closing"):
+        engine.generate("hello")
+    engine.close()
+
+
+def test_random_cancels_leave_the_books_balanced(engine):
+    rng = random.Random(1)
+    before = sum(engine.statistics().requests.values())
+    streams = []
+    for turn in range(120):
+        params = greedy(rng.choice([1, 3, 30, 3000]))
+        prompt, images = rng.choice(PROMPTS)
+        streams.append(engine.stream(prompt, params, images=images))
+        if rng.random() < 0.3:
+            time.sleep(rng.random() * 0.02)
+        if turn % 2:
+            streams.pop(rng.randrange(len(streams))).close()
+    for stream in streams:
+        stream.close()
+    assert_nothing_left(engine)
+    assert sum(engine.statistics().requests.values()) - before == 120
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": "/nowhere"}, "not a directory"),
+        ({"max_batch_tokens": 70}, "max_batch_tokens = 70"),
+        ({"max_model_len": 10**6}, "max_model_len"),
+        ({"kv_cache_bytes": 1000}, "kv_cache_bytes is 1,000"),
+        ({"block_size": 0}, "block_size = 0"),
+        ({"device": "tpu"}, "device = 'tpu'"),
+        ({"dtype": "int8"}, "dtype = 'int8'"),
+        ({"speed": 11}, "'speed' is not a setting"),
+    ],
+)
+def test_settings_that_cannot_be_are_errors_that_say_so(settings, said):
+    with pytest.raises(InvalidArgumentError) as caught:
+        Engine(config(**settings))
+    assert said in str(caught.value)
+
+
+def test_a_directory_without_a_model_is_a_checkpoint_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Engine(config(model=tmp_path))
