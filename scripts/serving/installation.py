@@ -35,8 +35,8 @@ NUMPY = "1.26.4"
 """Triton's Python stub of this server corrupts tensors under numpy 2, without an error."""
 
 _SERVE_EXTRAS = ("serve", "client")
-_NEEDED_BYTES = {"packages": 8 * 2**30, "server": 512 * 2**20}
-"""Packages with PyTorch's CUDA libraries; server with its wheel."""
+_NEEDED_BYTES = {"packages": 3 * 2**30, "server": 512 * 2**20}
+"""The packages with PyTorch's CPU build (with CUDA's libraries they take 8 GiB); the server with its wheel."""
 _CHECK = (
     "import google.protobuf, grpc, jinja2, numpy, PIL.Image, pydantic, safetensors, sentencepiece, tokenizers, torch, "
     "tritonclient.grpc, tritonclient.http, wicore_backend, wicore_client; print(numpy.__version__)"
@@ -151,10 +151,11 @@ def ensure_environment(directory: Path, *, extras: Collection[str]) -> Path:
             return directory
         wanted = _Stamp(complete=True, fingerprint=_fingerprint(), extras=tuple(sorted(there | set(extras))))
         say("setting up (once; minutes, depending on the network):")
-        _check_space(directory.parent, "packages")
         if stamp and not stamp.complete:
             say("  an earlier set-up was interrupted: starting over")
             shutil.rmtree(directory)
+        if not directory.exists():
+            _check_space(directory.parent, "packages")
         try:
             _install(directory, stamp_file, wanted)
         except _DamagedError as error:
@@ -241,7 +242,7 @@ def _locked(name: str) -> Iterator[None]:
 def _check_space(directory: Path, what: str) -> None:
     free, needed = shutil.disk_usage(directory).free, _NEEDED_BYTES[what]
     if free < needed:
-        raise SetUpError(f"the {what} may take {needed / 2**30:.1f} GiB; {directory} has {free / 2**30:.1f} GiB left")
+        raise SetUpError(f"{what} need {needed / 2**30:.1f} GiB or more; {directory} has {free / 2**30:.1f} GiB left")
 
 
 def _plain_environment() -> dict[str, str]:
