@@ -26,11 +26,11 @@ MODEL = ROOT / "models" / "wicore-demo"
 PICTURE = (ROOT / "client" / "wicore_client" / "assets" / "shapes.png").read_bytes()
 
 
-def config(**settings) -> EngineConfig:
+def config(**settings):
     return EngineConfig(**{"model": MODEL, "device": "cpu", "dtype": "float32"} | settings)
 
 
-def greedy(tokens: int = 16, **params) -> SamplingParams:
+def greedy(tokens=16, **params):
     return SamplingParams(**{"max_tokens": tokens, "temperature": 0.0, "ignore_eos": True} | params)
 
 
