@@ -178,7 +178,7 @@ def _install(directory: Path, stamp_file: Path, wanted: _Stamp) -> None:
     with Step("looking whether everything loads"):
         outcome = subprocess.run([python, "-P", "-c", _CHECK], capture_output=True, text=True, env=_plain_environment())
     if outcome.returncode != 0:
-        raise _DamagedError(f"the packages do not load:\n{outcome.stderr.strip()}")
+        raise _DamagedError(f"the packages do not load: {outcome.stderr.strip().splitlines()[-1]}")
     if outcome.stdout.strip() != NUMPY:
         raise _DamagedError(f"numpy is {outcome.stdout.strip()}, the server's Python stub needs {NUMPY}")
 
