@@ -29,7 +29,11 @@ _HEALTHY_SECONDS = 60.0
 
 
 class _Stopped(BaseException):
-    """A person or the system wants this process to end."""
+    """A person or the system wants this process to end; carries the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         "serve",
         prog="scripts/serve.sh",
         description="Set up what is missing and serve Gemma-3 through Triton until Ctrl-C.",
-        epilog="Exit code: 0 when it was told to stop, 1 when the server could not start or died, 2 for wrong usage.",
+        epilog="Exit code: 0 when it was told to stop while it served, 1 when the server could not start or died, 2 for wrong usage, "
+        "128 and the signal when it was told to stop before it was ready.",
     )
     serve.add_argument("--demo", action="store_true", help="ask one question about a picture, then stop")
     serve.add_argument(
@@ -90,9 +95,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         code: int = run()
         return code
-    except _Stopped:
+    except _Stopped as stopped:  # before its work was done
         say("stopped")
-        return 0
+        return 128 + stopped.number
     except (SetUpError, ServerStartError) as error:
         say(f"error: {error}")
         return 1
@@ -151,8 +156,11 @@ def _serve(given: argparse.Namespace) -> int:
                 return _demo(server, installation)
             print(_welcome(server), flush=True)
             began = time.monotonic()
-            while server.wait(1.0) is None:
-                pass
+            try:
+                while server.wait(1.0) is None:
+                    pass
+            except _Stopped:
+                return 0
             say(f"error: tritonserver died ({server.ending}):\n{server.why()}\nlog: {server.log}")
         if not given.restart:
             return 1
