@@ -12,6 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.generation import Generation
-from wicore_backend.engine.loading import load_model
+from wicore_backend.engine.loading import LoadedModel, load_model
 from wicore_backend.engine.request import FinishReason, Request, Sequence, Sink, TokenLogprob
 from wicore_backend.engine.results import EventStream, Result
 from wicore_backend.engine.runner import StepOutput
@@ -67,11 +68,6 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self._model = load_model(config)
-        self.processor = self._model.processor
-        self._scheduler = Scheduler(
-            self._model.blocks, max_batch_tokens=config.max_batch_tokens, max_running=config.max_running
-        )
         self._live: dict[str, Generation] = {}
         self._recorder = StatisticsRecorder()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -79,8 +75,11 @@ class Engine:
         self._closed = False  # No more requests; set by any thread.
         self._ended = False  # Every request has had its last event; the loop's own.
         self._queued_or_running = 0
-        self._thread = threading.Thread(target=self._run, name="wicore-engine", daemon=True)
+        loaded: Future[LoadedModel] = Future()
+        self._thread = threading.Thread(target=self._run, args=(loaded,), name="wicore-engine", daemon=True)
         self._thread.start()
+        self._model = loaded.result()
+        self.processor = self._model.processor
 
     # What callers use, from any thread.
 
@@ -282,9 +281,20 @@ class Engine:
     # What runs on the loop's thread.
 
     @torch.inference_mode()
-    def _run(self) -> None:
+    def _run(self, loaded: Future[LoadedModel]) -> None:
+        # The model is loaded here, since each thread that computes has its own pool of OpenMP threads: with a second
+        # pool there are more threads than cores, their waits turn into sleeps, and a CPU's decode step takes 1.5 times.
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+        try:
+            self._model = load_model(self.config)
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        self._scheduler = Scheduler(
+            self._model.blocks, max_batch_tokens=self.config.max_batch_tokens, max_running=self.config.max_running
+        )
+        loaded.set_result(self._model)
         while not self._ended:
             self._take_inbox()
             self._expire()
