@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         "serve",
         prog="scripts/serve.sh",
         description="Set up what is missing and serve Gemma-3 through Triton until Ctrl-C.",
-        epilog="Exit code: 0 when it was told to stop while it served, 1 when the server could not start or died, 2 for wrong usage, "
-        "128 and the signal when it was told to stop before it was ready.",
+        epilog="Exit code: 0 when it was told to stop while it served, 1 when the server could not start or died, "
+        "2 for wrong usage, 128 and the signal when it was told to stop before it was ready.",
     )
     serve.add_argument("--demo", action="store_true", help="ask one question about a picture, then stop")
     serve.add_argument(
