@@ -1,9 +1,9 @@
-"""From the engine's events to responses: one thread sends for all requests, and groups when it falls behind.
+"""From the engine's events to responses: one thread sends for all requests, in rounds, and groups tokens between them.
 
-The engine's thread only appends an event to its request's buffer. The sending thread takes a request's whole buffer at
-a time, and leaves as much time between two responses of a request as keeps it idle for most of the time: what it takes
-is taken from the engine. So a slow client or backend, or many streams, make responses fewer and larger, never the
-engine slow. The first tokens and the last ones of an answer never wait.
+The engine's thread only appends an event to its request's buffer. In a round the sending thread takes the buffers of
+all requests that have tokens and sends each as one response; then it rests for several times as long as the round took,
+since what it takes is taken from the engine. So a slow client or backend, or many streams, make responses fewer and
+larger, never the engine slow. The first tokens and the last ones of an answer wait for no round.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from heapq import heappop, heappush
-from itertools import count
 from math import inf
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -29,11 +26,11 @@ _log = logging.getLogger(__name__)
 _PATROL_S = (0.2, 0.75)
 """Shortest and longest time between two questions whether a client is still there."""
 
-_SENDING_SHARE = 0.2
-"""Share of the time that the sending thread may spend on sending tokens."""
+_SENDING_SHARE = 0.15
+"""Share of its time that the sending thread spends in rounds."""
 
-_LONGEST_GAP_S = 0.1
-"""Longest time between two responses of a request that has tokens: what reads as fluent."""
+_LONGEST_REST_S = 0.1
+"""Longest time between two rounds: what reads as fluent."""
 
 _CHANNELS_PER_S = 80
 """Clients asked after in a second at most, between those times: asking costs an ensemble about 1 ms of CPU."""
@@ -82,28 +79,27 @@ class Channel:
     """
 
     def __init__(
-        self, wire: Wire, *, stream: bool, cancel: Callable[[], None], post: Callable[[Channel], None]
+        self, wire: Wire, *, stream: bool, cancel: Callable[[], None], announce: Callable[[Channel, bool], None]
     ) -> None:
         self.wire = wire
         self.open = True
         self.lost = False
         self._stream = stream
         self._cancel = cancel
-        self._post = post
+        self._announce = announce
         self._events: deque[Event] = deque()
         self._announced = False
         self.answered = False
         """Whether tokens have been sent."""
         self._last_sent = time.monotonic()
-        self.next_response = 0.0
-        """When the next one may be, if it is not the last."""
 
     def put(self, event: Event) -> None:
         """The request's sink, on the engine's thread."""
         self._events.append(event)
-        if (self._stream and not self._announced) or isinstance(event, FinishedEvent):
+        last = isinstance(event, FinishedEvent)
+        if (self._stream and not self._announced) or last:
             self._announced = True
-            self._post(self)
+            self._announce(self, last or not self.answered)
 
     @property
     def ending(self) -> bool:
@@ -162,14 +158,12 @@ class Channel:
 class Outbox:
     """The sending thread and the channels it serves."""
 
-    def __init__(self, *, patrol_s: tuple[float, float] = _PATROL_S, longest_gap_s: float = _LONGEST_GAP_S) -> None:
+    def __init__(self, *, patrol_s: tuple[float, float] = _PATROL_S, sending_share: float = _SENDING_SHARE) -> None:
         self._patrol_s = patrol_s
-        self._longest_gap_s = longest_gap_s
+        self._sending_share = sending_share
         self._ready: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._channels: set[Channel] = set()
-        self._later: list[tuple[float, int, Channel]] = []  # A heap; the number keeps equal times in order.
-        self._numbers = count()
-        self._seconds_per_response = 0.0
+        self._for_next_round: deque[Channel] = deque()
         self._thread = threading.Thread(target=self._run, name="wicore-outbox", daemon=True)
         self._thread.start()
 
@@ -181,9 +175,7 @@ class Outbox:
         cancel
             Called at most once, if the client goes away before the end.
         """
-        return Channel(
-            wire, stream=stream, cancel=cancel, post=lambda channel: self.post(partial(self._serve, channel))
-        )
+        return Channel(wire, stream=stream, cancel=cancel, announce=self._announce)
 
     def begin(self, channel: Channel) -> None:
         """Serve a channel whose request has been accepted."""
@@ -204,10 +196,20 @@ class Outbox:
         self._ready.put(None)
         self._thread.join()
 
+    def _announce(self, channel: Channel, urgent: bool) -> None:
+        """A channel has events; on the engine's thread."""
+        if urgent:
+            self.post(channel.flush)
+            return
+        self._for_next_round.append(channel)
+        if len(self._for_next_round) == 1:
+            self.post(lambda: None)  # Wakes the thread, which sees that there will be a round.
+
     def _run(self) -> None:
         patrol = time.monotonic() + self._patrol_s[0]
+        next_round = 0.0
         while True:
-            wake = min(patrol, self._later[0][0]) if self._later else patrol
+            wake = min(patrol, next_round) if self._for_next_round else patrol
             try:
                 action = self._ready.get(timeout=max(0.0, wake - time.monotonic()))
                 if action is None:
@@ -215,28 +217,16 @@ class Outbox:
                 action()
             except Empty:
                 pass
-            now = time.monotonic()
-            while self._later and self._later[0][0] <= now:
-                self._send(heappop(self._later)[2])
-            if now >= patrol:
-                patrol = now + self._patrol()
+            began = time.monotonic()
+            if self._for_next_round and began >= next_round:
+                for _ in range(len(self._for_next_round)):
+                    self._for_next_round.popleft().flush()
+                ended = time.monotonic()
+                next_round = ended + min((ended - began) / self._sending_share, _LONGEST_REST_S)
+            if began >= patrol:
+                patrol = began + self._patrol()
         for channel in self._channels:
             channel.flush(force=True)
-
-    def _serve(self, channel: Channel) -> None:
-        """A channel has events: send them now, or when its next response is due."""
-        if channel.answered and not channel.ending and channel.next_response > time.monotonic():
-            heappush(self._later, (channel.next_response, next(self._numbers), channel))
-        else:
-            self._send(channel)
-
-    def _send(self, channel: Channel) -> None:
-        began = time.monotonic()
-        channel.flush()
-        now = time.monotonic()
-        self._seconds_per_response += 0.05 * (now - began - self._seconds_per_response)
-        gap = len(self._channels) * self._seconds_per_response / _SENDING_SHARE
-        channel.next_response = now + min(gap, self._longest_gap_s)
 
     def _patrol(self) -> float:
         """Ask after every open channel's client; returns the seconds until the next time."""
