@@ -53,9 +53,8 @@ class Driver:
             window=text.window,
             bytes_per_value=dtype.itemsize,
         )
-        self.pools = KVPools.allocate(self.layout, dict.fromkeys(LayerGroup, blocks), device=_CPU, dtype=dtype)
-        for pool in self.pools.tensors.values():
-            pool.fill_(_RUBBISH)
+        shapes = {group: (blocks, *self.layout.block_shape(group)) for group in LayerGroup}
+        self.pools = KVPools(self.layout, {g: torch.full(s, _RUBBISH, dtype=dtype) for g, s in shapes.items()})
         self.executor = TorchExecutor(self.config, load_weights(checkpoint, self.config, device=_CPU, dtype=dtype))
         self.attention = TorchPagedAttention(
             self.pools, scale=text.attention_scale, window=text.window, softcap=text.attn_logit_softcapping

@@ -28,6 +28,7 @@ TEXT: dict[str, Any] = {
     "sliding_window": 24,
     "query_pre_attn_scalar": 16,
     "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,  # A random model whose head is its embedding mostly repeats itself.
 }
 VISION: dict[str, Any] = {
     "hidden_size": 24,
@@ -56,6 +57,7 @@ def write_random_checkpoint(
         config = Gemma3Config(
             text_config=text_config.to_dict(),
             vision_config={"model_type": "siglip_vision_model", **VISION, **vision},
+            tie_word_embeddings=text_config.tie_word_embeddings,
             mm_tokens_per_image=TOKENS_PER_IMAGE,
             image_token_index=IMAGE_TOKEN,
             boi_token_index=BOI_TOKEN,
@@ -70,16 +72,22 @@ def write_random_checkpoint(
 
 @torch.no_grad()
 def randomize(model: PreTrainedModel) -> None:
-    """Weights for which attention, positions and every token matter, and the best token leads the next clearly."""
+    """Weights for which attention, positions and norms matter, and answers that do not repeat one token."""
     for name, parameter in model.named_parameters():
-        if "norm" in name and parameter.ndim == 1:
-            parameter.normal_(0.0, 0.3)
-            if (name.endswith("weight") and "layer_norm" in name) or "post_layernorm" in name:
-                parameter.add_(1.0)  # SigLIP's norms multiply by the weight itself.
-        elif parameter.ndim == 1:
+        if parameter.ndim == 1 and name.endswith(".bias"):
             parameter.normal_(0.0, 0.1)
+        elif parameter.ndim == 1:
+            parameter.normal_(_mean_of_norm(name), 0.3)
         elif "embed_tokens" in name:
-            parameter.normal_(0.0, 1.0 / parameter.shape[1] ** 0.5)
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5)
         else:
-            fan_in = parameter[0].numel() if "projection_weight" not in name else parameter.shape[0]
+            fan_in = parameter.shape[0] if "projection_weight" in name else parameter[0].numel()
             parameter.normal_(0.0, fan_in**-0.5)
+
+
+def _mean_of_norm(name: str) -> float:
+    if "vision_tower" in name:
+        return 1.0  # SigLIP's norms multiply by the weight, Gemma's by 1 + weight.
+    if "post_attention" in name or "post_feedforward" in name:
+        return 1.0  # What the layers add has to outweigh the embedding.
+    return 0.0

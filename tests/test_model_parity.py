@@ -30,6 +30,7 @@ from tests.gemma3_random import (
     FIRST_TEXT_TOKEN,
     IMAGE_TOKEN,
     TOKENS_PER_IMAGE,
+    VISION,
     write_random_checkpoint,
 )
 
@@ -125,6 +126,56 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(name: str, tmp_pat
         assert _relative_error(ours, theirs) < 1e-5
         tokens = _greedy(theirs[prompt_length - 1 :])
         assert tokens.tolist() == sequence.ids[prompt_length:]
+        assert len(set(tokens.tolist())) > NEW_TOKENS // 16, "an answer that repeats itself shows little"
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [({"sliding_window": 10}, (40,)), ({"layer_types": [LOCAL, GLOBAL] * 2}, (8, IMAGE, 12, IMAGE, 4))],
+    ids=["text, window shorter than the prompt", "two images"],
+)
+def test_answers_equal_those_of_transformers_generate(
+    text: dict[str, Any], prompt: tuple[int | str, ...], tmp_path: Path
+) -> None:
+    reference = write_random_checkpoint(tmp_path, text=text, vision={}, seed=5)
+    driver = Driver(tmp_path)
+    sequence = _sequence(prompt, VISION["image_size"], torch.Generator().manual_seed(2))
+    ids = torch.tensor([sequence.ids])
+    pictures = {"pixel_values": torch.stack([p for _, p in sequence.images])} if sequence.images else {}
+    answer = reference.generate(
+        input_ids=ids,
+        token_type_ids=(ids == IMAGE_TOKEN).long(),
+        **pictures,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        suppress_tokens=list(range(FIRST_TEXT_TOKEN)),
+    )
+    _generate_together(driver, [sequence], chunk=1000)
+    assert sequence.ids == answer[0].tolist()
+    assert len(set(answer[0, ids.shape[1] :].tolist())) > NEW_TOKENS // 16, "an answer that repeats itself shows little"
+
+
+def test_a_head_tied_to_the_embedding(tmp_path: Path) -> None:
+    reference = write_random_checkpoint(tmp_path, text={"tie_word_embeddings": True}, vision={})
+    sequence = _sequence((20, IMAGE, 9), VISION["image_size"], torch.Generator().manual_seed(6))
+    (logits,) = Driver(tmp_path).step([(sequence, len(sequence.ids))])
+    assert _relative_error(logits, _reference_logits(reference, sequence)) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.006)])
+def test_half_precision_is_near_float32(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, text=FIVE_TO_ONE, vision={}, seed=3)
+    prompts = ((20, IMAGE, 30), (50,))
+
+    def logits(dtype: torch.dtype) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(4)
+        sequences = [_sequence(prompt, VISION["image_size"], generator) for prompt in prompts]
+        return Driver(tmp_path, dtype=dtype).step([(s, len(s.ids)) for s in sequences])
+
+    for half, full in zip(logits(dtype), logits(torch.float32), strict=True):
+        assert half.dtype == torch.float32
+        assert 0 < _relative_error(half, full) < tolerance
 
 
 def _generate_together(driver: Driver, sequences: list[Sequence], *, chunk: int) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wicore_backend.executor.base import QKV
+from wicore_backend.executor.linear import Linear
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.layers import RMSNorm
 from wicore_backend.models.gemma3.vision import encode_images
@@ -63,30 +64,32 @@ class _Layer:
 
     def __init__(self, config: Gemma3Config, weights: LayerWeights) -> None:
         text = config.text
-        self._weights = weights
-        self._heads = (text.num_heads, text.num_kv_heads, text.num_kv_heads)
-        self._qkv_shape = (-1, text.qkv_heads, text.head_dim)
+        self._num_q_heads = text.num_heads
         self._qk_heads = text.qk_heads
+        self._heads_shape = (-1, text.qkv_heads, text.head_dim)
+        self._half = text.head_dim // 2
         self._input_norm = RMSNorm(weights.input_norm, text.rms_norm_eps)
+        self._qkv = Linear(weights.qkv, weights.qkv_bias)
         self._qk_norm = RMSNorm(weights.qk_norm, text.rms_norm_eps)
+        self._out = Linear(weights.out, weights.out_bias)
         self._post_attention_norm = RMSNorm(weights.post_attention_norm, text.rms_norm_eps)
         self._pre_feedforward_norm = RMSNorm(weights.pre_feedforward_norm, text.rms_norm_eps)
+        self._gate_up = Linear(weights.gate_up)
+        self._down = Linear(weights.down)
         self._post_feedforward_norm = RMSNorm(weights.post_feedforward_norm, text.rms_norm_eps)
 
     def before_attention(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> QKV:
-        weights = self._weights
-        heads = F.linear(self._input_norm(hidden), weights.qkv, weights.qkv_bias).view(self._qkv_shape)
-        normed = self._qk_norm(heads[:, : self._qk_heads])
-        half = normed.shape[-1] // 2
-        turned = torch.cat((-normed[..., half:], normed[..., :half]), -1)
-        rotated = (normed * cos.unsqueeze(1)).addcmul_(turned, sin.unsqueeze(1))
-        num_q = self._heads[0]
-        return QKV(rotated[:, :num_q], rotated[:, num_q:], heads[:, self._qk_heads :])
+        heads = self._qkv(self._input_norm(hidden)).view(self._heads_shape)
+        qk = self._rotate(self._qk_norm(heads[:, : self._qk_heads]), cos.unsqueeze(1), sin.unsqueeze(1))
+        return QKV(qk[:, : self._num_q_heads], qk[:, self._num_q_heads :], heads[:, self._qk_heads :])
 
     def after_attention(self, hidden: Tensor, attention: Tensor) -> Tensor:
-        weights = self._weights
-        attended = F.linear(attention, weights.out, weights.out_bias)
-        hidden = self._post_attention_norm(attended).add_(hidden)
-        gate, up = F.linear(self._pre_feedforward_norm(hidden), weights.gate_up).chunk(2, -1)
-        fed = F.linear(F.gelu(gate, approximate="tanh").mul_(up), weights.down)
+        hidden = self._post_attention_norm(self._out(attention)).add_(hidden)
+        gate, up = self._gate_up(self._pre_feedforward_norm(hidden)).chunk(2, -1)
+        fed = self._down(F.gelu(gate, approximate="tanh").mul_(up))
         return self._post_feedforward_norm(fed).add_(hidden)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """RoPE of `x` [T, heads, d], whose two halves are the planes' two axes."""
+        turned = torch.cat((-x[..., self._half :], x[..., : self._half]), -1)
+        return (x * cos).addcmul_(turned, sin)

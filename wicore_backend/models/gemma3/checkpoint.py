@@ -237,7 +237,7 @@ class _Loader:
         """The tensors, in the model's type, stacked along their first axis."""
         rows, *rest = zip(*(self._tensors.shape(name) for name in names), strict=True)
         fused = torch.empty(sum(rows), *(sizes[0] for sizes in rest), device=self._device, dtype=self._dtype)
-        for part, name in zip(torch.split(fused, rows), names, strict=True):
+        for part, name in zip(torch.split(fused, list(rows)), names, strict=True):
             part.copy_(self._tensors.read(name))
         return fused
 
