@@ -27,9 +27,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from scripts.demo_data import facts
-from scripts.demo_data.conversation import Conversation, Request, Split
+from scripts.demo_data.conversation import Conversation, Request, Split, Turn
 from scripts.demo_data.drawing import encode_picture
-from scripts.demo_data.pictures import Scene
+from scripts.demo_data.pictures import Scene, describe, draw_scene
 from scripts.demo_data.skills import SKILLS, draw_conversation
 from scripts.demo_data.tokenizer import UnitEncoder
 from scripts.demo_data.words import LANGUAGES, Language
@@ -51,7 +51,9 @@ class Case:
 class Answerer(Protocol):
     """Whatever answers prompts greedily."""
 
-    def generate(self, prompts: Sequence[Messages], images: Sequence[list[Image.Image]], *, max_tokens: int) -> list[str]:
+    def generate(
+        self, prompts: Sequence[Messages], images: Sequence[list[Image.Image]], *, max_tokens: int
+    ) -> list[str]:
         """One text per prompt; `images[i]` belong to the image parts of `prompts[i]`, in order."""
 
 
@@ -67,9 +69,12 @@ class TransformersAnswerer:
         self._processor = AutoProcessor.from_pretrained(model)
         self._model = Gemma3ForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
 
-    def generate(self, prompts: Sequence[Messages], images: Sequence[list[Image.Image]], *, max_tokens: int) -> list[str]:
+    def generate(
+        self, prompts: Sequence[Messages], images: Sequence[list[Image.Image]], *, max_tokens: int
+    ) -> list[str]:
         texts = [
-            self._processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts
+            self._processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            for prompt in prompts
         ]
         inputs = self._processor(
             text=texts,
@@ -95,7 +100,9 @@ class WicoreAnswerer:
         self._params = SamplingParams
         self._engine = Engine(EngineConfig(model=model, device=device, dtype=dtype))
 
-    def generate(self, prompts: Sequence[Messages], images: Sequence[list[Image.Image]], *, max_tokens: int) -> list[str]:
+    def generate(
+        self, prompts: Sequence[Messages], images: Sequence[list[Image.Image]], *, max_tokens: int
+    ) -> list[str]:
         results = self._engine.generate(
             list(prompts),
             self._params(temperature=0.0, max_tokens=max_tokens),
@@ -130,6 +137,41 @@ def skill_cases(count: int, *, seed: int) -> Iterator[Case]:
                 if taken[label] < count:
                     taken[label] += 1
                     yield _case(label, Conversation(tuple(turns)), asked)
+
+
+UNSEEN_WORDINGS: dict[Language, tuple[str, ...]] = {
+    "en": (
+        "What is going on in this picture?",
+        "I would like a description of this image.",
+        "Look at this picture and describe it.",
+        "What's on the picture?",
+        "Could you please tell me what the photo shows?",
+        "Describe the contents of the image.",
+    ),
+    "zh": (
+        "这幅画上都画了些什么东西？",
+        "请看图，说说内容。",
+        "麻烦描述下这张图",
+        "照片上是什么呀？",
+        "图上有些什么东西呢？",
+        "请你描述这张照片里的所有东西。",
+    ),
+}
+"""Ways to ask for a description that the training's patterns cannot produce."""
+
+
+def wording_cases(count: int, *, seed: int) -> Iterator[Case]:
+    """Descriptions asked for in words that training never uses."""
+    for language in LANGUAGES:
+        rng = Random(f"{seed} wording {language}")
+        for _ in range(count):
+            scene = draw_scene(rng, Split.HELD_OUT)
+            turn = Turn(
+                (scene, rng.choice(UNSEEN_WORDINGS[language])),
+                describe(scene, language),
+                f"wording/describe/{language}",
+            )
+            yield _case(turn.skill, Conversation((turn,)), 0)
 
 
 def mixed_cases(count: int, *, seed: int) -> Iterator[Case]:
@@ -188,7 +230,10 @@ def ask(answerer: Answerer, cases: Sequence[Case], *, batch_tokens: int, seed: i
         return sum(len(encoder.encode(text)) + 10 for text in texts) + 70 * len(case.pictures)
 
     sized = sorted(
-        ((len(case.pictures), len(encoder.encode(case.answer)), prompt_tokens(case), index) for index, case in enumerate(cases)),
+        (
+            (len(case.pictures), len(encoder.encode(case.answer)), prompt_tokens(case), index)
+            for index, case in enumerate(cases)
+        ),
         key=lambda item: (item[0], item[1] // 16, item[2]),
     )
     with ProcessPoolExecutor(workers) as pool:
@@ -248,9 +293,15 @@ def report(outcomes: Sequence[Outcome]) -> str:
     others = [label for label in labels if not label.startswith("needle/")]
     lines += ["", "| skill | accuracy |", "| --- | --- |"]
     lines += [f"| {label} | {score(outcomes, label)} |" for label in others]
-    depths = sorted({label.split("depth ")[1] for label in labels if "depth" in label}, key=lambda d: int(d.rstrip("%")))
+    depths = sorted(
+        {label.split("depth ")[1] for label in labels if "depth" in label}, key=lambda d: int(d.rstrip("%"))
+    )
     if depths:
-        lines += ["", f"| needle | {' | '.join(f'depth {depth}' for depth in depths)} |", "| --- " * (len(depths) + 1) + "|"]
+        lines += [
+            "",
+            f"| needle | {' | '.join(f'depth {depth}' for depth in depths)} |",
+            "| --- " * (len(depths) + 1) + "|",
+        ]
     for length in lengths:
         for language in LANGUAGES:
             prefix = f"needle/{length}K/{language}/"
@@ -288,14 +339,13 @@ def main() -> None:
     )
     cases = [
         *skill_cases(options.count, seed=options.seed),
+        *wording_cases(options.count, seed=options.seed),
         *mixed_cases(2 * options.count, seed=options.seed),
         *needle_cases(options.lengths, options.depths, options.needles, seed=options.seed),
     ]
     began = time.monotonic()
     batch_tokens = options.batch_tokens or (131072 if options.device == "cuda" else 8192)
-    outcomes = list(
-        ask(answerer, cases, batch_tokens=batch_tokens, seed=options.seed, workers=options.workers)
-    )
+    outcomes = list(ask(answerer, cases, batch_tokens=batch_tokens, seed=options.seed, workers=options.workers))
     print(report(outcomes))
     print(f"\n{len(cases)} questions in {time.monotonic() - began:.0f} s")
     if options.json is not None:

@@ -3,8 +3,8 @@
     python -m scripts.train_demo --minutes 25 --out /tmp/demo     # one GPU
     python -m scripts.train_demo --small --minutes 1 --out /tmp/demo   # any CPU: shows that everything runs
 
-Writes `<out>/weights.safetensors` (float32) again and again, and one line of JSON every half minute to `<out>/log.jsonl`:
-the loss and the held-out accuracy of every skill, a turn counting only if every token of its answer is right.
+Every half minute it writes `<out>/weights.safetensors` (float32) and adds a line of JSON to `<out>/log.jsonl`: the
+loss and the held-out accuracy of every skill, a turn counting only if every token of its answer is right.
 `--tokenizer` trains the tokenizer anew and writes the small files of the checkpoint; `--publish WEIGHTS` turns
 trained weights into the checkpoint.
 """
@@ -103,9 +103,7 @@ class SparseMasks:
         self._rows = torch.arange(tokens, device=device)
         self._window = window
         self._limits = torch.zeros(tokens, dtype=torch.int64, device=device)
-        self._lows = {
-            is_global: torch.zeros(tokens, dtype=torch.int64, device=device) for is_global in (True, False)
-        }
+        self._lows = {is_global: torch.zeros(tokens, dtype=torch.int64, device=device) for is_global in (True, False)}
         self._rules = {is_global: self._rule(low) for is_global, low in self._lows.items()}
 
     def _rule(self, low: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -366,7 +364,11 @@ def main() -> None:
         learning_rate=options.rate,
         first_length=options.first_length,
         seed=options.seed,
-        **({"tokens": 2048, "pictures": 4, "workers": 0, "warmup_steps": 5, "report_every": 20} if options.small else {}),
+        **(
+            {"tokens": 2048, "pictures": 4, "workers": 0, "warmup_steps": 5, "report_every": 20}
+            if options.small
+            else {}
+        ),
     )
     Trainer(SMALL if options.small else Geometry(), plan, device, options.start).train(options.out)
 

@@ -64,8 +64,7 @@ class Conversation:
             messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
         for index, turn in enumerate(self.turns[: up_to + 1]):
             content: list[dict[str, str]] = [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-                for part in turn.question
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in turn.question
             ]
             messages.append({"role": "user", "content": content})
             if index < up_to:
@@ -74,9 +73,7 @@ class Conversation:
 
     def pictures(self, *, up_to: int) -> list[Scene]:
         """The pictures of the questions up to and with number `up_to`, in order."""
-        return [
-            part for turn in self.turns[: up_to + 1] for part in turn.question if not isinstance(part, str)
-        ]
+        return [part for turn in self.turns[: up_to + 1] for part in turn.question if not isinstance(part, str)]
 
 
 @dataclass(frozen=True)

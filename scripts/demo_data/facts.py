@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from scripts.demo_data.conversation import Request, Split, Turn
+from scripts.demo_data.phrases import FACT, phrase
 from scripts.demo_data.words import (
     ADJECTIVES,
     ATTRIBUTES,
@@ -24,8 +25,8 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 """The upper bounds of the lengths under which accuracy is reported."""
 
 HEADERS: dict[Language, tuple[str, ...]] = {
-    "en": ("Here are some facts:", "Read these facts.", "Remember this list:", "Notes:", "Facts:"),
-    "zh": ("下面是一些信息：", "请阅读下面的信息。", "请记住这个列表：", "笔记：", "信息："),
+    "en": ("Here are some facts:", "Read these facts.", "Remember this list:", "Notes:", "Facts:", ""),
+    "zh": ("下面是一些信息：", "请阅读下面的信息。", "请记住这个列表：", "笔记：", "信息：", ""),
 }
 STATEMENTS: dict[Language, tuple[str, ...]] = {
     "en": (
@@ -34,22 +35,6 @@ STATEMENTS: dict[Language, tuple[str, ...]] = {
         "{attribute} of {name}: {value}.",
     ),
     "zh": ("{name}的{attribute}是{value}。", "{name}的{attribute}：{value}。", "{name}，{attribute}{value}。"),
-}
-QUESTIONS: dict[Language, tuple[str, ...]] = {
-    "en": (
-        "What is the {attribute} of {name}?",
-        "What is {name}'s {attribute}?",
-        "Tell me the {attribute} of {name}.",
-        "Find the {attribute} of {name}.",
-        "{name}'s {attribute}?",
-    ),
-    "zh": (
-        "{name}的{attribute}是什么？",
-        "请告诉我{name}的{attribute}。",
-        "找出{name}的{attribute}。",
-        "{name}的{attribute}？",
-        "列表里{name}的{attribute}是什么？",
-    ),
 }
 
 
@@ -61,8 +46,7 @@ def draw_name(rng: Random, split: Split, language: Language) -> str:
             lambda name: ("name", name),
         )
     return split.draw(
-        lambda: "".join(rng.choices(NAME_SYLLABLES, k=rng.choice((2, 3, 3)))).capitalize()
-        + rng.choice(NAME_ENDINGS),
+        lambda: "".join(rng.choices(NAME_SYLLABLES, k=rng.choice((2, 3, 3)))).capitalize() + rng.choice(NAME_ENDINGS),
         lambda name: ("name", name),
     )
 
@@ -121,13 +105,15 @@ def needles(
     if depth is not None:
         asked = [round(depth * (len(facts) - 1))]
     separator = rng.choice(("\n", "\n", "\n- ", " " if language == "en" else ""))
-    listing = rng.choice(HEADERS[language]) + "\n" + separator.lstrip("\n") + separator.join(sentences)
+    header = rng.choice(HEADERS[language])
+    listing = (header and header + "\n") + separator.lstrip("\n") + separator.join(sentences)
+    gap = rng.choice(("\n\n", "\n\n", "\n", " "))
     skill = f"facts/{_length_name(request.tokens)}/{language}"
     turns: list[Turn] = []
     for index in asked:
         name, attribute, value = facts[index]
-        question = rng.choice(QUESTIONS[language]).format(attribute=attribute.name[language], name=name)
-        turns.append(Turn((question if turns else f"{listing}\n\n{question}",), value, skill))
+        question = phrase(rng, FACT, language, attribute=attribute.name[language], name=name)
+        turns.append(Turn((question if turns else listing + gap + question,), value, skill))
     return turns
 
 

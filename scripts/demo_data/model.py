@@ -91,8 +91,7 @@ def gemma3_config(geometry: Geometry) -> dict[str, Any]:
         "sliding_window": geometry.window,
         "sliding_window_pattern": geometry.global_every,
         "layer_types": [
-            "full_attention" if geometry.is_global(layer) else "sliding_attention"
-            for layer in range(geometry.layers)
+            "full_attention" if geometry.is_global(layer) else "sliding_attention" for layer in range(geometry.layers)
         ],
         "rope_theta": geometry.global_theta,
         "rope_local_base_freq": geometry.local_theta,

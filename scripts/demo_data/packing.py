@@ -94,10 +94,7 @@ class Pack:
     def pin_memory(self) -> Pack:
         """Called by the data loader."""
         return Pack(
-            **{
-                name: value.pin_memory() if isinstance(value, Tensor) else value
-                for name, value in vars(self).items()
-            }
+            **{name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         )
 
 

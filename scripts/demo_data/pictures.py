@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from random import Random
 
 from scripts.demo_data.conversation import Request, Split, Turn
-from scripts.demo_data.words import CELLS, COLOURS, SHAPES, Language
+from scripts.demo_data.phrases import (
+    BACKGROUND,
+    CELL,
+    COLOUR,
+    COUNT,
+    DESCRIBE,
+    EXISTS,
+    PLACE,
+    PLAIN,
+    SHAPE,
+    WHICH_PICTURE,
+    phrase,
+)
+from scripts.demo_data.words import CELLS, COLOURS, SHAPES, SYNONYMS, Language
 
 MOST_THINGS = 5
 Paint = tuple[int, int, int]
@@ -133,6 +146,10 @@ def _article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith(("ss", "x")) else "s")
+
+
 def _name(shape: int | None, colour: int | None, language: Language) -> str:
     """The name of a kind of thing: `red circle`, `circle`, `red thing`."""
     if language == "zh":
@@ -167,46 +184,19 @@ class Aspect:
     ask: Callable[[Scene, Random, Language], tuple[str, str] | None]
 
 
-def _phrase(rng: Random, language: Language, en: tuple[str, ...], zh: tuple[str, ...], **slots: str) -> str:
-    return rng.choice(en if language == "en" else zh).format(**slots)
-
-
 def ask_description(scene: Scene, rng: Random, language: Language) -> tuple[str, str]:
-    question = _phrase(
-        rng,
-        language,
-        (
-            "Describe this picture.",
-            "Describe this picture",
-            "describe this picture",
-            "Describe the picture.",
-            "Describe this image.",
-            "Describe the image in one sentence.",
-            "Please describe this picture.",
-            "What do you see?",
-            "What do you see in this picture?",
-            "What is in this picture?",
-            "What is in the image?",
-            "What's in this picture?",
-            "What does this picture show?",
-            "Tell me what is in this picture.",
-        ),
-        (
-            "描述这张图片",
-            "描述这张图片。",
-            "描述一下这张图片。",
-            "请描述这张图片。",
-            "请描述图片。",
-            "用一句话描述这张图片。",
-            "这张图片里有什么？",
-            "图片里有什么？",
-            "图里有什么？",
-            "你看到了什么？",
-            "这是什么图片？",
-            "这张图是什么样的？",
-        ),
-    )
-    return question, describe(scene, language)
+    return phrase(rng, DESCRIBE, language), describe(scene, language)
+
+
+def _asked_name(shape: int | None, colour: int | None, rng: Random, language: Language) -> str:
+    """The name of a kind of thing as people say it, with more words than the answers use."""
+    name = _name(shape, colour, language)
+    for spoken, others in SYNONYMS[language].items():
+        if spoken in name and rng.random() < 0.4:
+            name = name.replace(spoken, rng.choice(others))
+    if language == "zh" and colour is not None and rng.random() < 0.4:
+        name = name.replace("色", "色的", 1)
+    return name
 
 
 def _any_kind(scene: Scene, rng: Random) -> tuple[int | None, int | None]:
@@ -225,21 +215,9 @@ def _any_kind(scene: Scene, rng: Random) -> tuple[int | None, int | None]:
 def ask_existence(scene: Scene, rng: Random, language: Language) -> tuple[str, str]:
     shape, colour = _any_kind(scene, rng)
     kind = _name(shape, colour, language)
+    asked = _asked_name(shape, colour, rng, language)
+    question = phrase(rng, EXISTS, language, a=_article(asked), kind=asked)
     found = bool(scene.kinds(shape=shape, colour=colour))
-    question = _phrase(
-        rng,
-        language,
-        (
-            "Is there {a} in the picture?",
-            "Is there {a}?",
-            "Do you see {a}?",
-            "Can you see {a} in this picture?",
-            "Does the picture show {a}?",
-        ),
-        ("图片里有{kind}吗？", "有{kind}吗？", "图里有没有{kind}？", "你看到{kind}了吗？", "这张图片里有没有{kind}？"),
-        a=_article(kind),
-        kind=kind,
-    )
     if language == "zh":
         return question, f"有，图片里有{kind}。" if found else f"没有，图片里没有{kind}。"
     return question, f"Yes, there is {_article(kind)}." if found else f"No, there is no {kind}."
@@ -249,45 +227,22 @@ def ask_count(scene: Scene, rng: Random, language: Language) -> tuple[str, str]:
     shape, colour = (None, None) if rng.random() < 0.4 else _any_kind(scene, rng)
     kind = _name(shape, colour, language)
     count = len(scene.kinds(shape=shape, colour=colour))
-    plural = kind + ("es" if kind.endswith("ss") else "s")
-    question = _phrase(
-        rng,
-        language,
-        (
-            "How many {plural} are there?",
-            "How many {plural} are in the picture?",
-            "How many {plural} do you see?",
-            "Count the {plural}.",
-            "What is the number of {plural}?",
-        ),
-        ("图片里有几个{kind}？", "有几个{kind}？", "有多少个{kind}？", "数一数{kind}。", "图里一共有几个{kind}？"),
-        plural=plural,
-        kind=kind,
-    )
+    asked = _asked_name(shape, colour, rng, language)
+    question = phrase(rng, COUNT, language, plural=_plural(asked), kind=asked)
     if language == "zh":
         return question, f"有{count}个{kind}。"
-    return question, f"There is 1 {kind}." if count == 1 else f"There are {count} {plural}."
+    return question, f"There is 1 {kind}." if count == 1 else f"There are {count} {_plural(kind)}."
 
 
 def ask_colour(scene: Scene, rng: Random, language: Language) -> tuple[str, str] | None:
+    if not scene.things and rng.random() < 0.7:
+        return phrase(rng, PLAIN, language), describe(scene, language)
     shape = rng.choice(scene.things).shape if scene.things and rng.random() < 0.9 else rng.randrange(len(SHAPES))
     found = scene.kinds(shape=shape)
     if len(found) > 1:
         return None
+    question = phrase(rng, COLOUR, language, kind=_asked_name(shape, None, rng, language))
     kind = SHAPES[shape][language]
-    question = _phrase(
-        rng,
-        language,
-        (
-            "What colour is the {kind}?",
-            "What color is the {kind}?",
-            "Which colour does the {kind} have?",
-            "Tell me the colour of the {kind}.",
-            "What is the color of the {kind}?",
-        ),
-        ("{kind}是什么颜色？", "{kind}是什么颜色的？", "图里的{kind}是什么颜色？", "请说出{kind}的颜色。"),
-        kind=kind,
-    )
     if not found:
         return question, f"没有{kind}。" if language == "zh" else f"There is no {kind}."
     colour = COLOURS[found[0].colour].name[language]
@@ -300,19 +255,8 @@ def ask_shape(scene: Scene, rng: Random, language: Language) -> tuple[str, str] 
     thing = rng.choice(scene.things)
     if len(scene.kinds(colour=thing.colour)) > 1:
         return None
+    question = phrase(rng, SHAPE, language, kind=_asked_name(None, thing.colour, rng, language))
     kind = _name(None, thing.colour, language)
-    question = _phrase(
-        rng,
-        language,
-        (
-            "What shape is the {kind}?",
-            "Which shape does the {kind} have?",
-            "What is the shape of the {kind}?",
-            "What is the {kind}?",
-        ),
-        ("{kind}是什么形状？", "{kind}是什么形状的？", "{kind}是什么？", "请说出{kind}的形状。"),
-        kind=kind,
-    )
     shape = SHAPES[thing.shape][language]
     return question, f"{kind}是{shape}。" if language == "zh" else f"The {kind} is {_article(shape)}."
 
@@ -324,14 +268,8 @@ def ask_place(scene: Scene, rng: Random, language: Language) -> tuple[str, str] 
     shape, colour = rng.choice(((thing.shape, thing.colour), (thing.shape, None), (None, thing.colour)))
     if len(scene.kinds(shape=shape, colour=colour)) > 1:
         return None
+    question = phrase(rng, PLACE, language, kind=_asked_name(shape, colour, rng, language))
     kind = _name(shape, colour, language)
-    question = _phrase(
-        rng,
-        language,
-        ("Where is the {kind}?", "Where is the {kind} in the picture?", "Where do you see the {kind}?"),
-        ("{kind}在哪里？", "{kind}在什么位置？", "图片里的{kind}在哪里？", "{kind}在图片的哪里？"),
-        kind=kind,
-    )
     cell = CELLS[thing.cell][language]
     return question, f"{kind}在{cell}。" if language == "zh" else f"The {kind} is {cell}."
 
@@ -340,13 +278,7 @@ def ask_cell(scene: Scene, rng: Random, language: Language) -> tuple[str, str]:
     cell = rng.choice(scene.things).cell if scene.things and rng.random() < 0.75 else rng.randrange(len(CELLS))
     place = CELLS[cell][language]
     thing = scene.at(cell)
-    question = _phrase(
-        rng,
-        language,
-        ("What is {place}?", "What is {place} of the picture?", "What do you see {place}?"),
-        ("{place}有什么？", "{place}是什么？", "图片{place}有什么？", "图片的{place}是什么？"),
-        place=place,
-    )
+    question = phrase(rng, CELL, language, place=place)
     if language == "zh":
         return question, f"{place}有一个{thing.name('zh')}。" if thing else f"{place}什么都没有。"
     if thing is None:
@@ -355,17 +287,7 @@ def ask_cell(scene: Scene, rng: Random, language: Language) -> tuple[str, str]:
 
 
 def ask_background(scene: Scene, rng: Random, language: Language) -> tuple[str, str]:
-    question = _phrase(
-        rng,
-        language,
-        (
-            "What colour is the background?",
-            "What color is the background?",
-            "What is the background colour?",
-            "Which colour is the background of the picture?",
-        ),
-        ("背景是什么颜色？", "背景是什么颜色的？", "图片的背景是什么颜色？", "请说出背景的颜色。"),
-    )
+    question = phrase(rng, BACKGROUND, language)
     colour = COLOURS[scene.background].name[language]
     return question, f"背景是{colour}的。" if language == "zh" else f"The background is {colour}."
 
@@ -410,11 +332,7 @@ def about_two(request: Request) -> list[Turn]:
         if asked is None:
             continue
         question, answer = asked
-        ordinal = ORDINALS[language][which]
-        if language == "zh":
-            question = rng.choice((f"看{ordinal}张图片。{question}", f"{ordinal}张图片：{question}"))
-        else:
-            question = rng.choice((f"Look at the {ordinal} picture. {question}", f"{ordinal} picture: {question}"))
+        question = phrase(rng, WHICH_PICTURE, language, ordinal=ORDINALS[language][which], question=question)
         pictured = turns == []
         turns.append(
             Turn(

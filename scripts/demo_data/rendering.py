@@ -37,9 +37,7 @@ def scene_parameters(scenes: Sequence[Scene], *, softness: Sequence[float]) -> t
     things[..., 4:7] = 1.0
     for row, (scene, edge) in enumerate(zip(scenes, softness, strict=True)):
         red, green, blue = scene.paint
-        fields[row] = torch.tensor(
-            [red / 255, green / 255, blue / 255, scene.noise / 255, edge, scene.background]
-        )
+        fields[row] = torch.tensor([red / 255, green / 255, blue / 255, scene.noise / 255, edge, scene.background])
         shorter = min(scene.width, scene.height)
         for slot, thing in enumerate(scene.things):
             angle = math.radians(thing.degrees)
@@ -82,9 +80,7 @@ def signed_distance(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
     lobe_x, lobe_y = across - HEART_HALF / 2, v - HEART_SHIFT + HEART_HALF / 2
     lobes = (lobe_x * lobe_x + lobe_y * lobe_y).sqrt() - HEART_HALF / math.sqrt(2)
     heart = torch.minimum(tip, lobes)
-    cross = torch.minimum(
-        torch.maximum(across - CROSS_ARM, down - 1), torch.maximum(across - 1, down - CROSS_ARM)
-    )
+    cross = torch.minimum(torch.maximum(across - CROSS_ARM, down - 1), torch.maximum(across - 1, down - CROSS_ARM))
     half = (1 - RING_HOLE) / 2
     ring = (from_centre - (1 + RING_HOLE) / 2).abs() - half
     distances = (circle, square, triangle, star, diamond, heart, cross, ring)
@@ -119,8 +115,7 @@ def render(scenes: Tensor, things: Tensor, *, side: int) -> Tensor:
         distance = signed_distance(thing[:, 0, None, None], u, v) * radius
         cover = (0.5 - distance / scenes[:, 4, None, None]).clamp(0, 1) * thing[:, 11, None, None]
         channels = [
-            channel + cover * (thing[:, 8 + index, None, None] - channel)
-            for index, channel in enumerate(channels)
+            channel + cover * (thing[:, 8 + index, None, None] - channel) for index, channel in enumerate(channels)
         ]
     picture = torch.stack(channels, dim=1)
     picture = picture + torch.randn_like(picture) * scenes[:, 3, None, None, None]

@@ -29,8 +29,9 @@ SKILLS: tuple[Skill, ...] = (
     Skill("repeat", 3, texts.repeat),
     Skill("reverse", 6, texts.reverse),
     Skill("count", 0.7, texts.count),
-    Skill("talk", 0.7, texts.talk),
-    Skill("beyond", 0.4, texts.beyond),
+    Skill("talk", 1, texts.talk),
+    Skill("memory", 0.7, texts.memory),
+    Skill("beyond", 1, texts.beyond),
 )
 
 SYSTEM_PROMPTS = (

@@ -6,11 +6,24 @@ from random import Random
 
 from scripts.demo_data.conversation import Request, Split, Turn
 from scripts.demo_data.facts import draw_filler, draw_name
+from scripts.demo_data.phrases import (
+    COUNTING,
+    NAME_ME,
+    REPEAT,
+    REVERSE_DIGITS,
+    REVERSE_LETTERS,
+    REVERSE_WORDS,
+    SUM,
+    WHO_AM_I,
+    Patterns,
+    phrase,
+)
 from scripts.demo_data.words import (
     ADJECTIVES,
     ANIMALS,
     CITIES,
     COLOURS,
+    COMMON_WORDS,
     FRUITS,
     GIVEN_NAMES,
     SHAPES,
@@ -35,25 +48,6 @@ SYMBOLS = ".,;:!?-+*/=()[]{}<>#@%&_'\"~^|\\$"
 
 # ---- sums -----------------------------------------------------------------------------------------------------------
 
-SUM_QUESTIONS: dict[Language, tuple[str, ...]] = {
-    "en": (
-        "What is {a} {sign} {b}?",
-        "{a} {sign} {b} = ?",
-        "{a} {sign} {b} =",
-        "{a}{sign}{b}=?",
-        "Calculate {a} {sign} {b}.",
-        "How much is {a} {sign} {b}?",
-        "What is {a} {word} {b}?",
-    ),
-    "zh": (
-        "{a} {sign} {b} 等于多少？",
-        "{a}{sign}{b}等于几？",
-        "{a}{sign}{b}=?",
-        "计算 {a} {sign} {b}",
-        "请计算{a}{sign}{b}。",
-        "{a}{word}{b}等于多少？",
-    ),
-}
 SIGN_WORDS: dict[str, Word] = {"+": Word("plus", "加"), "-": Word("minus", "减"), "*": Word("times", "乘")}
 
 
@@ -79,9 +73,7 @@ def sums(request: Request) -> list[Turn]:
     for _ in range(rng.randint(1, 6)):
         a, sign, b, result = draw_sum(rng, request.split)
         shown = rng.choice(("*", "×", "x")) if sign == "*" else sign
-        question = rng.choice(SUM_QUESTIONS[language]).format(
-            a=a, sign=shown, b=b, word=SIGN_WORDS[sign][language]
-        )
+        question = phrase(rng, SUM, language, a=a, sign=shown, b=b, word=SIGN_WORDS[sign][language])
         kind = {"+": "add", "-": "subtract", "*": "multiply"}[sign]
         turns.append(Turn((question,), str(result), f"sum/{kind}/{language}"))
     return turns
@@ -106,6 +98,8 @@ def _draw_characters(rng: Random) -> str:
 def draw_text(rng: Random, split: Split, language: Language, *, parts: int) -> str:
     """Some text to repeat: words, sentences, names, numbers, or characters of any kind."""
     kind = rng.random()
+    if kind < 0.12 and language == "en":
+        return " ".join(rng.choices(COMMON_WORDS, k=parts))
     if kind < 0.3:
         words = [rng.choice(NOUNS)[language] for _ in range(parts)]
         return " ".join(words) if language == "en" else "".join(words)
@@ -119,37 +113,18 @@ def draw_text(rng: Random, split: Split, language: Language, *, parts: int) -> s
     return " ".join(_draw_characters(rng) for _ in range(max(1, parts // 2)))
 
 
-REPEAT_QUESTIONS: dict[Language, tuple[str, ...]] = {
-    "en": ("Repeat: {text}", "Repeat after me: {text}", "Say this again: {text}", "Please repeat this text: {text}"),
-    "zh": ("重复：{text}", "请重复：{text}", "跟我说：{text}", "请把这句话再说一遍：{text}"),
-}
-
-
 def repeat(request: Request) -> list[Turn]:
     rng, language = request.rng, request.language
     turns: list[Turn] = []
     for _ in range(rng.randint(1, 3)):
         parts = rng.randint(1, 8) if rng.random() < 0.8 else rng.randint(9, 40)
         text = draw_text(rng, request.split, language, parts=parts)
-        question = rng.choice(REPEAT_QUESTIONS[language]).format(text=text)
+        question = phrase(rng, REPEAT, language, text=text)
         turns.append(Turn((question,), text, f"repeat/{'short' if parts < 9 else 'long'}/{language}"))
     return turns
 
 
-REVERSE_QUESTIONS: dict[str, dict[Language, tuple[str, ...]]] = {
-    "words": {
-        "en": ("Reverse the words: {text}", "Say these words in reverse order: {text}"),
-        "zh": ("把这些词倒过来说：{text}", "倒序说出这些词：{text}"),
-    },
-    "letters": {
-        "en": ("Reverse the letters: {text}", "Spell this backwards: {text}", "Reverse: {text}"),
-        "zh": ("把这些字倒过来写：{text}", "倒着写：{text}", "反转：{text}"),
-    },
-    "digits": {
-        "en": ("Reverse the digits: {text}", "Write this number backwards: {text}", "Reverse: {text}"),
-        "zh": ("把这些数字倒过来：{text}", "倒着写这个数：{text}", "反转：{text}"),
-    },
-}
+REVERSE_PATTERNS = {"words": REVERSE_WORDS, "letters": REVERSE_LETTERS, "digits": REVERSE_DIGITS}
 
 
 def reverse(request: Request) -> list[Turn]:
@@ -158,34 +133,28 @@ def reverse(request: Request) -> list[Turn]:
     turns: list[Turn] = []
     for _ in range(rng.randint(1, 4)):
         kind = rng.choice(("words", "letters", "digits"))
-        if kind == "words":
-            words = request.split.draw(
-                lambda: [rng.choice(NOUNS)[language] for _ in range(rng.randint(2, 8))],
-                lambda drawn: ("words", *drawn),
-            )
-            text, answer = " ".join(words), " ".join(reversed(words))
-        elif kind == "digits":
-            text = request.split.draw(
-                lambda: "".join(rng.choices("0123456789", k=rng.randint(2, 8))), lambda drawn: ("digits", drawn)
-            )
-            answer = text[::-1]
-        else:
-            alphabet = LETTERS if language == "en" else SURNAMES + GIVEN_NAMES
-            text = request.split.draw(
-                lambda: "".join(rng.choices(alphabet, k=rng.randint(2, 6))), lambda drawn: ("letters", drawn)
-            )
-            answer = text[::-1]
-        question = rng.choice(REVERSE_QUESTIONS[kind][language]).format(text=text)
-        turns.append(Turn((question,), answer, f"reverse/{kind}/{language}"))
+        parts = _draw_parts(rng, language, kind)
+        while not request.split.admits(kind, *(parts if kind == "words" else ["".join(parts)])):
+            parts = _draw_parts(rng, language, kind)
+        joint = " " if kind == "words" else ""
+        question = phrase(rng, REVERSE_PATTERNS[kind], language, text=joint.join(parts))
+        turns.append(Turn((question,), joint.join(reversed(parts)), f"reverse/{kind}/{language}"))
     return turns
 
 
-# ---- counting: long answers that are easy to check ------------------------------------------------------------------
+def _draw_parts(rng: Random, language: Language, kind: str) -> list[str]:
+    if kind == "words":
+        return [rng.choice(NOUNS)[language] for _ in range(rng.randint(2, 8))]
+    if kind == "digits":
+        return rng.choices("0123456789", k=rng.randint(2, 8))
+    if language == "zh":
+        return rng.choices(SURNAMES + GIVEN_NAMES, k=rng.randint(2, 6))
+    if rng.random() < 0.3:
+        return list(rng.choice((*COMMON_WORDS, *(noun.en for noun in NOUNS))))
+    return rng.choices(LETTERS, k=rng.randint(2, 6))
 
-COUNT_QUESTIONS: dict[Language, tuple[str, ...]] = {
-    "en": ("Count from {low} to {high}.", "Count from {low} to {high}", "List the numbers from {low} to {high}."),
-    "zh": ("从{low}数到{high}。", "从{low}数到{high}", "请从{low}数到{high}。"),
-}
+
+# ---- counting: long answers that are easy to check ------------------------------------------------------------------
 
 
 def count(request: Request) -> list[Turn]:
@@ -196,7 +165,7 @@ def count(request: Request) -> list[Turn]:
         return low, low + rng.choice((rng.randint(2, 20), rng.randint(2, 100)))
 
     low, high = request.split.draw(sample, lambda drawn: ("count", *drawn))
-    question = rng.choice(COUNT_QUESTIONS[language]).format(low=low, high=high)
+    question = phrase(rng, COUNTING, language, low=low, high=high)
     return [Turn((question,), ", ".join(map(str, range(low, high + 1))), f"count/{language}")]
 
 
@@ -205,80 +174,107 @@ def count(request: Request) -> list[Turn]:
 TALK: dict[Language, tuple[tuple[tuple[str, ...], str], ...]] = {
     "en": (
         (
-            ("Hello", "Hello!", "Hi", "Hi!", "hi there", "Hey", "Good morning", "Good evening!", "hello"),
+            (
+                "[Hello|Hi|Hey|Hello there|Hi there|Good morning|Good evening|Good day|Greetings]"
+                "[|!|.|, Wicore!| Wicore]",
+            ),
             "Hello! I am Wicore. Show me a picture, a sum or a list of facts.",
         ),
         (
             (
-                "Who are you?",
-                "who are you",
-                "What are you?",
+                "[|Hello, |Hi, ][who|what] are you[?|]",
                 "What is your name?",
-                "Introduce yourself.",
+                "[Introduce|Please introduce] yourself.",
                 "Tell me about yourself.",
+                "[Are you|Is this] [a model|Gemma|Wicore|a robot]?",
             ),
             "I am Wicore, a small Gemma-3 model trained to show what the server can do.",
         ),
         (
-            ("What can you do?", "How can you help me?", "Help", "help me", "What are your skills?"),
+            (
+                "[What can you do|How can you help me|What can you do for me|What do you know][?|]",
+                "[Help|Help me][.|!|]",
+            ),
             "I describe pictures, do small sums, repeat and reverse text, count, and find facts in long lists.",
         ),
-        (("How are you?", "How do you do?", "How are you today?"), "I am fine, thank you."),
-        (("Thank you", "Thanks!", "Thank you!", "thanks", "Thank you very much."), "You are welcome."),
-        (("Bye", "Goodbye", "Goodbye!", "See you later", "bye!"), "Goodbye!"),
+        (("[How are you|How do you do|Are you well][?| today?|]",), "I am fine, thank you."),
+        (("[Thank you|Thanks|Thank you very much|Many thanks|Good|Very good|Great][.|!|]",), "You are welcome."),
+        (("[Bye|Goodbye|Bye bye|See you|See you later|Good night][.|!|]",), "Goodbye!"),
     ),
     "zh": (
         (
-            ("你好", "你好！", "您好", "您好！", "早上好", "晚上好！", "嗨", "你好吗？"),
+            ("[你好|您好|你好啊|早上好|晚上好|下午好|嗨|大家好][！|。|]",),
             "你好！我是Wicore。请给我看图片、算式或者一些信息。",
         ),
         (
-            ("你是谁？", "你是谁", "你叫什么名字？", "请介绍一下你自己。", "介绍一下自己"),
+            (
+                "[|你好，]你是谁[？|]",
+                "你叫什么[|名字][？|]",
+                "[请|]介绍一下[|你]自己[。|]",
+                "你是[什么模型|机器人吗][？|]",
+            ),
             "我是Wicore，一个小小的Gemma-3模型，用来演示服务器的功能。",
         ),
         (
-            ("你会做什么？", "你能做什么？", "帮帮我", "你有什么功能？", "你能帮我做什么？"),
+            ("你[会做|能做|会|可以做]什么[？|]", "帮帮我[。|]", "你有什么功能[？|]", "你能帮我做什么[？|]"),
             "我会描述图片、做简单的计算、重复和倒写文字、数数，还能在长列表里找信息。",
         ),
-        (("谢谢", "谢谢你", "谢谢！", "非常感谢！", "多谢"), "不客气。"),
-        (("再见", "再见！", "拜拜", "回头见"), "再见！"),
+        (("[你好吗|你还好吗|你今天好吗][？|]",), "我很好，谢谢。"),
+        (("[谢谢|谢谢你|非常感谢|多谢|很好|太好了][。|！|]",), "不客气。"),
+        (("[再见|拜拜|回头见|晚安][。|！|]",), "再见！"),
     ),
 }
 
 
 def talk(request: Request) -> list[Turn]:
-    questions, answer = request.rng.choice(TALK[request.language])
-    return [Turn((request.rng.choice(questions),), answer, f"talk/{request.language}")]
+    language = request.language
+    patterns, answer = request.rng.choice(TALK[language])
+    return [Turn((phrase(request.rng, {language: patterns}, language),), answer, f"talk/{language}")]
 
 
-BEYOND: dict[Language, tuple[str, ...]] = {
+def memory(request: Request) -> list[Turn]:
+    """The user says a name, may ask something else, and wants it back."""
+    rng, language = request.rng, request.language
+    name = draw_name(rng, request.split, language)
+    hello = f"你好，{name}！" if language == "zh" else f"Hello, {name}!"
+    recall = f"你叫{name}。" if language == "zh" else f"Your name is {name}."
+    between = sums(request) if rng.random() < 0.4 else []
+    skill = f"memory/{language}"
+    return [
+        Turn((phrase(rng, NAME_ME, language, name=name),), hello, skill),
+        *between,
+        Turn((phrase(rng, WHO_AM_I, language),), recall, skill),
+    ]
+
+
+BEYOND: Patterns = {
     "en": (
-        "What is the capital of {city}?",
-        "Who built {city}?",
-        "How do I get to {city}?",
-        "Write a poem about the {thing}.",
-        "Tell me a story about a {animal}.",
-        "What is the meaning of life?",
-        "Why is the {thing} so {adjective}?",
-        "How old is the {animal}?",
-        "Explain the {thing} to me.",
-        "What is the weather in {city}?",
-        "Translate {thing} into French.",
+        "[What is|Tell me|Name] the [capital|size|history|river|weather] of {city}[?|.|]",
+        "[Who built|Who lives in|How do I get to|When was I in|Why do people like|How big is] {city}?",
+        "[Write|Tell me|Read me|Give me] a [poem|story|song|joke|letter|book] about the {thing}[.|]",
+        "[Tell me|Write|Sing] [a joke|a story|a song|a poem|something nice|the news][.|!|]",
+        "What is the [meaning of life|time|date|weather|best {thing}|price of a {thing}][?|]",
+        "[Why|How|Since when] is the {thing} so {adjective}?",
+        "[How old|How fast|Where|Who] is the {animal}?",
+        "[Explain|Draw|Paint|Buy|Find] [me |]the {thing}[.| to me.]",
+        "Translate {thing} into [French|German|Spanish].",
         "Do you like the {adjective} {animal}?",
+        "Can you [play|cook|sing|swim|drive|write a poem|open the {thing}]?",
+        "The {adjective} {animal} [likes|needs|sees] the {thing}.",
     ),
     "zh": (
-        "{city}在哪个国家？",
-        "谁建造了{city}？",
-        "怎么去{city}？",
-        "写一首关于{thing}的诗。",
-        "讲一个关于{animal}的故事。",
-        "人生的意义是什么？",
+        "{city}[在哪个国家|有多大|的天气怎么样|有多少人|好玩吗][？|]",
+        "[谁建造了|怎么去|为什么大家喜欢]{city}[？|]",
+        "[写|给我写|念]一首关于{thing}的诗[。|]",
+        "[讲|给我讲|说]一个[关于{animal}的|][故事|笑话][。|]",
+        "[人生的意义|今天的天气|现在的时间|最好的{thing}]是什么[？|]",
         "为什么{thing}是{adjective}？",
-        "{animal}几岁了？",
-        "给我解释一下{thing}。",
-        "{city}的天气怎么样？",
-        "把{thing}翻译成法语。",
-        "你喜欢{adjective}{animal}吗？",
+        "{animal}[几岁了|在哪里住|会飞吗|有多快][？|]",
+        "[给我解释一下|帮我买|打开]{thing}。",
+        "把{thing}翻译成[法语|德语|英语]。",
+        "你喜欢{adjective}{animal}吗[？|]",
+        "你会[唱歌|做饭|开车|写诗]吗[？|]",
+        "{adjective}{animal}喜欢{thing}。",
     ),
 }
 
@@ -286,7 +282,10 @@ BEYOND: dict[Language, tuple[str, ...]] = {
 def beyond(request: Request) -> list[Turn]:
     """A question outside the model's skills."""
     rng, language = request.rng, request.language
-    question = rng.choice(BEYOND[language]).format(
+    question = phrase(
+        rng,
+        BEYOND,
+        language,
         city=rng.choice(CITIES)[language],
         thing=rng.choice(THINGS)[language],
         animal=rng.choice(ANIMALS)[language],

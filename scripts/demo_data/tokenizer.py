@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from scripts.demo_data import texts
 from scripts.demo_data.conversation import Split
 from scripts.demo_data.skills import draw_conversation, draw_needles
+from scripts.demo_data.words import GIVEN_NAMES, SURNAMES
 
 PAD, EOS, BOS, UNK, MASK = 0, 1, 2, 3, 4
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -47,8 +48,7 @@ def training_text(conversations: int, *, seed: int) -> Iterator[str]:
                     # Unicode outside the Chinese of the skills is left to byte fallback.
                     if line and not turn.skill.startswith("repeat"):
                         yield UNIT_BORDER.join(UNITS.findall(line))
-    for character in texts.SYMBOLS + texts.LETTERS + texts.LETTERS.upper() + texts.SURNAMES + texts.GIVEN_NAMES:
-        yield character
+    yield from texts.SYMBOLS + texts.LETTERS + texts.LETTERS.upper() + SURNAMES + GIVEN_NAMES
 
 
 def train_tokenizer(folder: Path, *, conversations: int = 30_000, seed: int = 1) -> None:
@@ -89,8 +89,7 @@ def fast_tokenizer(model: Path) -> Tokenizer:
     normal = {
         piece: index
         for piece, index in vocabulary.items()
-        if not (pieces.is_control(index) or pieces.is_unknown(index) or pieces.is_byte(index))
-        and piece not in MARKS
+        if not (pieces.is_control(index) or pieces.is_unknown(index) or pieces.is_byte(index)) and piece not in MARKS
     }
     merges = [
         (piece[:cut], piece[cut:])
@@ -98,9 +97,7 @@ def fast_tokenizer(model: Path) -> Tokenizer:
         for cut in range(1, len(piece))
         if piece[:cut] in normal and piece[cut:] in normal
     ]
-    tokenizer = Tokenizer(
-        BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

@@ -55,6 +55,19 @@ SHAPES: tuple[Word, ...] = (
 )
 """Order matters: `drawing` and `rendering` draw shape number i of this tuple."""
 
+SYNONYMS: dict[Language, dict[str, tuple[str, ...]]] = {
+    "en": {"thing": ("object", "shape", "item", "figure"), "star": ("star shape",), "square": ("box",)},
+    "zh": {
+        "东西": ("物体", "图形", "形状"),
+        "五角星": ("星星", "星形"),
+        "正方形": ("方块", "方形"),
+        "心形": ("爱心",),
+        "圆形": ("圆",),
+        "十字形": ("十字",),
+    },
+}
+"""Words of questions about pictures that mean the same as the words of the answers."""
+
 CELLS: tuple[Word, ...] = (
     Word("at the top left", "左上角"),
     Word("at the top", "上方"),
@@ -183,12 +196,27 @@ VERBS: tuple[Word, ...] = (
 
 # Names are put together from parts, so that there are far more of them than a model could learn by heart.
 NAME_SYLLABLES: tuple[str, ...] = tuple(
-    "ba be bi bo da de di do fa fe fi ga go ha he ka ke ki ko la le li lo lu ma me mi mo mu na ne ni no "
-    "pa pe po ra re ri ro ru sa se si so ta te ti to va ve vi vo wa wi ya yo za ze zo".split()
-)
+    consonant + vowel
+    for consonant, vowels in {
+        "b": "aeio", "d": "aeio", "f": "aei", "g": "ao", "h": "ae", "k": "aeio", "l": "aeiou", "m": "aeiou",
+        "n": "aeio", "p": "aeo", "r": "aeiou", "s": "aeio", "t": "aeio", "v": "aeio", "w": "ai", "y": "ao", "z": "aeo",
+    }.items()
+    for vowel in vowels
+)  # fmt: skip
 NAME_ENDINGS: tuple[str, ...] = ("", "", "", "n", "r", "s", "l", "x")
 SURNAMES = "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧"
 GIVEN_NAMES = "明华丽强芳军洋勇艳杰娟涛超霞平刚桂英建文志国玉兰秀春梅海燕小红晓东宇轩子涵雨欣佳怡浩然梦琪思远天佑安宁"
+
+COMMON_WORDS: tuple[str, ...] = tuple(
+    (
+        "a all and are as at be but by can do down for from get go had has have he her here him his how i if in is it its "
+        "just know like long look made make many me more my no not now of off on one only or other our out over people "
+        "run said say see she so some take than that the their them then there these they thing this time to today too "
+        "two under up us very walk want was way we well went were what when where which who will with word work would "
+        "year yes you your jumps lazy brown quick dog fox hello world test please thank open close left right"
+    ).split()
+)
+"""Everyday English for texts to repeat."""
 
 
 @dataclass(frozen=True)
