@@ -79,7 +79,9 @@ CASES = {
         {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, **FIVE_TO_ONE}, ((70,), (31,)), chunk=40
     ),
     "biases in attention": Case({"attention_bias": True}, ((40,), (12,))),
-    "one layer": Case({"num_hidden_layers": 1, "layer_types": [GLOBAL]}, ((18,),)),
+    "one layer, a norm with a large eps": Case(
+        {"num_hidden_layers": 1, "layer_types": [GLOBAL], "rms_norm_eps": 0.1}, ((18,),)
+    ),
     "an image at the start, in the middle, at the end": Case(
         FIVE_TO_ONE, ((IMAGE, 20), (15, IMAGE, 15), (30, IMAGE)), vision={}, chunk=60
     ),
@@ -95,7 +97,13 @@ CASES = {
     "a tower of other sizes, text beside images": Case(
         {"num_attention_heads": 8, "num_key_value_heads": 2},
         ((40,), (8, IMAGE, 8)),
-        vision={"image_size": 48, "patch_size": 6, "num_hidden_layers": 3, "num_attention_heads": 4},
+        vision={
+            "image_size": 48,
+            "patch_size": 6,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "layer_norm_eps": 0.1,
+        },
     ),
 }
 
