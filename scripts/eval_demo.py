@@ -14,28 +14,31 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
 from scripts.demo_data import facts
 from scripts.demo_data.conversation import Conversation, Request, Split, Turn
 from scripts.demo_data.drawing import encode_picture
-from scripts.demo_data.pictures import Scene, describe, draw_scene
+from scripts.demo_data.phrases import DESCRIBE, phrase
+from scripts.demo_data.pictures import MOST_THINGS, Scene, Thing, describe, draw_scene
 from scripts.demo_data.skills import SKILLS, draw_conversation
 from scripts.demo_data.tokenizer import UnitEncoder
 from scripts.demo_data.words import LANGUAGES, Language
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "models" / "wicore-demo"
 Messages = list[dict[str, Any]]
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Answerer(Protocol):
 class TransformersAnswerer:
     """The reference: transformers' own processor and model."""
 
-    def __init__(self, model: Path, *, device: str, dtype: str) -> None:
+    def __init__(self, model: Path, *, device: str, dtype: DType) -> None:
         import torch
         from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
@@ -94,7 +97,7 @@ class TransformersAnswerer:
 class WicoreAnswerer:
     """Wicore's engine, in process."""
 
-    def __init__(self, model: Path, *, device: str, dtype: str) -> None:
+    def __init__(self, model: Path, *, device: str, dtype: DType) -> None:
         from wicore_backend import Engine, EngineConfig, SamplingParams
 
         self._params = SamplingParams
@@ -103,10 +106,11 @@ class WicoreAnswerer:
     def generate(
         self, prompts: Sequence[Messages], images: Sequence[list[Image.Image]], *, max_tokens: int
     ) -> list[str]:
+        each_prompt: list[Any] = list(prompts)
         results = self._engine.generate(
-            list(prompts),
+            each_prompt,
             self._params(temperature=0.0, max_tokens=max_tokens),
-            images=[[_as_png(image) for image in each] for each in images],
+            images=[[_as_png(image) for image in pictures] for pictures in images],
         )
         return [result.text for result in results]
 
@@ -174,6 +178,40 @@ def wording_cases(count: int, *, seed: int) -> Iterator[Case]:
             yield _case(turn.skill, Conversation((turn,)), 0)
 
 
+def scattered_cases(count: int, *, seed: int) -> Iterator[Case]:
+    """Descriptions of two to five things placed more freely in their cells than in training."""
+    for language in LANGUAGES:
+        rng = Random(f"{seed} scattered {language}")
+        taken = 0
+        while taken < count:
+            scene = _scatter(draw_scene(rng, Split.HELD_OUT, things=rng.randint(2, MOST_THINGS)), rng)
+            if scene is not None:
+                taken += 1
+                turn = Turn(
+                    (scene, phrase(rng, DESCRIBE, language)),
+                    describe(scene, language),
+                    f"scattered/describe/{language}",
+                )
+                yield _case(turn.skill, Conversation((turn,)), 0)
+
+
+def _scatter(scene: Scene, rng: Random) -> Scene | None:
+    """The things anywhere in their cells but near the borders; None if two would touch."""
+    placed: list[Thing] = []
+    for thing in scene.things:
+        row, column = divmod(thing.cell, 3)
+        x, y = (_anywhere(third, thing.radius, rng) for third in (column, row))
+        if any(math.hypot(x - other.x, y - other.y) < thing.radius + other.radius + 0.01 for other in placed):
+            return None
+        placed.append(replace(thing, x=x, y=y))
+    return replace(scene, things=tuple(placed))
+
+
+def _anywhere(third: int, radius: float, rng: Random) -> float:
+    low, high = ((radius, 0.285), (0.38, 0.62), (0.715, 1 - radius))[third]
+    return rng.uniform(low, high)
+
+
 def mixed_cases(count: int, *, seed: int) -> Iterator[Case]:
     """The last question of conversations that mix skills and languages."""
     rng = Random(f"{seed} mixed")
@@ -186,16 +224,27 @@ def mixed_cases(count: int, *, seed: int) -> Iterator[Case]:
 
 
 def needle_cases(lengths: Sequence[int], depths: Sequence[float], count: int, *, seed: int) -> Iterator[Case]:
-    """One question after lists of about each length, `count` a length, depth and language."""
+    """One question after lists of each length, within 2%; `count` a length, depth and language."""
+    encoder = UnitEncoder.load(CHECKPOINT)
     for language in LANGUAGES:
         for length in lengths:
             rng = Random(f"{seed} needle {language} {length}")
             for depth in depths:
                 for _ in range(count):
-                    request = Request(rng, language, Split.HELD_OUT, tokens=length)
-                    turns = facts.needles(request, depth=depth, questions=1)
+                    turn = _needle(rng, language, length, depth, encoder)
                     label = f"needle/{length // 1024}K/{language}/depth {depth:.0%}"
-                    yield _case(label, Conversation(tuple(turns)), 0)
+                    yield _case(label, Conversation((turn,)), 0)
+
+
+def _needle(rng: Random, language: Language, length: int, depth: float, encoder: UnitEncoder) -> Turn:
+    asked, state = length, rng.getstate()
+    while True:
+        turn = facts.needles(Request(rng, language, Split.HELD_OUT, tokens=asked), depth=depth, questions=1)[0]
+        tokens = sum(len(encoder.encode(part)) for part in turn.question if isinstance(part, str))
+        if abs(tokens - length) <= length // 50:
+            return turn
+        asked = asked * length // tokens
+        rng.setstate(state)
 
 
 def _case(label: str, conversation: Conversation, asked: int) -> Case:
@@ -246,7 +295,7 @@ def ask(answerer: Answerer, cases: Sequence[Case], *, batch_tokens: int, seed: i
                 batch, waiting = waiting[:size], waiting[size:]
                 chosen = [cases[index] for *_, index in batch]
                 files = pool.map(_encode_pictures, [(case.pictures, f"{seed} {case.label}") for case in chosen])
-                images = [[Image.open(io.BytesIO(file)) for file in each] for each in files]
+                images: list[list[Image.Image]] = [[Image.open(io.BytesIO(file)) for file in each] for each in files]
                 longest = max(answer for _, answer, _, _ in batch)
                 texts = answerer.generate([case.messages for case in chosen], images, max_tokens=longest + 4)
                 for case, text, (_, _, tokens, _) in zip(chosen, texts, batch, strict=True):
@@ -268,6 +317,8 @@ class Score:
     total: int
 
     def __str__(self) -> str:
+        if not self.total:
+            return "not asked"
         return f"{100 * self.right / self.total:.1f}% ({self.right} of {self.total})"
 
 
@@ -340,6 +391,7 @@ def main() -> None:
     cases = [
         *skill_cases(options.count, seed=options.seed),
         *wording_cases(options.count, seed=options.seed),
+        *scattered_cases(options.count, seed=options.seed),
         *mixed_cases(2 * options.count, seed=options.seed),
         *needle_cases(options.lengths, options.depths, options.needles, seed=options.seed),
     ]

@@ -164,7 +164,8 @@ class Trainer:
             betas=(0.9, 0.98),
             fused=device.type == "cuda",
         )
-        self.longest = torch.tensor(plan.first_length).share_memory_()
+        self.longest = torch.tensor(plan.first_length)
+        self.longest.share_memory_()  # type: ignore[no-untyped-call]
         self.packer = Packer(
             UnitEncoder.load(CHECKPOINT),
             tokens=plan.tokens,
@@ -199,7 +200,7 @@ class Trainer:
 
     def run(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """(loss, [K] whether each answer token is predicted right) of one pack on this device."""
-        pack = pack.to(self.device)
+        pack = pack.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         with torch.no_grad():
             pixels = self._render(pack.scenes, pack.things, side=self.geometry.image_size)
             side = round(self.geometry.image_tokens**0.5)

@@ -302,8 +302,8 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         global_rope = self.rope(positions, self.geometry.global_theta)
         local_rope = self.rope(positions, self.geometry.local_theta)
-        for layer in self.layers:
-            x = layer(x, global_rope if layer.self_attn.is_global else local_rope, attend)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, global_rope if self.geometry.is_global(index) else local_rope, attend)
         out: Tensor = self.norm(x)
         return out
 
@@ -400,7 +400,7 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[M, P, vision_hidden] -> pooled and normed [M, T, vision_hidden], projected [M, T, hidden]."""
-        x = x.transpose(1, 2).unflatten(-1, (self.side, self.side))
+        x = x.transpose(1, 2).reshape(len(x), -1, self.side, self.side)
         pooled = self.mm_soft_emb_norm(F.avg_pool2d(x, self.pool).flatten(2).transpose(1, 2))
         return pooled, pooled @ self.mm_input_projection_weight.type_as(pooled)
 

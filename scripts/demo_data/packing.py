@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,18 +85,16 @@ class Pack:
     skills: list[str] = field(default_factory=list)
     """The skill of each turn."""
 
-    def to(self, device: torch.device) -> Pack:
-        tensors = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pack:
+        """The pack with every tensor changed."""
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return Pack(**tensors)
+        return replace(self, **changed)
 
     def pin_memory(self) -> Pack:
         """Called by the data loader."""
-        return Pack(
-            **{name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        )
+        return self.map(Tensor.pin_memory)
 
 
 class Packer:

@@ -124,6 +124,7 @@ def repeat(request: Request) -> list[Turn]:
     return turns
 
 
+CHARACTERS: dict[Language, str] = {"en": LETTERS, "zh": SURNAMES + GIVEN_NAMES}
 REVERSE_PATTERNS = {"words": REVERSE_WORDS, "letters": REVERSE_LETTERS, "digits": REVERSE_DIGITS}
 
 
@@ -133,25 +134,25 @@ def reverse(request: Request) -> list[Turn]:
     turns: list[Turn] = []
     for _ in range(rng.randint(1, 4)):
         kind = rng.choice(("words", "letters", "digits"))
-        parts = _draw_parts(rng, language, kind)
-        while not request.split.admits(kind, *(parts if kind == "words" else ["".join(parts)])):
-            parts = _draw_parts(rng, language, kind)
+        parts = _draw_parts(rng, request.split, language, kind)
         joint = " " if kind == "words" else ""
         question = phrase(rng, REVERSE_PATTERNS[kind], language, text=joint.join(parts))
         turns.append(Turn((question,), joint.join(reversed(parts)), f"reverse/{kind}/{language}"))
     return turns
 
 
-def _draw_parts(rng: Random, language: Language, kind: str) -> list[str]:
-    if kind == "words":
-        return [rng.choice(NOUNS)[language] for _ in range(rng.randint(2, 8))]
-    if kind == "digits":
-        return rng.choices("0123456789", k=rng.randint(2, 8))
-    if language == "zh":
-        return rng.choices(SURNAMES + GIVEN_NAMES, k=rng.randint(2, 6))
-    if rng.random() < 0.3:
+def _draw_parts(rng: Random, split: Split, language: Language, kind: str) -> list[str]:
+    if kind == "letters" and language == "en" and split is Split.TRAIN and rng.random() < 0.3:
+        # How a whole word is spelt is learnt by heart, not worked out, so no word is held out.
         return list(rng.choice((*COMMON_WORDS, *(noun.en for noun in NOUNS))))
-    return rng.choices(LETTERS, k=rng.randint(2, 6))
+    if kind == "words":
+        return split.draw(
+            lambda: [rng.choice(NOUNS)[language] for _ in range(rng.randint(2, 8))], lambda words: (kind, *words)
+        )
+    alphabet, most = ("0123456789", 8) if kind == "digits" else (CHARACTERS[language], 6)
+    return split.draw(
+        lambda: rng.choices(alphabet, k=rng.randint(2, most)), lambda characters: (kind, "".join(characters))
+    )
 
 
 # ---- counting: long answers that are easy to check ------------------------------------------------------------------

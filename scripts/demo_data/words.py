@@ -207,15 +207,15 @@ NAME_ENDINGS: tuple[str, ...] = ("", "", "", "n", "r", "s", "l", "x")
 SURNAMES = "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧"
 GIVEN_NAMES = "明华丽强芳军洋勇艳杰娟涛超霞平刚桂英建文志国玉兰秀春梅海燕小红晓东宇轩子涵雨欣佳怡浩然梦琪思远天佑安宁"
 
-COMMON_WORDS: tuple[str, ...] = tuple(
-    (
-        "a all and are as at be but by can do down for from get go had has have he her here him his how i if in is it its "
-        "just know like long look made make many me more my no not now of off on one only or other our out over people "
-        "run said say see she so some take than that the their them then there these they thing this time to today too "
-        "two under up us very walk want was way we well went were what when where which who will with word work would "
-        "year yes you your jumps lazy brown quick dog fox hello world test please thank open close left right"
-    ).split()
-)
+_COMMON = """
+a all and are as at be but by can do down for from get go had has have he her here him his how i if in is it
+its just know like long look made make many me more my no not now of off on one only or other our out over
+people run said say see she so some take than that the their them then there these they thing this time to
+today too two under up us very walk want was way we well went were what when where which who will with word
+work would year yes you your jumps lazy brown quick dog fox hello world test please thank open close left
+right
+"""
+COMMON_WORDS: tuple[str, ...] = tuple(_COMMON.split())
 """Everyday English for texts to repeat."""
 
 
