@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -67,6 +66,8 @@ class Plan:
     """Lists of facts grow from the first to the last length, doubling whenever they are learnt."""
     learnt: float = 0.93
     """The share of right answers about facts at which the lists grow."""
+    facts_judged: int = 600
+    """Questions about facts that are looked at before the lists may grow."""
     label_weight: float = 0.2
     """Of the loss that tells each picture row what it shows; its heads are not part of the model."""
     report_every: float = 30.0
@@ -227,63 +228,69 @@ class Trainer:
         return loss, logits.argmax(-1) == targets
 
     def train(self, out: Path) -> None:
+        """Trains for the plan's time, writing weights and a line of the log to `out` as it goes."""
         out.mkdir(parents=True, exist_ok=True)
         held_out = self.held_out_packs(6 if self.device.type == "cuda" else 1)
         packs = self.packs()
-        began = time.monotonic()
-        started: float | None = None
-        reported = began
-        tally = Tally()
-        facts = Tally()
+        began = reported = time.monotonic()
+        compiled: float | None = None
+        progress = 0.0
         step = 0
-        while True:
-            now = time.monotonic()
-            progress = 0.0 if started is None else (now - started) / self.plan.seconds
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.plan.rate(step, progress)
+        lately, facts = Tally(), Tally()
+        sampled = 20 if self.device.type == "cuda" else 1  # looking at a step's answers waits for the device
+        while progress < 1:
             pack = next(packs)
-            loss, right = self.run(pack)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.twin.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            loss, right = self.step(pack, rate=self.plan.rate(step, progress))
             step += 1
-            if step % 20 == 0 or self.device.type == "cpu":
-                tally.add(pack, right, loss.detach())
-                facts.add(pack, right, loss.detach())
-                if facts.turns("facts") >= 600 or self.device.type == "cpu":
-                    self._grow(facts)
-                    facts = Tally()
-            if started is None:
-                started = time.monotonic()  # compiling is over
+            if step % sampled == 0:
+                lately.add(pack, right, loss)
+                facts.add(pack, right, loss)
+            if facts.turns("facts") >= self.plan.facts_judged:
+                self._grow(facts)
+                facts = Tally()
+            now = time.monotonic()
+            compiled = now if compiled is None else compiled
+            progress = (now - compiled) / self.plan.seconds
             if progress >= 1 or now - reported > self.plan.report_every:
                 reported = now
-                result = Tally()
-                for each in held_out:
-                    loss, right = self.run(each)
-                    result.add(each, right, loss.detach())
-                save_weights(self.twin, out / "saving.safetensors", dtype=torch.float32)
-                (out / "saving.safetensors").replace(out / "weights.safetensors")
-                line = {
-                    "step": step,
-                    "seconds": round(now - began),
-                    "progress": round(progress, 3),
-                    "longest": int(self.longest),
-                    "train_loss": tally.loss,
-                    "held_out_loss": result.loss,
-                    "train": tally.accuracy(depth=1),
-                    "held_out": result.accuracy(depth=2),
-                }
-                tally = Tally()
-                print(json.dumps(line), flush=True)
-                with (out / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(line) + "\n")
-                if progress >= 1:
-                    return
+                state = {"step": step, "seconds": round(now - began), "progress": round(progress, 3)}
+                self._report(out, state, lately, held_out)
+                lately = Tally()
+
+    def step(self, pack: Pack, *, rate: float) -> tuple[Tensor, Tensor]:
+        """Learns from one pack; gives its loss and which answer tokens were right before."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, right = self.run(pack)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.twin.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), right
 
     def _grow(self, facts: Tally) -> None:
-        if facts.accuracy(depth=1).get("facts", 0.0) >= self.plan.learnt:
+        if facts.accuracy(depth=1)["facts"] >= self.plan.learnt:
             self.longest.fill_(min(self.plan.last_length, 2 * int(self.longest)))
+
+    def _report(self, out: Path, state: dict[str, float], lately: Tally, held_out: list[Pack]) -> None:
+        result = Tally()
+        for pack in held_out:
+            # Gradients stay on, although unused: without them the whole step would be compiled once more.
+            loss, right = self.run(pack)
+            result.add(pack, right, loss.detach())
+        save_weights(self.twin, out / "saving.safetensors", dtype=torch.float32)
+        (out / "saving.safetensors").replace(out / "weights.safetensors")
+        line = {
+            **state,
+            "longest": int(self.longest),
+            "train_loss": lately.loss,
+            "held_out_loss": result.loss,
+            "train": lately.accuracy(depth=1),
+            "held_out": result.accuracy(depth=2),
+        }
+        print(json.dumps(line), flush=True)
+        with (out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 def pack_stream(pack: Pack) -> Stream:
@@ -317,8 +324,8 @@ class Tally:
         self._losses.append(float(loss))
 
     @property
-    def loss(self) -> float:
-        return round(sum(self._losses) / len(self._losses), 4) if self._losses else math.nan
+    def loss(self) -> float | None:
+        return round(sum(self._losses) / len(self._losses), 4) if self._losses else None
 
     def turns(self, family: str) -> int:
         return sum(count for skill, count in self._all.items() if skill.startswith(family))
@@ -365,12 +372,9 @@ def main() -> None:
         learning_rate=options.rate,
         first_length=options.first_length,
         seed=options.seed,
-        **(
-            {"tokens": 2048, "pictures": 4, "workers": 0, "warmup_steps": 5, "report_every": 20}
-            if options.small
-            else {}
-        ),
     )
+    if options.small:
+        plan = replace(plan, tokens=2048, pictures=4, workers=0, warmup_steps=5, facts_judged=50, report_every=20)
     Trainer(SMALL if options.small else Geometry(), plan, device, options.start).train(options.out)
 
 
