@@ -17,9 +17,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -79,49 +81,91 @@ def run_in_process(engine: Engine, prompts: Sequence[Any], new_tokens: Sequence[
         assert len(stream.collect().token_ids) == tokens
 
 
-def run_transformers(model: Any, load: Load, pad: int) -> None:
-    """All of the load in one batch, padded on the left, until the longest answer is there."""
-    width = max(map(len, load.prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in load.prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in load.prompts])
-    longest = max(load.new_tokens)
-    model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=longest,
-        min_new_tokens=longest,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=pad,
-    )
+class Wicore:
+    """The engine, as one side of a comparison."""
+
+    def __init__(self, model: Path, threads: int | None) -> None:
+        self._engine = Engine(EngineConfig(model=model, device="cpu", dtype="float32", threads=threads))
+
+    def run(self, load: Load) -> None:
+        """All of the load at once."""
+        run_in_process(self._engine, load.prompts, load.new_tokens)
+
+
+class Transformers:
+    """transformers' generate, as the other."""
+
+    def __init__(self, model: Path, threads: int | None) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._model = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+
+    def run(self, load: Load) -> None:
+        """All of the load in one batch, padded on the left, until the longest answer is there."""
+        width = max(map(len, load.prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in load.prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in load.prompts])
+        longest = max(load.new_tokens)
+        self._model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=longest,
+            min_new_tokens=longest,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+
+
+class Worker:
+    """A side in a process of its own: two libraries' thread pools in one process slow each other down."""
+
+    def __init__(self, side: type[Wicore | Transformers], args: argparse.Namespace) -> None:
+        self._executor = ProcessPoolExecutor(
+            1, get_context("spawn"), initializer=_start_side, initargs=(side, args.model, args.threads)
+        )
+
+    def run(self, load: Load) -> None:
+        self._executor.submit(_run_side, load).result()
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
+_side: Wicore | Transformers
+"""What a worker's process runs."""
+
+
+def _start_side(side: type[Wicore | Transformers], model: Path, threads: int | None) -> None:
+    global _side
+    _side = side(model, threads)
+
+
+def _run_side(load: Load) -> None:
+    _side.run(load)
 
 
 def benchmark_engine(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second at batch 1 and at 16 requests of mixed lengths, against transformers."""
-    from transformers import AutoModelForImageTextToText
-
-    reference = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
-    vocab = reference.config.get_text_config().vocab_size
+    vocab = json.loads((args.model / "config.json").read_text())["text_config"]["vocab_size"]
     loads = {
         "batch 1": Load(Load.mixed(1, vocab).prompts, [128]),
         "16 requests of mixed lengths": Load.mixed(16, vocab),
     }
+    workers = {"wicore": Worker(Wicore, args), "transformers": Worker(Transformers, args)}
     results: dict[str, Any] = {}
-    with Engine(engine_config(args)) as engine:
-        for name, load in loads.items():
-            times = in_turns(
-                {
-                    "wicore": partial(run_in_process, engine, load.prompts, load.new_tokens),
-                    "transformers": partial(run_transformers, reference, load, pad=0),
-                },
-                args.rounds,
-            )
-            ratios = [t / w for t, w in zip(times["transformers"], times["wicore"], strict=True)]
-            results[name] = {
-                "new_tokens": load.tokens,
-                **{f"{s}_tokens_per_s": round(load.tokens / statistics.median(t), 1) for s, t in times.items()},
-                "wicore_over_transformers": round(statistics.median(ratios), 2),
-            }
+    for name, load in loads.items():
+        times = in_turns({side: partial(worker.run, load) for side, worker in workers.items()}, args.rounds)
+        ratios = [t / w for t, w in zip(times["transformers"], times["wicore"], strict=True)]
+        results[name] = {
+            "new_tokens": load.tokens,
+            **{f"{s}_tokens_per_s": round(load.tokens / statistics.median(t), 1) for s, t in times.items()},
+            "wicore_over_transformers": round(statistics.median(ratios), 2),
+        }
+    for worker in workers.values():
+        worker.close()
     return results
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.generation import Generation
-from wicore_backend.engine.loading import LoadedModel, load_model
+from wicore_backend.engine.loading import LoadedModel, cpu_threads, load_model
 from wicore_backend.engine.request import FinishReason, Request, Sequence, Sink, TokenLogprob
 from wicore_backend.engine.results import EventStream, Result
 from wicore_backend.engine.runner import StepOutput
@@ -284,9 +284,8 @@ class Engine:
     def _run(self, loaded: Future[LoadedModel]) -> None:
         # The model is loaded here, since each thread that computes has its own pool of OpenMP threads: with a second
         # pool there are more threads than cores, their waits turn into sleeps, and a CPU's decode step takes 1.5 times.
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
         try:
+            torch.set_num_threads(cpu_threads(self.config))
             self._model = load_model(self.config)
         except BaseException as error:
             loaded.set_exception(error)

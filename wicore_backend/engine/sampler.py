@@ -67,36 +67,45 @@ def _penalise_repetition(logits: Tensor, seen: list[int], penalty: float) -> Non
 
 
 def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
-    """Tokens drawn by inverting the distribution function at one uniform number a row."""
+    """A token of each row, drawn from its distribution.
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
-
-    vocab = logits.shape[1]
-    logits = logits / column([r.params.temperature for r in rows])
-    logits, ids = logits.sort(-1, descending=True)
-    rank = torch.arange(vocab, device=logits.device)
-    logits = logits.masked_fill(rank >= column([r.params.top_k or vocab for r in rows]), -torch.inf)
-    probs = logits.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill(before >= column([r.params.top_p for r in rows]), 0)
-    probs = probs.masked_fill(probs < probs[:, :1] * column([r.params.min_p for r in rows]), 0)
-    cumulative = probs.cumsum(-1)
-    point = column([_uniform(r.seed, r.place) for r in rows]) * cumulative[:, -1:]
-    # Rounding may put the point at the very end; the last token with any probability is then the one.
-    place = (cumulative <= point).sum(-1).clamp(max=(probs > 0).sum(-1) - 1)
-    tokens: list[int] = ids.gather(1, place[:, None])[:, 0].tolist()
+    The likeliest token after each has raced an exponential clock of its own (Gumbel-max). Unlike a walk along the
+    cumulated probabilities, the outcome does not hang on the last bits of all logits, which differ between batches.
+    """
+    logits = logits / _column([r.params.temperature for r in rows], logits)
+    if any(r.params.top_k or r.params.top_p < 1 or r.params.min_p for r in rows):
+        logits = logits.masked_fill(logits < _cutoffs(logits, rows), -torch.inf)
+    clocks = torch.empty_like(logits)
+    for clock, row in zip(clocks, rows, strict=True):
+        generator = torch.Generator(logits.device).manual_seed(_mix(row.seed, row.place))
+        clock.exponential_(generator=generator)
+    tokens: list[int] = (logits - clocks.log_()).argmax(-1).tolist()
     return tokens
 
 
-def _uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on nothing but a request's seed and the place in its answer.
+def _cutoffs(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
+    """[R, 1], the least logit that top_k, top_p and min_p leave in each row of `logits` [R, V]."""
+    vocab = logits.shape[1]
+    ordered = logits.sort(-1, descending=True).values
+    kept = _column([min(r.params.top_k or vocab, vocab) for r in rows], logits).long()
+    probs = ordered.masked_fill(torch.arange(vocab, device=logits.device) >= kept, -torch.inf).softmax(-1)
+    reached = (probs.cumsum(-1) - probs >= _column([r.params.top_p for r in rows], logits)).logical_not_().sum(-1, True)
+    least = ordered.gather(1, torch.minimum(kept, reached) - 1)
+    return torch.maximum(least, ordered[:, :1] + _column([r.params.min_p for r in rows], logits).log_())
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=torch.float32)[:, None]
+
+
+def _mix(seed: int, place: int) -> int:
+    """A seed that depends on nothing but a request's own and the place in its answer.
 
     Hence a request that is preempted and computed again, or runs in another batch, draws the same tokens. The mixing
     is SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
     """
     mask = 2**64 - 1
-    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & mask
+    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return ((z ^ (z >> 31)) >> 40) / 2**24
+    return z ^ (z >> 31)
