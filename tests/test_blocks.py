@@ -1,11 +1,15 @@
 """Block accounting: no block lost, none held twice, windows freed, reservations kept."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.blocks import BlockAccountingError, BlockManager
+from wicore_backend.hmt.budget import divide_memory
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.pool import KVPools
 
 L, G = LayerGroup.LOCAL, LayerGroup.GLOBAL
 
@@ -40,6 +44,30 @@ def test_local_blocks_behind_the_window_are_freed_and_global_ones_kept():
 def test_a_model_without_local_layers_has_one_pool():
     books = BlockManager(layout(groups=(G, G)), {G: 10, L: 1}, max_chunk=4)
     assert list(books.pools) == [G]
+
+
+@pytest.mark.parametrize("groups", [(L, L, G), (G,), (L,)])
+def test_pools_are_zeros_of_the_layouts_shape_for_the_groups_there_are(groups):
+    shape = layout(groups=groups)
+    pools = KVPools.allocate(shape, {L: 3, G: 5}, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert set(pools.tensors) == set(groups)
+    for group, tensor in pools.tensors.items():
+        assert tuple(tensor.shape) == ({L: 3, G: 5}[group], *shape.block_shape(group))
+        assert tensor.dtype == torch.bfloat16
+        assert not tensor.any()
+
+
+def test_memory_is_divided_so_that_one_longest_sequence_always_fits():
+    shape = layout()
+    sizes = {"max_sequences": 4, "max_tokens": 100, "max_chunk": 8}
+    least = sum((shape.blocks_held(g, 100, 8) + 1) * shape.block_bytes(g) for g in (L, G))
+    for memory in (least, 2 * least, 3 * least, 100 * least):
+        blocks = divide_memory(shape, memory_bytes=memory, **sizes)
+        assert sum(blocks[g] * shape.block_bytes(g) for g in (L, G)) <= memory
+        assert BlockManager(shape, blocks, max_chunk=8).fits(100)
+    assert blocks == {g: 1 + 4 * shape.blocks_held(g, 100, 8) for g in (L, G)}
+    with pytest.raises(InvalidArgumentError, match="kv_cache_bytes"):
+        divide_memory(shape, memory_bytes=least - 1, **sizes)
 
 
 def test_what_does_not_fit_is_not_opened():
