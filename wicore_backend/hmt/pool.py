@@ -15,7 +15,7 @@ from wicore_backend.hmt.layout import KVLayout, LayerGroup
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVPools:
-    """For each group that has layers one tensor [blocks, layers of the group, 2 (K, V), block_size, KV heads, head dim].
+    """For each group with layers one tensor [blocks, layers of the group, 2 (K, V), block_size, KV heads, head dim].
 
     Block-major: a block holds all its group's layers contiguously, so that moving a block is one copy.
     Block 0 of each pool belongs to nobody: unused entries of block tables point at it.
