@@ -26,7 +26,7 @@ PROMPTS: list[tuple[str, list[bytes]]] = [
 ]
 
 
-def answers(device: str, dtype: str) -> list[list[int]]:
+def answers(device, dtype):
     with Engine(EngineConfig(model=ROOT / "models" / "wicore-demo", device=device, dtype=dtype)) as engine:
         params = SamplingParams(max_tokens=40, temperature=0.0)
         prompts, images = [p for p, _ in PROMPTS], [i for _, i in PROMPTS]
@@ -36,7 +36,7 @@ def answers(device: str, dtype: str) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def on_cpu() -> list[list[int]]:
+def on_cpu():
     return answers("cpu", "float32")
 
 
