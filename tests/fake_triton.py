@@ -155,7 +155,7 @@ class _Servicer(GRPCInferenceServiceServicer):  # type: ignore[misc]
             except Failure as failure:
                 finished.set()
                 if dict(context.invocation_metadata()).get("triton_grpc_error") == "true":
-                    context.abort(GRPC_STATUS[failure.code], f"in ensemble 'wicore', {failure.code}: {failure}")
+                    context.abort(GRPC_STATUS[failure.code], f"in ensemble 'wicore', [{failure.code}] {failure}")
                 yield pb.ModelStreamInferResponse(error_message=str(failure))
             except Disconnect:
                 self._fake.cut_grpc()
@@ -294,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _error(failure: Failure) -> bytes:
-    return json.dumps({"error": f"in ensemble 'wicore', {failure.code}: {failure}"}).encode()
+    return json.dumps({"error": f"in ensemble 'wicore', [{failure.code}] {failure}"}).encode()
 
 
 def _to_json(response: Response) -> bytes:

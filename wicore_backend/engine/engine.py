@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -41,6 +42,7 @@ from wicore_backend.errors import (
     OverloadedError,
     WicoreError,
 )
+from wicore_backend.observability.logfmt import logfmt
 from wicore_backend.processor.processor import ImageSource, PromptSource
 from wicore_backend.processor.prompt import Prompt
 
@@ -394,7 +396,20 @@ class Engine:
     def _conclude(self, generation: Generation, reason: FinishReason, error: WicoreError | None) -> None:
         with self._lock:
             self._queued_or_running -= 1
-        self._recorder.finished(generation.finish(reason, time.monotonic(), error))
+        event = generation.finish(reason, time.monotonic(), error)
+        self._recorder.finished(event)
+        _log.info(
+            logfmt(
+                "request",
+                id=generation.request.id,
+                reason=reason,
+                code=error and error.code,
+                images=len(generation.request.prompt.images),
+                **asdict(event.usage),
+                tpot_s=event.usage.tpot_s,
+                error=error,
+            )
+        )
 
 
 def _prompt_logprobs(chunk: Chunk, offset: int, output: StepOutput) -> list[TokenLogprob | None]:
