@@ -27,7 +27,7 @@ class EngineConfig(Settings):
     """Type of weights, activations and KV cache; auto is bfloat16 on CUDA and float32 on the CPU."""
 
     threads: Positive | None = None
-    """CPU threads of one operator; None is one for a small model and PyTorch's choice for others."""
+    """CPU threads of one operator; None is PyTorch's choice, and in a server one less than the CPUs."""
 
     max_model_len: Positive | None = None
     """Longest sequence, prompt and answer; None takes the checkpoint's own limit."""

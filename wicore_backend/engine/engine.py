@@ -26,7 +26,7 @@ from torch import Tensor
 
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.generation import Generation
-from wicore_backend.engine.loading import LoadedModel, cpu_threads, load_model
+from wicore_backend.engine.loading import LoadedModel, load_model
 from wicore_backend.engine.request import FinishReason, Request, Sequence, Sink, TokenLogprob
 from wicore_backend.engine.results import EventStream, Result
 from wicore_backend.engine.runner import StepOutput
@@ -287,7 +287,8 @@ class Engine:
         # The model is loaded here, since each thread that computes has its own pool of OpenMP threads: with a second
         # pool there are more threads than cores, their waits turn into sleeps, and a CPU's decode step takes 1.5 times.
         try:
-            torch.set_num_threads(cpu_threads(self.config))
+            if self.config.threads is not None:
+                torch.set_num_threads(self.config.threads)
             self._model = load_model(self.config)
         except BaseException as error:
             loaded.set_exception(error)

@@ -28,7 +28,6 @@ from wicore_backend.processor.processor import Processor
 _log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_BYTES = 2**30
-_SMALL_MODEL_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,19 +116,6 @@ def load_model(settings: EngineConfig) -> LoadedModel:
         eos_token_ids=frozenset(config.eos_token_ids),
         generation_defaults=generation_defaults(settings.model),
     )
-
-
-def cpu_threads(settings: EngineConfig) -> int:
-    """How many threads an operator gets: `settings.threads`, or PyTorch's number, or 1 for a small model.
-
-    Two threads meet at the end of every operator. Where operators take microseconds, as a small model's do, they win
-    little (4.1 against 4.3 ms a token for the demo model), and each time anything else wants the core of one of them,
-    the other waits for a time slice: with a server and its clients beside it the model is then slower, not faster.
-    """
-    if settings.threads is not None:
-        return settings.threads
-    weights = sum(file.stat().st_size for file in settings.model.glob("*.safetensors"))
-    return 1 if weights < _SMALL_MODEL_BYTES else torch.get_num_threads()
 
 
 def _device(name: str) -> torch.device:
