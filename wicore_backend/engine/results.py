@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -35,11 +36,14 @@ class EventStream:
     def __init__(self, cancel: Callable[[], None]) -> None:
         self._cancel = cancel
         self._events: SimpleQueue[Event] = SimpleQueue()
+        self._finished = threading.Event()
         self._open = True
 
     def put(self, event: Event) -> None:
         """The request's sink."""
         self._events.put(event)
+        if isinstance(event, FinishedEvent):
+            self._finished.set()
 
     def __iter__(self) -> Self:
         return self
@@ -73,6 +77,7 @@ class EventStream:
         WicoreError
             What the FinishedEvent says, if the answer is not whole.
         """
+        self._finished.wait()  # Sleeping once: whoever wakes for each token takes the interpreter from the engine.
         token_ids: list[int] = []
         texts: list[str] = []
         logprobs: list[TokenLogprob] = []
