@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 
 class LayerGroup(StrEnum):
@@ -16,7 +17,7 @@ class LayerGroup(StrEnum):
     """A sliding window; blocks wholly behind it are freed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KVLayout:
     """Shape of the KV cache of one model.
 
@@ -56,12 +57,12 @@ class KVLayout:
             seen[group] += 1
         return cls(block_size, tuple(layers), kv_heads, head_dim, window, bytes_per_value)
 
-    @property
+    @cached_property
     def layers_in(self) -> Mapping[LayerGroup, int]:
         """How many layers each group has; 0 for a group that the model lacks."""
         return {group: sum(g is group for g, _ in self.layers) for group in LayerGroup}
 
-    @property
+    @cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
         """The groups that have layers."""
         return tuple(group for group, count in self.layers_in.items() if count)

@@ -11,7 +11,7 @@ class RMSNorm:
 
     `weight` is float32 [D] or [heads, D], Gemma's 1 already added. The root is taken as the hypotenuse of |x| and
     sqrt(D eps), the factor sqrt(D) kept in the weight: four kernels in place of the seven of torch's own on a CPU,
-    where a decode step is made of little else than launching kernels (4.6 against 9.4 microseconds for D = 256).
+    where a decode step is made of little else than launching kernels (4.5 against 9.5 microseconds for D = 256).
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
@@ -22,5 +22,5 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        normed: Tensor = (wide * self._weight).div_(torch.hypot(length, self._floor)).to(x.dtype)
-        return normed
+        normed: Tensor = (wide * self._weight).div_(length.hypot_(self._floor))
+        return normed if x.dtype == torch.float32 else normed.to(x.dtype)
