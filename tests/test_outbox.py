@@ -232,6 +232,30 @@ def test_events_that_come_before_the_channel_begins_are_sent_once(outbox):
     assert "".join(reply.text for reply in wire.sent) == "a"
 
 
+def test_an_answer_that_ended_before_the_channel_begins_still_opens_its_road(outbox):
+    wire = FakeWire()
+    wire.accepting = False  # As an ensemble's, until a probe has come back.
+    channel = outbox.channel(wire, stream=False, cancel=pytest.fail)
+    channel.put(tokens(0))
+    channel.put(END)
+    outbox.begin(channel)
+    wait_for(lambda: wire.probes)
+    wire.accepting = True
+    outbox.post(channel.flush)
+    wait_for(lambda: wire.sent)
+    assert [(reply.text, reply.reason) for reply in wire.sent] == [("a", FinishReason.STOP)]
+
+
+def test_an_action_that_fails_does_not_end_the_sending_of_others(outbox):
+    def broken() -> None:
+        raise RuntimeError("the sender is gone")
+
+    wire = FakeWire()
+    outbox.post(broken)
+    opened(outbox, wire, stream=False).put(END)
+    wait_for(lambda: wire.sent)
+
+
 def test_a_stream_without_tokens_gets_empty_responses_and_may_still_fail_as_a_whole(outbox):
     wire, whole = FakeWire(), FakeWire()
     channel = opened(outbox, wire, stream=True)

@@ -132,10 +132,20 @@ class Channel:
         if reply.reason is not None:
             self.open = False
 
+    def begin(self) -> None:
+        """The first look at the client, and what has come so far.
+
+        An answer can have ended by now, and still needs the probe: it opens an ensemble's road to the client.
+        """
+        self._ask_after(silence_s=inf)
+        self.flush()
+
     def patrol(self, silence_s: float) -> None:
         """Ask after the client, with an empty response if there was none for `silence_s`."""
-        if self.lost or self.ending:
-            return
+        if not (self.lost or self.ending):
+            self._ask_after(silence_s)
+
+    def _ask_after(self, silence_s: float) -> None:
         try:
             if self.wire.is_cancelled():
                 self.lose()
@@ -182,8 +192,7 @@ class Outbox:
 
         def begin() -> None:
             self._channels.add(channel)
-            channel.patrol(silence_s=inf)
-            channel.flush()
+            channel.begin()
 
         self.post(begin)
 
@@ -217,6 +226,9 @@ class Outbox:
                 action()
             except Empty:
                 pass
+            except Exception:
+                # One request's fault must not end the thread that all others are answered by.
+                _log.exception("the sending thread could not do what a request asked of it")
             began = time.monotonic()
             if self._for_next_round and began >= next_round:
                 for _ in range(len(self._for_next_round)):
