@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from wicore_backend.errors import InvalidArgumentError
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value that `text` holds as JSON.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is not JSON, or nested so deeply that Python's parser gives up; it begins with `name`.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{name} is not JSON: {error}") from None
+    except RecursionError:
+        raise InvalidArgumentError(f"{name} is JSON that is nested too deeply; flatten it") from None
 
 
 class Settings(BaseModel):
@@ -15,22 +31,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise InvalidArgumentError(self._explain(error)) from None
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
-        """Settings from a JSON object; errors as the constructor's."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise InvalidArgumentError(f"{cls.__name__} takes a JSON object: {error}") from None
-        if not isinstance(values, dict):
-            raise InvalidArgumentError(f"{cls.__name__} takes a JSON object, not {type(values).__name__}")
-        return cls(**values)
 
     @classmethod
     def _explain(cls, error: ValidationError) -> str:

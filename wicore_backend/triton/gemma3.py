@@ -42,13 +42,13 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
-            tensors = tensors_of(request)
-            if "tick_in" in tensors:
-                key = bytes(tensors["tick_in"][0])
-                self._outbox.post(partial(self._attach, key, sender, cancelled=request.is_cancelled()))
-                continue
             try:
-                self._submit(request, tensors, sender)
+                tensors = tensors_of(request)
+                if "tick_in" in tensors:
+                    key = bytes(tensors["tick_in"][0])
+                    self._outbox.post(partial(self._attach, key, sender, cancelled=request.is_cancelled()))
+                else:
+                    self._submit(request, tensors, sender)
             except Exception as error:
                 if not isinstance(error, WicoreError):
                     _log.exception("request %r could not be submitted", request.request_id())
@@ -60,10 +60,10 @@ class TritonPythonModel:
         self._metrics_thread.close()
 
     def _submit(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:
-        options = RequestOptions.parse(request.parameters(), tensors["request"][0] if "request" in tensors else None)
+        options = RequestOptions.parse(request.parameters(), tensors, json_tensor="request")
         prompt = prompt_from_tensors(tensors, self._engine.processor.image_size)
         # Clients choose their request ids, also twice the same; inside, each request has its own.
-        request_id = f"{request.request_id()}#{secrets.token_hex(4)}"
+        request_id = f"{request.request_id()}#{secrets.token_hex(8)}"
         key = request_id.encode()
         in_ensemble = list(request.requested_output_names()) == ["tick"]
         wire = EnsembleWire(key, sender, self._replies) if in_ensemble else DirectWire(sender, self._replies)

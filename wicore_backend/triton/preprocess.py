@@ -44,13 +44,7 @@ class TritonPythonModel:
 
     def _process(self, request: Any) -> dict[str, NDArray[Any]]:
         tensors = tensors_of(request)
-        given: dict[str, Any] = {}
-        if "stream" in tensors:
-            given["stream"] = bool(tensors["stream"].item())
-        if "stop" in tensors:
-            given["stop"] = [text.decode() for text in tensors["stop"]]
-        sampling = tensors["sampling_parameters"].item() if "sampling_parameters" in tensors else None
-        options = RequestOptions.parse(request.parameters(), sampling, **given)
+        options = RequestOptions.parse(request.parameters(), tensors, json_tensor="sampling_parameters")
         prompt = self._processor.process(
             prompt_source(tensors), images=list(tensors.get("images", ())), raw=options.serving.raw
         )

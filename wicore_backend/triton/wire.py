@@ -18,7 +18,7 @@ from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.processor.processor import PromptSource
 from wicore_backend.processor.prompt import Prompt, PromptImage
-from wicore_backend.settings import Settings
+from wicore_backend.settings import Settings, parse_json
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -35,7 +35,7 @@ class ServingOptions(Settings):
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Smaller goes first."""
 
-    deadline_ms: Annotated[int, Field(ge=1)] | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Time after which the request ends, with what it has produced."""
 
 
@@ -52,15 +52,15 @@ class RequestOptions:
         unknown = values.keys() - ServingOptions.model_fields.keys() - SamplingParams.model_fields.keys()
         if unknown:
             known = sorted({*ServingOptions.model_fields, *SamplingParams.model_fields})
-            raise InvalidArgumentError(
-                f"{', '.join(map(repr, sorted(unknown)))} is not a parameter; there are: {', '.join(known)}"
-            )
+            named = ", ".join(map(repr, sorted(unknown)))
+            named = named if len(named) <= 200 else f"{named[:197]}..."
+            raise InvalidArgumentError(f"{named} is not a parameter; there are: {', '.join(known)}")
         self.values = dict(values)
         self.serving = ServingOptions(**{k: v for k, v in values.items() if k in ServingOptions.model_fields})
         self.sampling = SamplingParams(**{k: v for k, v in values.items() if k in SamplingParams.model_fields})
 
     @classmethod
-    def parse(cls, parameters: str, sampling_parameters: str | bytes | None, **tensors: Any) -> RequestOptions:
+    def parse(cls, parameters: str, tensors: Tensors, *, json_tensor: str) -> RequestOptions:
         """Options of a request.
 
         Parameters
@@ -68,21 +68,22 @@ class RequestOptions:
         parameters
             Triton's request parameters as the backend gives them, a JSON object; these win. The server's own are
             left out.
-        sampling_parameters
-            The input tensor of that name, a JSON object.
         tensors
-            Options that came as input tensors of their own.
+            The request's inputs; `stream` and `stop` among them are options of those names.
+        json_tensor
+            The input that holds options as a JSON object.
         """
         values: dict[str, Any] = {}
-        if sampling_parameters is not None:
-            try:
-                values = json.loads(sampling_parameters)
-            except ValueError as error:
-                raise InvalidArgumentError(f"sampling_parameters is not JSON: {error}") from None
+        if json_tensor in tensors:
+            values = parse_json(tensors[json_tensor].item(), json_tensor)
             if not isinstance(values, dict):
-                raise InvalidArgumentError(f"sampling_parameters must be a JSON object, not {json.dumps(values)[:80]}")
+                raise InvalidArgumentError(f"{json_tensor} must be a JSON object, not {json.dumps(values)[:80]}")
+        if "stream" in tensors:
+            values["stream"] = bool(tensors["stream"].item())
+        if "stop" in tensors:
+            values["stop"] = [_text(value, "stop") for value in tensors["stop"]]
         given = json.loads(parameters or "{}")
-        return cls(values | tensors | {name: value for name, value in given.items() if not _is_tritons(name)})
+        return cls(values | {name: value for name, value in given.items() if not _is_tritons(name)})
 
 
 def _is_tritons(name: str) -> bool:
@@ -104,19 +105,20 @@ def prompt_source(tensors: Tensors) -> PromptSource:
     (name,) = given
     if tensors[name].size != 1:
         raise InvalidArgumentError(f"{name} takes one value, not {tensors[name].size}")
-    try:
-        text: str = tensors[name].item().decode()
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(f"{name} is not UTF-8: {error}") from None
+    text = _text(tensors[name].item(), name)
     if name == "text_input":
         return text
-    try:
-        messages = json.loads(text)
-    except ValueError as error:
-        raise InvalidArgumentError(f"messages is not JSON: {error}") from None
+    messages = parse_json(text, "messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InvalidArgumentError("messages must be a JSON list of objects with 'role' and 'content'")
     return messages
+
+
+def _text(value: bytes, name: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"{name} is not UTF-8: {error}") from None
 
 
 def prompt_to_tensors(prompt: Prompt, image_size: int) -> dict[str, NDArray[Any]]:
@@ -138,8 +140,10 @@ def prompt_from_tensors(tensors: Tensors, image_size: int | None) -> Prompt:
     Raises
     ------
     InvalidArgumentError
-        If the images' tensors do not fit one another or the ids.
+        If there are no ids, or the images' tensors do not fit one another or the ids.
     """
+    if "input_ids" not in tensors:
+        raise InvalidArgumentError("the request has no input_ids; send the prompt's token ids, INT32 [T]")
     ids = tensors["input_ids"]
     if "pixels" not in tensors or len(tensors["pixels"]) == 0:
         return Prompt(ids)
