@@ -221,6 +221,21 @@ def test_closing_sends_what_is_left_even_where_the_wire_does_not_accept():
     assert [reply.reason for reply in wire.sent] == [FinishReason.STOP]
 
 
+def test_an_end_that_no_road_opens_for_is_sent_in_the_end():
+    box = Outbox(patrol_s=(0.02, 0.02), longest_wait_s=0.2)
+    wire = FakeWire()
+    wire.accepting = False
+    channel = opened(box, wire, stream=False)
+    channel.put(tokens(0))
+    channel.put(END)
+    time.sleep(0.1)
+    assert wire.sent == []
+    wait_for(lambda: wire.sent)
+    assert [(reply.text, reply.reason) for reply in wire.sent] == [("a", FinishReason.STOP)]
+    box.close()
+    assert len(wire.sent) == 1
+
+
 def test_events_that_come_before_the_channel_begins_are_sent_once(outbox):
     wire = FakeWire()
     channel = outbox.channel(wire, stream=True, cancel=pytest.fail)

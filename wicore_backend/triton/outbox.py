@@ -32,6 +32,9 @@ _SENDING_SHARE = 0.15
 _LONGEST_REST_S = 0.1
 """Longest time between two rounds: what reads as fluent."""
 
+_LONGEST_WAIT_S = 30.0
+"""How long an end waits for its wire to accept it; far more than a busy server takes to bring a tick back."""
+
 _CHANNELS_PER_S = 80
 """Clients asked after in a second at most, between those times: asking costs an ensemble about 1 ms of CPU."""
 
@@ -79,7 +82,13 @@ class Channel:
     """
 
     def __init__(
-        self, wire: Wire, *, stream: bool, cancel: Callable[[], None], announce: Callable[[Channel, bool], None]
+        self,
+        wire: Wire,
+        *,
+        stream: bool,
+        cancel: Callable[[], None],
+        announce: Callable[[Channel, bool], None],
+        longest_wait_s: float,
     ) -> None:
         self.wire = wire
         self.open = True
@@ -87,16 +96,20 @@ class Channel:
         self._stream = stream
         self._cancel = cancel
         self._announce = announce
+        self._longest_wait_s = longest_wait_s
         self._events: deque[Event] = deque()
         self._announced = False
         self.answered = False
         """Whether tokens have been sent."""
         self._last_sent = time.monotonic()
+        self._ended = inf
 
     def put(self, event: Event) -> None:
         """The request's sink, on the engine's thread."""
-        self._events.append(event)
         last = isinstance(event, FinishedEvent)
+        if last:
+            self._ended = time.monotonic()
+        self._events.append(event)
         if (self._stream and not self._announced) or last:
             self._announced = True
             self._announce(self, last or not self.answered)
@@ -141,9 +154,15 @@ class Channel:
         self.flush()
 
     def patrol(self, silence_s: float) -> None:
-        """Ask after the client, with an empty response if there was none for `silence_s`."""
+        """Ask after the client, with an empty response if there was none for `silence_s`.
+
+        An end that no road opens for goes at last by whatever road there is: a client that calls the model as an
+        ensemble's first step, and never sends its second, must not keep its request in the server for ever.
+        """
         if not (self.lost or self.ending):
             self._ask_after(silence_s)
+        elif time.monotonic() - self._ended >= self._longest_wait_s:
+            self.flush(force=True)
 
     def _ask_after(self, silence_s: float) -> None:
         try:
@@ -168,9 +187,14 @@ class Channel:
 class Outbox:
     """The sending thread and the channels it serves."""
 
-    def __init__(self, *, patrol_s: tuple[float, float] = _PATROL_S, sending_share: float = _SENDING_SHARE) -> None:
+    def __init__(
+        self,
+        *,
+        patrol_s: tuple[float, float] = _PATROL_S,
+        longest_wait_s: float = _LONGEST_WAIT_S,
+    ) -> None:
         self._patrol_s = patrol_s
-        self._sending_share = sending_share
+        self._longest_wait_s = longest_wait_s
         self._ready: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._channels: set[Channel] = set()
         self._for_next_round: deque[Channel] = deque()
@@ -185,7 +209,7 @@ class Outbox:
         cancel
             Called at most once, if the client goes away before the end.
         """
-        return Channel(wire, stream=stream, cancel=cancel, announce=self._announce)
+        return Channel(wire, stream=stream, cancel=cancel, announce=self._announce, longest_wait_s=self._longest_wait_s)
 
     def begin(self, channel: Channel) -> None:
         """Serve a channel whose request has been accepted."""
@@ -234,7 +258,7 @@ class Outbox:
                 for _ in range(len(self._for_next_round)):
                     self._for_next_round.popleft().flush()
                 ended = time.monotonic()
-                next_round = ended + min((ended - began) / self._sending_share, _LONGEST_REST_S)
+                next_round = ended + min((ended - began) / _SENDING_SHARE, _LONGEST_REST_S)
             if began >= patrol:
                 patrol = began + self._patrol()
         for channel in self._channels:

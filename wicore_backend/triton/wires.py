@@ -110,11 +110,11 @@ class EnsembleWire:
 
     def attach(self, sender: Any, *, cancelled: bool) -> None:
         """A tick has come back: `sender` leads to the client from now on."""
-        if self._client is not None:
-            self._client.send(flags=FINAL)
-        self._client = sender
+        before, self._client = self._client, sender
         self._ticks_outstanding -= 1
         self._cancelled = self._cancelled or cancelled
+        if before is not None:
+            before.send(flags=FINAL)
 
     def accepts(self, *, last: bool) -> bool:
         return self._client is not None and not (last and self._ticks_outstanding)
