@@ -32,6 +32,13 @@ def test_temperature_zero_takes_the_likeliest():
     assert draws(10, temperature=0.0) == {0: 10}
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-6])
+def test_the_least_temperatures_take_the_likeliest_too(temperature):
+    logits = torch.tensor([3.0, 1.0, 5.0, -1.0])
+    assert draws(10, logits, temperature=temperature) == {2: 10}
+    assert draws(10, logits, temperature=temperature, top_k=3, top_p=0.9, min_p=0.1) == {2: 10}
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_draws_follow_the_softmax(temperature):
     assert_distribution(draws(temperature=temperature), (LOGITS / temperature).softmax(0))

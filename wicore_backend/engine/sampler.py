@@ -72,7 +72,9 @@ def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
     The likeliest token after each has raced an exponential clock of its own (Gumbel-max). Unlike a walk along the
     cumulated probabilities, the outcome does not hang on the last bits of all logits, which differ between batches.
     """
-    logits = logits / _column([r.params.temperature for r in rows], logits)
+    # From the likeliest down, so that the least of temperatures takes that one: the others go to -inf, none to +inf.
+    logits = logits - logits.amax(-1, keepdim=True)
+    logits /= _column([r.params.temperature for r in rows], logits).clamp_min_(torch.finfo(torch.float32).tiny)
     if any(r.params.top_k or r.params.top_p < 1 or r.params.min_p for r in rows):
         logits = logits.masked_fill(logits < _cutoffs(logits, rows), -torch.inf)
     clocks = torch.empty_like(logits)
