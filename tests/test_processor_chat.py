@@ -156,7 +156,7 @@ def test_a_systems_text_parts_all_count() -> None:
 
 
 def test_token_ids_are_taken_as_they_are() -> None:
-    for ids in ([2, 5, 7], np.array([2, 5, 7]), np.array([2, 5, 7], dtype=np.int32)):
+    for ids in ([2, 5, 7], list(np.array([2, 5, 7])), np.array([2, 5, 7]), np.array([2, 5, 7], dtype=np.int32)):
         prompt = PROCESSOR.process(ids)
         assert prompt.token_ids.tolist() == [2, 5, 7]
         assert prompt.token_ids.dtype == np.int32

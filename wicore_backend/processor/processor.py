@@ -151,7 +151,7 @@ class Processor:
             raise InvalidArgumentError(
                 f"the prompt is a {type(source).__name__}; it takes a text, messages or token ids"
             )
-        if isinstance(source, np.ndarray) or (len(source) > 0 and isinstance(source[0], int)):
+        if isinstance(source, np.ndarray) or (len(source) > 0 and isinstance(source[0], int | np.integer)):
             if len(images) > 0:
                 raise InvalidArgumentError("a prompt of token ids takes no images; send a text or messages")
             return self._from_token_ids(source)
