@@ -12,6 +12,7 @@ import torch
 
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.request import FinishedEvent, FinishReason, TokensEvent
+from wicore_backend.engine.results import EventStream
 from wicore_backend.errors import (
     CancelledError,
     CheckpointError,
@@ -307,6 +308,34 @@ def test_a_step_that_fails_ends_its_requests_with_an_error_and_the_next_ones_run
             engine.generate(["hello", "hello"], greedy(50))
         assert_nothing_left(engine)
         assert engine.generate("hello", greedy(4)).token_ids == expected
+
+
+def test_books_that_are_wrong_end_every_request_and_refuse_new_ones(monkeypatch):
+    with Engine(config(max_running=2)) as engine:
+        streams = [engine.stream("hello", greedy(5000)) for _ in range(4)]
+        for stream in streams[:2]:
+            next(stream)
+
+        def broken(_) -> None:
+            raise AssertionError("a block is in two tables")
+
+        monkeypatch.setattr(engine._model.blocks, "close", broken)
+        streams[0].close()
+        for stream in streams[1:]:
+            with pytest.raises(EngineError, match="broke down: a block is in two tables"):
+                stream.collect()
+        with pytest.raises(EngineError, match="broken down"):
+            engine.generate("hello")
+
+
+def test_an_interrupted_generate_cancels_its_request(engine, monkeypatch):
+    def interrupted(_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EventStream, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate("hello", greedy(15_000))
+    assert_nothing_left(engine)
 
 
 def test_a_sink_that_fails_hurts_nobody_else(engine):

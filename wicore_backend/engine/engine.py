@@ -75,6 +75,7 @@ class Engine:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False  # No more requests; set by any thread.
+        self._broken = False  # The loop has ended on its own.
         self._ended = False  # Every request has had its last event; the loop's own.
         self._queued_or_running = 0
         loaded: Future[LoadedModel] = Future()
@@ -110,6 +111,8 @@ class Engine:
             If the prompt does not fit the context or a token id is not in the vocabulary.
         OverloadedError
             If the queue is full or the engine is closing.
+        EngineError
+            If the engine's loop has broken down.
         """
         params = params.completed(self._model.generation_defaults)
         self._check(prompt, params)
@@ -200,7 +203,8 @@ class Engine:
             The first error of any of the prompts; the others are then cancelled.
         """
         if not _is_many(prompt):
-            return self.stream(prompt, params, images=images, raw=raw).collect()
+            with self.stream(prompt, params, images=images, raw=raw) as stream:
+                return stream.collect()
         if images is not None and len(images) != len(prompt):
             raise InvalidArgumentError(f"{len(prompt)} prompts came with {len(images)} lists of images")
         with ExitStack() as closing:
@@ -252,6 +256,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Raise OverloadedError unless there is a place in the queue."""
+        if self._broken:
+            raise EngineError("the engine has broken down, its log says why; restart it")
         if self._closed:
             raise OverloadedError("the engine is closing and takes no new requests", retry_after_s=5.0)
         limit = self.config.max_running + self.config.max_waiting
@@ -297,6 +303,13 @@ class Engine:
             self._model.blocks, max_batch_tokens=self.config.max_batch_tokens, max_running=self.config.max_running
         )
         loaded.set_result(self._model)
+        try:
+            self._loop()
+        except Exception as error:
+            _log.exception("the engine's books are wrong; it ends, and so does every request")
+            self._break_down(error)
+
+    def _loop(self) -> None:
         while not self._ended:
             self._take_inbox()
             self._expire()
@@ -376,6 +389,20 @@ class Engine:
             self._finish(generation, FinishReason.CANCELLED, CancelledError("the engine is closing"))
         self._ended = True
 
+    def _break_down(self, error: Exception) -> None:
+        """End every request without touching the books, and take no more."""
+        with self._lock:
+            self._closed = self._broken = True
+        message = f"the engine broke down: {error}; restart it"
+        while not self._inbox.empty():
+            with suppress(
+                Exception
+            ):  # Requests that were on their way in, to end with the others, or on their way out.
+                self._inbox.get_nowait()()
+        for generation in self._live.values():
+            self._conclude(generation, FinishReason.ERROR, EngineError(message))
+        self._live.clear()
+
     def _expire(self) -> None:
         now = time.monotonic()
         for generation in [g for g in self._live.values() if g.request.deadline is not None]:
@@ -391,8 +418,10 @@ class Engine:
 
     def _finish(self, generation: Generation, reason: FinishReason, error: WicoreError | None = None) -> None:
         del self._live[generation.request.id]
-        self._scheduler.remove(generation.sequence)
-        self._conclude(generation, reason, error)
+        try:
+            self._scheduler.remove(generation.sequence)
+        finally:
+            self._conclude(generation, reason, error)
 
     def _conclude(self, generation: Generation, reason: FinishReason, error: WicoreError | None) -> None:
         with self._lock:
