@@ -9,8 +9,11 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from wicore_backend.engine.request import FinishReason, Usage
-from wicore_backend.engine.statistics import SECONDS, EngineStatistics
+from wicore_backend.engine.statistics import EngineStatistics
 from wicore_backend.hmt.layout import LayerGroup
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
+"""Upper bounds of the buckets of every histogram of times."""
 
 
 class Metrics:
@@ -87,7 +90,7 @@ class Metrics:
 
     def _histogram(self, name: str, description: str) -> Any:
         family = self._family(name, f"{description}, seconds", pb_utils.MetricFamily.HISTOGRAM)
-        return family.Metric(labels=self._label, buckets=list(SECONDS))
+        return family.Metric(labels=self._label, buckets=list(_SECONDS))
 
 
 class MetricsThread:
