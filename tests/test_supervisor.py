@@ -158,11 +158,20 @@ def test_nothing_stays_when_the_supervisor_is_killed(repository, installation, t
     wait_until(lambda: is_clean(run))
 
 
+def has_ended(process: int) -> bool:
+    """Whether a process is gone, or a zombie, which holds nothing any more."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_the_next_start_clears_what_a_wholesale_kill_left(repository, installation, tmp_path, make):
     supervisor, run, guard = start_elsewhere(repository, installation, tmp_path / "state", mode="stubborn")
     for process in (guard, supervisor.pid):
         os.kill(process, signal.SIGKILL)
     supervisor.wait()
+    wait_until(lambda: has_ended(guard))  # A kill is not waited for, and until its end the guard holds the run's lock.
     assert len(run.processes()) == 2  # it ignores the SIGTERM that the guard's death sends it
     with make():
         assert is_clean(run)
