@@ -133,6 +133,16 @@ ENSEMBLE = [
     ("images[0]", {**TEXT, "images": ["file:///etc/passwd"]}),
     ("images[0]", {**TEXT, "images": ["/etc/passwd"]}),
     ("image", {**messages(USER), "images": [b64(png())]}),
+    ("messages is JSON that is nested too deeply", {"messages": "[" * 100_000}),
+    ("deadline_ms = 1000", {**TEXT, "sampling_parameters": '{"deadline_ms": 1' + "0" * 400 + "}"}),
+]
+
+# (what the error must say, the fields of a generate request) on the model itself
+BARE_FIELDS = [
+    ("the request has no input_ids", {"max_tokens": 3}),
+    ("request is not JSON", {"input_ids": [2, 300], "request": "{"}),
+    ("request must be a JSON object", {"input_ids": [2, 300], "request": "[1]"}),
+    ("request is JSON that is nested too deeply", {"input_ids": [2, 300], "request": "[" * 100_000}),
 ]
 
 # (what the error must say, token ids, parameters) on the model itself
@@ -182,6 +192,13 @@ def test_the_model_itself_names_what_is_wrong(server, said, ids, parameters):
     stream.cancel()
     assert not stream.results
     assert said in str(stream.errors[0])
+
+
+@pytest.mark.parametrize(("said", "fields"), BARE_FIELDS)
+def test_the_model_itself_names_what_is_wrong_with_its_tensors(server, said, fields):
+    status, text = generate(server, "wicore_gemma3", **fields)
+    assert status == 400
+    assert f"[invalid_argument] {said}" in json.loads(text)["error"]
 
 
 @pytest.mark.parametrize(("path", "body"), MALFORMED)
