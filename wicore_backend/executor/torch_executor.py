@@ -32,7 +32,7 @@ class TorchExecutor:
         self._embedding_scale = torch.tensor(config.text.hidden_size**0.5, dtype=self.dtype).item()
         self._layers = tuple(_Layer(config, layer) for layer in weights.text.layers)
         self._norm = RMSNorm(weights.text.norm, config.text.rms_norm_eps)
-        self._head = weights.text.head
+        self._head = Linear(weights.text.head)
         self._softcap = config.text.final_logit_softcapping
 
     def embed(self, ids: Tensor, soft_tokens: Tensor | None, soft_rows: Tensor | None) -> Tensor:
@@ -51,7 +51,7 @@ class TorchExecutor:
 
     def last(self, hidden: Tensor, attention: Tensor, rows: Tensor) -> Tensor:
         hidden = self._layers[-1].after_attention(hidden.index_select(0, rows), attention.index_select(0, rows))
-        logits = F.linear(self._norm(hidden), self._head).float()
+        logits = self._head(self._norm(hidden)).float()
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def vision(self, pixels: Tensor) -> Tensor:
