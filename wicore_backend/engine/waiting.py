@@ -66,7 +66,7 @@ class WaitingQueue(Generic[T]):
 
     *Within a tenant* items go in order of arrival.
 
-    Every operation takes O(log n) amortised; items are told apart by identity.
+    Each operation on an item takes O(log n), amortised. Items are told apart by identity.
 
     Parameters
     ----------
