@@ -183,6 +183,7 @@ class Typist:
     def __init__(self, *arguments: str) -> None:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would the child
             os.execv(COMMAND[0], [*COMMAND, *arguments])
         self.screen = ""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import threading
 
 import pytest
 from hypothesis import given
@@ -23,6 +25,7 @@ from wicore_client import (
 )
 from wicore_client.endpoint import Endpoint
 from wicore_client.errors import error_from_code
+from wicore_client.interrupts import interrupts_held
 from wicore_client.requests import GenerateRequest, load_image
 from wicore_client.results import Answer, Response
 
@@ -185,3 +188,24 @@ def test_an_unknown_finish_reason_is_an_error_and_never_an_answer():
     with pytest.raises(ServerError):
         answer.accept(Response("a", (1,), finish_reason="exploded", usage=USAGE))
     assert not answer.whole
+
+
+def test_a_held_ctrl_c_cancels_at_once_and_raises_at_the_end():
+    cancelled = threading.Event()
+    seen = []
+
+    def work():
+        with interrupts_held(cancelled.set):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            seen.append(cancelled.wait(10))
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        signal.signal(signal.SIGINT, lambda *_: seen.append("the program's own"))
+        work()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [True, "the program's own", "the program's own", True]

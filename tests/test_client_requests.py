@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import json
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -496,3 +499,36 @@ def test_one_client_serves_many_threads(connect):
     for thread in threads:
         thread.join()
     assert texts == ["Hello, world"] * 16
+
+
+def test_ctrl_c_where_grpc_holds_a_lock_spares_the_next_request(server):
+    """Raised there, KeyboardInterrupt would leave the lock taken, and the client without answers for ever."""
+
+    def interrupted(action, moment):
+        def watch(frame, event, _):
+            if event == "return" and frame.f_code is threading.Condition.__enter__.__code__ and next(countdown) == 0:
+                signal.raise_signal(signal.SIGINT)
+
+        countdown = itertools.count(moment, -1)
+        sys.setprofile(watch)
+        try:
+            action()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(Client(f"127.0.0.1:{server.ports['grpc']}"))
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        stack.callback(signal.signal, signal.SIGINT, before)
+        for action in (lambda: client.generate("Hi"), client.health):
+            moment = 0
+            while interrupted(action, moment):
+                after = threading.Thread(target=client.generate, args=("Hi",), daemon=True)
+                after.start()
+                after.join(10)
+                assert not after.is_alive(), f"no answer after Ctrl-C with lock {moment} held"
+                moment += 1
+            assert moment > 5

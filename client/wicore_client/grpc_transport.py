@@ -10,6 +10,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from wicore_client import grpc_wire
 from wicore_client.endpoint import Endpoint
+from wicore_client.interrupts import interrupts_held
 from wicore_client.requests import GenerateRequest
 from wicore_client.results import Health, ModelStatistics, Response
 
@@ -22,16 +23,22 @@ class GrpcCall:
 
     def receive(self) -> Response | None:
         try:
-            message = next(self._responses, None)
+            with interrupts_held(self._responses.cancel):
+                message = next(self._responses, None)
         except grpc.RpcError as error:
             raise grpc_wire.error_from_rpc(error, self._endpoint, answered=self._answered) from None
         self._answered = True
         return None if message is None else grpc_wire.decode(message)
 
     def cancel(self) -> None:
-        self._responses.cancel()
+        with interrupts_held():
+            if (responses := self._responses) is not None:
+                responses.cancel()
 
-    close = cancel
+    def close(self) -> None:
+        with interrupts_held():
+            self.cancel()
+            self._responses = None  # its finalizer is gRPC's code too
 
 
 class GrpcTransport:
@@ -45,27 +52,34 @@ class GrpcTransport:
 
     def start(self, request: GenerateRequest, timeout: float | None) -> GrpcCall:
         messages = iter([grpc_wire.encode(request, self._model)])
-        responses = self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=grpc_wire.CALL_METADATA)
+        with interrupts_held():
+            responses = self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=grpc_wire.CALL_METADATA)
         return GrpcCall(responses, self.endpoint)
 
     def health(self, timeout: float) -> Health:
-        try:
-            live = self._stub.ServerLive(pb.ServerLiveRequest(), timeout=timeout)
-            server = self._stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=timeout)
-            index = self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise grpc_wire.error_from_rpc(error, self.endpoint) from None
+        live = self._ask(self._stub.ServerLive, pb.ServerLiveRequest(), timeout)
+        server = self._ask(self._stub.ServerMetadata, pb.ServerMetadataRequest(), timeout)
+        index = self._ask(self._stub.RepositoryIndex, pb.RepositoryIndexRequest(), timeout)
         return grpc_wire.health(live, server, index, self._model)
 
     def model_statistics(self, timeout: float) -> tuple[ModelStatistics, ...]:
+        return grpc_wire.model_statistics(self._ask(self._stub.ModelStatistics, pb.ModelStatisticsRequest(), timeout))
+
+    def _ask(self, method: Any, request: Any, timeout: float) -> Any:
+        with interrupts_held():
+            answer = method.future(request, timeout=timeout)
         try:
-            message = self._stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=timeout)
+            with interrupts_held(answer.cancel):
+                return answer.result()
         except grpc.RpcError as error:
             raise grpc_wire.error_from_rpc(error, self.endpoint) from None
-        return grpc_wire.model_statistics(message)
+        finally:
+            with interrupts_held():
+                del answer  # see GrpcCall.close
 
     def close(self) -> None:
-        self._channel.close()
+        with interrupts_held():
+            self._channel.close()
 
 
 class AsyncGrpcCall:
