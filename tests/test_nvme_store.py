@@ -1,0 +1,217 @@
+"""The NVMe store: what is fetched is what was stored, or nothing; the bound holds; trouble never reaches the caller."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wicore_backend.errors import InvalidArgumentError
+from wicore_backend.hmt.nvme import (
+    NvmeConfig,
+    NvmeStore,
+    Outcome,
+)
+from wicore_backend.hmt.nvme.files import PAGE, aligned_buffer
+from wicore_backend.hmt.nvme.record import HEADER_BYTES
+
+SLOT = 8192
+MAX = 5 * SLOT
+SIZES = [0, 1, PAGE - 1, PAGE, PAGE + 1, SLOT, SLOT + 1, 3 * SLOT, MAX - 1, MAX]
+
+
+def config(directory: Path, **changes) -> NvmeConfig:
+    values = {
+        "directory": directory,
+        "capacity_bytes": 1 << 20,
+        "slot_bytes": SLOT,
+        "max_payload_bytes": MAX,
+        "fingerprint": b"gemma3 float32",
+        "read_threads": 2,
+        "write_threads": 2,
+    }
+    return NvmeConfig(**{**values, **changes})
+
+
+def name(number: int, length: int = 16) -> bytes:
+    return number.to_bytes(length, "little")
+
+
+def payload(number: int, size: int) -> bytes:
+    return np.random.default_rng(number).bytes(size)
+
+
+def put(store: NvmeStore, number: int, size: int = SLOT) -> Outcome:
+    ticket = store.store(name(number), payload(number, size))
+    assert ticket.wait(10)
+    (outcome,) = ticket.outcomes
+    assert outcome is not None
+    return outcome
+
+
+def get(store: NvmeStore, number: int, size: int = SLOT) -> Outcome:
+    """The outcome of a fetch, after a look at the buffer: right if done, untouched otherwise."""
+    before = b"\xaa" * size
+    buffer = bytearray(before)
+    ticket = store.fetch([name(number)], [buffer])
+    assert ticket.wait(10)
+    (outcome,) = ticket.outcomes
+    assert outcome is not None
+    assert buffer == (payload(number, size) if outcome is Outcome.DONE else before)
+    return outcome
+
+
+def taken(directory: Path) -> int:
+    """Bytes of the store's files, each in whole pages."""
+    return sum(-(-file.stat().st_size // PAGE) * PAGE for file in directory.iterdir())
+
+
+# What is stored is what is fetched.
+
+
+@pytest.mark.parametrize("length", [16, 32])
+def test_records_of_every_length_come_back_and_again_after_a_restart(tmp_path, length):
+    records = {name(number, length): payload(number, size) for number, size in enumerate(SIZES)}
+    for _ in range(2):
+        with NvmeStore(config(tmp_path)) as store:
+            for key, content in records.items():
+                assert store.store(key, content).wait(10)
+            buffers = [bytearray(len(content)) for content in records.values()]
+            ticket = store.fetch(list(records), buffers)
+            assert ticket.wait(10)
+            assert set(ticket.outcomes) == {Outcome.DONE}
+            assert buffers == list(records.values())
+            assert [record.name for record in store.records()] == list(records)
+            store.check_integrity()
+
+
+@pytest.mark.parametrize("offset", [0, 64, 1])
+@pytest.mark.parametrize("size", SIZES)
+def test_payloads_and_buffers_may_lie_anywhere_in_memory(tmp_path, offset, size):
+    memory = memoryview(aligned_buffer(MAX + PAGE))[offset : offset + size]
+    memory[:] = payload(1, size)
+    with NvmeStore(config(tmp_path)) as store:
+        assert store.store(name(1), memory).wait(10)
+        memory[:] = bytes(size)
+        assert store.fetch([name(1)], [memory]).wait(10)
+        assert memory == payload(1, size)
+
+
+def test_records_lie_in_pieces_where_the_space_does(tmp_path):
+    with NvmeStore(config(tmp_path, capacity_bytes=2 * PAGE + 10 * (SLOT + HEADER_BYTES))) as store:
+        assert [put(store, number) for number in range(10)] == [Outcome.DONE] * 10
+        for number in (1, 3, 5, 6, 9):
+            assert store.delete(name(number))
+        assert put(store, 100, 5 * SLOT - 7) is Outcome.DONE
+        assert get(store, 100, 5 * SLOT - 7) is Outcome.DONE
+        assert all(get(store, number) is Outcome.DONE for number in (0, 2, 4, 7, 8))
+        store.check_integrity()
+    with NvmeStore(config(tmp_path, capacity_bytes=2 * PAGE + 10 * (SLOT + HEADER_BYTES))) as store:
+        assert get(store, 100, 5 * SLOT - 7) is Outcome.DONE
+        store.check_integrity()
+
+
+def test_a_name_is_stored_once_and_found_only_with_its_length(tmp_path):
+    with NvmeStore(config(tmp_path)) as store:
+        assert put(store, 1) is Outcome.DONE
+        assert put(store, 1) is Outcome.HELD
+        assert get(store, 1, SLOT - 1) is Outcome.MISSING
+        assert get(store, 2) is Outcome.MISSING
+        assert name(1) in store
+        assert name(2) not in store
+
+
+def test_mistakes_of_the_caller_are_errors_at_once(tmp_path):
+    with NvmeStore(config(tmp_path)) as store:
+        with pytest.raises(ValueError, match="a name of 15 bytes"):
+            store.store(bytes(15), b"")
+        with pytest.raises(ValueError, match=f"max_payload_bytes is {MAX}"):
+            store.store(name(1), bytes(MAX + 1))
+        with pytest.raises(ValueError, match="1 names and 2 buffers"):
+            store.fetch([name(1)], [bytearray(1), bytearray(1)])
+        with pytest.raises(ValueError, match="read-only"):
+            store.fetch([name(1)], [b"1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slot_bytes": 1000}, "multiple of 4096"),
+        ({"capacity_bytes": 3 * SLOT}, "raise it"),
+        ({"read_threads": 0}, "read_threads is 0"),
+        ({"capacity_bytes": 1 << 60}, "raise slot_bytes"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_with_the_remedy(tmp_path, changes, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        config(tmp_path, **changes)
+
+
+# Restarts.
+
+
+def test_another_fingerprint_sees_an_empty_store(tmp_path):
+    with NvmeStore(config(tmp_path)) as store:
+        assert [put(store, number) for number in range(50)] == [Outcome.DONE] * 50
+    with NvmeStore(config(tmp_path, fingerprint=b"gemma3 bfloat16")) as store:
+        assert not store.records()
+        assert get(store, 1) is Outcome.MISSING
+        assert [put(store, number, SLOT - 1) for number in range(100, 200)] == [Outcome.DONE] * 100
+    with NvmeStore(config(tmp_path)) as store:
+        assert not store.records()
+        assert put(store, 1) is Outcome.DONE
+        assert get(store, 1) is Outcome.DONE
+
+
+def test_a_deleted_record_stays_away_after_a_restart(tmp_path):
+    with NvmeStore(config(tmp_path)) as store:
+        put(store, 1)
+        put(store, 2)
+        assert store.delete(name(1))
+        assert not store.delete(name(1))
+        assert get(store, 1) is Outcome.MISSING
+    with NvmeStore(config(tmp_path)) as store:
+        assert [record.name for record in store.records()] == [name(2)]
+
+
+def test_a_store_can_be_opened_with_another_capacity(tmp_path):
+    with NvmeStore(config(tmp_path)) as store:
+        for number in range(100):
+            put(store, number)
+    with NvmeStore(config(tmp_path, capacity_bytes=1 << 19)) as store:
+        assert 0 < len(store.records()) < 100
+        assert taken(tmp_path) <= 1 << 19
+        assert all(get(store, record.name[0]) is Outcome.DONE for record in store.records())
+        store.check_integrity()
+    with NvmeStore(config(tmp_path, capacity_bytes=1 << 21)) as store:
+        assert put(store, 1000) is Outcome.DONE
+        store.check_integrity()
+
+
+# The bound.
+
+
+@pytest.mark.parametrize("preallocate", [True, False])
+def test_the_files_never_exceed_the_capacity_and_a_full_store_says_so(tmp_path, preallocate):
+    rng = np.random.default_rng(0)
+    capacity = 300_000
+    with NvmeStore(config(tmp_path, capacity_bytes=capacity, preallocate=preallocate)) as store:
+        sizes = {}
+        full = 0
+        for number in range(300):
+            size = int(rng.integers(0, MAX))
+            outcome = put(store, number, size)
+            if outcome is Outcome.DONE:
+                sizes[number] = size
+            while outcome is Outcome.FULL:
+                full += 1
+                victim = int(rng.choice(list(sizes)))
+                del sizes[victim]
+                assert store.delete(name(victim))
+                outcome = put(store, number, size)
+                if outcome is Outcome.DONE:
+                    sizes[number] = size
+            assert taken(tmp_path) <= capacity
+            assert store.statistics().used_bytes <= capacity
+        assert full > 100
+        assert all(get(store, number, size) is Outcome.DONE for number, size in sizes.items())
+        store.check_integrity()

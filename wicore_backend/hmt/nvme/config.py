@@ -1,0 +1,83 @@
+"""The shape and the limits of an NVMe store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from wicore_backend.errors import InvalidArgumentError
+from wicore_backend.hmt.nvme.files import PAGE
+from wicore_backend.hmt.nvme.record import HEADER_BYTES
+
+_MAX_SLOTS = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class NvmeConfig:
+    """How large a store is and how patient.
+
+    Attributes
+    ----------
+    directory
+        The store's own; made if it is not there.
+    capacity_bytes
+        All that the store's files may ever take.
+    slot_bytes
+        Unit of space, a multiple of 4096. A record takes whole slots, so choose one that divides the payloads well: the
+        encoded bytes of one layer, say. Smaller slots waste less, larger ones keep records in fewer pieces.
+    max_payload_bytes
+        Of the largest record.
+    fingerprint
+        Everything that changes what the bytes mean: model weights, dtype, block size, RoPE, codec. Records of another
+        fingerprint do not exist.
+    read_threads, write_threads
+        Reads and writes in flight; reads never wait behind writes. Each thread has a buffer of `max_payload_bytes`.
+    read_deadline_s, write_deadline_s
+        For one record, from when a thread takes it.
+    store_limit
+        Stores that may be waiting; one more is refused.
+    retry_s
+        How long stores are refused after a failed write.
+    preallocate
+        Take the capacity from the file system when the store is made. Without, space is taken as it is used, and a full
+        disk shows as refused stores.
+    """
+
+    directory: Path
+    capacity_bytes: int
+    slot_bytes: int
+    max_payload_bytes: int
+    fingerprint: bytes
+    read_threads: int = 4
+    write_threads: int = 2
+    read_deadline_s: float = 1.0
+    write_deadline_s: float = 5.0
+    store_limit: int = 256
+    retry_s: float = 5.0
+    preallocate: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise InvalidArgumentError(f"NVMe store: {field.name} is {value}; it has to be above 0")
+        if self.slot_bytes % PAGE:
+            raise InvalidArgumentError(
+                f"NVMe store: slot_bytes is {self.slot_bytes}; it has to be a multiple of {PAGE}"
+            )
+        if not self.max_payload_bytes <= self.slots * self.slot_bytes:
+            raise InvalidArgumentError(
+                f"NVMe store: capacity_bytes is {self.capacity_bytes:,}, too little for one record of "
+                f"{self.max_payload_bytes:,} (max_payload_bytes); raise it"
+            )
+        if self.slots > _MAX_SLOTS:
+            raise InvalidArgumentError(
+                f"NVMe store: {self.capacity_bytes:,} bytes are {self.slots:,} slots of {self.slot_bytes}, more than "
+                f"{_MAX_SLOTS:,}; raise slot_bytes"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Slots that fit the capacity, their headers and the lock file included."""
+        usable = self.capacity_bytes - 2 * PAGE  # The lock file, and the end of the last page of headers.
+        return max(0, usable // (self.slot_bytes + HEADER_BYTES))
