@@ -71,7 +71,10 @@ class StoreFiles:
                 self._lock = _locked(directory, opened)
                 self._index = _opened(directory / "index", 0, opened)
                 self._data, self.direct = _opened_data(directory / "slots", opened)
-                for fd, size in ((self._index, slots * HEADER_BYTES), (self._data, slots * slot_bytes)):
+                sizes = {self._data: slots * slot_bytes, self._index: slots * HEADER_BYTES}
+                if preallocate:
+                    _check_space(sizes)
+                for fd, size in sizes.items():
                     _resize(fd, size, preallocate=preallocate)
             except OSError as error:
                 raise StoreUnusableError(_explain(directory, error, slots * (slot_bytes + HEADER_BYTES))) from error
@@ -177,6 +180,14 @@ def _locked(directory: Path, opened: contextlib.ExitStack) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, b"%d\n" % os.getpid(), 0)
     return fd
+
+
+def _check_space(sizes: dict[int, int]) -> None:
+    """Look before asking: a file system may hand out all that it has before it finds that this is too little."""
+    missing = sum(size - min(size, os.fstat(fd).st_blocks * 512) for fd, size in sizes.items())
+    system = os.fstatvfs(next(iter(sizes)))
+    if missing > (free := system.f_bavail * system.f_frsize):
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {missing:,} bytes wanted, {free:,} free")
 
 
 def _resize(fd: int, size: int, *, preallocate: bool) -> None:

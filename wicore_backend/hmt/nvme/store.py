@@ -138,8 +138,11 @@ class NvmeStore:
             raise ValueError("a buffer to fetch into is read-only")
         ticket = Ticket(len(names), done)
         with self._lock:
-            absent = Outcome.CLOSED if self._closed else Outcome.MISSING
-            records = [self._index.use(name, len(buffer)) for name, buffer in zip(names, buffers, strict=True)]
+            closed = self._closed
+            records = [
+                None if closed else self._index.use(name, len(buffer))
+                for name, buffer in zip(names, buffers, strict=True)
+            ]
         jobs = [
             _Read(self, record, buffer, ticket, index)
             for index, (record, buffer) in enumerate(zip(records, buffers, strict=True))
@@ -151,7 +154,7 @@ class NvmeStore:
                 self._reads.abandon(job, Outcome.LATE)
         for index, record in enumerate(records):
             if record is None:
-                self._settle(self._fetches, ticket, index, absent)
+                self._settle(self._fetches, ticket, index, Outcome.CLOSED if closed else Outcome.MISSING)
         return ticket
 
     def delete(self, name: bytes) -> bool:
