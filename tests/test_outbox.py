@@ -25,11 +25,13 @@ class FakeWire:
 
     def send(self, reply: Reply) -> None:
         self.slow.wait(5)
-        if self.broken:
+        if self.broken or "unsayable" in reply.text:
             raise RuntimeError("the pipe is gone")
         self.sent.append(reply)
 
     def fail(self, error: Exception) -> None:
+        if self.broken:
+            raise RuntimeError("the pipe is gone")
         self.sent.append(error)
 
     def probe(self) -> None:
@@ -158,6 +160,54 @@ def test_a_broken_wire_cancels_its_request_and_leaves_the_others_alone(outbox):
     bad.put(FinishedEvent(FinishReason.CANCELLED, USAGE))
     time.sleep(0.05)
     assert cancels == [1]
+
+
+@pytest.mark.parametrize("with_the_end", [False, True])
+def test_a_response_that_cannot_be_made_still_ends_its_request_with_an_error(outbox, with_the_end):
+    wire = FakeWire()
+    cancels: list[int] = []
+    channel = opened(outbox, wire, stream=True, cancel=lambda: cancels.append(1))
+    channel.put(tokens(0))
+    wait_for(lambda: said(wire))
+    wire.accepting, wire.accepts_all_but_the_last = False, True
+    channel.put(TokensEvent((1,), "unsayable"))
+    if not with_the_end:
+        wait_for(lambda: cancels)
+        channel.put(tokens(2))
+    channel.put(FinishedEvent(FinishReason.CANCELLED, USAGE))
+    time.sleep(0.05)
+    assert len(said(wire)) == 1, "the end waits for its turn as any other"
+    wire.accepting = True
+    outbox.post(channel.flush)
+    wait_for(lambda: len(said(wire)) == 2)
+    assert "could not be sent: the pipe is gone" in str(wire.sent[-1])
+    assert cancels == [1]
+    assert not channel.open
+
+
+def test_every_end_is_told_whatever_road_it_took():
+    ends: list[FinishedEvent] = []
+    box = Outbox(on_end=ends.append)
+    broken = FakeWire()
+    broken.broken = True
+    error = EngineError("broke")
+    opened(box, FakeWire(), stream=True).put(END)
+    opened(box, FakeWire(), stream=True).put(FinishedEvent(FinishReason.ERROR, USAGE, error))
+    opened(box, broken, stream=True, cancel=lambda: None).put(END)
+    box.close()
+    assert sorted(end.reason for end in ends) == ["error", "stop", "stop"]
+
+
+def test_whoever_is_told_of_the_ends_cannot_end_the_sending():
+    def broken(_end: FinishedEvent) -> None:
+        raise RuntimeError("no metrics")
+
+    box = Outbox(on_end=broken)
+    for _ in range(2):
+        wire = FakeWire()
+        opened(box, wire, stream=True).put(END)
+        wait_for(lambda wire=wire: said(wire))
+    box.close()
 
 
 def test_no_event_is_lost_between_the_threads(outbox):

@@ -35,8 +35,8 @@ class TritonPythonModel:
         self._engine = Engine(engine_config(json.loads(args["model_config"])))
         self._metrics = Metrics(args["model_name"], list(self._engine.statistics().blocks))
         self._metrics_thread = MetricsThread(self._metrics, self._engine.statistics)
-        self._replies = ReplySender(self._engine.processor.tokenizer.token_text, self._metrics.observe)
-        self._outbox = Outbox()
+        self._replies = ReplySender(self._engine.processor.tokenizer.token_text)
+        self._outbox = Outbox(on_end=lambda end: self._metrics.observe(end.usage))
         self._attachable: WeakValueDictionary[bytes, Channel] = WeakValueDictionary()  # The outbox holds what is open.
 
     def execute(self, requests: list[Any]) -> None:
@@ -89,7 +89,9 @@ class TritonPythonModel:
         if channel is None or not channel.open or not isinstance(channel.wire, EnsembleWire):
             sender.send(flags=FINAL)
             return
-        channel.wire.attach(sender, cancelled=cancelled)
-        if cancelled:
-            channel.lose()
-        channel.flush()
+        try:
+            channel.wire.attach(sender, cancelled=cancelled)
+        finally:
+            if cancelled:
+                channel.lose()
+            channel.flush()

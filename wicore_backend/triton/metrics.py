@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import triton_python_backend_utils as pb_utils
 from wicore_backend.engine.request import FinishReason, Usage
 from wicore_backend.engine.statistics import EngineStatistics
 from wicore_backend.hmt.layout import LayerGroup
+
+_log = logging.getLogger(__name__)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
 """Upper bounds of the buckets of every histogram of times."""
@@ -102,6 +105,7 @@ class MetricsThread:
         self._metrics = metrics
         self._statistics = statistics
         self._interval_s = interval_s
+        self._failing = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="wicore-metrics", daemon=True)
         self._thread.start()
@@ -110,8 +114,18 @@ class MetricsThread:
         """Update once more and end."""
         self._stop.set()
         self._thread.join()
-        self._metrics.update(self._statistics())
+        self._update()
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
+            self._update()
+
+    def _update(self) -> None:
+        try:
             self._metrics.update(self._statistics())
+        except Exception:
+            if not self._failing:  # Once, not ten times a second.
+                _log.exception("the metrics could not be brought up to date; trying on")
+            self._failing = True
+        else:
+            self._failing = False

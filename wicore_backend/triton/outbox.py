@@ -14,12 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from wicore_backend.engine.request import Event, FinishedEvent, FinishReason, TokenLogprob, TokensEvent, Usage
-from wicore_backend.errors import WicoreError
+from wicore_backend.errors import EngineError, WicoreError
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Wire(Protocol):
         """Send a response; after one with a `reason` the request is over."""
 
     def fail(self, error: WicoreError) -> None:
-        """End a request that has had no response yet with an error."""
+        """End a request with an error: one without tokens yet, or one whose tokens could not be sent."""
 
     def probe(self) -> None:
         """Do what it takes for `is_cancelled` to be true soon if the client has gone."""
@@ -74,8 +75,9 @@ class Wire(Protocol):
 class Channel:
     """One request's buffer between the engine's thread, which puts, and the sending thread, which flushes.
 
-    It is *open* until its last response is sent, or sending fails. If its client goes away it is *lost*: the request
-    is cancelled, and the channel stays open for its end, which Triton needs.
+    It is *open* until its last response is sent. If its client goes away it is *lost*: the request is cancelled, and
+    the channel stays open for its end, which Triton needs. If a response cannot be made or sent, the channel has a
+    *fault*: the request is cancelled as well, and its end is that error.
 
     A stream that has nothing to say gets an empty response now and then: Triton's HTTP server does not look at a
     connection before it writes to it, so that nothing else shows that a client went away during a long prefill.
@@ -88,6 +90,7 @@ class Channel:
         stream: bool,
         cancel: Callable[[], None],
         announce: Callable[[Channel, bool], None],
+        on_end: Callable[[FinishedEvent], None],
         longest_wait_s: float,
     ) -> None:
         self.wire = wire
@@ -96,9 +99,11 @@ class Channel:
         self._stream = stream
         self._cancel = cancel
         self._announce = announce
+        self._on_end = on_end
         self._longest_wait_s = longest_wait_s
         self._events: deque[Event] = deque()
         self._announced = False
+        self._fault: WicoreError | None = None
         self.answered = False
         """Whether tokens have been sent."""
         self._last_sent = time.monotonic()
@@ -125,25 +130,37 @@ class Channel:
         events = [self._events.popleft() for _ in range(len(self._events))]
         if not events or not self.open:
             return
-        ending = isinstance(events[-1], FinishedEvent)
+        end = events[-1]
+        ending = isinstance(end, FinishedEvent)
         if not (self._stream or ending) or not (force or self.wire.accepts(last=ending)):
             self._events.extendleft(reversed(events))
             return
-        reply = merge(events)
-        try:
-            if reply.error is not None and not self.answered and not reply.token_ids:
-                self.wire.fail(reply.error)
-            else:
-                self.wire.send(reply)
-        except Exception:
-            # The road back is broken, so nobody hears what is computed from here on.
-            _log.exception("a response could not be sent; its request is cancelled")
+        if self._fault is None:
+            try:
+                self._send(merge(events))
+            except Exception as error:
+                _log.exception("a response could not be sent; its request ends")
+                self._fault = EngineError(f"a response could not be sent: {error}")
+                self.lose()
+        if isinstance(end, FinishedEvent):
             self.open = False
-            self.lose()
+            if self._fault is not None:
+                self._end_with(self._fault)
+            self._on_end(end)
+
+    def _send(self, reply: Reply) -> None:
+        if reply.error is not None and not self.answered and not reply.token_ids:
+            self.wire.fail(reply.error)
+        else:
+            self.wire.send(reply)
         self.answered = True
         self._last_sent = time.monotonic()
-        if reply.reason is not None:
-            self.open = False
+
+    def _end_with(self, fault: WicoreError) -> None:
+        try:
+            self.wire.fail(fault)
+        except Exception:
+            _log.exception("nor could its end: the road back is broken")
 
     def begin(self) -> None:
         """The first look at the client, and what has come so far.
@@ -185,14 +202,22 @@ class Channel:
 
 
 class Outbox:
-    """The sending thread and the channels it serves."""
+    """The sending thread and the channels it serves.
+
+    Parameters
+    ----------
+    on_end
+        Told of the end of each request, once its client has been.
+    """
 
     def __init__(
         self,
         *,
+        on_end: Callable[[FinishedEvent], None] = lambda _event: None,
         patrol_s: tuple[float, float] = _PATROL_S,
         longest_wait_s: float = _LONGEST_WAIT_S,
     ) -> None:
+        self._on_end = on_end
         self._patrol_s = patrol_s
         self._longest_wait_s = longest_wait_s
         self._ready: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -209,7 +234,14 @@ class Outbox:
         cancel
             Called at most once, if the client goes away before the end.
         """
-        return Channel(wire, stream=stream, cancel=cancel, announce=self._announce, longest_wait_s=self._longest_wait_s)
+        return Channel(
+            wire,
+            stream=stream,
+            cancel=cancel,
+            announce=self._announce,
+            on_end=self._on_end,
+            longest_wait_s=self._longest_wait_s,
+        )
 
     def begin(self, channel: Channel) -> None:
         """Serve a channel whose request has been accepted."""
@@ -247,30 +279,35 @@ class Outbox:
                 action = self._ready.get(timeout=max(0.0, wake - time.monotonic()))
                 if action is None:
                     break
-                action()
+                _attempt(action)
             except Empty:
                 pass
-            except Exception:
-                # One request's fault must not end the thread that all others are answered by.
-                _log.exception("the sending thread could not do what a request asked of it")
             began = time.monotonic()
             if self._for_next_round and began >= next_round:
                 for _ in range(len(self._for_next_round)):
-                    self._for_next_round.popleft().flush()
+                    _attempt(self._for_next_round.popleft().flush)
                 ended = time.monotonic()
                 next_round = ended + min((ended - began) / _SENDING_SHARE, _LONGEST_REST_S)
             if began >= patrol:
                 patrol = began + self._patrol()
         for channel in self._channels:
-            channel.flush(force=True)
+            _attempt(partial(channel.flush, force=True))
 
     def _patrol(self) -> float:
         """Ask after every open channel's client; returns the seconds until the next time."""
         self._channels = {channel for channel in self._channels if channel.open}
         for channel in self._channels:
-            channel.patrol(self._patrol_s[0])
+            _attempt(partial(channel.patrol, self._patrol_s[0]))
         shortest, longest = self._patrol_s
         return min(longest, max(shortest, len(self._channels) / _CHANNELS_PER_S))
+
+
+def _attempt(action: Callable[[], None]) -> None:
+    """Do it: one request's fault must not end the thread that all others are answered by."""
+    try:
+        action()
+    except Exception:
+        _log.exception("the sending thread could not do what a request asked of it")
 
 
 def merge(events: list[Event]) -> Reply:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from wicore_backend.engine.request import Usage
 from wicore_backend.errors import WicoreError
 from wicore_backend.triton.errors import triton_error
 from wicore_backend.triton.outbox import Reply
@@ -39,30 +38,30 @@ class ReplySender:
     ----------
     token_text
         A token's piece, for log-probabilities.
-    on_end
-        Told of each request's usage.
     """
 
-    def __init__(self, token_text: Callable[[int], str], on_end: Callable[[Usage], None]) -> None:
+    def __init__(self, token_text: Callable[[int], str]) -> None:
         self._token_text = token_text
-        self._on_end = on_end
 
-    def send(self, sender: Any, reply: Reply) -> None:
-        """Send a reply; one with a reason is the sender's last."""
+    def response(self, reply: Reply) -> Any:
+        """The response that says `reply`."""
         texts = {"text_output": reply.text}
         if reply.logprobs or reply.prompt_logprobs is not None:
             texts["logprobs"] = logprobs_json(reply.logprobs, reply.prompt_logprobs, self._token_text)
         if reply.reason is not None and reply.usage is not None:
-            self._on_end(reply.usage)
             texts |= {"finish_reason": str(reply.reason), "usage": usage_json(reply.usage)}
         if reply.error is not None:
             texts |= {"error_code": str(reply.error.code), "error_message": str(reply.error)}
         tensors = [pb_utils.Tensor(name, strings(text)) for name, text in texts.items()]
         tensors.append(pb_utils.Tensor("token_ids", np.array(reply.token_ids, np.int32)))
-        sender.send(pb_utils.InferenceResponse(tensors), flags=0 if reply.reason is None else FINAL)
+        return pb_utils.InferenceResponse(tensors)
+
+    def send(self, sender: Any, reply: Reply) -> None:
+        """Send a reply; one with a reason is the sender's last."""
+        sender.send(self.response(reply), flags=0 if reply.reason is None else FINAL)
 
     def fail(self, sender: Any, error: Exception) -> None:
-        """Send an error as the sender's only response."""
+        """Send an error as the sender's last response."""
         sender.send(pb_utils.InferenceResponse(error=triton_error(error)), flags=FINAL)
 
 
@@ -106,6 +105,7 @@ class EnsembleWire:
         self._replies = replies
         self._client: Any | None = None
         self._ticks_outstanding = 0
+        self._submit_ended = False
         self._cancelled = False
 
     def attach(self, sender: Any, *, cancelled: bool) -> None:
@@ -120,14 +120,26 @@ class EnsembleWire:
         return self._client is not None and not (last and self._ticks_outstanding)
 
     def send(self, reply: Reply) -> None:
-        if reply.reason is not None and self._client is not None:
-            self._submit.send(flags=FINAL)
-        self._replies.send(self._client or self._submit, reply)
+        response = self._replies.response(reply)  # Before anything is ended: this may be what fails.
+        if reply.reason is None:
+            self._road.send(response)
+        else:
+            self._end_submit()
+            self._road.send(response, flags=FINAL)
 
     def fail(self, error: WicoreError) -> None:
-        if self._client is not None:
+        self._end_submit()
+        self._replies.fail(self._road, error)
+
+    @property
+    def _road(self) -> Any:
+        """The newest attach's sender; submit's own where the ensemble's second step never came."""
+        return self._client or self._submit
+
+    def _end_submit(self) -> None:
+        if self._client is not None and not self._submit_ended:
+            self._submit_ended = True
             self._submit.send(flags=FINAL)
-        self._replies.fail(self._client or self._submit, error)
 
     def probe(self) -> None:
         if not self._ticks_outstanding:
