@@ -1,4 +1,7 @@
-"""Block accounting: no block lost, none held twice, windows freed, reservations kept."""
+"""Block accounting: no block lost or written twice, windows freed, prefixes found again exactly where one can go on."""
+
+from array import array
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -6,12 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wicore_backend.errors import InvalidArgumentError
-from wicore_backend.hmt.blocks import BlockAccountingError, BlockManager
+from wicore_backend.hmt.blocks import BlockAccountingError, BlockManager, PrefixMatch, SequenceBlocks
 from wicore_backend.hmt.budget import divide_memory
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.names import BlockNames, NameScheme
 from wicore_backend.hmt.pool import KVPools
 
 L, G = LayerGroup.LOCAL, LayerGroup.GLOBAL
+NOTHING = PrefixMatch()
+
+
+@dataclass(frozen=True)
+class Image:
+    start: int
+    end: int
+    digest: bytes = b"picture"
 
 
 def layout(window: int = 24, groups=(L, L, G), block_size: int = 4) -> KVLayout:
@@ -22,6 +34,23 @@ def manager(blocks: int = 40, max_chunk: int = 8, **kwargs) -> BlockManager:
     return BlockManager(layout(**kwargs), {L: blocks, G: blocks}, max_chunk=max_chunk)
 
 
+def names(tokens, images=(), salt: str = "", size: int = 4) -> BlockNames:
+    return BlockNames(NameScheme(size), list(tokens), images, salt)
+
+
+def run(books: BlockManager, tokens, *, chunk: int = 8, chain: BlockNames | None = None) -> SequenceBlocks:
+    """Open a sequence on what is kept, and compute all its tokens."""
+    chain = names(tokens) if chain is None else chain
+    match = books.match(chain, (len(tokens) - 1) // 4)
+    blocks = books.open(chain, match, max_tokens=len(tokens), expected_tokens=len(tokens))
+    for start in range(match.resume * 4, len(tokens), chunk):
+        end = min(start + chunk, len(tokens))
+        assert books.extend(blocks, start, end)
+        books.note(blocks, end)
+        books.check_integrity()
+    return blocks
+
+
 def test_a_block_holds_all_its_groups_layers():
     assert layout().block_bytes(L) == 2 * 2 * 4 * 2 * 8 * 4
     assert layout().layers == ((L, 0), (L, 1), (G, 0))
@@ -29,16 +58,16 @@ def test_a_block_holds_all_its_groups_layers():
 
 def test_local_blocks_behind_the_window_are_freed_and_global_ones_kept():
     books = manager()
-    blocks = books.open(100)
-    for start in range(0, 96, 8):
-        books.extend(blocks, start, start + 8)
-        books.check_integrity()
-    assert books.pools[G].used == 24
+    blocks = run(books, range(96))
+    assert books.pools[G].active == 24
     # The last chunk starts at 88 and sees positions 65 to 95: blocks 16 to 23.
     assert blocks.tables[L].nonzero()[0].tolist() == list(range(16, 24))
     books.close(blocks)
-    assert books.pools[L].used == books.pools[G].used == 0
-    assert books.fits(100)
+    assert books.pools[L].active == books.pools[G].active == 0
+    assert books.pools[G].cached == 24
+    books.forget_all()
+    books.check_integrity()
+    assert books.pools[L].cached == books.pools[G].cached == 0
 
 
 def test_a_model_without_local_layers_has_one_pool():
@@ -64,64 +93,265 @@ def test_memory_is_divided_so_that_one_longest_sequence_always_fits():
     for memory in (least, 2 * least, 3 * least, 100 * least):
         blocks = divide_memory(shape, memory_bytes=memory, **sizes)
         assert sum(blocks[g] * shape.block_bytes(g) for g in (L, G)) <= memory
-        assert BlockManager(shape, blocks, max_chunk=8).fits(100)
+        run(BlockManager(shape, blocks, max_chunk=8), range(100))
     assert blocks == {g: 1 + 4 * shape.blocks_held(g, 100, 8) for g in (L, G)}
     with pytest.raises(InvalidArgumentError, match="kv_cache_bytes"):
         divide_memory(shape, memory_bytes=least - 1, **sizes)
 
 
-def test_what_does_not_fit_is_not_opened():
+def test_what_does_not_fit_is_not_placed_and_nothing_is_lost_by_it():
     books = manager(blocks=11)
-    assert books.fits(40)
-    assert not books.fits(41)
-    books.open(40)
-    assert not books.fits(1)
-    with pytest.raises(BlockAccountingError, match="reserved"):
-        books.open(1)
+    first = run(books, range(24))
+    second = books.open(None, NOTHING, max_tokens=40, expected_tokens=40)
+    assert not books.extend(second, 0, 20)
+    assert second.stop == 0
+    assert books.extend(second, 0, 16)
+    books.check_integrity()
+    books.close(first)
+    assert books.extend(second, 16, 20), "what the first one left is recycled"
+    books.check_integrity()
 
 
-def test_the_check_finds_a_lost_block_and_one_held_twice():
+def test_room_counts_what_those_that_run_are_expected_to_take():
+    books = manager(blocks=41)
+    assert books.room_for(None, NOTHING, tokens=10, expected_tokens=80)[G] == 20
+    blocks = books.open(None, NOTHING, max_tokens=200, expected_tokens=80)
+    for end in (8, 16, 24):
+        assert books.room_for(None, NOTHING, tokens=10, expected_tokens=80)[G] == 0
+        assert books.extend(blocks, end - 8, end)
+    assert books.room_for(None, NOTHING, tokens=10, expected_tokens=84)[G] == -1
+
+
+# Prefixes
+
+
+def test_a_prefix_is_found_again_and_shared():
+    books = manager(blocks=80)
+    first = run(books, range(60))
+    again = books.match(names(range(60)), 14)
+    assert again == PrefixMatch(resume=0, known=14), "a window is kept at resume points only, and there is none yet"
+    books.close(first)
+    longer = names([*range(60), *range(500, 530)])
+    assert books.match(longer, 22) == PrefixMatch(resume=15, known=15), "the end of what a sequence computed is one"
+    used = books.pools[G].active
+    second = run(books, [*range(60), *range(500, 530)])
+    assert books.pools[G].active - used == 23
+    assert second.full == 22
+    third = run(books, [*range(60), *range(700, 720)])
+    assert third.tables[G][:15].tolist() == second.tables[G][:15].tolist()
+    assert third.tables[L][14] == second.tables[L][14] != 0 or second.first[L] > 14
+    for blocks in (second, third):
+        books.close(blocks)
+    books.check_integrity()
+
+
+def test_the_end_of_a_prompt_is_a_resume_point_while_its_answer_grows():
+    books = manager(blocks=80)
+    chain = names(range(100))
+    blocks = books.open(chain, NOTHING, max_tokens=100, expected_tokens=100)
+    books.keep_window(blocks, (41 - 1) // 4)
+    for start, end in ((0, 41), *((n, n + 1) for n in range(41, 99))):
+        assert books.extend(blocks, start, end)
+        books.note(blocks, end)
+    assert blocks.first[L] > 10, "the sequence itself has left that window behind"
+    assert books.match(names(range(41)), 10) == PrefixMatch(resume=10, known=10)
+    books.check_integrity()
+
+
+def test_a_place_where_sequences_part_becomes_a_resume_point():
+    books = manager(blocks=200)
+    system = list(range(50))
+    for question, resume in ((100, 0), (200, 0), (300, 12), (400, 12)):
+        tokens = [*system, *range(question, question + 37)]
+        match = books.match(names(tokens), 21)
+        assert match.resume == resume
+        assert match.known == (0 if question == 100 else 12)
+        books.close(run(books, tokens))
+
+
+def test_another_token_picture_or_tenant_is_another_block():
+    seen = set()
+    for tokens, images, salt in (
+        (range(8), (), ""),
+        (range(1, 9), (), ""),
+        (range(8), (), "tenant"),
+        (range(8), (Image(2, 6),), ""),
+        (range(8), (Image(3, 7),), ""),
+        (range(8), (Image(2, 6, b"other"),), ""),
+        (range(8), (Image(2, 4), Image(4, 6)), ""),
+    ):
+        chain = names(tokens, images, salt)
+        seen |= {chain.first(2)[0], chain.first(2)[1], chain.whole(7)}
+    assert len(seen) == 7 * 3
+    assert names(range(8)).first(2) == names(range(8)).first(2)
+    assert NameScheme(4, b"weights").root("") != NameScheme(4).root("")
+
+
+def test_a_name_covers_a_picture_that_ends_after_the_block():
+    ends = [names(range(12), (Image(2, 10, digest),)).first(1)[0] for digest in (b"a", b"b")]
+    assert ends[0] != ends[1]
+
+
+def test_nobody_goes_on_in_the_middle_of_a_picture():
+    books = manager(blocks=80)
+    tokens, images = list(range(60)), (Image(18, 34),)
+    chain = names(tokens, images)
+    assert [chain.resumable(n) for n in (4, 5, 8, 9)] == [4, 4, 4, 9]
+    blocks = books.open(chain, NOTHING, max_tokens=60, expected_tokens=60)
+    books.keep_window(blocks, 6)
+    for start, end in ((0, 18), (18, 34), (34, 42), (42, 50)):
+        assert books.extend(blocks, start, end)
+        books.note(blocks, end)
+    assert books.match(names(range(26), images), 6).resume == 4
+    books.check_integrity()
+
+
+def test_without_a_local_group_every_block_is_a_resume_point():
+    books = BlockManager(layout(groups=(G,)), {G: 40}, max_chunk=8)
+    blocks = run(books, range(60))
+    assert books.match(names(range(60)), 14) == PrefixMatch(14, 14)
+    books.close(blocks)
+
+
+def test_the_least_recently_used_and_deepest_blocks_are_recycled_first():
+    books = manager(blocks=31)
+    for start in (0, 1000):
+        books.close(run(books, range(start, start + 48)))
+    books.close(run(books, range(50)))
+    blocks = run(books, range(2000, 2040))
+    assert books.pools[G].recycled == 4
+    assert books.match(names(range(48)), 12).known == 12
+    assert books.match(names(range(1000, 1048)), 12).known == 8
+    books.close(blocks)
+
+
+def test_a_window_in_use_outlives_the_recycling_of_those_that_are_not():
+    books = manager(blocks=200)
+    books.close(run(books, range(40)))
+    busy = run(books, range(42))
+    assert busy.stop == 11
+    for start in range(1000, 9000, 100):
+        books.close(run(books, range(start, start + 90)))
+        books.check_integrity()
+    assert books.match(names(range(41)), 10).resume == 10
+    books.close(busy)
+
+
+def test_a_fork_shares_full_blocks_and_copies_the_last():
+    books = manager(blocks=80)
+    first = run(books, range(30))
+    forked = books.fork(first, names(range(30)), computed=30, max_tokens=50, expected_tokens=40)
+    assert forked is not None
+    second, copies = forked
+    assert {(c.group, c.source, c.target) for c in copies} == {
+        (g, int(first.tables[g][7]), int(second.tables[g][7])) for g in (G, L)
+    }
+    assert second.tables[G][:7].tolist() == first.tables[G][:7].tolist()
+    assert second.tables[G][7] != first.tables[G][7]
+    assert books.extend(second, 30, 31)
+    assert second.stop == 8
+    books.check_integrity()
+    books.close(first)
+    books.check_integrity()
+    books.close(second)
+    assert books.pools[G].active == 0
+
+
+def test_a_fork_at_a_blocks_end_copies_nothing():
+    books = manager(blocks=80)
+    first = run(books, range(32))
+    forked = books.fork(first, None, computed=32, max_tokens=50, expected_tokens=40)
+    assert forked is not None
+    assert forked[1] == []
+    books.check_integrity()
+
+
+def test_the_check_finds_a_lost_block_and_one_that_has_a_wrong_user():
     books = manager()
-    blocks = books.open(16)
-    books.extend(blocks, 0, 16)
+    blocks = run(books, range(16))
     lost = int(blocks.tables[G][1])
     blocks.tables[G][1] = blocks.tables[G][0]
-    with pytest.raises(BlockAccountingError, match="partition"):
+    with pytest.raises(BlockAccountingError, match="users"):
         books.check_integrity()
     blocks.tables[G][1] = lost
     books.check_integrity()
+    books.pools[G]._free.pop()
+    with pytest.raises(BlockAccountingError, match="partition"):
+        books.check_integrity()
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     window=st.integers(1, 40),
-    block_size=st.integers(1, 9),
+    size=st.integers(1, 9),
     max_chunk=st.integers(1, 20),
-    steps=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 20), st.integers(1, 90)), max_size=60),
+    steps=st.lists(
+        st.tuples(st.integers(0, 4), st.integers(1, 20), st.integers(2, 90), st.integers(0, 2), st.integers(0, 20)),
+        max_size=60,
+    ),
 )
-def test_any_interleaving_keeps_the_books(window, block_size, max_chunk, steps):
-    """Open, extend by chunks, close: what a local layer can see is always in place, and reservations suffice."""
-    books = manager(blocks=64, max_chunk=max_chunk, window=window, block_size=block_size)
-    running: dict[int, list] = {}
-    for slot, chunk, length in steps:
+def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, size, max_chunk, steps):
+    """Open on a prefix, extend by chunks, fork, close: what a sequence sees is what was written for its prefix."""
+    books = manager(blocks=64, max_chunk=max_chunk, window=window, block_size=size)
+    written: dict[tuple[LayerGroup, int, int], bytes] = {}
+    running: dict[int, tuple[SequenceBlocks, list[int], BlockNames]] = {}
+    progress: dict[int, int] = {}
+
+    def content(tokens, position):
+        return array("i", tokens[: position + 1]).tobytes()
+
+    def see(slot, computed, end):
+        blocks, tokens, _ = running[slot]
+        for group in (L, G):
+            first = max(0, computed - window + 1) if group is L else 0
+            for position in range(first, end):
+                block = int(blocks.tables[group][position // size])
+                assert block
+                assert written[group, block, position % size] == content(tokens, position)
+
+    for slot, chunk, length, branch, common in steps:
         if slot not in running:
-            if books.fits(length):
-                running[slot] = [books.open(length), 0, length]
+            tokens = [*range(min(common, length)), *range(1000 * branch, 1000 * branch + length)][:length]
+            chain = names(tokens, size=size)
+            match = books.match(chain, (length - 1) // size)
+            assert match.resume <= match.known
+            running[slot] = (books.open(chain, match, max_tokens=length, expected_tokens=length), tokens, chain)
+            books.keep_window(running[slot][0], (length // 2) // size)
+            progress[slot] = match.resume * size
+            see(slot, progress[slot], progress[slot])
+            first = max(0, progress[slot] - window + 1)
+            for position in range(first, progress[slot]):
+                block = int(running[slot][0].tables[L][position // size])
+                assert written[L, block, position % size] == content(tokens, position)
         else:
-            blocks, computed, length = running[slot]
-            end = min(computed + min(chunk, max_chunk), length)
-            if computed == end:
+            blocks, tokens, _ = running[slot]
+            computed = progress[slot]
+            end = min(computed + min(chunk, max_chunk), len(tokens))
+            if computed == end or not books.extend(blocks, computed, end):
+                if branch == 0 and computed and slot + 10 not in running:
+                    chain = names(tokens, size=size)
+                    if forked := books.fork(
+                        blocks, chain, computed=computed, max_tokens=len(tokens), expected_tokens=9
+                    ):
+                        for copy in forked[1]:
+                            for offset in range(size):
+                                if (copy.group, copy.source, offset) in written:
+                                    source = written[copy.group, copy.source, offset]
+                                    written[copy.group, copy.target, offset] = source
+                        running[slot + 10] = (forked[0], tokens, chain)
+                        progress[slot + 10] = computed
                 books.close(blocks)
-                del running[slot]
+                del running[slot], progress[slot]
             else:
-                books.extend(blocks, computed, end)
-                running[slot][1] = end
-                for position in range(max(0, computed - window + 1), end):
-                    assert blocks.tables[L][position // block_size]
-                for position in range(end):
-                    assert blocks.tables[G][position // block_size]
+                for group in (L, G):
+                    for position in range(computed, end):
+                        block = int(blocks.tables[group][position // size])
+                        written[group, block, position % size] = content(tokens, position)
+                progress[slot] = end
+                see(slot, computed, end)
+                books.note(blocks, end)
         books.check_integrity()
     for blocks, _, _ in running.values():
         books.close(blocks)
     books.check_integrity()
-    assert all(pool.used == 0 and pool.unreserved == pool.capacity for pool in books.pools.values())
+    assert all(pool.active == 0 for pool in books.pools.values())

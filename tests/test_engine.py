@@ -5,14 +5,18 @@ import random
 import threading
 import time
 from pathlib import Path
+from queue import Queue
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageChops
 
 from wicore_backend import Engine, EngineConfig, SamplingParams
-from wicore_backend.engine.request import FinishedEvent, FinishReason, TokensEvent
+from wicore_backend.engine.generation import Generation
+from wicore_backend.engine.request import Deadlines, FinishedEvent, FinishReason, PriorityClass, TokensEvent
 from wicore_backend.engine.results import EventStream
+from wicore_backend.engine.scheduler import RejectReason
 from wicore_backend.errors import (
     CancelledError,
     CheckpointError,
@@ -21,6 +25,7 @@ from wicore_backend.errors import (
     InvalidArgumentError,
     OverloadedError,
 )
+from wicore_backend.hmt.layout import LayerGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "wicore-demo"
@@ -46,11 +51,11 @@ def assert_nothing_left(engine: Engine) -> None:
     end = time.monotonic() + 5
     while True:
         now = engine.statistics()
-        if not now.running and not now.waiting and not any(usage.used for usage in now.blocks.values()):
+        if not now.running and not now.waiting and not any(usage.active for usage in now.blocks.values()):
             break
         assert time.monotonic() < end, now
         time.sleep(0.01)
-    engine._model.blocks.check_integrity()
+    engine._scheduler.check_integrity()
 
 
 PROMPTS: list = [
@@ -220,7 +225,7 @@ def test_a_deadline_ends_a_request_with_what_it_has(engine):
             ended.set()
 
     prompt = engine.processor.process("hello")
-    engine.submit(prompt, greedy(20_000), sink=sink, deadline_s=0.3)
+    engine.submit(prompt, greedy(20_000), sink=sink, deadlines=Deadlines(total_s=0.3))
     assert ended.wait(5)
     assert events[-1].reason is FinishReason.DEADLINE
     assert isinstance(events[-1].error, DeadlineExceededError)
@@ -246,18 +251,20 @@ def test_what_the_model_cannot_compute_is_refused_at_once(engine, ids, params, s
 
 def test_a_full_queue_refuses_with_a_time_to_retry():
     with Engine(config(max_running=1, max_waiting=1)) as engine:
-        streams = [engine.stream("hello", greedy(2000)) for _ in range(2)]
+        streams = [engine.stream([2, 300 + n], greedy(2000)) for n in range(2)]
+        next(streams[0])
         with pytest.raises(OverloadedError, match="retry after") as caught:
             engine.generate("hello", greedy(1))
         assert caught.value.retry_after_s > 0
-        assert engine.statistics().refused == 1
+        assert engine.statistics().rejected[RejectReason.QUEUE_REQUESTS] == 1
+        assert engine.statistics().requests[FinishReason.REJECTED] == 1
         for stream in streams:
             stream.close()
         assert_nothing_left(engine)
         assert len(engine.generate("hello", greedy(2)).token_ids) == 2
 
 
-def test_smaller_priority_goes_first():
+def test_smaller_priority_goes_first_also_before_one_that_runs():
     with Engine(config(max_running=1)) as engine:
         order: list[str] = []
         ended = threading.Barrier(2)
@@ -277,7 +284,7 @@ def test_smaller_priority_goes_first():
         for name, priority in [("late", 5), ("usual", 0), ("urgent", -5)]:
             engine.submit(prompt, greedy(2), sink=sink(name), priority=priority)
         ended.wait(10)
-        assert order == ["first", "urgent", "usual", "late"]
+        assert order == ["urgent", "first", "usual", "late"]
 
 
 def test_two_requests_with_one_id_are_not_mixed_up(engine):
@@ -291,23 +298,133 @@ def test_two_requests_with_one_id_are_not_mixed_up(engine):
     assert isinstance(second[-1].error, InvalidArgumentError)
 
 
-def test_a_step_that_fails_ends_its_requests_with_an_error_and_the_next_ones_run(monkeypatch):
+def breaking(engine: Engine, monkeypatch, broken) -> list:
+    """Let the model fail wherever `broken(number of the call, plan)`; returns the calls."""
+    run, calls = engine._model.runner.run, []
+
+    def failing(plan):
+        calls.append(plan)
+        if broken(len(calls), plan):
+            raise RuntimeError("the device is on fire")
+        return run(plan)
+
+    monkeypatch.setattr(engine._model.runner, "run", failing)
+    return calls
+
+
+def test_a_step_that_fails_once_is_tried_again_and_nobody_notices(engine, alone, monkeypatch):
+    retried = engine.statistics().retried
+    breaking(engine, monkeypatch, lambda call, _: call % 3 == 0)
+    results = engine.generate([p for p, _ in PROMPTS], greedy(), images=[i for _, i in PROMPTS])
+    assert [result.token_ids for result in results] == alone
+    assert engine.statistics().retried > retried + 5
+
+
+def test_a_step_that_fails_because_of_one_request_ends_that_one_alone(engine, alone, monkeypatch):
+    def bad(_, plan) -> bool:
+        return any(c.sequence.tokens[0] == 300 for c in plan.chunks) or any(s.tokens[0] == 300 for s in plan.decodes)
+
+    breaking(engine, monkeypatch, bad)
+    culprit = engine.stream([300, 301], greedy(50))
+    others = [engine.stream(p, greedy(), images=i) for p, i in PROMPTS]
+    with pytest.raises(EngineError, match="on fire"):
+        culprit.collect()
+    assert [stream.collect().token_ids for stream in others] == alone
+    assert_nothing_left(engine)
+
+
+def test_when_nothing_can_be_computed_the_running_end_and_the_next_ones_run(monkeypatch):
     with Engine(config()) as engine:
         expected = engine.generate("hello", greedy(4)).token_ids
-        runner = engine._model.runner
-        run, calls = runner.run, []
-
-        def broken(chunks):
-            calls.append(chunks)
-            if len(calls) == 3:
-                raise RuntimeError("the device is on fire")
-            return run(chunks)
-
-        monkeypatch.setattr(runner, "run", broken)
-        with pytest.raises(EngineError, match="on fire"):
-            engine.generate(["hello", "hello"], greedy(50))
+        fire = threading.Event()
+        breaking(engine, monkeypatch, lambda *_: fire.is_set())
+        streams = [engine.stream([2, 300 + n], greedy(5000)) for n in range(2)]
+        for stream in streams:
+            next(stream)
+        fire.set()
+        for stream in streams:
+            with pytest.raises(EngineError, match="on fire"):
+                stream.collect()
+        assert engine.statistics().restarts == 1
+        health = engine.health()
+        assert not health.ok
+        assert "on fire" in health.reason
+        fire.clear()
         assert_nothing_left(engine)
+        assert all(usage.cached == 0 for usage in engine.statistics().blocks.values()), "the cache is in doubt"
         assert engine.generate("hello", greedy(4)).token_ids == expected
+        assert engine.health().ok
+        assert_nothing_left(engine)
+
+
+def test_a_token_that_cannot_be_taken_ends_its_request_alone(engine, monkeypatch):
+    expected = engine.generate("hello", greedy(30)).token_ids
+    push, ended = Generation.push, []
+
+    def failing(self, token, logprob):
+        if self.sequence.tokens[0] == 300 and self.sequence.answered == 5:
+            raise RuntimeError("no such character")
+        return push(self, token, logprob)
+
+    monkeypatch.setattr(Generation, "push", failing)
+    culprit, other = engine.stream([300, 301], greedy(30)), engine.stream("hello", greedy(30))
+    with pytest.raises(EngineError, match="no such character"):
+        culprit.collect()
+    assert other.collect().token_ids == expected
+    assert not ended
+    assert_nothing_left(engine)
+
+
+def test_a_step_that_hangs_makes_the_engine_unhealthy_until_it_returns(monkeypatch, caplog):
+    with Engine(config(step_timeout_s=0.2)) as engine:
+        engine.generate("hello", greedy(2))
+        held, release = threading.Event(), threading.Event()
+
+        def hanging(call, _) -> bool:
+            if call == 3:
+                held.set()
+                release.wait(10)
+            return False
+
+        breaking(engine, monkeypatch, hanging)
+        stream = engine.stream("hello", greedy(20))
+        assert held.wait(5)
+        time.sleep(0.6)
+        health = engine.health()
+        assert not health.ok
+        assert "step_timeout_s = 0.2" in health.reason
+        assert "in hanging" in caplog.text, "the log says where the step stands"
+        release.set()
+        assert len(stream.collect().token_ids) == 20
+        assert engine.health().ok
+
+
+def test_draining_lets_the_running_end_and_refuses_new_ones():
+    with Engine(config()) as engine:
+        stream = engine.stream("hello", greedy(40))
+        next(stream)
+        draining = threading.Thread(target=engine.drain, args=(30.0,))
+        draining.start()
+        while engine.health().ok:
+            time.sleep(0.001)
+        with pytest.raises(OverloadedError, match="retry after"):
+            engine.generate("hello", greedy(1))
+        assert len(stream.collect().token_ids) == 39
+        draining.join(5)
+        assert not draining.is_alive()
+
+
+def test_after_the_grace_time_the_rest_is_ended():
+    with Engine(config(max_running=1)) as engine:
+        running, waiting = engine.stream([2, 300], greedy(20_000)), engine.stream([2, 301], greedy(20_000))
+        next(running)
+        began = time.monotonic()
+        engine.drain(0.2)
+        assert time.monotonic() - began < 5
+        with pytest.raises(CancelledError, match="shutting down"):
+            running.collect()
+        with pytest.raises(OverloadedError, match="retry after"):
+            waiting.collect()
 
 
 def test_books_that_are_wrong_end_every_request_and_refuse_new_ones(monkeypatch):
@@ -326,6 +443,132 @@ def test_books_that_are_wrong_end_every_request_and_refuse_new_ones(monkeypatch)
                 stream.collect()
         with pytest.raises(EngineError, match="broken down"):
             engine.generate("hello")
+
+
+# What is computed once
+
+
+def test_a_second_turn_goes_on_where_the_first_ended_and_says_the_same_as_without_a_cache(engine):
+    talk: list = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this? " * 60}]},
+    ]
+    first = engine.generate(talk, greedy(40), images=[PICTURE])
+    talk += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "What is 12 + 7?"}]
+    second = engine.generate(talk, greedy(40), images=[PICTURE])
+    again = engine.generate(talk, greedy(40), images=[PICTURE])
+    with Engine(config(prefix_cache=False)) as fresh:
+        expected = fresh.generate(talk, greedy(40), images=[PICTURE])
+        assert fresh.generate(talk, greedy(40), images=[PICTURE]).usage.cached_tokens == 0
+    assert second.token_ids == again.token_ids == expected.token_ids
+    assert second.usage.cached_tokens > 300
+    assert again.usage.cached_tokens >= second.usage.prompt_tokens - 16
+
+
+def test_another_picture_is_another_prefix(engine):
+    def ask(shift: int):
+        pixels = Image.open(io.BytesIO(PICTURE)).convert("RGB")
+        pixels = ImageChops.offset(pixels, shift)
+        stored = io.BytesIO()
+        pixels.save(stored, "PNG")
+        return engine.generate("Describe this picture.", greedy(20), images=[stored.getvalue()])
+
+    ask(0)
+    assert ask(40).usage.cached_tokens < 16
+
+
+def test_tenants_share_no_blocks(engine):
+    prompt = engine.processor.process("The quick brown fox jumps over the lazy dog. " * 20)
+    cached = []
+    for tenant in ("a", "b", "a"):
+        ended: Queue = Queue()
+        engine.submit(prompt, greedy(2), sink=ended.put, tenant=tenant)
+        while not isinstance(event := ended.get(timeout=10), FinishedEvent):
+            pass
+        cached.append(event.usage.cached_tokens)
+    assert cached[:2] == [0, 0]
+    assert cached[2] > 100
+
+
+def answers(engine: Engine, prompt, params: SamplingParams) -> tuple[list[list[int]], FinishedEvent]:
+    tokens: list[list[int]] = [[] for _ in range(params.n)]
+    for event in engine.stream(prompt, params):
+        if isinstance(event, FinishedEvent):
+            return tokens, event
+        tokens[event.index] += event.token_ids
+    raise AssertionError("no last event")
+
+
+def test_n_answers_are_those_of_n_requests_and_their_prompt_is_computed_once(engine):
+    prompt = [2, *range(300, 437)]
+    params = greedy(12, temperature=3.0, seed=7, n=4)
+    before = engine.statistics()
+    tokens, last = answers(engine, prompt, params)
+    after = engine.statistics()
+    assert after.scheduler.shared_prefill_tokens - before.scheduler.shared_prefill_tokens == 3 * 138
+    expected = [engine.generate(prompt, greedy(12, temperature=3.0, seed=7 + n)).token_ids for n in range(4)]
+    assert tokens == expected
+    assert len({tuple(t) for t in tokens}) == 4
+    assert last.usage.completion_tokens == 48
+    assert_nothing_left(engine)
+
+
+def test_best_of_gives_the_likeliest(engine):
+    prompt = [2, *range(300, 337)]
+    each = [engine.generate(prompt, greedy(12, temperature=3.0, seed=7 + n, logprobs=0)) for n in range(5)]
+    ranked = sorted(each, key=lambda r: -sum(p.logprob for p in r.logprobs))
+    tokens, last = answers(engine, prompt, greedy(12, temperature=3.0, seed=7, n=2, best_of=5))
+    assert tokens == [ranked[0].token_ids, ranked[1].token_ids]
+    assert last.usage.completion_tokens == 60
+    assert_nothing_left(engine)
+
+
+def test_little_memory_and_higher_classes_preempt_and_change_no_token(alone):
+    rng = random.Random(3)
+    with Engine(config(kv_cache_bytes=9_000_000, max_model_len=1024, max_running=12)) as engine:
+        assert engine.statistics().blocks[LayerGroup.GLOBAL].capacity < 400
+        streams = []
+        for turn in range(30):
+            number = turn % len(PROMPTS)
+            prompt, images = PROMPTS[number]
+            params = greedy()
+            processed = engine.processor.process(prompt, images=images)
+            stream = EventStream(lambda: None)
+            engine.submit(processed, params, sink=stream.put, priority=rng.choice(list(PriorityClass)))
+            streams.append((number, stream))
+        for number, stream in streams:
+            assert stream.collect().token_ids == alone[number]
+        assert engine.statistics().scheduler.preemptions > 0
+        assert_nothing_left(engine)
+
+
+def test_a_request_that_cannot_be_in_time_is_refused_before_it_runs(engine):
+    for n in range(60):  # Let it learn how long steps take.
+        engine.generate([2, 300 + n], greedy(3))
+    engine.generate([2] * 3000, greedy(2))
+    events: Queue = Queue()
+    prompt = engine.processor.process([3] * 20_000)
+    engine.submit(prompt, greedy(2), sink=events.put, deadlines=Deadlines(first_token_s=0.05))
+    last = events.get(timeout=10)
+    assert isinstance(last, FinishedEvent)
+    assert last.reason is FinishReason.REJECTED
+    assert isinstance(last.error, DeadlineExceededError)
+    assert "due after 0.050 s" in str(last.error)
+
+
+def test_statistics_say_why_requests_waited(engine):
+    before = engine.statistics()
+    stream = EventStream(lambda: None)
+    prompt = engine.processor.process("hello")
+    engine.submit(prompt, greedy(20), sink=stream.put, priority=PriorityClass.BATCH)
+    stream.collect()
+    after = engine.statistics()
+    queue = after.queues[PriorityClass.BATCH]
+    assert queue.started == before.queues[PriorityClass.BATCH].started + 1
+    assert sum(queue.histogram) == queue.started
+    assert after.step is not None
+    assert after.step.predicted_s is not None
+    assert after.step.coefficients is not None
+    assert after.steps - before.steps in (20, 21)
 
 
 def test_an_interrupted_generate_cancels_its_request(engine, monkeypatch):
@@ -353,9 +596,9 @@ def test_closing_ends_every_request_and_refuses_new_ones():
     streams = [engine.stream("hello", greedy(5000)) for _ in range(5)]
     engine.close()
     for stream in streams:
-        with pytest.raises(CancelledError, match="closing"):
+        with pytest.raises((CancelledError, OverloadedError), match="closing"):
             stream.collect()
-    with pytest.raises(OverloadedError, match="closing"):
+    with pytest.raises(OverloadedError, match="shutting down"):
         engine.generate("hello")
     engine.close()
 

@@ -118,7 +118,9 @@ def test_a_tenant_in_debt_does_not_starve_under_ever_new_tenants_of_its_own_clas
     for now in range(100):
         for n in range(2):
             queue.push(Item(tenant=f"new {now} {n}", arrival=now))
-        if queue.pop(now).promoted:
+        taken = queue.pop(now)
+        assert not taken.promoted, "it goes before its own class, and preempts nobody"
+        if taken.item.tenant == "big" and now:
             break
     assert now <= 10
     assert "big" not in {i.tenant for i in queue}
@@ -432,10 +434,12 @@ class Reference:
         if not self.waiting:
             return None
         oldest = min(self.waiting, key=lambda e: e[2])
+        highest = min(e[0].priority for e in self.waiting)
         if (self.pops + 1) % self.aged_share == 0 and now - oldest[0].arrival >= self.ageing_s:
             heads = self.heads(oldest[0].priority)
-            return min(heads, key=lambda h: (max(h[1][2], h[0][0].arrival), h[0][2]))[0], True
-        heads = self.heads(min(e[0].priority for e in self.waiting))
+            patient = min(heads, key=lambda h: (max(h[1][2], h[0][0].arrival), h[0][2]))[0]
+            return patient, oldest[0].priority > highest
+        heads = self.heads(highest)
         return min(heads, key=lambda h: (h[1][0], h[0][2]))[0], False
 
     def pop(self, now):

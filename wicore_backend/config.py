@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,7 +40,30 @@ class EngineConfig(Settings):
     """Sequences that are computed at the same time."""
 
     max_waiting: Annotated[int, Field(ge=0)] = 1024
-    """Requests that may wait for their turn; one more is refused with a time to retry after."""
+    """Answers that may wait for their turn; one more is refused with a time to retry after, or, if it is of a higher
+    class, has the newest of the lowest class refused."""
+
+    max_waiting_tokens: Positive = 2**21
+    """The same bound in tokens: of the prompts that wait and the answers that they are expected to have."""
+
+    target_tpot_ms: Annotated[float, Field(gt=0)] | None = None
+    """Time per output token to keep: beside decodes, a step takes only as much of the waiting prompts as fits in this
+    time. None takes `max_decode_slowdown` times what the decodes take alone."""
+
+    max_decode_slowdown: Annotated[float, Field(gt=1)] = 1.75
+    """How many times longer prompts may make a step, if `target_tpot_ms` is None."""
+
+    priority_ageing_s: Annotated[float, Field(ge=0)] = 30.0
+    """After this long in the queue a request may go before higher classes, in its turn."""
+
+    tenant_weights: Mapping[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    """Shares of the service for tenants who compete; 1 for who is not named."""
+
+    prefix_cache: bool = True
+    """Keep what has been computed, so that prompts that begin alike are computed once."""
+
+    step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """After this long in one step the engine counts as hung."""
 
     block_size: Annotated[int, Field(ge=1, le=256)] = 16
     """Tokens a block of the KV cache."""

@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -25,15 +25,27 @@ import torch
 from torch import Tensor
 
 from wicore_backend.config import EngineConfig
+from wicore_backend.engine.computation import StepFailedError, compute
 from wicore_backend.engine.generation import Generation
+from wicore_backend.engine.health import Health, HealthMonitor
+from wicore_backend.engine.job import Job
 from wicore_backend.engine.loading import LoadedModel, load_model
-from wicore_backend.engine.request import FinishReason, Request, Sequence, Sink, TokenLogprob
+from wicore_backend.engine.request import (
+    DeadlineKind,
+    Deadlines,
+    FinishReason,
+    PriorityClass,
+    Request,
+    Sequence,
+    Sink,
+    TokenLogprob,
+)
 from wicore_backend.engine.results import EventStream, Result
-from wicore_backend.engine.runner import StepOutput
 from wicore_backend.engine.sampler import logprobs_of, sample
 from wicore_backend.engine.sampling_params import SamplingParams
-from wicore_backend.engine.scheduler import Chunk, Scheduler
-from wicore_backend.engine.statistics import BlockUsage, EngineStatistics, StatisticsRecorder
+from wicore_backend.engine.scheduler import Rejected, RejectReason, Scheduler, SchedulerLimits, StepPlan
+from wicore_backend.engine.statistics import EngineStatistics, StatisticsRecorder
+from wicore_backend.engine.step_time import StepTimeModel
 from wicore_backend.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -42,6 +54,7 @@ from wicore_backend.errors import (
     OverloadedError,
     WicoreError,
 )
+from wicore_backend.hmt.names import BlockNames
 from wicore_backend.observability.logfmt import logfmt
 from wicore_backend.processor.processor import ImageSource, PromptSource
 from wicore_backend.processor.prompt import Prompt
@@ -53,8 +66,8 @@ _log = logging.getLogger(__name__)
 _IDLE_CHECK_S = 1.0
 """After this long without work the loop proves its books."""
 
-_LOGPROB_ROWS = 256
-"""Rows of a prompt's logits computed at once: at a vocabulary of 262,208 these are 268 MB in float32."""
+_CLOSING_RETRY_S = 5.0
+"""What a client of a closing engine is told to wait: time for another one to take its place."""
 
 
 class Engine:
@@ -70,14 +83,17 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self._live: dict[str, Generation] = {}
+        self._jobs: dict[str, Job] = {}
+        self._owners: dict[Sequence, tuple[Job, Generation]] = {}
         self._recorder = StatisticsRecorder()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False  # No more requests; set by any thread.
         self._broken = False  # The loop has ended on its own.
         self._ended = False  # Every request has had its last event; the loop's own.
-        self._queued_or_running = 0
+        self._draining = False
+        self._unfinished = 0
+        self._emptied = threading.Condition(self._lock)
         loaded: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._run, args=(loaded,), name="wicore-engine", daemon=True)
         self._thread.start()
@@ -93,52 +109,71 @@ class Engine:
         *,
         sink: Sink,
         request_id: str | None = None,
-        priority: int = 0,
-        deadline_s: float | None = None,
+        priority: int = PriorityClass.INTERACTIVE,
+        tenant: str = "",
+        deadlines: Deadlines | None = None,
+        arrival: float | None = None,
     ) -> str:
         """Queue one request and return its id; `sink` gets its events, the last one a FinishedEvent.
+
+        A request that is turned away, because the queue is full or it cannot be in time, hears of it by that event.
 
         Parameters
         ----------
         priority
-            Smaller goes first.
-        deadline_s
-            Seconds from now after which the request ends, with what it has produced.
+            Smaller goes first; `PriorityClass` has names.
+        tenant
+            On whose account it runs: tenants who compete get equal service, and share no cached block.
+        deadlines
+            Times that the request may take, counted from its arrival.
+        arrival
+            When the request came, as `time.monotonic` had it then; None is now.
 
         Raises
         ------
         InvalidArgumentError
             If the prompt does not fit the context or a token id is not in the vocabulary.
         OverloadedError
-            If the queue is full or the engine is closing.
+            If the engine is closing or draining.
         EngineError
             If the engine's loop has broken down.
         """
         params = params.completed(self._model.generation_defaults)
         self._check(prompt, params)
-        room = self._model.max_model_len - len(prompt)
         now = time.monotonic()
         request = Request(
             id=request_id or secrets.token_hex(8),
             prompt=prompt,
             params=params,
             sink=sink,
-            arrival=now,
+            arrival=now if arrival is None else min(arrival, now),
             priority=priority,
-            deadline=None if deadline_s is None else now + deadline_s,
+            tenant=tenant,
+            deadlines=deadlines or Deadlines(),
         )
-        generation = Generation(
-            Sequence(request, max_tokens=len(prompt) + min(params.max_tokens or room, room)),
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        job = Job(request, [self._generation(request, index, seed) for index in range(params.answers)])
+        with self._lock:
+            self._check_open()
+            self._unfinished += 1
+            self._inbox.put(partial(self._add, job))
+        return request.id
+
+    def _generation(self, request: Request, index: int, seed: int) -> Generation:
+        """One of a request's answers, its blocks' names worked out here, on the caller's thread."""
+        params, room = request.params, self._model.max_model_len - len(request.prompt)
+        sequence = Sequence(request, len(request.prompt) + min(params.max_tokens or room, room), index=index)
+        if params.prompt_logprobs is None:  # Those need the whole prompt computed.
+            names = BlockNames(self._model.name_scheme, sequence.tokens, request.prompt.images, request.tenant)
+            sequence.twin_key = names.whole(len(request.prompt))
+            sequence.names = names if self.config.prefix_cache else None
+        return Generation(
+            sequence,
             token_bytes=self.processor.tokenizer.token_bytes,
             stop_tokens=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._model.eos_token_ids),
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            seed=(seed + index) % 2**63,
         )
-        with self._lock:
-            self._admit()
-            self._queued_or_running += 1
-            self._inbox.put(partial(self._add, generation))
-        return request.id
 
     def cancel(self, request_id: str) -> None:
         """End a request, waiting or running, within one step. An id that is unknown, or ended, is no error."""
@@ -231,13 +266,30 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """The engine's numbers at this moment."""
-        running = len(self._scheduler.running)
         return self._recorder.snapshot(
-            running=running,
-            # Those that the loop has not taken over yet wait as well.
-            waiting=max(0, self._queued_or_running - running),
-            blocks={g: BlockUsage(p.used, p.capacity) for g, p in self._model.blocks.pools.items()},
+            self._scheduler, self._model.blocks, now=time.monotonic(), unfinished=self._unfinished
         )
+
+    def health(self) -> Health:
+        """Whether new requests are in good hands here."""
+        if self._broken:
+            return Health(False, "the engine has broken down; its log says why")
+        if self._draining or self._closed:
+            return Health(False, "the engine is draining")
+        return self._monitor.health()
+
+    def drain(self, grace_s: float) -> None:
+        """Take no more requests, let those that there are end by themselves for a while, then end the rest.
+
+        Returns when every request has had its last event. `close` is still to be called.
+        """
+        with self._lock:
+            self._draining = True
+            if self._emptied.wait_for(lambda: not self._unfinished, timeout=grace_s):
+                return
+        self._inbox.put(partial(self._finish_all, "the engine is shutting down"))
+        with self._lock:
+            self._emptied.wait_for(lambda: not self._unfinished or self._broken, timeout=self.config.step_timeout_s)
 
     def close(self) -> None:
         """End the loop. Requests that have not ended are cancelled, each with its last event."""
@@ -245,6 +297,7 @@ class Engine:
             self._closed = True
         self._inbox.put(self._end)
         self._thread.join()
+        self._monitor.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -254,17 +307,14 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _admit(self) -> None:
-        """Raise OverloadedError unless there is a place in the queue."""
+    def _check_open(self) -> None:
+        """Raise if the engine takes no more requests."""
         if self._broken:
             raise EngineError("the engine has broken down, its log says why; restart it")
-        if self._closed:
-            raise OverloadedError("the engine is closing and takes no new requests", retry_after_s=5.0)
-        limit = self.config.max_running + self.config.max_waiting
-        if self._queued_or_running >= limit:
-            self._recorder.refused += 1
+        if self._closed or self._draining:
+            self._recorder.rejected[RejectReason.DRAINING] += 1
             raise OverloadedError(
-                f"{limit} requests are queued or running (max_running + max_waiting)", retry_after_s=1.0
+                "the engine is shutting down and takes no new requests", retry_after_s=_CLOSING_RETRY_S
             )
 
     def _check(self, prompt: Prompt, params: SamplingParams) -> None:
@@ -299,9 +349,9 @@ class Engine:
         except BaseException as error:
             loaded.set_exception(error)
             return
-        self._scheduler = Scheduler(
-            self._model.blocks, max_batch_tokens=self.config.max_batch_tokens, max_running=self.config.max_running
-        )
+        self._step_time = StepTimeModel()
+        self._scheduler = Scheduler(self._model.blocks, SchedulerLimits.of(self.config), self._step_time)
+        self._monitor = HealthMonitor(step_timeout_s=self.config.step_timeout_s)
         loaded.set_result(self._model)
         try:
             self._loop()
@@ -314,11 +364,7 @@ class Engine:
             self._take_inbox()
             self._expire()
             if self._scheduler.has_work:
-                try:
-                    self._step()
-                except Exception as error:
-                    _log.exception("a step failed; its requests end with an error")
-                    self._fail_running(error)
+                self._step()
             elif not self._ended:
                 self._idle()
 
@@ -332,62 +378,111 @@ class Engine:
         try:
             self._inbox.get(timeout=_IDLE_CHECK_S)()
         except Empty:
-            self._model.blocks.check_integrity()
+            self._scheduler.check_integrity()
             self._inbox.get()()
 
     def _step(self) -> None:
+        self._monitor.step_begins()
         began = time.monotonic()
-        chunks = self._scheduler.plan()
-        generations = [self._live[chunk.sequence.request.id] for chunk in chunks]
-        for generation in generations:
-            generation.start(began)
-        output = self._model.runner.run(chunks)
-        self._scheduler.complete(chunks)
-        for chunk, generation, offset in zip(chunks, generations, output.offsets, strict=False):
-            if generation.request.params.prompt_logprobs is not None:
-                generation.prompt_logprobs += _prompt_logprobs(chunk, offset, output)
-        # Rows whose chunk reaches the sequence's end; the other chunks are the first parts of long prompts.
-        ready = [row for row, chunk in enumerate(chunks) if chunk.completes]
-        if ready:
-            self._emit(
-                [generations[row] for row in ready], output.logits([output.offsets[row + 1] - 1 for row in ready])
-            )
-        self._recorder.step(time.monotonic() - began)
-
-    def _emit(self, generations: list[Generation], logits: Tensor) -> None:
-        """Choose each sequence's next token from its row of `logits` [R, V] and tell its caller."""
-        logprob_rows = [row for row, g in enumerate(generations) if g.request.params.logprobs is not None]
-        unchanged = logits[logprob_rows]  # A copy: sampling writes penalties into its logits.
-        tokens = sample(logits, [generation.sampling_row for generation in generations])
-        logprobs: dict[int, TokenLogprob] = {}
-        if logprob_rows:
-            tops = [generations[row].request.params.logprobs or 0 for row in logprob_rows]
-            chosen = logprobs_of(unchanged, [tokens[row] for row in logprob_rows], tops)
-            logprobs = dict(zip(logprob_rows, chosen, strict=True))
-        now = time.monotonic()
-        for row, (generation, token) in enumerate(zip(generations, tokens, strict=True)):
-            reason = generation.push(token, logprobs.get(row), now)
-            if reason is not None:
-                self._finish(generation, reason)
-
-    def _add(self, generation: Generation) -> None:
-        request = generation.request
-        if request.id in self._live:
-            error = InvalidArgumentError(f"a request with id {request.id!r} is already running; ids must differ")
-            self._conclude(generation, FinishReason.ERROR, error)
+        plan = self._scheduler.plan(began)
+        for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.chunks)):
+            job = self._owners[sequence][0]
+            if job.start(began):
+                self._recorder.started(job.request, began)
+        try:
+            computed = compute(self._model.runner, plan)
+        except StepFailedError as error:
+            self._start_anew(error)
+            self._monitor.step_ends()
             return
-        self._live[request.id] = generation
-        self._scheduler.add(generation.sequence)
+        self._monitor.recovered()
+        self._recorder.retried += computed.retried
+        forks = self._scheduler.complete(computed.plan)
+        self._model.pools.copy(copy for fork in forks for copy in fork.copies)
+        for sequence, logprobs in computed.prompt_logprobs.items():
+            self._owners[sequence][1].prompt_logprobs += logprobs
+        if computed.logits is not None:
+            rows = {sequence: row for row, sequence in enumerate(computed.ready)}
+            rows |= {fork.sequence: rows[fork.source] for fork in forks}
+            self._emit(list(rows), computed.logits[list(rows.values())] if forks else computed.logits)
+        for sequence, fault in computed.failed.items():
+            self._fail(sequence, fault)
+        self._learn(plan, self._monitor.step_ends(), usual=not computed.retried)
+
+    def _learn(self, plan: StepPlan, seconds: float, *, usual: bool) -> None:
+        self._recorder.step(plan.shape, seconds, self._step_time)
+        if usual and plan:
+            self._step_time.observe(plan.shape, seconds)
+
+    def _emit(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Choose each sequence's next token from its row of `logits` [R, V] and tell its caller."""
+        chosen = self._choose(sequences, logits)
+        now = time.monotonic()
+        for sequence, (token, logprob) in chosen.items():
+            if sequence not in self._owners:  # Another answer of the same request has failed.
+                continue
+            job, generation = self._owners[sequence]
+            try:
+                job.push(generation, token, logprob, now)
+            except Exception as fault:
+                _log.exception("taking a token of request %s failed", job.request.id)
+                self._fail(sequence, fault)
+                continue
+            if generation.reason is not None:
+                self._end_answer(job, sequence)
+
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> dict[Sequence, tuple[int, TokenLogprob | None]]:
+        """Each sequence's next token; a sequence for which that fails ends, and is left out."""
+        generations = [self._owners[sequence][1] for sequence in sequences]
+        try:
+            return dict(zip(sequences, _sample(generations, logits), strict=True))
+        except Exception:
+            _log.exception("sampling %d tokens failed; trying one by one", len(sequences))
+        chosen = {}
+        for row, (sequence, generation) in enumerate(zip(sequences, generations, strict=True)):
+            try:
+                (chosen[sequence],) = _sample([generation], logits[row : row + 1].clone())
+            except Exception as fault:
+                self._fail(sequence, fault)
+        return chosen
+
+    def _end_answer(self, job: Job, sequence: Sequence) -> None:
+        """An answer has come to its own end; with the last of its request's, so has the request."""
+        self._scheduler.finished(sequence)
+        del self._owners[sequence]
+        if job.done:
+            reason = job.generations[0].reason
+            assert reason is not None
+            self._finish(job, reason)
+
+    def _add(self, job: Job) -> None:
+        request = job.request
+        if request.id in self._jobs:
+            error = InvalidArgumentError(f"a request with id {request.id!r} is already running; ids must differ")
+            self._conclude(job, FinishReason.ERROR, error)
+            return
+        self._jobs[request.id] = job
+        for generation in job.generations:
+            if request.id in self._jobs:  # Not yet rejected with an earlier answer.
+                self._owners[generation.sequence] = (job, generation)
+                self._reject(self._scheduler.add(generation.sequence, time.monotonic()))
 
     def _cancel(self, request_id: str) -> None:
-        generation = self._live.get(request_id)
-        if generation is not None:
-            self._finish(generation, FinishReason.CANCELLED, CancelledError("the request was cancelled"))
+        job = self._jobs.get(request_id)
+        if job is not None:
+            self._finish(job, FinishReason.CANCELLED, CancelledError("the request was cancelled"))
 
     def _end(self) -> None:
-        for generation in list(self._live.values()):
-            self._finish(generation, FinishReason.CANCELLED, CancelledError("the engine is closing"))
+        self._finish_all("the engine is closing")
         self._ended = True
+
+    def _finish_all(self, why: str) -> None:
+        for job in list(self._jobs.values()):
+            if job.started is None:
+                self._recorder.rejected[RejectReason.DRAINING] += 1
+                self._finish(job, FinishReason.REJECTED, OverloadedError(why, retry_after_s=_CLOSING_RETRY_S))
+            else:
+                self._finish(job, FinishReason.CANCELLED, CancelledError(why))
 
     def _break_down(self, error: Exception) -> None:
         """End every request without touching the books, and take no more."""
@@ -395,64 +490,109 @@ class Engine:
             self._closed = self._broken = True
         message = f"the engine broke down: {error}; restart it"
         while not self._inbox.empty():
-            with suppress(
-                Exception
-            ):  # Requests that were on their way in, to end with the others, or on their way out.
+            with suppress(Exception):  # Requests on their way in, to end with the others, or on their way out.
                 self._inbox.get_nowait()()
-        for generation in self._live.values():
-            self._conclude(generation, FinishReason.ERROR, EngineError(message))
-        self._live.clear()
+        for job in self._jobs.values():
+            self._conclude(job, FinishReason.ERROR, EngineError(message))
+        self._jobs.clear()
+        self._owners.clear()
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for generation in [g for g in self._live.values() if g.request.deadline is not None]:
-            request = generation.request
-            if request.deadline is not None and now >= request.deadline:
-                error = DeadlineExceededError(f"the deadline of {request.deadline - request.arrival:.3f} s has passed")
-                self._finish(generation, FinishReason.DEADLINE, error)
+        for sequence, kind in self._scheduler.expire(now):
+            job = self._owners[sequence][0]
+            limit = dict(job.request.deadlines.items())[kind]
+            said = _MISSED[kind].format(limit)
+            self._finish(job, FinishReason.DEADLINE, DeadlineExceededError(said))
+        self._reject(self._scheduler.give_up(now))
 
-    def _fail_running(self, error: Exception) -> None:
-        for sequence in list(self._scheduler.running):
-            message = f"the engine failed while it computed this request: {error}"
-            self._finish(self._live[sequence.request.id], FinishReason.ERROR, EngineError(message))
+    def _reject(self, rejected: Iterable[Rejected]) -> None:
+        for refusal in rejected:
+            job, _ = self._owners.pop(refusal.sequence)
+            self._recorder.rejected[refusal.reason] += 1
+            self._finish(job, FinishReason.REJECTED, _refusal(refusal, self.config))
 
-    def _finish(self, generation: Generation, reason: FinishReason, error: WicoreError | None = None) -> None:
-        del self._live[generation.request.id]
+    def _fail(self, sequence: Sequence, fault: Exception) -> None:
+        """End the request of a sequence that cannot be computed."""
+        if sequence in self._owners:
+            error = EngineError(f"the engine failed while it computed this request: {fault}")
+            self._finish(self._owners[sequence][0], FinishReason.ERROR, error)
+
+    def _start_anew(self, error: StepFailedError) -> None:
+        """Nothing can be computed, and nobody is known to be at fault: end who ran, and clear the pools."""
+        _log.error(
+            "no part of a step could be computed (%s); the requests that ran end, the KV pools are cleared", error
+        )
+        self._monitor.trouble(f"a step failed ({error}), and the engine has not computed one since")
+        self._recorder.restarts += 1
+        for sequence in self._scheduler.running:
+            self._fail(sequence, error)
+        self._scheduler.forget_cache()
+        self._model.pools.clear()
+
+    def _finish(self, job: Job, reason: FinishReason, error: WicoreError | None = None) -> None:
+        del self._jobs[job.request.id]
         try:
-            self._scheduler.remove(generation.sequence)
+            for generation in job.generations:
+                if self._owners.pop(generation.sequence, None) is not None:
+                    self._scheduler.remove(generation.sequence)
         finally:
-            self._conclude(generation, reason, error)
+            self._conclude(job, reason, error)
 
-    def _conclude(self, generation: Generation, reason: FinishReason, error: WicoreError | None) -> None:
-        with self._lock:
-            self._queued_or_running -= 1
-        event = generation.finish(reason, time.monotonic(), error)
+    def _conclude(self, job: Job, reason: FinishReason, error: WicoreError | None) -> None:
+        event = job.finish(reason, time.monotonic(), error)
         self._recorder.finished(event)
+        with self._lock:
+            self._unfinished -= 1
+            self._emptied.notify_all()
         _log.info(
             logfmt(
                 "request",
-                id=generation.request.id,
+                id=job.request.id,
+                tenant=job.request.tenant or None,
+                priority=job.request.priority,
                 reason=reason,
                 code=error and error.code,
-                images=len(generation.request.prompt.images),
+                images=len(job.request.prompt.images),
                 **asdict(event.usage),
                 tpot_s=event.usage.tpot_s,
+                preemptions=sum(g.sequence.preemptions for g in job.generations),
                 error=error,
             )
         )
 
 
-def _prompt_logprobs(chunk: Chunk, offset: int, output: StepOutput) -> list[TokenLogprob | None]:
-    """Log-probabilities of the prompt's tokens that follow the chunk's, and None for the prompt's first."""
-    prompt = chunk.sequence.request.prompt.token_ids
-    following = prompt[chunk.start + 1 : chunk.end + 1].tolist()
-    logprobs: list[TokenLogprob | None] = [None] if chunk.start == 0 else []
-    top = chunk.sequence.request.params.prompt_logprobs or 0
-    for first in range(0, len(following), _LOGPROB_ROWS):
-        tokens = following[first : first + _LOGPROB_ROWS]
-        rows = range(offset + first, offset + first + len(tokens))
-        logprobs += logprobs_of(output.logits(rows), tokens, [top] * len(tokens))
-    return logprobs
+_MISSED = {
+    DeadlineKind.QUEUE: "the queue deadline of {:.3f} s has passed before the first step",
+    DeadlineKind.FIRST_TOKEN: "the first-token deadline of {:.3f} s has passed",
+    DeadlineKind.TOTAL: "the deadline of {:.3f} s has passed",
+}
+
+
+def _refusal(refusal: Rejected, config: EngineConfig) -> WicoreError:
+    match refusal.reason:
+        case RejectReason.TOO_LATE:
+            return DeadlineExceededError(
+                f"the first token would come {refusal.expected_s:.3f} s after the request, and it is due after "
+                f"{refusal.sequence.request.deadlines.first_token:.3f} s; allow more time, or retry later"
+            )
+        case RejectReason.QUEUE_TOKENS:
+            bound = f"max_waiting_tokens = {config.max_waiting_tokens:,}"
+        case _:
+            bound = f"max_waiting = {config.max_waiting:,}"
+    return OverloadedError(f"the queue is full ({bound})", retry_after_s=round(refusal.retry_after_s, 1))
+
+
+def _sample(generations: list[Generation], logits: Tensor) -> list[tuple[int, TokenLogprob | None]]:
+    """The next token of each row of `logits` [R, V], with its log-probability where it is wanted."""
+    wanted = [row for row, generation in enumerate(generations) if generation.logprobs is not None]
+    unchanged = logits[wanted]  # A copy: sampling writes penalties into its logits.
+    tokens = sample(logits, [generation.sampling_row for generation in generations])
+    logprobs: dict[int, TokenLogprob] = {}
+    if wanted:
+        tops = [generations[row].logprobs or 0 for row in wanted]
+        logprobs = dict(zip(wanted, logprobs_of(unchanged, [tokens[row] for row in wanted], tops), strict=True))
+    return [(token, logprobs.get(row)) for row, token in enumerate(tokens)]
 
 
 def _is_many(prompt: object) -> bool:

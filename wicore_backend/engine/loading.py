@@ -19,6 +19,7 @@ from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.budget import divide_memory
 from wicore_backend.hmt.layout import KVLayout
+from wicore_backend.hmt.names import NameScheme
 from wicore_backend.hmt.pool import KVPools
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
@@ -37,6 +38,8 @@ class LoadedModel:
     runner: ModelRunner
     processor: Processor
     blocks: BlockManager
+    pools: KVPools
+    name_scheme: NameScheme
     max_model_len: int
     vocab_size: int
     soft_tokens_per_image: int
@@ -89,10 +92,11 @@ def load_model(settings: EngineConfig) -> LoadedModel:
         max_tokens=max_model_len,
         max_chunk=settings.max_batch_tokens,
     )
+    pools = KVPools.allocate(layout, num_blocks, device=device, dtype=dtype)
     runner = ModelRunner(
         executor=TorchExecutor(config, weights),
         attention=TorchPagedAttention(
-            KVPools.allocate(layout, num_blocks, device=device, dtype=dtype),
+            pools,
             scale=config.text.attention_scale,
             window=config.text.window,
             softcap=config.text.attn_logit_softcapping,
@@ -110,6 +114,8 @@ def load_model(settings: EngineConfig) -> LoadedModel:
         runner=runner,
         processor=processor,
         blocks=BlockManager(layout, num_blocks, max_chunk=settings.max_batch_tokens),
+        pools=pools,
+        name_scheme=NameScheme(settings.block_size),
         max_model_len=max_model_len,
         vocab_size=config.text.vocab_size,
         soft_tokens_per_image=image_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
-from wicore_backend.engine.scheduler import Chunk
+from wicore_backend.engine.scheduler import Chunk, StepPlan
 from wicore_backend.executor.base import Executor
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.models.gemma3.rope import RotaryTables
@@ -21,13 +21,16 @@ from wicore_backend.processor.images import PixelNormalization
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepOutput:
-    """The model's output for the T packed tokens of a step, short of the head, which runs on the rows asked for."""
+    """The model's output for the T packed tokens of a step, short of the head, which runs on the rows asked for.
+
+    The rows are those of the decodes, one each, then those of the chunks.
+    """
 
     executor: Executor
     hidden: Tensor
     attention: Tensor
     offsets: tuple[int, ...]
-    """Row of each chunk's first token, and T."""
+    """Row of each decode's and each chunk's first token, and T."""
 
     def logits(self, rows: Rows[int]) -> Tensor:
         """float32 [R, V] of the given rows."""
@@ -56,24 +59,28 @@ class ModelRunner:
         self._normalization = normalization
         self._layout = layout
 
-    def run(self, chunks: Rows[Chunk]) -> StepOutput:
-        """Compute `chunks`, whose blocks are in place, and write their keys and values to the pools."""
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Compute a step, whose blocks are in place, and write its keys and values to the pools.
+
+        Running the same plan again computes and writes the same.
+        """
         executor, attention, layers = self._executor, self._attention, self._layout.layers
-        step = self._pack(chunks)
-        plan = attention.plan(step)
+        chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
+        step = self._pack(chunks, decodes=len(plan.decodes))
+        work = attention.plan(step)
         rope = self._rotary.lookup(torch.from_numpy(step.positions).to(executor.device))
-        ids = np.concatenate([np.array(c.sequence.tokens[c.start : c.end], np.int64) for c in chunks])
+        ids = np.fromiter(chain.from_iterable(c.sequence.tokens[c.start : c.end] for c in chunks), np.int64)
         offsets = np.concatenate([[0], step.query_lens.cumsum()]).tolist()
 
         hidden = executor.embed(torch.from_numpy(ids).to(executor.device), *self._soft_tokens(chunks, offsets))
         q, k, v = executor.first(hidden, *rope[layers[0][0]])
         for layer, (_, (next_group, _)) in enumerate(pairwise(layers)):
-            attended = attention.attend(plan, layer, q, k, v)
+            attended = attention.attend(work, layer, q, k, v)
             hidden, (q, k, v) = executor.mid(layer, hidden, attended, *rope[next_group])
-        attended = attention.attend(plan, len(layers) - 1, q, k, v)
+        attended = attention.attend(work, len(layers) - 1, q, k, v)
         return StepOutput(executor, hidden, attended, tuple(offsets))
 
-    def _pack(self, chunks: Rows[Chunk]) -> PackedStep:
+    def _pack(self, chunks: Rows[Chunk], *, decodes: int) -> PackedStep:
         limits = []
         for chunk in chunks:
             limit = np.arange(chunk.start, chunk.end, dtype=np.int32)
@@ -91,7 +98,7 @@ class ModelRunner:
             positions=np.concatenate([np.arange(c.start, c.end, dtype=np.int32) for c in chunks]),
             attend_limits=np.concatenate(limits),
             query_lens=np.array([c.end - c.start for c in chunks], np.int32),
-            decodes=sum(1 for _ in takewhile(lambda c: c.end - c.start == 1, chunks)),
+            decodes=decodes,
             block_tables=tables,
         )
 

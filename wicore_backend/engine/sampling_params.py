@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
 from wicore_backend.settings import Settings
@@ -51,6 +51,12 @@ class SamplingParams(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """The same seed, prompt and settings give the same answer; None draws a seed."""
 
+    n: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many answers; their prompt is computed once."""
+
+    best_of: Annotated[int, Field(ge=1, le=64)] | None = None
+    """How many answers to make, of which the `n` likeliest by mean log-probability are given, when all have ended."""
+
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=16)] = ()
     """Texts that end the answer and do not appear in it: one, or a list."""
 
@@ -65,6 +71,17 @@ class SamplingParams(Settings):
 
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """The same for the prompt's tokens."""
+
+    @model_validator(mode="after")
+    def _best_of_at_least_n(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of is {self.best_of}, less than n = {self.n}; it is the larger of the two")
+        return self
+
+    @property
+    def answers(self) -> int:
+        """How many are made."""
+        return self.best_of or self.n
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from wicore_backend.engine.request import FinishedEvent, FinishReason
+from wicore_backend.engine.request import FinishedEvent, FinishReason, PriorityClass, Request
+from wicore_backend.engine.scheduler import RejectReason, Scheduler, SchedulerCounts
+from wicore_backend.engine.step_time import Coefficients, StepShape, StepTimeModel
+from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.layout import LayerGroup
+
+QUEUE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the histogram of queue times."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockUsage:
     """Blocks of one layer group's pool."""
 
-    used: int
+    active: int
+    cached: int
     capacity: int
+    recycled: int
+    """Cached blocks that were given up for others, since the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    """One class of priority. The times are of requests that have had their first step."""
+
+    waiting: int
+    waiting_tokens: int
+    oldest_s: float
+    """How long the one that waits longest has waited; 0 if none waits."""
+    started: int
+    queue_seconds: float
+    histogram: tuple[int, ...]
+    """Requests by queue time, for each bound of QUEUE_BUCKETS_S, and those beyond the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepStatistics:
+    """The latest step, and how well step times are predicted."""
+
+    shape: StepShape
+    seconds: float
+    predicted_s: float | None
+    error: float
+    """Median relative error of recent predictions."""
+    coefficients: Coefficients | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,48 +60,104 @@ class EngineStatistics:
     running: int
     waiting: int
     blocks: Mapping[LayerGroup, BlockUsage]
+    queues: Mapping[PriorityClass, QueueStatistics]
     requests: Mapping[FinishReason, int]
-    refused: int
-    """Requests that never entered the queue because it was full."""
+    rejected: Mapping[RejectReason, int]
+    """Requests that never ran."""
     prompt_tokens: int
     completion_tokens: int
     steps: int
     step_seconds: float
+    retried: int
+    """Steps that failed at first."""
+    restarts: int
+    """How often nothing could be computed and the KV pools were cleared."""
+    scheduler: SchedulerCounts
+    step: StepStatistics | None
+    """None before the first step."""
+
+
+def class_of(priority: int) -> PriorityClass:
+    """The class whose name stands nearest to a priority: operators see three queues, whatever clients send."""
+    return min(PriorityClass, key=lambda c: abs(c - priority))
+
+
+class _Started:
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        self.histogram = [0] * (len(QUEUE_BUCKETS_S) + 1)
 
 
 class StatisticsRecorder:
-    """The counting side. Written by the engine's thread, `refused` by callers' under the engine's lock; read by any."""
+    """The counting side. Written by the engine's thread (`rejected` by callers' as well); read by any."""
 
     def __init__(self) -> None:
         self.requests = dict.fromkeys(FinishReason, 0)
-        self.refused = 0
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-        self.steps = 0
-        self.step_seconds = 0.0
+        self.rejected = dict.fromkeys(RejectReason, 0)
+        self.retried = 0
+        self.restarts = 0
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._started = {c: _Started() for c in PriorityClass}
+        self._latest: StepStatistics | None = None
 
-    def step(self, seconds: float) -> None:
-        """A step has been computed."""
-        self.steps += 1
-        self.step_seconds += seconds
+    def started(self, request: Request, now: float) -> None:
+        """A request has its first step."""
+        of_class, seconds = self._started[class_of(request.priority)], now - request.arrival
+        of_class.count += 1
+        of_class.seconds += seconds
+        of_class.histogram[bisect_left(QUEUE_BUCKETS_S, seconds)] += 1
+
+    def step(self, shape: StepShape, seconds: float, model: StepTimeModel) -> None:
+        """A step has been computed; `model` has not learnt from it yet."""
+        self._steps += 1
+        self._step_seconds += seconds
+        ready = model.ready
+        self._latest = StepStatistics(
+            shape=shape,
+            seconds=seconds,
+            predicted_s=model.predict(shape) if ready else None,
+            error=model.error,
+            coefficients=model.coefficients if ready else None,
+        )
 
     def finished(self, event: FinishedEvent) -> None:
         """A request has ended."""
-        usage = event.usage
         self.requests[event.reason] += 1
-        self.prompt_tokens += usage.prompt_tokens
-        self.completion_tokens += usage.completion_tokens
+        self._prompt_tokens += event.usage.prompt_tokens
+        self._completion_tokens += event.usage.completion_tokens
 
-    def snapshot(self, *, running: int, waiting: int, blocks: Mapping[LayerGroup, BlockUsage]) -> EngineStatistics:
-        """Everything counted so far, with the gauges given."""
+    def snapshot(self, scheduler: Scheduler, blocks: BlockManager, *, now: float, unfinished: int) -> EngineStatistics:
+        """Everything counted so far, with the gauges of now. `unfinished` requests include those on their way in."""
+        backlogs = list(scheduler.backlogs().items())
+        queues = {}
+        for c, started in self._started.items():
+            waiting = [backlog for priority, backlog in backlogs if class_of(priority) is c]
+            queues[c] = QueueStatistics(
+                waiting=sum(b.count for b in waiting),
+                waiting_tokens=sum(b.tokens for b in waiting),
+                oldest_s=max((now - b.oldest for b in waiting), default=0.0),
+                started=started.count,
+                queue_seconds=started.seconds,
+                histogram=tuple(started.histogram),
+            )
+        running = scheduler.num_running
         return EngineStatistics(
             running=running,
-            waiting=waiting,
-            blocks=blocks,
+            waiting=max(scheduler.num_waiting, unfinished - running),
+            blocks={g: BlockUsage(p.active, p.cached, p.capacity, p.recycled) for g, p in blocks.pools.items()},
+            queues=queues,
             requests=dict(self.requests),
-            refused=self.refused,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            steps=self.steps,
-            step_seconds=self.step_seconds,
+            rejected=dict(self.rejected),
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            retried=self.retried,
+            restarts=self.restarts,
+            scheduler=replace(scheduler.counts),
+            step=self._latest,
         )

@@ -37,7 +37,7 @@ Key = tuple[Any, ...]
 
 
 class Next(NamedTuple, Generic[T]):
-    """The item to serve next. A `promoted` one has its turn by age: no higher class should preempt it."""
+    """The item to serve next. A `promoted` one goes before a higher class by its age: none should preempt it."""
 
     item: T
     promoted: bool
@@ -56,7 +56,7 @@ class WaitingQueue(Generic[T]):
     """Items in the order in which they should be served.
 
     *Between classes* the smaller priority goes first. So that nothing starves, every `aged_share`-th pop goes instead
-    to the class of the item that has waited longest, once that is `ageing_s`.
+    to the class of the item that has waited longest, once that is `ageing_s`; from a lower class it is *promoted*.
 
     *Between the tenants of a class* service is shared by weight (virtual token counters: Sheng et al., "Fairness in
     Serving Large Language Models", OSDI 2024). Each has a counter of tokens received / weight, and the smallest goes
@@ -141,9 +141,13 @@ class WaitingQueue(Generic[T]):
         if (chosen := self._next(now)) is None:
             raise IndexError("pop from an empty queue")
         entry, promoted = chosen
-        self._pops += 1
-        self._take(entry, served=now)
+        self.serve(entry.item, now)
         return Next(entry.item, promoted)
+
+    def serve(self, item: T, now: float) -> None:
+        """Take and charge an item that `peek` named, whatever has been pushed since."""
+        self._pops += 1
+        self._take(self._entries[id(item)], served=now)
 
     def charge(self, priority: int, tenant: str, tokens: int) -> None:
         """Settle what a popped item really took: `tokens` more (or less, if negative) than its cost said."""
@@ -167,7 +171,8 @@ class WaitingQueue(Generic[T]):
         if oldest is None or klass is None:
             return None
         if (self._pops + 1) % self._aged_share == 0 and now - oldest.order[0] >= self._ageing_s:
-            return self._classes[oldest.priority].most_patient, True
+            aged = self._classes[oldest.priority]
+            return aged.most_patient, aged is not klass
         return klass.next, False
 
     def _take(self, entry: _Entry[T], *, served: float | None = None) -> None:

@@ -70,9 +70,14 @@ class KVLayout:
     def blocks_held(self, group: LayerGroup, tokens: int, max_chunk: int) -> int:
         """The most blocks that a sequence of `tokens` tokens, computed by up to `max_chunk`, holds at once."""
         if group is LayerGroup.LOCAL:
-            # A chunk's first token still sees window - 1 keys before it; neither end need fall on a block's edge.
-            span = min(tokens, self.window - 1 + max_chunk)
-            return min(-(-tokens // self.block_size), -(-span // self.block_size) + 1)
+            # A chunk's first token, and one after the full block before it, sees window - 1 keys before it; neither
+            # end need fall on a block's edge.
+            span = min(tokens, self.window - 1 + self.block_size - 1 + max_chunk)
+            return min(self.blocks_for(tokens), self.blocks_for(span) + 1)
+        return self.blocks_for(tokens)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens take."""
         return -(-tokens // self.block_size)
 
     def block_shape(self, group: LayerGroup) -> tuple[int, int, int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wicore_backend.hmt.blocks import BlockCopy
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 
 
@@ -34,6 +35,17 @@ class KVPools:
             for group in layout.groups
         }
         return cls(layout, tensors)
+
+    def copy(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy blocks within their pools; no target is also a source."""
+        for copy in copies:
+            pool = self.tensors[copy.group]
+            pool[copy.target].copy_(pool[copy.source])
+
+    def clear(self) -> None:
+        """Zero every block."""
+        for pool in self.tensors.values():
+            pool.zero_()
 
 
 def _zeros(shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from wicore_backend.engine.engine import Engine
+from wicore_backend.engine.request import Deadlines
 from wicore_backend.errors import WicoreError
 from wicore_backend.triton.logs import log_to_triton
 from wicore_backend.triton.metrics import Metrics, MetricsThread
@@ -77,7 +78,7 @@ class TritonPythonModel:
             sink=channel.put,
             request_id=request_id,
             priority=options.serving.priority,
-            deadline_s=None if deadline_ms is None else deadline_ms / 1000,
+            deadlines=Deadlines(total_s=None if deadline_ms is None else deadline_ms / 1000),
         )
         if isinstance(wire, EnsembleWire):
             self._attachable[key] = channel

@@ -59,7 +59,7 @@ class Metrics:
         """Bring counters and gauges to what `statistics` says."""
         for reason, metric in self._requests.items():
             self._count(f"requests {reason}", metric, statistics.requests[reason])
-        self._count("refused", self._refused, statistics.refused)
+        self._count("refused", self._refused, sum(statistics.rejected.values()))
         self._count("prompt", self._prompt, statistics.prompt_tokens)
         self._count("generated", self._generated, statistics.completion_tokens)
         self._count("steps", self._steps, statistics.steps)
@@ -67,7 +67,7 @@ class Metrics:
         self._show("running", self._running, statistics.running)
         self._show("waiting", self._waiting, statistics.waiting)
         for group, usage in statistics.blocks.items():
-            self._show(f"used {group}", self._used[group], usage.used)
+            self._show(f"used {group}", self._used[group], usage.active)
             self._show(f"capacity {group}", self._capacity[group], usage.capacity)
 
     def _count(self, name: str, metric: Any, value: float) -> None:

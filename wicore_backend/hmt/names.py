@@ -1,0 +1,100 @@
+"""Names of KV blocks: a hash chain over everything that a block's keys and values depend on."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol
+
+NAME_BYTES = 16
+
+
+class SeenImage(Protocol):
+    """An image in a prompt, as far as names depend on it."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def digest(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NameScheme:
+    """What the names of all blocks of one engine have in common.
+
+    Attributes
+    ----------
+    fingerprint
+        Of everything else that changes a block's bytes: weights, dtype, layout.
+    """
+
+    block_size: int
+    fingerprint: bytes = b""
+
+    def root(self, salt: str) -> bytes:
+        """Where the chains of one tenant begin. Tenants with different salts share no block."""
+        return _hash(self.fingerprint, salt.encode())
+
+
+class BlockNames:
+    """The names of one sequence's full blocks, worked out as they are asked for.
+
+    A name covers the block's tokens, the images that it shows and, by the name before it, everything in front of it.
+
+    Parameters
+    ----------
+    tokens
+        The sequence's own list, which may grow.
+    images
+        Those of its prompt, in order.
+    salt
+        See NameScheme.root.
+    """
+
+    def __init__(self, scheme: NameScheme, tokens: list[int], images: Sequence[SeenImage], salt: str) -> None:
+        self._size = scheme.block_size
+        self._tokens = tokens
+        self._images = images
+        self._root = scheme.root(salt)
+        self._names: list[bytes] = []
+
+    def first(self, count: int) -> Sequence[bytes]:
+        """The names of at least the first `count` blocks, whose tokens must all be there."""
+        while len(self._names) < count:
+            start = len(self._names) * self._size
+            self._names.append(self._name(start, start + self._size))
+        return self._names
+
+    def resumable(self, count: int) -> int:
+        """The most blocks, of at most `count`, that end inside no image: an image is computed at once."""
+        for image in reversed(self._images):
+            if image.start < count * self._size < image.end:
+                count = image.start // self._size
+        return count
+
+    def whole(self, length: int) -> bytes:
+        """A name of the first `length` tokens, whether or not a block ends there."""
+        full = length // self._size
+        self.first(full)
+        return _hash(self._name(full * self._size, length), b"end")
+
+    def _name(self, start: int, end: int) -> bytes:
+        index = start // self._size
+        before = self._names[index - 1] if index else self._root
+        parts = [array("i", self._tokens[start:end]).tobytes()]
+        for image in self._images:
+            if image.start < end and start < image.end:
+                parts += [image.digest, array("i", [image.start - start, image.end - start]).tobytes()]
+        return _hash(before, *parts)
+
+
+def _hash(*parts: bytes) -> bytes:
+    state = blake2b(digest_size=NAME_BYTES)
+    for part in parts:
+        state.update(len(part).to_bytes(4, "little"))
+        state.update(part)
+    return state.digest()
