@@ -1,0 +1,1 @@
+"""Replay of a block trace through the replacement policies: `python -m wicore_backend.hmt.replay TRACE`."""
