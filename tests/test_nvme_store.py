@@ -67,14 +67,15 @@ def put(store: NvmeStore, number: int, size: int = SLOT) -> Outcome:
 
 
 def get(store: NvmeStore, number: int, size: int = SLOT) -> Outcome:
-    """The outcome of a fetch, after a look at the buffer: right if done, untouched otherwise."""
+    """The outcome of a fetch, after a look at the buffer: right if done, untouched unless it was corrupt."""
     before = b"\xaa" * size
     buffer = bytearray(before)
     ticket = store.fetch([name(number)], [buffer])
     assert ticket.wait(10)
     (outcome,) = ticket.outcomes
     assert outcome is not None
-    assert buffer == (payload(number, size) if outcome is Outcome.DONE else before)
+    if outcome is not Outcome.CORRUPT:
+        assert buffer == (payload(number, size) if outcome is Outcome.DONE else before)
     return outcome
 
 
@@ -714,6 +715,7 @@ def test_threads_that_store_fetch_delete_and_cancel_at_random_leave_the_books_ba
 # Books and headers.
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 99)), max_size=80))
 def test_free_space_gives_what_it_has_once_and_heals(steps):
     space = FreeSpace([Run(0, 50)])
@@ -736,6 +738,7 @@ def test_free_space_gives_what_it_has_once_and_heals(steps):
     assert space.runs == [Run(0, 50)]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["store", "commit", "use", "let go", "drop", "bad", "delete"]), st.integers(0, 20)),
@@ -784,7 +787,8 @@ MARK = fingerprint_of(b"x", slot_bytes=SLOT)
 def written(records: list[Record], slots: int) -> bytearray:
     headers = bytearray(slots * HEADER_BYTES)
     for record in records:
-        for slot, packed in record.headers(MARK):
+        for run, packed in zip(record.runs, record.headers(MARK), strict=True):
+            slot = run.start
             headers[slot * HEADER_BYTES : slot * HEADER_BYTES + len(packed)] = packed
     return headers
 
@@ -808,7 +812,7 @@ def test_headers_give_the_records_back_oldest_first():
     assert fields == [[getattr(record, field) for field in Record.__slots__] for record in expected]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_damaged_header_costs_its_record_and_no_other(data):
     headers = written(RECORDS, 10)
@@ -819,6 +823,7 @@ def test_a_damaged_header_costs_its_record_and_no_other(data):
     assert {record.name for record in found(headers)} == expected
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES), st.integers(0, 9), st.integers(0, 9))
 def test_garbage_and_headers_in_other_places_are_no_records(garbage, source, target):
     headers = written(RECORDS, 10)

@@ -5,8 +5,8 @@ groups has to be guessed. What it promises:
 
 1. **Who may read when.** A record can be fetched from the moment its store is done, and until it is deleted; in
    between, the same name cannot be stored again (`HELD`). A fetched buffer is right exactly if its outcome is `DONE`:
-   the payload has the checksum that it was stored with, the same name and the same length. Otherwise the buffer is
-   untouched.
+   the payload has the checksum that it was stored with, the same name and the same length. Otherwise the buffer
+   holds nothing to be used.
 2. **Whose memory.** A payload is the store's to read, and a buffer the store's to fill, until the ticket is done. Every
    ticket gets done, once, whatever the disk does: by the deadlines of the configuration for each record, or sooner by
    the caller's.

@@ -4,8 +4,9 @@ A thread inside the kernel cannot be called back. So a job is *settled*, and its
 return:
 
 - *queued*: waiting for a thread. May be abandoned.
-- *working*: a thread is in `Job.work`, which may block for as long as a broken disk likes, and so must not write to the
-  owner's memory. May be abandoned: by its owner, by its own deadline, or by the lane's deadline for one job's work.
+- *working*: a thread is in the lane's `work` with it, which may block for as long as a broken disk likes, and so must
+  not write to the owner's memory. May be abandoned: by its owner, by its own deadline, or by the lane's deadline for
+  one job's work.
 - *finishing*: in `Job.finish`, which touches memory only and is over soon. Too late to abandon.
 - *settled*: `Job.settle` has been called, once; the owner's memory is the owner's again.
 
@@ -23,14 +24,15 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from wicore_backend.hmt.nvme.outcome import Outcome
 
 _log = logging.getLogger(__name__)
+_MOST_JOBS = 256  # Two pieces each, and the kernel takes 1,024 in a call.
 
 
 class _State(Enum):
@@ -41,26 +43,27 @@ class _State(Enum):
 
 
 class Job(ABC):
-    """One piece of blocking work. Its methods are called by its lane, with no lock held."""
+    """One piece of blocking work. Its methods are called by its lane, with no lock held.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    weight
+        Bytes of the thread's buffer that it needs.
+    """
+
+    def __init__(self, *, weight: int) -> None:
+        self.weight = weight
         self._state = _State.QUEUED
         self._in_work = False
-        self._late = False
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits for the outcome; a hint to `work`, out of date at once."""
+        """Whether somebody waits for the outcome; a hint to the work, out of date at once."""
         return self._state is not _State.SETTLED
 
     @abstractmethod
-    def work(self, buffer: memoryview) -> Outcome:
-        """The blocking part; `buffer` is the thread's own. Raises nothing but bugs."""
-
-    @abstractmethod
     def finish(self, outcome: Outcome, *, wanted: bool) -> Outcome:
-        """Put what came of the work where it belongs, in memory only; the outcome to settle with, if that is still
-        wanted.
+        """Put what came of the work where it belongs, in memory only; the outcome to settle with, if still wanted.
 
         Called once for every job, also for one that never started.
         """
@@ -70,30 +73,53 @@ class Job(ABC):
         """Tell the owner. Called once for every job."""
 
 
+J = TypeVar("J", bound=Job)
+
+
+class _Group(Generic[J]):
+    """Jobs that a thread works on together."""
+
+    def __init__(self, jobs: list[J]) -> None:
+        self.jobs = jobs
+        self.in_work = True
+        self.late = False
+
+
 class _Alarm(NamedTuple):
     at: float
     number: int
-    job: weakref.ref[Job]
-    of_work: bool
+    concerns: weakref.ref[Any]
+    """A job that its owner wants by then, or a group that should be worked off by then."""
 
 
-class Lane:
+class Lane(Generic[J]):
     """A queue, its threads, and a thread that watches the clock.
 
     Parameters
     ----------
+    work
+        The blocking part of some jobs, done together: their outcomes. Raises nothing but bugs.
     buffers
-        One for each thread.
+        One for each thread, handed to `work`. Jobs that wait are worked on together as long as they fit it and leave
+        enough for the other threads.
     work_deadline_s
-        For the work of one job, from when a thread takes it.
+        For one call of `work`.
     """
 
-    def __init__(self, name: str, buffers: Sequence[memoryview], *, work_deadline_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[Sequence[J], memoryview], list[Outcome]],
+        buffers: Sequence[memoryview],
+        *,
+        work_deadline_s: float,
+    ) -> None:
+        self._work = work
         self._work_deadline_s = work_deadline_s
         self._lock = threading.Lock()
         self._jobs_wait = threading.Condition(self._lock)
         self._alarms_wait = threading.Condition(self._lock)
-        self._queue: deque[Job] = deque()
+        self._queue: OrderedDict[J, None] = OrderedDict()
         self._alarms: list[_Alarm] = []
         self._numbers = itertools.count()
         self._late_threads = 0
@@ -117,25 +143,27 @@ class Lane:
         """Whether every thread is past its deadline."""
         return self._late_threads == len(self._threads)
 
-    def submit(self, jobs: Sequence[Job], *, deadline_s: float | None = None) -> bool:
+    def submit(self, jobs: Sequence[J], *, deadline_s: float | None = None) -> bool:
         """Queue jobs, to be settled within `deadline_s` if given. False, and nothing done, if stuck or closed."""
         with self._lock:
             if self.stuck or self._closing:
                 return False
-            self._queue.extend(jobs)
+            self._queue.update(dict.fromkeys(jobs))
             self._jobs_wait.notify(len(jobs))
             if deadline_s is not None:
                 for job in jobs:
-                    self._set_alarm(deadline_s, job, of_work=False)
+                    self._set_alarm(deadline_s, job)
             return True
 
-    def abandon(self, job: Job, outcome: Outcome) -> bool:
+    def abandon(self, job: J, outcome: Outcome) -> bool:
         """Settle `job` with `outcome` now; False if it is finishing or settled already."""
         with self._lock:
             if job._state not in (_State.QUEUED, _State.WORKING):
                 return False
             job._state = _State.SETTLED
             started = job._in_work
+            if not started:
+                self._queue.pop(job, None)
         if not started:
             job.finish(outcome, wanted=False)
         job.settle(outcome)
@@ -151,53 +179,68 @@ class Lane:
             thread.join(max(0.0, end - time.monotonic()))
         with self._lock:
             left = list(self._queue)
-            self._queue.clear()
             self._closed = True
             self._alarms_wait.notify_all()
         for job in left:
             self.abandon(job, Outcome.CLOSED)
+        self._watch.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _serve(self, buffer: memoryview) -> None:
-        while (job := self._next()) is not None:
-            outcome = self._worked(job, buffer)
+        while (group := self._next(len(buffer))) is not None:
+            outcomes = self._worked(group.jobs, buffer)
             with self._lock:
-                job._in_work = False
-                self._late_threads -= job._late
-                wanted = job._state is _State.WORKING
-                if wanted:
-                    job._state = _State.FINISHING
-            outcome = job.finish(outcome, wanted=wanted)
-            if wanted:
-                with self._lock:
+                group.in_work = False
+                self._late_threads -= group.late
+                wanted = [job._state is _State.WORKING for job in group.jobs]
+                for job, still in zip(group.jobs, wanted, strict=True):
+                    job._in_work = False
+                    if still:
+                        job._state = _State.FINISHING
+            for job, outcome, still in zip(group.jobs, outcomes, wanted, strict=True):
+                settled = self._finished(job, outcome, wanted=still)
+                if still:
                     job._state = _State.SETTLED
-                job.settle(outcome)
-            del job  # A thread without work must not keep memory of its last owner alive.
+                    job.settle(settled)
+            del group, job  # A thread without work must not keep memory of its last owners alive.
 
-    def _worked(self, job: Job, buffer: memoryview) -> Outcome:
+    def _worked(self, jobs: list[J], buffer: memoryview) -> list[Outcome]:
         try:
-            return job.work(buffer)
+            return self._work(jobs, buffer)
+        except Exception:
+            _log.exception("nvme_store_bug")
+            return [Outcome.FAILED] * len(jobs)
+
+    def _finished(self, job: J, outcome: Outcome, *, wanted: bool) -> Outcome:
+        try:
+            return job.finish(outcome, wanted=wanted)
         except Exception:
             _log.exception("nvme_store_bug")
             return Outcome.FAILED
 
-    def _next(self) -> Job | None:
+    def _next(self, room: int) -> _Group[J] | None:
         with self._lock:
-            while True:
-                while self._queue:
-                    job = self._queue.popleft()
-                    if job._state is _State.QUEUED:
-                        job._state = _State.WORKING
-                        job._in_work = True
-                        self._set_alarm(self._work_deadline_s, job, of_work=True)
-                        return job
-                    del job
+            while not self._queue:
                 if self._closing:
                     return None
                 self._jobs_wait.wait()
+            share = -(-len(self._queue) // len(self._threads))
+            group = _Group([self._start()])
+            room -= group.jobs[0].weight
+            while self._queue and len(group.jobs) < min(share, _MOST_JOBS) and next(iter(self._queue)).weight <= room:
+                group.jobs.append(self._start())
+                room -= group.jobs[-1].weight
+            self._set_alarm(self._work_deadline_s, group)
+            return group
 
-    def _set_alarm(self, after_s: float, job: Job, *, of_work: bool) -> None:
-        alarm = _Alarm(time.monotonic() + after_s, next(self._numbers), weakref.ref(job), of_work)
+    def _start(self) -> J:
+        job, _ = self._queue.popitem(last=False)
+        job._state = _State.WORKING
+        job._in_work = True
+        return job
+
+    def _set_alarm(self, after_s: float, concerns: J | _Group[J]) -> None:
+        alarm = _Alarm(time.monotonic() + after_s, next(self._numbers), weakref.ref(concerns))
         heapq.heappush(self._alarms, alarm)
         if self._alarms[0] is alarm:
             self._alarms_wait.notify()
@@ -207,7 +250,7 @@ class Lane:
             for job in late:
                 self.abandon(job, Outcome.LATE)
 
-    def _next_late(self) -> list[Job] | None:
+    def _next_late(self) -> list[J] | None:
         """Wait for an alarm; the jobs that it concerns, or None once the lane is closed."""
         with self._lock:
             while not self._closed:
@@ -215,16 +258,15 @@ class Lane:
                 if wait_s is None or wait_s > 0:
                     self._alarms_wait.wait(wait_s)
                     continue
-                alarm = heapq.heappop(self._alarms)
-                job = alarm.job()
-                if job is None or (alarm.of_work and not job._in_work):
-                    continue
-                late = [job]
-                if alarm.of_work:
-                    job._late = True
-                    self._late_threads += 1
-                    if self.stuck:
-                        late.extend(self._queue)
-                        self._queue.clear()
-                return late
+                concerned = heapq.heappop(self._alarms).concerns()
+                if isinstance(concerned, _Group):
+                    if concerned.in_work:
+                        return self._late(concerned)
+                elif concerned is not None:
+                    return [concerned]
             return None
+
+    def _late(self, group: _Group[J]) -> list[J]:
+        group.late = True
+        self._late_threads += 1
+        return [*group.jobs, *self._queue] if self.stuck else list(group.jobs)

@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from wicore_backend.hmt.nvme.space import Run
+from wicore_backend.hmt.nvme.space import Run, runs_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -86,8 +86,8 @@ class Record:
     checksum: bytes
     runs: tuple[Run, ...]
 
-    def headers(self, fingerprint: bytes) -> Iterator[tuple[int, bytes]]:
-        """For each run its first slot, and the headers of its slots."""
+    def headers(self, fingerprint: bytes) -> Iterator[bytes]:
+        """For each run the headers of its slots."""
         parts = sum(run.length for run in self.runs)
         part = 0
         for run in self.runs:
@@ -107,7 +107,7 @@ class Record:
                 )
                 packed += body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
                 part += 1
-            yield run.start, bytes(packed)
+            yield bytes(packed)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _records(headers: NDArray[Any], slot_bytes: int, max_payload_bytes: int) -> 
     for place in np.flatnonzero(whole).tolist():
         head = heads[place]
         start = starts[place]
-        runs = tuple(_runs(headers["slot"][start : start + counts[place]].tolist()))
+        runs = tuple(runs_of(headers["slot"][start : start + counts[place]].tolist()))
         name = head["name"].tobytes()[: head["name_bytes"]]
         yield Record(name, int(head["payload_bytes"]), int(head["sequence"]), head["checksum"].tobytes(), runs)
 
@@ -195,13 +195,3 @@ def _records(headers: NDArray[Any], slot_bytes: int, max_payload_bytes: int) -> 
 def slots_for(payload_bytes: int, slot_bytes: int) -> int:
     """How many slots a payload takes; an empty one takes one too."""
     return max(1, -(-payload_bytes // slot_bytes))
-
-
-def _runs(slots: list[int]) -> Iterator[Run]:
-    start = stop = slots[0]
-    for slot in slots:
-        if slot != stop:
-            yield Run(start, stop - start)
-            start = slot
-        stop = slot + 1
-    yield Run(start, stop - start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -16,6 +16,19 @@ class Run(NamedTuple):
     @property
     def stop(self) -> int:
         return self.start + self.length
+
+
+def runs_of(slots: Iterable[int]) -> Iterator[Run]:
+    """The slots, in their order, as runs."""
+    start = stop = None
+    for slot in slots:
+        if slot != stop:
+            if start is not None and stop is not None:
+                yield Run(start, stop - start)
+            start = slot
+        stop = slot + 1
+    if start is not None and stop is not None:
+        yield Run(start, stop - start)
 
 
 class FreeSpace:

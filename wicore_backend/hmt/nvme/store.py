@@ -14,14 +14,23 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from wicore_backend.hmt.nvme.config import NvmeConfig
-from wicore_backend.hmt.nvme.files import PAGE, StoreFiles, aligned_buffer
+from wicore_backend.hmt.nvme.files import StoreFiles, aligned_buffer
 from wicore_backend.hmt.nvme.index import Index
-from wicore_backend.hmt.nvme.lane import Job, Lane
+from wicore_backend.hmt.nvme.lane import J, Job, Lane
 from wicore_backend.hmt.nvme.outcome import Outcome
-from wicore_backend.hmt.nvme.record import HEADER_BYTES, NAME_BYTES, Record, fingerprint_of, payload_checksum, scan
-from wicore_backend.hmt.nvme.space import Run
+from wicore_backend.hmt.nvme.record import (
+    HEADER_BYTES,
+    NAME_BYTES,
+    Record,
+    fingerprint_of,
+    payload_checksum,
+    scan,
+    slots_for,
+)
+from wicore_backend.hmt.nvme.space import Run, runs_of
 from wicore_backend.hmt.nvme.statistics import HeldRecord, NvmeStatistics
 from wicore_backend.hmt.nvme.tickets import Ticket
+from wicore_backend.hmt.nvme.transfer import checked_copy, read_records, write_headers, write_records
 from wicore_backend.hmt.nvme.trouble import Trouble, Troubles, write_trouble
 from wicore_backend.observability.logfmt import logfmt
 
@@ -30,6 +39,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SCAN_SLOTS = 1 << 16
+_IO_BYTES = 1 << 20
+"""What a thread moves at once, if records are smaller; more gains nothing on the disks measured."""
 
 
 class NvmeStore:
@@ -67,43 +78,58 @@ class NvmeStore:
             config.directory, slots=config.slots, slot_bytes=config.slot_bytes, preallocate=config.preallocate
         )
         self._index = self._load()
-        self._reads = self._lane("nvme-read", config.read_threads, config.read_deadline_s)
-        self._writes = self._lane("nvme-write", config.write_threads, config.write_deadline_s)
+        self._reads = Lane(
+            "nvme-read", self._read, self._buffers(config.read_threads), work_deadline_s=config.read_deadline_s
+        )
+        self._writes = Lane(
+            "nvme-write", self._write, self._buffers(config.write_threads), work_deadline_s=config.write_deadline_s
+        )
 
     def store(self, name: bytes, payload: Buffer, *, done: Callable[[Ticket], None] | None = None) -> Ticket:
-        """Write a record; at once back with a ticket of one outcome.
+        """`store_all` of one record."""
+        return self.store_all([name], [payload], done=done)
+
+    def store_all(
+        self, names: Sequence[bytes], payloads: Sequence[Buffer], *, done: Callable[[Ticket], None] | None = None
+    ) -> Ticket:
+        """Write records; at once back with a ticket of one outcome for each.
 
         Parameters
         ----------
-        name
-            16 or 32 bytes that stand for these bytes and no others.
-        payload
-            Contiguous, at most `max_payload_bytes`; not to be changed before the ticket is done. Memory aligned to 4096
-            bytes is written as it lies, other memory is copied first, by the writing thread.
+        names
+            16 or 32 bytes each, which stand for the payload's bytes and no others.
+        payloads
+            Contiguous, at most `max_payload_bytes` each; not to be changed before the ticket is done. Memory aligned to
+            4096 bytes is written as it lies, other memory is copied first, by the writing thread.
         done
-            Called once with the ticket, on a thread of the store's or on this one before `store` returns. It must be
-            quick.
+            Called once with the ticket, on a thread of the store's or on this one before `store_all` returns. It must
+            be quick, and must not call `close`.
 
         Raises
         ------
         ValueError
-            The name or the payload has a length that the store does not take.
+            The lists differ in length, or a name or a payload has a length that the store does not take.
         """
-        view = memoryview(payload).cast("B")
-        if len(name) not in NAME_BYTES:
-            raise ValueError(f"a name of {len(name)} bytes; it has to have one of {NAME_BYTES}")
-        if len(view) > self.config.max_payload_bytes:
-            raise ValueError(f"a payload of {len(view)} bytes; max_payload_bytes is {self.config.max_payload_bytes}")
-        ticket = Ticket(1, done)
+        views = [memoryview(payload).cast("B") for payload in payloads]
+        self._check(names, views)
+        ticket = Ticket(len(names), done)
         with self._lock:
-            reserved = self._refusal() or self._index.reserve(name, len(view))
-        if isinstance(reserved, Outcome):
-            self._settle(self._stores, ticket, 0, reserved)
-            return ticket
-        job = _Write(self, reserved, view, ticket)
-        ticket.bind(lambda: self._writes.abandon(job, Outcome.CANCELLED))
-        if not self._writes.submit([job], deadline_s=self.config.write_deadline_s):
-            self._writes.abandon(job, Outcome.LATE)
+            room = self.config.store_limit - self._writes.queued
+            refusal = self._refusal()
+            reserved: list[Record | Outcome] = []
+            for name, view in zip(names, views, strict=True):
+                reserved.append(refusal or (self._index.reserve(name, len(view)) if room > 0 else Outcome.BUSY))
+                room -= isinstance(reserved[-1], Record)
+            self._stores.update(outcome for outcome in reserved if isinstance(outcome, Outcome))
+        jobs = [
+            _Write(self, record, view, ticket, place)
+            for place, (record, view) in enumerate(zip(reserved, views, strict=True))
+            if isinstance(record, Record)
+        ]
+        _start(self._writes, jobs, ticket, deadline_s=self.config.write_deadline_s)
+        for place, outcome in enumerate(reserved):
+            if isinstance(outcome, Outcome):
+                ticket.settle(place, outcome)
         return ticket
 
     def fetch(
@@ -124,7 +150,7 @@ class NvmeStore:
         deadline_s
             For all of them, from now on; what is not there by then is `LATE`.
         done
-            As for `store`.
+            As for `store_all`.
 
         Raises
         ------
@@ -138,23 +164,21 @@ class NvmeStore:
             raise ValueError("a buffer to fetch into is read-only")
         ticket = Ticket(len(names), done)
         with self._lock:
-            closed = self._closed
+            absent = Outcome.CLOSED if self._closed else Outcome.MISSING
             records = [
-                None if closed else self._index.use(name, len(buffer))
+                None if self._closed else self._index.use(name, len(buffer))
                 for name, buffer in zip(names, buffers, strict=True)
             ]
+            self._fetches.update(absent for record in records if record is None)
         jobs = [
-            _Read(self, record, buffer, ticket, index)
-            for index, (record, buffer) in enumerate(zip(records, buffers, strict=True))
+            _Read(self, record, buffer, ticket, place)
+            for place, (record, buffer) in enumerate(zip(records, buffers, strict=True))
             if record is not None
         ]
-        ticket.bind(lambda: [self._reads.abandon(job, Outcome.CANCELLED) for job in jobs])
-        if not self._reads.submit(jobs, deadline_s=deadline_s):
-            for job in jobs:
-                self._reads.abandon(job, Outcome.LATE)
-        for index, record in enumerate(records):
+        _start(self._reads, jobs, ticket, deadline_s=deadline_s)
+        for place, record in enumerate(records):
             if record is None:
-                self._settle(self._fetches, ticket, index, Outcome.CLOSED if closed else Outcome.MISSING)
+                ticket.settle(place, absent)
         return ticket
 
     def delete(self, name: bytes) -> bool:
@@ -197,10 +221,9 @@ class NvmeStore:
         try:
             with self._header_lock:
                 with self._lock:
-                    stale = np.flatnonzero(self._index.stale)
-                for slots in np.split(stale, np.flatnonzero(np.diff(stale) != 1) + 1):
-                    if len(slots):
-                        self._erase(int(slots[0]), len(slots))
+                    stale = np.flatnonzero(self._index.stale).tolist()
+                for run in runs_of(stale):
+                    self._erase(run)
             self._files.sync()
         except OSError as error:
             self._write_failed(error)
@@ -229,9 +252,9 @@ class NvmeStore:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _lane(self, name: str, threads: int, deadline_s: float) -> Lane:
-        buffers = [memoryview(aligned_buffer(self.config.max_payload_bytes)) for _ in range(threads)]
-        return Lane(name, buffers, work_deadline_s=deadline_s)
+    def _buffers(self, count: int) -> list[memoryview]:
+        record = slots_for(self.config.max_payload_bytes, self.config.slot_bytes) * self.config.slot_bytes
+        return [memoryview(aligned_buffer(max(record, _IO_BYTES))) for _ in range(count)]
 
     def _load(self) -> Index:
         started = time.perf_counter()
@@ -266,19 +289,21 @@ class NvmeStore:
                 self._troubles.add(Trouble.READ_ERROR, error)
                 yield bytes(count * HEADER_BYTES)
 
+    def _check(self, names: Sequence[bytes], payloads: Sequence[memoryview]) -> None:
+        if len(names) != len(payloads):
+            raise ValueError(f"{len(names)} names and {len(payloads)} payloads")
+        for name, payload in zip(names, payloads, strict=True):
+            if len(name) not in NAME_BYTES:
+                raise ValueError(f"a name of {len(name)} bytes; it has to have one of {NAME_BYTES}")
+            if (limit := self.config.max_payload_bytes) < len(payload):
+                raise ValueError(f"a payload of {len(payload)} bytes; max_payload_bytes is {limit}")
+
     def _refusal(self) -> Outcome | None:
         if self._closed:
             return Outcome.CLOSED
         if self._lost or time.monotonic() < self._refuse_until:
             return Outcome.REFUSED
-        if self._writes.queued >= self.config.store_limit:
-            return Outcome.BUSY
         return None
-
-    def _settle(self, counter: Counter[Outcome], ticket: Ticket, index: int, outcome: Outcome) -> None:
-        with self._lock:
-            counter[outcome] += 1
-        ticket.settle(index, outcome)
 
     def _write_failed(self, error: OSError) -> None:
         with self._lock:
@@ -298,157 +323,142 @@ class NvmeStore:
         except OSError as error:
             self._troubles.add(Trouble.WRITE_ERROR, error)
 
-    def _erase(self, start: int, length: int) -> None:
-        """Blank the headers of slots; the header lock is held, and either they are free or the caller's."""
-        self._files.write_headers(start, bytes(length * HEADER_BYTES))
+    def _erase(self, run: Run) -> None:
+        """Blank the headers of slots that are free or the caller's; the header lock is held."""
+        self._files.write_headers(run.start, bytes(run.length * HEADER_BYTES))
         with self._lock:
-            self._index.stale[start : start + length] = False
+            self._index.stale[run.start : run.stop] = False
+
+    def _slot_span(self, record: Record) -> int:
+        return sum(run.length for run in record.runs) * self.config.slot_bytes
+
+    def _write(self, jobs: Sequence[_Write], buffer: memoryview) -> list[Outcome]:
+        """Old headers off, payloads, new headers."""
+        started = time.perf_counter()
+        try:
+            if self._files.lost:
+                self._lose()
+                return [Outcome.REFUSED] * len(jobs)
+            with self._header_lock:
+                for run in [run for job in jobs for run in job.record.runs]:
+                    if self._index.stale[run.start : run.stop].any():
+                        self._erase(run)
+            for job in jobs:
+                job.record.checksum = payload_checksum(job.payload)
+            write_records(self._files, [job.record for job in jobs], [job.payload for job in jobs], buffer)
+            with self._header_lock:
+                write_headers(self._files, [job.record for job in jobs if job.wanted], self._fingerprint)
+        except OSError as error:
+            if len(jobs) > 1:
+                return [outcome for job in jobs for outcome in self._write([job], buffer)]
+            jobs[0].bad_place = error.errno == errno.EIO
+            self._write_failed(error)
+            return [Outcome.FAILED]
+        with self._lock:
+            self._bytes_written += sum(len(job.payload) for job in jobs)
+            self._write_seconds += time.perf_counter() - started
+        return [Outcome.DONE] * len(jobs)
+
+    def _read(self, jobs: Sequence[_Read], buffer: memoryview) -> list[Outcome]:
+        """Payloads into `buffer`."""
+        started = time.perf_counter()
+        try:
+            if self._files.lost:
+                self._lose()
+                return [Outcome.MISSING] * len(jobs)
+            payloads = read_records(self._files, [job.record for job in jobs], buffer)
+        except OSError as error:
+            if len(jobs) > 1:
+                return self._read_one_by_one(jobs, buffer)
+            jobs[0].bad_place = error.errno == errno.EIO
+            self._troubles.add(Trouble.READ_ERROR, error)
+            return [Outcome.FAILED]
+        for job, payload in zip(jobs, payloads, strict=True):
+            job.loaded = payload
+        with self._lock:
+            self._bytes_read += sum(map(len, payloads))
+            self._read_seconds += time.perf_counter() - started
+        return [Outcome.DONE] * len(jobs)
+
+    def _read_one_by_one(self, jobs: Sequence[_Read], buffer: memoryview) -> list[Outcome]:
+        outcomes = []
+        for job in jobs:
+            outcomes += self._read([job], buffer)
+            buffer = buffer[job.weight :]
+        return outcomes
 
 
 class _Write(Job):
-    """Brings one payload to its slots: old headers off, payload, new headers."""
+    """One record on its way to the disk."""
 
-    def __init__(self, store: NvmeStore, record: Record, payload: memoryview, ticket: Ticket) -> None:
-        super().__init__()
+    def __init__(self, store: NvmeStore, record: Record, payload: memoryview, ticket: Ticket, place: int) -> None:
+        super().__init__(weight=store._slot_span(record))
         self._store = store
-        self._record = record
-        self._payload = payload
+        self.record = record
+        self.payload = payload
+        self.bad_place = False
         self._ticket = ticket
-        self._bad = False
-
-    def work(self, buffer: memoryview) -> Outcome:
-        store, record, files = self._store, self._record, self._store._files
-        started = time.perf_counter()
-        try:
-            if files.lost:
-                store._lose()
-                return Outcome.REFUSED
-            with store._header_lock:
-                for run in record.runs:
-                    if store._index.stale[run.start : run.stop].any():
-                        store._erase(run.start, run.length)
-            record.checksum = payload_checksum(self._payload)
-            for run, pieces in _pieces(record.runs, store.config.slot_bytes, self._payload, buffer):
-                files.write(run, pieces)
-            with store._header_lock:
-                if self.wanted:
-                    for slot, headers in record.headers(store._fingerprint):
-                        files.write_headers(slot, headers)
-        except OSError as error:
-            self._bad = error.errno == errno.EIO
-            store._write_failed(error)
-            return Outcome.FAILED
-        with store._lock:
-            store._bytes_written += record.payload_bytes
-            store._write_seconds += time.perf_counter() - started
-        return Outcome.DONE
+        self._place = place
 
     def finish(self, outcome: Outcome, *, wanted: bool) -> Outcome:
         index = self._store._index
         with self._store._lock:
-            if wanted and outcome is Outcome.DONE and not index.commit(self._record):
+            if wanted and outcome is Outcome.DONE and not index.commit(self.record):
                 outcome = Outcome.CANCELLED
             if not wanted or outcome is not Outcome.DONE:
-                index.drop(self._record, bad=self._bad)
-            index.let_go(self._record)
+                index.drop(self.record, bad=self.bad_place)
+            index.let_go(self.record)
         return outcome
 
     def settle(self, outcome: Outcome) -> None:
+        store = self._store
         if outcome is Outcome.LATE:
-            self._store._troubles.add(Trouble.SLOW_WRITE)
-        if outcome is not Outcome.DONE:
-            with self._store._lock:
-                self._store._index.drop(self._record)
-        self._store._settle(self._store._stores, self._ticket, 0, outcome)
+            store._troubles.add(Trouble.SLOW_WRITE)
+        with store._lock:
+            store._stores[outcome] += 1
+            if outcome is not Outcome.DONE:
+                store._index.drop(self.record)
+        self._ticket.settle(self._place, outcome)
 
 
 class _Read(Job):
-    """Brings one payload from its slots to the thread's buffer, and from there, if it is right and in time, to the
-    caller's.
+    """One record on its way to the caller's buffer.
 
-    The way over a buffer of its own is the price of deadlines: a read that is late may still write to memory whenever
-    the disk answers.
+    It goes by way of a buffer of the reading thread's. That copy is the price of deadlines: a read that is late still
+    writes to memory whenever the disk answers.
     """
 
-    def __init__(self, store: NvmeStore, record: Record, into: memoryview, ticket: Ticket, index: int) -> None:
-        super().__init__()
+    def __init__(self, store: NvmeStore, record: Record, into: memoryview, ticket: Ticket, place: int) -> None:
+        super().__init__(weight=store._slot_span(record))
         self._store = store
-        self._record = record
+        self.record = record
+        self.loaded = memoryview(b"")
+        self.bad_place = False
         self._into = into
         self._ticket = ticket
-        self._place = index
-        self._loaded = memoryview(b"")
-        self._bad = False
-
-    def work(self, buffer: memoryview) -> Outcome:
-        store, record, files = self._store, self._record, self._store._files
-        started = time.perf_counter()
-        try:
-            if files.lost:
-                store._lose()
-                return Outcome.MISSING
-            at, end = 0, _whole_pages(record.payload_bytes)
-            for run in record.runs:
-                size = min(run.length * store.config.slot_bytes, end - at)
-                files.read(run, buffer[at : at + size])
-                at += size
-        except OSError as error:
-            self._bad = error.errno == errno.EIO
-            store._troubles.add(Trouble.READ_ERROR, error)
-            return Outcome.FAILED
-        self._loaded = buffer[: record.payload_bytes]
-        if payload_checksum(self._loaded) != record.checksum:
-            store._troubles.add(Trouble.CORRUPT)
-            return Outcome.CORRUPT
-        with store._lock:
-            store._bytes_read += record.payload_bytes
-            store._read_seconds += time.perf_counter() - started
-        return Outcome.DONE
+        self._place = place
 
     def finish(self, outcome: Outcome, *, wanted: bool) -> Outcome:
-        if wanted and outcome is Outcome.DONE:
-            _copy(self._into, self._loaded)
+        if wanted and outcome is Outcome.DONE and checked_copy(self._into, self.loaded) != self.record.checksum:
+            self._store._troubles.add(Trouble.CORRUPT)
+            outcome = Outcome.CORRUPT
         with self._store._lock:
-            if self._bad or outcome is Outcome.CORRUPT:
-                self._store._index.drop(self._record, bad=self._bad)
-            self._store._index.let_go(self._record)
+            if self.bad_place or outcome is Outcome.CORRUPT:
+                self._store._index.drop(self.record, bad=self.bad_place)
+            self._store._index.let_go(self.record)
         return outcome
 
     def settle(self, outcome: Outcome) -> None:
         if outcome is Outcome.LATE:
             self._store._troubles.add(Trouble.SLOW_READ)
-        self._store._settle(self._store._fetches, self._ticket, self._place, outcome)
+        with self._store._lock:
+            self._store._fetches[outcome] += 1
+        self._ticket.settle(self._place, outcome)
 
 
-def _pieces(
-    runs: Sequence[Run], slot_bytes: int, payload: memoryview, buffer: memoryview
-) -> Iterator[tuple[Run, list[memoryview]]]:
-    """The payload cut for its runs, in aligned pieces: where it lies if that is aligned, else copied to `buffer`."""
-    size = len(payload)
-    tail = size % PAGE
-    if _address(payload) % PAGE:
-        _copy(buffer[:size], payload)
-        payload = buffer[:size]
-    last = buffer[size - tail : _whole_pages(size)]
-    if tail:
-        _copy(last[:tail], payload[size - tail :])
-        last[tail:] = bytes(PAGE - tail)
-    at = 0
-    for run in runs:
-        end = min(at + run.length * slot_bytes, size - tail)
-        pieces = [payload[at:end]] if end > at else []
-        yield run, [*pieces, last] if tail and run is runs[-1] else pieces
-        at = end
-
-
-def _whole_pages(size: int) -> int:
-    return -(-size // PAGE) * PAGE
-
-
-def _address(view: memoryview) -> int:
-    return int(np.asarray(view).__array_interface__["data"][0])
-
-
-def _copy(into: memoryview, source: memoryview) -> None:
-    """By way of numpy, which lets other threads run meanwhile."""
-    np.asarray(into)[:] = np.asarray(source)
+def _start(lane: Lane[J], jobs: list[J], ticket: Ticket, *, deadline_s: float | None) -> None:
+    """Submit jobs that the ticket can cancel; where the lane takes none, they are late."""
+    ticket.bind(lambda: [lane.abandon(job, Outcome.CANCELLED) for job in jobs])
+    if not lane.submit(jobs, deadline_s=deadline_s):
+        for job in jobs:
+            lane.abandon(job, Outcome.LATE)
