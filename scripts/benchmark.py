@@ -268,7 +268,7 @@ def environment() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": " ".join(["python -m scripts.benchmark", *sys.argv[1:]]),
+        "command": " ".join([f"python -m scripts.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
 

@@ -50,7 +50,7 @@ class EngineConfig(Settings):
     """Time per output token to keep: beside decodes, a step takes only as much of the waiting prompts as fits in this
     time. None takes `max_decode_slowdown` times what the decodes take alone."""
 
-    max_decode_slowdown: Annotated[float, Field(gt=1)] = 1.75
+    max_decode_slowdown: Annotated[float, Field(gt=1)] = 1.5
     """How many times longer prompts may make a step, if `target_tpot_ms` is None."""
 
     priority_ageing_s: Annotated[float, Field(ge=0)] = 30.0

@@ -1,7 +1,8 @@
 """Who computes what in the next step. Pure accounting: no tensors, and no clock but the one handed in.
 
 Each step decodes one token of every sequence that is that far, then spends what is left of its budget on prompts, in
-chunks. The budget is a number of tokens, and a time: beside decodes, a step takes no longer than keeps their pace.
+chunks. The budget is a number of tokens, and a time: beside decodes, prompts take no more of it than keeps their pace.
+A chunk has to read all keys before it, so time is saved up over some steps until a chunk is worth that.
 
 Who goes first: smaller priority, then the tenants in turn, then order of arrival (`WaitingQueue`). Nobody overtakes
 the head of the queue. It is admitted when the memory that it and all who run are *expected* to take is there; if
@@ -26,8 +27,12 @@ from wicore_backend.engine.waiting import Backlog, WaitingQueue
 from wicore_backend.hmt.blocks import BlockCopy, BlockManager, PrefixMatch
 from wicore_backend.processor.prompt import PromptImage
 
-_LEAST_PREFILL = 16
-"""Tokens of a prompt that a step computes even if its decodes alone take all the time: prompts must get on."""
+_LEAST_PREFILL_SHARE = 0.1
+"""Of the decodes' time, for prompts even where decodes alone are slower than they should be: prompts must get on."""
+
+_DECODES_ALONE_EVERY = 8
+"""Of so many steps in a row with decodes, one has nothing but decodes, so that what they take alone stays known: from
+steps of one shape nobody could tell what each part takes, and guesses that are too high would confirm themselves."""
 
 _RETRY_PLANS = 8
 """While nobody leaves, room changes little: the head of the queue is looked at again after so many steps."""
@@ -44,7 +49,7 @@ class SchedulerLimits:
     max_waiting, max_waiting_tokens
         Requests, and their tokens with the answers expected, that may wait.
     target_tpot_s
-        Longest step with decodes in it; None is `max_decode_slowdown` times what the decodes alone would take.
+        Mean length of a step with decodes in it; None is `max_decode_slowdown` times what the decodes alone would take.
     ageing_s, aged_share
         See WaitingQueue.
     tenant_weights
@@ -56,7 +61,7 @@ class SchedulerLimits:
     max_waiting: int = 1024
     max_waiting_tokens: int = 2**21
     target_tpot_s: float | None = None
-    max_decode_slowdown: float = 1.75
+    max_decode_slowdown: float = 1.5
     ageing_s: float = 30.0
     aged_share: int = 8
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
@@ -180,6 +185,8 @@ class Scheduler:
         self._live: set[Sequence] = set()
         self._rate = ServiceRate()
         self._answers = AnswerLength()
+        self._prefill_credit = 0.0
+        self._mixed_steps = 0
         self._plans = 0
         self._releases = 0
         self._stuck: tuple[Sequence, int, int] | None = None
@@ -305,12 +312,13 @@ class Scheduler:
     def _plan_chunks(self, now: float) -> list[Chunk]:
         """Chunks of prompts, best rank first, under what the decodes leave of the step's tokens and time."""
         chunks: list[Chunk] = []
-        shape = _shape(self._decoding, ())
+        shape = decodes = _shape(self._decoding, ())
         tokens_left = self._limits.max_batch_tokens - len(self._decoding)
-        time_limit = self._time_limit(shape)
+        time_limit = self._time_limit(decodes)
         prefilling = deque(sorted(self._prefilling, key=lambda s: s.rank))
         blocked = False
-        while tokens_left > 0:
+        held_back = time_limit is not None and self._mixed_steps >= _DECODES_ALONE_EVERY - 1
+        while tokens_left > 0 and not held_back:
             ahead = None if blocked else self._queue.peek(now)
             if ahead and (ahead.promoted or not prefilling or ahead.item.priority < prefilling[0].priority):
                 if not self._admit(now):
@@ -325,10 +333,10 @@ class Scheduler:
                 continue
             budget = tokens_left
             if time_limit is not None:
-                in_time = self._step_time.prefill_tokens(shape, time_limit, sequence.computed)
-                budget = min(tokens_left, max(in_time, 0 if chunks else _LEAST_PREFILL))
-            end = _chunk_end(sequence, budget, tokens_left, first=not chunks)
+                budget = min(tokens_left, self._worthwhile(shape, time_limit, sequence))
+            end = _chunk_end(sequence, budget)
             if end == sequence.computed:
+                held_back = not chunks
                 break
             preempted = self.counts.preemptions
             placed = self._place(sequence, end, or_preempt=False)
@@ -338,13 +346,29 @@ class Scheduler:
                 chunks.append(Chunk(sequence, sequence.computed, end))
                 shape = shape.with_prefill(end - sequence.computed, sequence.computed)
                 tokens_left -= end - sequence.computed
+        if not held_back:
+            self._prefill_credit = 0.0
+        self._mixed_steps = self._mixed_steps + 1 if chunks and decodes.sequences else 0
         return [chunk for chunk in chunks if chunk.sequence.blocks is not None]
 
     def _time_limit(self, decodes: StepShape) -> float | None:
-        """Seconds that the step may take, for the sake of its decodes; None without any."""
+        """Seconds that the step may take, for the sake of its decodes; None without any. Adds this step's credit."""
         if not decodes.sequences or not self._step_time.ready:
             return None
-        return self._limits.target_tpot_s or self._limits.max_decode_slowdown * self._step_time.predict(decodes)
+        alone = self._step_time.predict(decodes)
+        target = self._limits.target_tpot_s or self._limits.max_decode_slowdown * alone
+        self._prefill_credit += max(target - alone, _LEAST_PREFILL_SHARE * alone)
+        return alone + self._prefill_credit
+
+    def _worthwhile(self, shape: StepShape, time_limit: float, sequence: Sequence) -> int:
+        """Tokens of a sequence's prefill that fit beside `shape`; 0 if they take less time than reading its keys."""
+        model, context = self._step_time, sequence.computed
+        tokens = model.prefill_tokens(shape, time_limit, context)
+        if tokens < min(sequence.uncomputed, self._limits.max_batch_tokens - shape.tokens):
+            empty = model.predict(shape.with_prefill(1, context))
+            if time_limit - empty < empty - model.predict(shape):
+                return 0
+        return tokens
 
     # Admission.
 
@@ -571,16 +595,11 @@ def _cheapest(behind: list[Sequence]) -> Sequence:
     return min(behind, key=lambda s: (s.promoted, -s.priority, s.computed))
 
 
-def _chunk_end(sequence: Sequence, budget: int, most: int, *, first: bool) -> int:
-    """Where a chunk of at most `budget` tokens ends that splits no image.
-
-    If an image is the next thing, is larger than `budget` and nobody else has a chunk, up to `most` for the image.
-    """
+def _chunk_end(sequence: Sequence, budget: int) -> int:
+    """Where a chunk of at most `budget` tokens ends that splits no image."""
     end = min(len(sequence.tokens), sequence.computed + budget)
     for image in sequence.request.prompt.images:
         if image.start < end < image.end:
-            if image.start == sequence.computed and first and image.length <= most:
-                return image.end
             return image.start
     return end
 

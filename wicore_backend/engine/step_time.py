@@ -65,14 +65,14 @@ class StepShape:
     """All tokens computed, decodes and prefill."""
     sequences: int
     keys_read: int
-    """Keys that the decodes attend to, in one layer of the global group."""
+    """Keys of earlier steps that decodes and chunks attend to, each sequence's once, in one layer of the global group."""
     pairs: int
     """Query-key pairs of the prefill chunks, in one layer of the global group."""
 
     def with_prefill(self, tokens: int, context: int) -> StepShape:
         """This step and `tokens` more of one more sequence, of which `context` tokens have been computed before."""
         pairs = tokens * context + tokens * tokens // 2
-        return StepShape(self.tokens + tokens, self.sequences + 1, self.keys_read, self.pairs + pairs)
+        return StepShape(self.tokens + tokens, self.sequences + 1, self.keys_read + context, self.pairs + pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Coefficients:
         if self.seconds(decodes.with_prefill(most, context)) <= limit_s:
             return most
         # A hair below the limit, so that rounding in seconds() never crosses it.
-        slack = limit_s * (1 - 1e-12) - self.seconds(decodes) - self.sequence
+        slack = limit_s * (1 - 1e-12) - self.seconds(decodes) - self.sequence - self.key * context
         if not slack > self.pair * context:  # Also for a limit that is no number.
             return 0
         rest = slack + self.prefill_token  # The first token comes with the sequence.
