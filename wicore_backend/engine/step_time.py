@@ -65,7 +65,7 @@ class StepShape:
     """All tokens computed, decodes and prefill."""
     sequences: int
     keys_read: int
-    """Keys of earlier steps that decodes and chunks attend to, each sequence's once, in one layer of the global group."""
+    """Keys of earlier steps that decodes and chunks attend to, each sequence's once, in a layer of the global group."""
     pairs: int
     """Query-key pairs of the prefill chunks, in one layer of the global group."""
 
