@@ -25,7 +25,6 @@ from wicore_backend.errors import (
     InvalidArgumentError,
     OverloadedError,
 )
-from wicore_backend.hmt.layout import LayerGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "wicore-demo"
