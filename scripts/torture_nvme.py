@@ -425,15 +425,11 @@ def throughput(directory: Path, *, rounds: int, total_bytes: int, payload_bytes:
             timed("plain_read_n", lambda: _plain(fd, records, os.preadv, threads))
     os.close(fd)
     medians = {what: statistics.median(values[1:]) for what, values in speeds.items()}
-    ratios = {
-        f"{way}_ratio": statistics.median(
-            ours / max(one, many)
-            for ours, one, many in list(
-                zip(speeds[f"store_{way}"], speeds[f"plain_{way}_1"], speeds[f"plain_{way}_n"], strict=True)
-            )[1:]
-        )
-        for way in ("write", "read")
-    }
+    ratios = {}
+    for way in ("write", "read"):
+        for count_of in ("1", "n"):
+            pairs = zip(speeds[f"store_{way}"][1:], speeds[f"plain_{way}_{count_of}"][1:], strict=True)
+            ratios[f"{way}_to_plain_{count_of}"] = statistics.median(ours / theirs for ours, theirs in pairs)
     return {"payload_bytes": payload_bytes, "records": count, "threads": threads, "rounds": rounds} | {
         what: round(value, 3) for what, value in (medians | ratios).items()
     }

@@ -1,6 +1,7 @@
 """The NVMe store: what is fetched is what was stored, or nothing; the bound holds; trouble never reaches the caller."""
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,6 +245,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp
     program = """
         import sys, time
         from pathlib import Path
+from typing import Any
         from tests.test_nvme_store import config
         from wicore_backend.hmt.nvme import NvmeStore
         store = NvmeStore(config(Path(sys.argv[1])))
@@ -550,6 +553,7 @@ def test_a_real_limit_on_file_size_is_a_full_disk(tmp_path):
     program = """
         import resource, sys
         from pathlib import Path
+from typing import Any
         from tests.test_nvme_store import SLOT, config, get, put
         from wicore_backend.hmt.nvme import NvmeStore, Outcome, Trouble
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.RLIM_INFINITY))
@@ -710,6 +714,33 @@ def test_threads_that_store_fetch_delete_and_cancel_at_random_leave_the_books_ba
             store.delete(record.name)
         assert store.statistics().used_bytes == 0
         store.check_integrity()
+
+
+# Samples of `scripts/torture_nvme.py`, which runs for long what these run for seconds.
+
+
+def torture(command: str, rounds: int) -> dict[str, Any]:
+    """In a process of its own: it forks."""
+    run = [sys.executable, "-m", "scripts.torture_nvme", command, "--rounds", str(rounds), "--seed", "1"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)["result"]
+    return result
+
+
+def test_a_killed_writer_leaves_every_acknowledged_record_and_no_wrong_byte():
+    result = torture("kill", 20)
+    assert result["rounds"] == 20
+    assert result["acknowledged"] > 50
+    assert result["read_back"] > 100
+    assert result["wrong"] == result["unopened"] == result["lost"] == result["corrupt"] == 0
+
+
+def test_damaged_files_are_misses_of_the_damaged_records_alone():
+    result = torture("damage", 300)
+    assert sum(result["rounds"].values()) == 300
+    assert result["refused"] > 100
+    assert result["wrong"] == result["unopened"] == result["collateral"] == 0
 
 
 # Books and headers.

@@ -49,7 +49,7 @@ class NvmeConfig:
     max_payload_bytes: int
     fingerprint: bytes
     read_threads: int = 4
-    write_threads: int = 2
+    write_threads: int = 4
     read_deadline_s: float = 1.0
     write_deadline_s: float = 5.0
     store_limit: int = 256

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from wicore_backend.hmt.nvme.outcome import Outcome
 from wicore_backend.hmt.nvme.record import Record, slots_for
-from wicore_backend.hmt.nvme.space import FreeSpace, Run
+from wicore_backend.hmt.nvme.space import FreeSpace, Run, runs_of
 
 
 class StoreAccountingError(AssertionError):
@@ -56,7 +56,11 @@ class Index:
         """The books of a store that was found to hold `records`, which share no slot."""
         index = cls(slots, slot_bytes)
         index._held = {record.name: record for record in records}
-        index._space = FreeSpace(_gaps((run for record in index._held.values() for run in record.runs), slots))
+        free = np.ones(slots, np.bool_)
+        for record in index._held.values():
+            for start, length in record.runs:
+                free[start : start + length] = False
+        index._space = FreeSpace(runs_of(np.flatnonzero(free).tolist()))
         index.stale = stale.copy()
         index._next_sequence = next_sequence
         return index
@@ -149,8 +153,15 @@ class Index:
         """Raise StoreAccountingError unless every slot is in exactly one state."""
         records = [*self._held.values(), *self._arriving.values(), *self._leaving]
         runs = [*self._space.runs, *self._retired, *(run for record in records for run in record.runs)]
-        if list(_gaps(runs, self.slots)) or sum(run.length for run in runs) != self.slots:
-            raise StoreAccountingError(f"free, used and retired runs do not partition {self.slots} slots: {runs}")
+        end = 0
+        for run in sorted(runs):
+            if run.start != end:
+                raise StoreAccountingError(
+                    f"slots {min(end, run.start)} to {max(end, run.start)} are in no or two states"
+                )
+            end = run.stop
+        if end != self.slots:
+            raise StoreAccountingError(f"{end} of {self.slots} slots are in some state")
         for record in records:
             if sum(run.length for run in record.runs) != slots_for(record.payload_bytes, self._slot_bytes):
                 raise StoreAccountingError(f"record {record.name.hex()} has slots for another length")
@@ -172,14 +183,3 @@ class Index:
             self._retired.extend(record.runs)
         else:
             self._space.release(record.runs)
-
-
-def _gaps(runs: Iterable[Run], slots: int) -> Iterable[Run]:
-    """What `runs` leave of `slots` slots."""
-    end = 0
-    for start, length in sorted(runs):
-        if start > end:
-            yield Run(end, start - end)
-        end = max(end, start + length)
-    if end < slots:
-        yield Run(end, slots - end)

@@ -154,8 +154,8 @@ def scan(chunks: Iterable[bytes], *, fingerprint: bytes, slot_bytes: int, max_pa
     records = sorted(newest.values(), key=lambda record: record.sequence)
     left = np.concatenate(stale)
     for record in records:
-        for run in record.runs:
-            left[run.start : run.stop] = False
+        for start, length in record.runs:
+            left[start : start + length] = False
     last = int(valid["sequence"][-1]) if len(valid) else 0
     return Scan(records, left, foreign, last + 1)
 
@@ -184,12 +184,23 @@ def _records(headers: NDArray[Any], slot_bytes: int, max_payload_bytes: int) -> 
     slots = np.maximum(1, -(-heads["payload_bytes"].astype(np.int64) // slot_bytes))
     whole = np.logical_and.reduceat(good, starts) & (counts == heads["parts"]) & (counts == slots)
     whole &= np.isin(heads["name_bytes"], NAME_BYTES) & (heads["payload_bytes"] <= max_payload_bytes)
-    for place in np.flatnonzero(whole).tolist():
-        head = heads[place]
-        start = starts[place]
-        runs = tuple(runs_of(headers["slot"][start : start + counts[place]].tolist()))
-        name = head["name"].tobytes()[: head["name_bytes"]]
-        yield Record(name, int(head["payload_bytes"]), int(head["sequence"]), head["checksum"].tobytes(), runs)
+    heads = np.ascontiguousarray(heads[whole])
+    names = heads["name"].tobytes()
+    checksums = heads["checksum"].tobytes()
+    slots_of = headers["slot"].tolist()
+    for place, (size, sequence, name_bytes, start, count) in enumerate(
+        zip(
+            heads["payload_bytes"].tolist(),
+            heads["sequence"].tolist(),
+            heads["name_bytes"].tolist(),
+            starts[whole].tolist(),
+            counts[whole].tolist(),
+            strict=True,
+        )
+    ):
+        name = names[32 * place : 32 * place + name_bytes]
+        checksum = checksums[16 * place : 16 * place + 16]
+        yield Record(name, size, sequence, checksum, tuple(runs_of(slots_of[start : start + count])))
 
 
 def slots_for(payload_bytes: int, slot_bytes: int) -> int:
