@@ -14,9 +14,9 @@ from PIL import Image, ImageChops
 
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.generation import Generation
+from wicore_backend.engine.plan import RejectReason
 from wicore_backend.engine.request import Deadlines, FinishedEvent, FinishReason, PriorityClass, TokensEvent
 from wicore_backend.engine.results import EventStream
-from wicore_backend.engine.scheduler import RejectReason
 from wicore_backend.errors import (
     CancelledError,
     CheckpointError,

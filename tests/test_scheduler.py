@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from wicore_backend.engine.plan import RejectReason, SchedulerLimits
 from wicore_backend.engine.request import DeadlineKind, Deadlines, PriorityClass, Request, Sequence
 from wicore_backend.engine.sampling_params import SamplingParams
-from wicore_backend.engine.scheduler import RejectReason, Scheduler, SchedulerLimits
+from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import StepShape, StepTimeModel
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.layout import KVLayout, LayerGroup

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.engine.request import Sequence, TokenLogprob
 from wicore_backend.engine.runner import ModelRunner, StepOutput
 from wicore_backend.engine.sampler import logprobs_of
-from wicore_backend.engine.scheduler import Chunk, StepPlan
 
 _log = logging.getLogger(__name__)
 

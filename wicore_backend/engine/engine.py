@@ -30,6 +30,7 @@ from wicore_backend.engine.generation import Generation
 from wicore_backend.engine.health import Health, HealthMonitor
 from wicore_backend.engine.job import Job
 from wicore_backend.engine.loading import LoadedModel, load_model
+from wicore_backend.engine.plan import Rejected, RejectReason, SchedulerLimits, StepPlan
 from wicore_backend.engine.request import (
     DeadlineKind,
     Deadlines,
@@ -43,7 +44,7 @@ from wicore_backend.engine.request import (
 from wicore_backend.engine.results import EventStream, Result
 from wicore_backend.engine.sampler import logprobs_of, sample
 from wicore_backend.engine.sampling_params import SamplingParams
-from wicore_backend.engine.scheduler import Rejected, RejectReason, Scheduler, SchedulerLimits, StepPlan
+from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.statistics import EngineStatistics, StatisticsRecorder
 from wicore_backend.engine.step_time import StepTimeModel
 from wicore_backend.errors import (
@@ -363,6 +364,7 @@ class Engine:
         while not self._ended:
             self._take_inbox()
             self._expire()
+            self._recorder.queued(self._scheduler.backlogs())
             if self._scheduler.has_work:
                 self._step()
             elif not self._ended:

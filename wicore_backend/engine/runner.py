@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
-from wicore_backend.engine.scheduler import Chunk, StepPlan
+from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.executor.base import Executor
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.models.gemma3.rope import RotaryTables

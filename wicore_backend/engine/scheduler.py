@@ -1,8 +1,8 @@
 """Who computes what in the next step. Pure accounting: no tensors, and no clock but the one handed in.
 
 Each step decodes one token of every sequence that is that far, then spends what is left of its budget on prompts, in
-chunks. The budget is a number of tokens, and a time: beside decodes, prompts take no more of it than keeps their pace.
-A chunk has to read all keys before it, so time is saved up over some steps until a chunk is worth that.
+chunks. The budget is a number of tokens, and a time: beside decodes, prompts take no more of it than keeps their pace
+(`Pacer`).
 
 Who goes first: smaller priority, then the tenants in turn, then order of arrival (`WaitingQueue`). Nobody overtakes
 the head of the queue. It is admitted when the memory that it and all who run are *expected* to take is there; if
@@ -13,157 +13,28 @@ stay in the prefix cache for as long as there is room, and it returns to its pla
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import NamedTuple
+from collections.abc import Iterator
 
-from wicore_backend.config import EngineConfig
 from wicore_backend.engine.deadlines import DeadlineHeap
 from wicore_backend.engine.load import AnswerLength, ServiceRate
+from wicore_backend.engine.pacing import Pacer
+from wicore_backend.engine.plan import (
+    Chunk,
+    Fork,
+    Rejected,
+    RejectReason,
+    SchedulerCounts,
+    SchedulerLimits,
+    StepPlan,
+    shape_of,
+)
 from wicore_backend.engine.request import DeadlineKind, Sequence
 from wicore_backend.engine.step_time import StepShape, StepTimeModel
 from wicore_backend.engine.waiting import Backlog, WaitingQueue
-from wicore_backend.hmt.blocks import BlockCopy, BlockManager, PrefixMatch
-from wicore_backend.processor.prompt import PromptImage
-
-_LEAST_PREFILL_SHARE = 0.1
-"""Of the decodes' time, for prompts even where decodes alone are slower than they should be: prompts must get on."""
-
-_DECODES_ALONE_EVERY = 8
-"""Of so many steps in a row with decodes, one has nothing but decodes, so that what they take alone stays known: from
-steps of one shape nobody could tell what each part takes, and guesses that are too high would confirm themselves."""
+from wicore_backend.hmt.blocks import BlockManager, PrefixMatch
 
 _RETRY_PLANS = 8
 """While nobody leaves, room changes little: the head of the queue is looked at again after so many steps."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """How much at once.
-
-    Attributes
-    ----------
-    max_batch_tokens
-        Of one step; at least `max_running` plus the tokens of an image, since an image is never split.
-    max_waiting, max_waiting_tokens
-        Requests, and their tokens with the answers expected, that may wait.
-    target_tpot_s
-        Mean length of a step with decodes in it; None is `max_decode_slowdown` times what the decodes alone would take.
-    ageing_s, aged_share
-        See WaitingQueue.
-    tenant_weights
-        Shares of service; 1 for who is not named.
-    """
-
-    max_batch_tokens: int
-    max_running: int
-    max_waiting: int = 1024
-    max_waiting_tokens: int = 2**21
-    target_tpot_s: float | None = None
-    max_decode_slowdown: float = 1.5
-    ageing_s: float = 30.0
-    aged_share: int = 8
-    tenant_weights: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, config: EngineConfig) -> SchedulerLimits:
-        """What the settings say."""
-        return cls(
-            max_batch_tokens=config.max_batch_tokens,
-            max_running=config.max_running,
-            max_waiting=config.max_waiting,
-            max_waiting_tokens=config.max_waiting_tokens,
-            target_tpot_s=None if config.target_tpot_ms is None else config.target_tpot_ms / 1000,
-            max_decode_slowdown=config.max_decode_slowdown,
-            ageing_s=config.priority_ageing_s,
-            tenant_weights=config.tenant_weights,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens `start` to `end` - 1 of a sequence, to be computed in one step."""
-
-    sequence: Sequence
-    start: int
-    end: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the step yields the sequence's next token."""
-        return self.end == len(self.sequence.tokens)
-
-    @property
-    def images(self) -> list[PromptImage]:
-        """The images whose soft tokens the chunk computes, all of each."""
-        return [i for i in self.sequence.request.prompt.images if self.start <= i.start < self.end]
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step computes, the blocks for it in place.
-
-    Attributes
-    ----------
-    decodes
-        Sequences of which the last token is computed.
-    chunks
-        Parts of prompts, and of what a preempted sequence had.
-    shape
-        The step as the step-time model sees it.
-    """
-
-    decodes: list[Sequence]
-    chunks: list[Chunk]
-    shape: StepShape
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.chunks)
-
-
-class Fork(NamedTuple):
-    """A sequence that now goes on from another one's prompt, after `copies` are made."""
-
-    source: Sequence
-    sequence: Sequence
-    copies: list[BlockCopy]
-
-
-class RejectReason(StrEnum):
-    """Why a request was turned away before it ran."""
-
-    QUEUE_REQUESTS = "queue_requests"
-    QUEUE_TOKENS = "queue_tokens"
-    TOO_LATE = "too_late"
-    """It could not have met its deadline."""
-    DRAINING = "draining"
-
-
-class Rejected(NamedTuple):
-    """A waiting sequence that was turned away. `retry_after_s` is when there may be room."""
-
-    sequence: Sequence
-    reason: RejectReason
-    retry_after_s: float
-    expected_s: float | None = None
-    """When its first token would have come, in seconds after its arrival, if that is the reason."""
-
-
-@dataclass(slots=True)
-class SchedulerCounts:
-    """What happened since the start."""
-
-    preemptions: int = 0
-    lost_tokens: int = 0
-    """Computed, and then given up by a preemption; those that the cache still has are not computed again."""
-    prefix_hit_tokens: int = 0
-    prefix_missed_tokens: int = 0
-    window_missing_tokens: int = 0
-    """Of the missed ones, those whose global blocks were there: only the local window was not."""
-    shared_prefill_tokens: int = 0
-    """Prompt tokens that a sequence got from another one that was computing the same prompt."""
-    promotions: int = 0
 
 
 class Scheduler:
@@ -185,8 +56,7 @@ class Scheduler:
         self._live: set[Sequence] = set()
         self._rate = ServiceRate()
         self._answers = AnswerLength()
-        self._prefill_credit = 0.0
-        self._mixed_steps = 0
+        self._pacer = Pacer(step_time, target_s=limits.target_tpot_s, slowdown=limits.max_decode_slowdown)
         self._plans = 0
         self._releases = 0
         self._stuck: tuple[Sequence, int, int] | None = None
@@ -283,7 +153,7 @@ class Scheduler:
         chunks = self._plan_chunks(now)
         self._rate.tick(now, queueing=len(self._queue) > 0)
         decodes = list(self._decoding)
-        return StepPlan(decodes, chunks, _shape(decodes, chunks))
+        return StepPlan(decodes, chunks, shape_of(decodes, chunks))
 
     def complete(self, plan: StepPlan) -> list[Fork]:
         """Note that a step has been computed. Returns sequences that now go on from prompts that it completed."""
@@ -312,12 +182,11 @@ class Scheduler:
     def _plan_chunks(self, now: float) -> list[Chunk]:
         """Chunks of prompts, best rank first, under what the decodes leave of the step's tokens and time."""
         chunks: list[Chunk] = []
-        shape = decodes = _shape(self._decoding, ())
+        shape = shape_of(self._decoding, ())
         tokens_left = self._limits.max_batch_tokens - len(self._decoding)
-        time_limit = self._time_limit(decodes)
         prefilling = deque(sorted(self._prefilling, key=lambda s: s.rank))
         blocked = False
-        held_back = time_limit is not None and self._mixed_steps >= _DECODES_ALONE_EVERY - 1
+        held_back = not self._pacer.begin(shape)
         while tokens_left > 0 and not held_back:
             ahead = None if blocked else self._queue.peek(now)
             if ahead and (ahead.promoted or not prefilling or ahead.item.priority < prefilling[0].priority):
@@ -331,10 +200,8 @@ class Scheduler:
                 break
             if sequence.blocks is None:  # Parked, or preempted for one before it.
                 continue
-            budget = tokens_left
-            if time_limit is not None:
-                budget = min(tokens_left, self._worthwhile(shape, time_limit, sequence))
-            end = _chunk_end(sequence, budget)
+            most = min(sequence.uncomputed, tokens_left)
+            end = _chunk_end(sequence, self._pacer.tokens(shape, context=sequence.computed, most=most))
             if end == sequence.computed:
                 held_back = not chunks
                 break
@@ -346,29 +213,8 @@ class Scheduler:
                 chunks.append(Chunk(sequence, sequence.computed, end))
                 shape = shape.with_prefill(end - sequence.computed, sequence.computed)
                 tokens_left -= end - sequence.computed
-        if not held_back:
-            self._prefill_credit = 0.0
-        self._mixed_steps = self._mixed_steps + 1 if chunks and decodes.sequences else 0
+        self._pacer.end(mixed=bool(chunks and self._decoding), held_back=held_back)
         return [chunk for chunk in chunks if chunk.sequence.blocks is not None]
-
-    def _time_limit(self, decodes: StepShape) -> float | None:
-        """Seconds that the step may take, for the sake of its decodes; None without any. Adds this step's credit."""
-        if not decodes.sequences or not self._step_time.ready:
-            return None
-        alone = self._step_time.predict(decodes)
-        target = self._limits.target_tpot_s or self._limits.max_decode_slowdown * alone
-        self._prefill_credit += max(target - alone, _LEAST_PREFILL_SHARE * alone)
-        return alone + self._prefill_credit
-
-    def _worthwhile(self, shape: StepShape, time_limit: float, sequence: Sequence) -> int:
-        """Tokens of a sequence's prefill that fit beside `shape`; 0 if they take less time than reading its keys."""
-        model, context = self._step_time, sequence.computed
-        tokens = model.prefill_tokens(shape, time_limit, context)
-        if tokens < min(sequence.uncomputed, self._limits.max_batch_tokens - shape.tokens):
-            empty = model.predict(shape.with_prefill(1, context))
-            if time_limit - empty < empty - model.predict(shape):
-                return 0
-        return tokens
 
     # Admission.
 
@@ -411,17 +257,9 @@ class Scheduler:
             return True  # The pools hold one sequence of any length.
         if self.num_running >= self._limits.max_running:
             return False
-        target = self._limits.target_tpot_s
-        if target is not None and self._step_time.ready:
-            decodes = _shape(self._decoding, ())
-            more = replace(
-                decodes,
-                tokens=decodes.tokens + 1,
-                sequences=decodes.sequences + 1,
-                keys_read=decodes.keys_read + len(sequence.tokens),
-            )
-            if self._step_time.predict(more) > target:
-                return False
+        decodes = shape_of(self._decoding, ())
+        if not self._pacer.keeps_pace(decodes.with_prefill(1, len(sequence.tokens))):
+            return False
         room = self._blocks.room_for(
             sequence.names,
             self._match(sequence),
@@ -602,10 +440,3 @@ def _chunk_end(sequence: Sequence, budget: int) -> int:
         if image.start < end < image.end:
             return image.start
     return end
-
-
-def _shape(decodes: Collection[Sequence], chunks: Iterable[Chunk]) -> StepShape:
-    shape = StepShape(len(decodes), len(decodes), sum([s.computed for s in decodes]), 0)
-    for chunk in chunks:
-        shape = shape.with_prefill(chunk.end - chunk.start, chunk.start)
-    return shape

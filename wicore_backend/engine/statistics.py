@@ -6,9 +6,11 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from wicore_backend.engine.plan import RejectReason, SchedulerCounts
 from wicore_backend.engine.request import FinishedEvent, FinishReason, PriorityClass, Request
-from wicore_backend.engine.scheduler import RejectReason, Scheduler, SchedulerCounts
+from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import Coefficients, StepShape, StepTimeModel
+from wicore_backend.engine.waiting import Backlog
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.layout import LayerGroup
 
@@ -103,6 +105,7 @@ class StatisticsRecorder:
         self._step_seconds = 0.0
         self._started = {c: _Started() for c in PriorityClass}
         self._latest: StepStatistics | None = None
+        self._backlogs: Mapping[int, Backlog] = {}
 
     def started(self, request: Request, now: float) -> None:
         """A request has its first step."""
@@ -124,6 +127,10 @@ class StatisticsRecorder:
             coefficients=model.coefficients if ready else None,
         )
 
+    def queued(self, backlogs: Mapping[int, Backlog]) -> None:
+        """What waits, by priority; to be told from the engine's thread, whose queue it is."""
+        self._backlogs = backlogs
+
     def finished(self, event: FinishedEvent) -> None:
         """A request has ended."""
         self.requests[event.reason] += 1
@@ -132,10 +139,9 @@ class StatisticsRecorder:
 
     def snapshot(self, scheduler: Scheduler, blocks: BlockManager, *, now: float, unfinished: int) -> EngineStatistics:
         """Everything counted so far, with the gauges of now. `unfinished` requests include those on their way in."""
-        backlogs = list(scheduler.backlogs().items())
         queues = {}
         for c, started in self._started.items():
-            waiting = [backlog for priority, backlog in backlogs if class_of(priority) is c]
+            waiting = [backlog for priority, backlog in self._backlogs.items() if class_of(priority) is c]
             queues[c] = QueueStatistics(
                 waiting=sum(b.count for b in waiting),
                 waiting_tokens=sum(b.tokens for b in waiting),

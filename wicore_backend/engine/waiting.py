@@ -129,9 +129,9 @@ class WaitingQueue(Generic[T]):
             raise KeyError(f"{item!r} does not wait")
         self._take(entry)
 
-    def peek(self, now: float) -> Next[T] | None:
+    def peek(self, now: float, *, ageing: bool = True) -> Next[T] | None:
         """What `pop` would take, or None if nothing waits. Changes nothing."""
-        if (chosen := self._next(now)) is None:
+        if (chosen := self._next(now, ageing)) is None:
             return None
         entry, promoted = chosen
         return Next(entry.item, promoted)
@@ -166,11 +166,11 @@ class WaitingQueue(Generic[T]):
             for priority, klass in sorted(self._classes.items())
         }
 
-    def _next(self, now: float) -> tuple[_Entry[T], bool] | None:
+    def _next(self, now: float, ageing: bool = True) -> tuple[_Entry[T], bool] | None:
         oldest, klass = self._by_age.first, self._by_priority.first
         if oldest is None or klass is None:
             return None
-        if (self._pops + 1) % self._aged_share == 0 and now - oldest.order[0] >= self._ageing_s:
+        if ageing and (self._pops + 1) % self._aged_share == 0 and now - oldest.order[0] >= self._ageing_s:
             aged = self._classes[oldest.priority]
             return aged.most_patient, aged is not klass
         return klass.next, False
