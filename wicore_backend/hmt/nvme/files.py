@@ -68,9 +68,13 @@ class StoreFiles:
         with contextlib.ExitStack() as opened:
             try:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._lock = _locked(directory, opened)
+                self._lock = _opened(directory / "lock", 0, opened)
                 self._index = _opened(directory / "index", 0, opened)
                 self._data, self.direct = _opened_data(directory / "slots", opened)
+                for fd in (self._lock, self._data):  # The slots too, since anybody may remove a file called lock.
+                    _flock(fd, directory, self._lock)
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, b"%d\n" % os.getpid(), 0)
                 sizes = {self._data: slots * slot_bytes, self._index: slots * HEADER_BYTES}
                 if preallocate:
                     _check_space(sizes)
@@ -168,18 +172,14 @@ def _opened_data(path: Path, opened: contextlib.ExitStack) -> tuple[int, bool]:
     return _opened(path, 0, opened), False
 
 
-def _locked(directory: Path, opened: contextlib.ExitStack) -> int:
-    fd = _opened(directory / "lock", 0, opened)
+def _flock(fd: int, directory: Path, lock: int) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
         raise StoreInUseError(
             f"{directory} is in use by another process (pid {holder}); give every server a directory of its own"
         ) from error
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-    return fd
 
 
 def _check_space(sizes: dict[int, int]) -> None:

@@ -146,7 +146,7 @@ class NvmeStore:
         ----------
         names, into
             Records, and for each a writable contiguous buffer of exactly its payload's length. A buffer holds the
-            payload if its outcome is `DONE`, and is untouched otherwise.
+            payload if its outcome is `DONE`, and nothing to be used otherwise.
         deadline_s
             For all of them, from now on; what is not there by then is `LATE`.
         done
