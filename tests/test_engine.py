@@ -522,7 +522,7 @@ def test_best_of_gives_the_likeliest(engine):
 
 
 def test_little_memory_and_higher_classes_preempt_and_change_no_token(alone):
-    with Engine(config(kv_cache_bytes=9_000_000, max_model_len=1024, max_running=3)) as engine:
+    with Engine(config(kv_cache_bytes=9_000_000, max_model_len=1024, max_running=1)) as engine:
         streams = []
 
         def submit(number: int, priority: int, tokens: int) -> None:
@@ -534,7 +534,7 @@ def test_little_memory_and_higher_classes_preempt_and_change_no_token(alone):
 
         for number in range(6):
             submit(number, PriorityClass.BATCH, 300)
-        while engine.statistics().completion_tokens == 0 and engine.statistics().running < 3:
+        while not engine.statistics().running:
             time.sleep(0.001)
         for number in range(5):
             submit(number, PriorityClass.REALTIME, 16)
