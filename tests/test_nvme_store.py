@@ -354,7 +354,7 @@ def faulty(tmp_path):
         opened.append(FaultyFiles(*args, **kwargs))
         return opened[-1]
 
-    shape = config(tmp_path / "store", retry_s=0.05, read_deadline_s=0.1, write_deadline_s=0.1)
+    shape = config(tmp_path / "store", retry_s=3600.0, read_deadline_s=0.3, write_deadline_s=0.3)
     with NvmeStore(shape, open_files=open_files) as store:
         yield store, opened[0]
         opened[0].errors.clear()
@@ -382,7 +382,7 @@ def test_a_failed_write_is_no_record_and_one_log_line_and_passes(faulty, caplog,
     files.errors[part] = error
     assert put(store, 2) is Outcome.FAILED
     assert put(store, 3) is Outcome.REFUSED
-    time.sleep(store.config.retry_s)
+    store._refuse_until = 0.0  # An hour later.
     assert put(store, 2) is Outcome.FAILED
     assert get(store, 2) is Outcome.MISSING
     assert get(store, 1) is Outcome.DONE
@@ -390,7 +390,7 @@ def test_a_failed_write_is_no_record_and_one_log_line_and_passes(faulty, caplog,
     (line,) = warnings(caplog)
     assert f"kind={trouble} directory={store.config.directory}" in line
     files.errors.clear()
-    time.sleep(store.config.retry_s)
+    store._refuse_until = 0.0  # An hour later.
     assert put(store, 2) is Outcome.DONE
     assert get(store, 2) is Outcome.DONE
     store.check_integrity()
@@ -436,15 +436,15 @@ def test_a_read_that_hangs_is_late_and_never_writes_to_the_callers_memory(faulty
     files.blocked.add("read")
     started = time.perf_counter()
     assert get(store, 0) is Outcome.LATE
-    assert 0.1 <= time.perf_counter() - started < 1
+    assert 0.3 <= time.perf_counter() - started < 2
     buffer = bytearray(SLOT)
     ticket = store.fetch([name(1)], [buffer])
-    assert ticket.wait(1)
+    assert ticket.wait(5)
     assert ticket.outcomes == (Outcome.LATE,)
     # Both threads are in the kernel now: nobody waits for a deadline again, and stores go on.
     started = time.perf_counter()
     assert get(store, 2) is Outcome.LATE
-    assert time.perf_counter() - started < 0.05
+    assert time.perf_counter() - started < 0.2
     assert put(store, 5) is Outcome.DONE
     assert store.delete(name(0))
     store.check_integrity()
@@ -466,7 +466,7 @@ def test_what_waits_behind_hanging_reads_ends_with_them(faulty):
     started = time.perf_counter()
     ticket = store.fetch([name(number) for number in range(10)], [bytearray(SLOT) for _ in range(10)])
     assert ticket.wait(5)
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 2
     assert set(ticket.outcomes) == {Outcome.LATE}
     files.go.set()
 
@@ -478,7 +478,7 @@ def test_a_fetch_ends_by_the_callers_own_deadline(faulty):
     started = time.perf_counter()
     ticket = store.fetch([name(1)], [bytearray(SLOT)], deadline_s=0.02)
     assert ticket.wait(5)
-    assert time.perf_counter() - started < 0.09
+    assert time.perf_counter() - started < 0.25
     assert ticket.outcomes == (Outcome.LATE,)
     files.go.set()
 
@@ -490,7 +490,7 @@ def test_a_write_that_hangs_gives_the_memory_back_and_stays_unseen(faulty, part)
     files.blocked.add(part)
     memory = bytearray(payload(1, SLOT))
     ticket = store.store(name(1), memory)
-    assert ticket.wait(1)
+    assert ticket.wait(5)
     assert ticket.outcomes == (Outcome.LATE,)
     memory[:] = bytes(SLOT)  # The caller's again, while the thread still is in the kernel with it.
     assert get(store, 1) is Outcome.MISSING
@@ -587,7 +587,7 @@ def test_a_cancelled_fetch_ends_at_once_and_its_buffer_stays_the_callers(faulty)
     buffers = [bytearray(SLOT) for _ in range(6)]
     told: list[Ticket] = []
     ticket = store.fetch([name(number) for number in range(6)], buffers, done=told.append)
-    assert files.entered.acquire(timeout=1)
+    assert files.entered.acquire(timeout=5)
     ticket.cancel()
     assert ticket.done
     assert set(ticket.outcomes) == {Outcome.CANCELLED}
@@ -604,7 +604,7 @@ def test_a_cancelled_store_leaves_no_record_and_its_name_free(faulty):
     store, files = faulty
     files.blocked.add("write")
     tickets = [store.store(name(number), payload(number, SLOT)) for number in range(4)]
-    assert files.entered.acquire(timeout=1)
+    assert files.entered.acquire(timeout=5)
     for ticket in tickets:
         ticket.cancel()
         assert ticket.outcomes == (Outcome.CANCELLED,)
@@ -619,7 +619,7 @@ def test_a_record_deleted_while_it_is_written_or_read_is_gone(faulty):
     store, files = faulty
     files.blocked.add("write")
     ticket = store.store(name(1), payload(1, SLOT))
-    assert files.entered.acquire(timeout=1)
+    assert files.entered.acquire(timeout=5)
     assert store.delete(name(1))
     files.blocked = {"read"}
     files.go.set()
@@ -630,7 +630,7 @@ def test_a_record_deleted_while_it_is_written_or_read_is_gone(faulty):
     put(store, 2)
     buffer = bytearray(SLOT)
     ticket = store.fetch([name(2)], [buffer])
-    assert files.entered.acquire(timeout=1)
+    assert files.entered.acquire(timeout=5)
     used = store.statistics().used_bytes
     assert store.delete(name(2))
     assert store.statistics().used_bytes == used, "the slots are the read's until it is over"
@@ -651,7 +651,7 @@ def test_more_waiting_stores_than_allowed_are_busy(tmp_path):
     with NvmeStore(config(tmp_path, store_limit=3, write_threads=1), open_files=open_files) as store:
         opened[0].blocked.add("write")
         tickets = [store.store(name(0), b"")]
-        assert opened[0].entered.acquire(timeout=1)
+        assert opened[0].entered.acquire(timeout=5)
         tickets += [store.store(name(number), b"") for number in range(1, 6)]
         opened[0].go.set()
         assert all(ticket.wait(5) for ticket in tickets)
