@@ -1,9 +1,10 @@
 """Tries to make the NVMe store lie, and times it. Prints one JSON object.
 
-    python -m scripts.torture_nvme kill          kill -9 at random moments under write load, reopen, read everything
-    back python -m scripts.torture_nvme damage        random bit flips, truncations, misplaced and torn writes, read
-    everything python -m scripts.torture_nvme throughput    against a plain direct-I/O copy of the same size, taken in
-    turns python -m scripts.torture_nvme opening       the index of a large store, from a cold cache
+    python -m scripts.torture_nvme kill          kill -9 at random moments under write load, reopen, read back
+    python -m scripts.torture_nvme crash         what a disk may hold after power was lost at any byte, read back
+    python -m scripts.torture_nvme damage        random bit flips, truncations, misplaced and torn writes, read back
+    python -m scripts.torture_nvme throughput    against a plain direct-I/O copy of the same size, taken in turns
+    python -m scripts.torture_nvme opening       the index of a large store, from a cold cache
 
 What a record holds follows from its name, so that every byte can be checked without remembering any. `--directory` is
 on the disk in question; what is put there is removed. The exit code is 1 where a promise was broken.
@@ -27,11 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from wicore_backend.hmt.nvme import NvmeConfig, NvmeStore, Outcome, StoreUnusableError, Ticket
+from wicore_backend.hmt.nvme import NvmeConfig, NvmeStore, Outcome, StoreFiles, StoreUnusableError, Ticket
 from wicore_backend.hmt.nvme.files import aligned_buffer
 from wicore_backend.hmt.nvme.record import HEADER_BYTES, Record, fingerprint_of, scan
 from wicore_backend.hmt.nvme.space import Run
@@ -122,7 +123,7 @@ def kill_rounds(directory: Path, *, rounds: int, seed: int, capacity_bytes: int 
             shutil.rmtree(directory, ignore_errors=True)
             held = set()
         config = shape(directory, capacity_bytes)
-        told = _killed(config, seed=int(rng.integers(1 << 62)), after_s=float(rng.uniform(0, 0.08)))
+        told = _killed(config, seed=int(rng.integers(1 << 62)), after_s=float(rng.uniform(0, 0.15)))
         report.rounds += 1
         report.killed_opening += not told.opened
         report.acknowledged += len(told.stored)
@@ -232,6 +233,122 @@ def _write_for_ever(config: NvmeConfig, seed: int, pipe: int) -> None:
                     tell(b"W", name)
         elif chance < 0.12:
             store.flush()
+
+
+# Loss of power
+
+
+@dataclass
+class CrashReport:
+    """What `crash_rounds` saw.
+
+    Attributes
+    ----------
+    found, served
+        Records that the headers told of; those that were served.
+    wrong, unopened
+        Records served with a wrong byte; stores that could not be opened. The promise is none.
+    """
+
+    rounds: int = 0
+    found: int = 0
+    served: int = 0
+    wrong: int = 0
+    unopened: int = 0
+
+    @property
+    def broken(self) -> bool:
+        return bool(self.wrong or self.unopened)
+
+
+class _Recorder(StoreFiles):
+    """Files that remember what was written where, in order."""
+
+    def __init__(self, directory: Path, *, slots: int, slot_bytes: int, preallocate: bool) -> None:
+        super().__init__(directory, slots=slots, slot_bytes=slot_bytes, preallocate=preallocate)
+        self.log: list[_Writing] = []
+
+    def write(self, run: Run, pieces: list[memoryview]) -> None:
+        self.log.append(_Writing("slots", run.start * self.slot_bytes, b"".join(pieces)))
+        super().write(run, pieces)
+
+    def write_headers(self, slot: int, headers: bytes) -> None:
+        self.log.append(_Writing("index", slot * HEADER_BYTES, headers))
+        super().write_headers(slot, headers)
+
+
+class _Writing(NamedTuple):
+    file: str
+    at: int
+    content: bytes
+
+    def reach(self, files: dict[str, bytearray], begin: int, end: int) -> None:
+        """Let bytes `begin` to `end` - 1 of it reach the disk."""
+        part = self.content[begin:end]
+        files[self.file][self.at + begin : self.at + begin + len(part)] = part
+
+
+def crash_rounds(directory: Path, *, rounds: int, seed: int) -> CrashReport:
+    """Rebuild what a disk may hold after power was lost at a random moment of one busy run, and read it.
+
+    The last write reaches the disk up to a random byte. Of the thirty before it, each is there, or is not, or is there
+    in some of its sectors.
+    """
+    rng = np.random.default_rng(seed)
+    config = shape(directory, 1 << 20)
+    log = _busy_run(config, rng)
+    report = CrashReport()
+    for _ in range(rounds):
+        files = {"index": bytearray(config.slots * HEADER_BYTES), "slots": bytearray(config.slots * SLOT)}
+        last = int(rng.integers(len(log)))
+        for number, writing in enumerate(log[:last]):
+            fate = rng.choice(["whole", "lost", "torn"]) if number >= last - 30 else "whole"
+            if fate == "whole":
+                writing.reach(files, 0, len(writing.content))
+            elif fate == "torn":
+                for sector in range(0, len(writing.content), 512):
+                    if rng.random() < 0.5:
+                        writing.reach(files, sector, sector + 512)
+        log[last].reach(files, 0, int(rng.integers(len(log[last].content))))
+        for file, state in files.items():
+            (directory / file).write_bytes(state)
+        report.rounds += 1
+        try:
+            store = NvmeStore(config)
+        except StoreUnusableError:
+            report.unopened += 1
+            continue
+        with store:
+            names = [record.name for record in store.records()]
+            for name, (outcome, buffer) in fetch_all(store, names).items():
+                report.found += 1
+                report.served += outcome is Outcome.DONE
+                report.wrong += outcome is Outcome.DONE and buffer != content_of(name)
+            store.check_integrity()
+    return report
+
+
+def _busy_run(config: NvmeConfig, rng: np.random.Generator) -> list[_Writing]:
+    """Fill a small store many times over; what was written."""
+    opened: list[_Recorder] = []
+
+    def open_files(directory: Path, **changes: Any) -> StoreFiles:
+        opened.append(_Recorder(directory, **changes))
+        return opened[-1]
+
+    with NvmeStore(config, open_files=open_files) as store:
+        for _ in range(300):
+            name = rng.bytes(NAME_BYTES)
+            while (ticket := store.store(name, content_of(name))).outcomes[0] is Outcome.FULL:
+                if held := store.records():
+                    store.delete(held[int(rng.integers(len(held)))].name)
+                else:
+                    time.sleep(0.001)
+            if rng.random() < 0.5:
+                ticket.wait()
+            if rng.random() < 0.05:
+                store.flush()
+    return opened[0].log
 
 
 # Damage
@@ -497,6 +614,10 @@ def opening(directory: Path, *, capacity_bytes: int, slot_bytes: int, slots_a_re
     }
 
 
+class _Run(Protocol):
+    def __call__(self, directory: Path, *, rounds: int, seed: int) -> KillReport | CrashReport | DamageReport: ...
+
+
 @contextmanager
 def _place(parent: Path) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="torture-", dir=parent))
@@ -510,7 +631,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk in question")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, rounds in (("kill", 2_000), ("damage", 12_500)):
+    for name, rounds in (("kill", 3_000), ("crash", 5_000), ("damage", 12_500)):
         command = commands.add_parser(name)
         command.add_argument("--rounds", type=int, default=rounds)
         command.add_argument("--seed", type=int, default=0)
@@ -528,11 +649,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     broken = False
     result: Any
+    runs: dict[str, _Run] = {"kill": kill_rounds, "crash": crash_rounds, "damage": damage_rounds}
     with _place(options.directory) as place:
         match options.command:
-            case "kill" | "damage":
-                run = kill_rounds if options.command == "kill" else damage_rounds
-                report = run(place / "store", rounds=options.rounds, seed=options.seed)
+            case "kill" | "crash" | "damage":
+                report = runs[options.command](place / "store", rounds=options.rounds, seed=options.seed)
                 result, broken = asdict(report), report.broken
             case "throughput":
                 result = [

@@ -721,6 +721,10 @@ def test_threads_that_store_fetch_delete_and_cancel_at_random_leave_the_books_ba
 # Samples of `scripts/torture_nvme.py`, which runs for long what these run for seconds.
 
 
+MEMORY = Path("/dev/shm")
+"""Where each round closes a store, and a disk would take its time for that."""
+
+
 def torture(directory: Path, command: str, rounds: int) -> dict[str, Any]:
     """In a process of its own: it forks."""
     program = [sys.executable, "-m", "scripts.torture_nvme", "--directory", str(directory), command]
@@ -738,9 +742,16 @@ def test_a_killed_writer_leaves_every_acknowledged_record_and_no_wrong_byte(tmp_
     assert result["wrong"] == result["unopened"] == result["lost"] == result["corrupt"] == 0
 
 
+def test_power_lost_at_any_byte_leaves_right_records_or_none(tmp_path):
+    result = torture(MEMORY if MEMORY.is_dir() else tmp_path, "crash", 200)
+    assert result["rounds"] == 200
+    assert result["served"] > 1000
+    assert result["found"] > result["served"], "some crash has to leave a header without its payload"
+    assert result["wrong"] == result["unopened"] == 0
+
+
 def test_damaged_files_are_misses_of_the_damaged_records_alone(tmp_path):
-    memory = Path("/dev/shm")  # Each round closes a store, and a disk takes its time for that.
-    result = torture(memory if memory.is_dir() else tmp_path, "damage", 300)
+    result = torture(MEMORY if MEMORY.is_dir() else tmp_path, "damage", 300)
     assert sum(result["rounds"].values()) == 300
     assert result["refused"] > 100
     assert result["wrong"] == result["unopened"] == result["collateral"] == 0
