@@ -9,7 +9,7 @@ from wicore_backend.engine.request import FinishedEvent, FinishReason, TokensEve
 from wicore_backend.errors import DeadlineExceededError, EngineError
 from wicore_backend.triton.outbox import Channel, Outbox, Reply
 
-USAGE = Usage(prompt_tokens=3, completion_tokens=2, queue_s=0.0, ttft_s=0.1, total_s=0.2)
+USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0, queue_s=0.0, ttft_s=0.1, total_s=0.2)
 
 
 class FakeWire:

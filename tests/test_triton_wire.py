@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from wicore_backend.engine.request import Deadlines
 from wicore_backend.errors import InvalidArgumentError
-from wicore_backend.triton.wire import RequestOptions, prompt_from_tensors, prompt_source
+from wicore_backend.triton.wire import RequestOptions, arrival_of, prompt_from_tensors, prompt_source
 
 DEEP = b"[" * 100_000
 
@@ -29,6 +30,32 @@ def test_parameters_go_before_tensors_and_those_before_the_json():
 
 
 @pytest.mark.parametrize(
+    ("value", "priority"), [('"realtime"', -10), ('"interactive"', 0), ('"batch"', 10), ("-3", -3), ("100", 100)]
+)
+def test_a_priority_is_a_number_or_a_name(value, priority):
+    assert parse(f'{{"priority": {value}}}').serving.priority == priority
+    assert parse().serving.priority == 0
+
+
+def test_deadlines_are_milliseconds_outside_and_seconds_inside():
+    assert parse().serving.deadlines == Deadlines()
+    given = parse('{"queue_deadline_ms": 50, "first_token_deadline_ms": 250, "deadline_ms": 1000, "tenant": "a:b@c"}')
+    assert given.serving.deadlines == Deadlines(queue_s=0.05, first_token_s=0.25, total_s=1.0)
+    assert given.serving.tenant == "a:b@c"
+
+
+def test_an_arrival_is_the_preprocessors_and_never_made_up_beyond_a_minute():
+    def arrival(value: float) -> float:
+        return arrival_of({"arrival": np.array([value])}, 1000.0)
+
+    assert arrival_of({}, 1000.0) == 1000.0
+    assert [arrival(value) for value in (999.5, 2000.0, -1e300)] == [999.5, 1000.0, 940.0]
+    for bad in (np.array([np.nan]), np.array([np.inf]), np.array([1.0, 2.0]), np.array([])):
+        with pytest.raises(InvalidArgumentError, match="arrival"):
+            arrival_of({"arrival": bad}, 1000.0)
+
+
+@pytest.mark.parametrize(
     ("tensors", "said"),
     [
         ({"sampling_parameters": text(b"{")}, "sampling_parameters is not JSON"),
@@ -39,6 +66,17 @@ def test_parameters_go_before_tensors_and_those_before_the_json():
         ({"sampling_parameters": text(b'{"deadline_ms": 1' + b"0" * 400 + b"}")}, "deadline_ms = 1000"),
         ({"sampling_parameters": text(b'{"temperature": NaN}')}, "temperature = nan"),
         ({"stop": text(b"\xff")}, "stop is not UTF-8"),
+        ({"sampling_parameters": text(b'{"priority": "urgent"}')}, "priority = 'urgent'"),
+        ({"sampling_parameters": text(b'{"priority": "urgent"}')}, "one of realtime, interactive, batch"),
+        ({"sampling_parameters": text(b'{"priority": 101}')}, "priority = 101"),
+        ({"sampling_parameters": text(b'{"priority": 1.0}')}, "priority = 1.0"),
+        ({"sampling_parameters": text(b'{"priority": true}')}, "priority = True"),
+        ({"sampling_parameters": text(b'{"tenant": 5}')}, "tenant = 5"),
+        ({"sampling_parameters": text(b'{"tenant": "a b"}')}, "tenant = 'a b'"),
+        ({"sampling_parameters": text(b'{"tenant": "a\\n"}')}, r"tenant = 'a\n'"),
+        ({"sampling_parameters": text(b'{"tenant": "' + b"x" * 65 + b'"}')}, "tenant = 'xxx"),
+        ({"sampling_parameters": text(b'{"queue_deadline_ms": 0}')}, "queue_deadline_ms = 0"),
+        ({"sampling_parameters": text(b'{"first_token_deadline_ms": "1"}')}, "first_token_deadline_ms = '1'"),
     ],
 )
 def test_options_that_mean_nothing_are_named(tensors, said):

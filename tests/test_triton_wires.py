@@ -8,7 +8,7 @@ import pytest
 from wicore_backend.engine.request import FinishReason, TokenLogprob, Usage
 from wicore_backend.errors import EngineError
 
-USAGE = Usage(prompt_tokens=3, completion_tokens=2, queue_s=0.0, ttft_s=0.1, total_s=0.2)
+USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0, queue_s=0.0, ttft_s=0.1, total_s=0.2)
 
 
 class Sender:

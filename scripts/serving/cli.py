@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -26,6 +27,8 @@ _DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 _FIRST_RESTART_SECONDS, _LONGEST_RESTART_SECONDS = 1.0, 30.0
 _HEALTHY_SECONDS = 60.0
 """A server that ran so long and then died is restarted without the growing wait."""
+_PATIENCE_SECONDS = 30.0
+"""An engine that is not healthy for so long does not get well by itself: a hung device needs a new process."""
 
 
 class _Stopped(BaseException):
@@ -73,7 +76,18 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--model-repository", type=Path, default=ROOT / "model_repository", metavar="PATH")
     serve.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="of the log (default: %(default)s)")
     serve.add_argument("--ready-timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
-    serve.add_argument("--restart", action="store_true", help="start the server again when it dies")
+    serve.add_argument(
+        "--drain",
+        type=_seconds,
+        default=20.0,
+        metavar="SECONDS",
+        help="when it is told to stop, how long answers may take to end by themselves (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--restart",
+        action="store_true",
+        help=f"start the server again when it dies, or when its engine is in trouble for {_PATIENCE_SECONDS:.0f} s",
+    )
     serve.set_defaults(run=_serve, parser=serve)
 
     setup = commands.add_parser("setup", prog="scripts/setup.sh", description="Set up what is missing, start nothing.")
@@ -117,6 +131,16 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
+    return seconds
+
+
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
@@ -133,6 +157,7 @@ def _options(given: argparse.Namespace) -> ServerOptions:
         host=given.host,
         log_level=given.log_level,
         settings=settings,
+        drain_seconds=given.drain,
         http_port=_chosen_port(given, "http"),
         grpc_port=_chosen_port(given, "grpc"),
         metrics_port=_chosen_port(given, "metrics"),
@@ -157,11 +182,10 @@ def _serve(given: argparse.Namespace) -> int:
             print(_welcome(server), flush=True)
             began = time.monotonic()
             try:
-                while server.wait(1.0) is None:
-                    pass
+                trouble = _wait_for_trouble(server, patience=_PATIENCE_SECONDS if given.restart else None)
             except _Stopped:
                 return 0
-            say(f"error: tritonserver died ({server.ending}):\n{server.why()}\nlog: {server.log}")
+            say(f"error: {trouble}\nlog: {server.log}")
         if not given.restart:
             return 1
         pause = _FIRST_RESTART_SECONDS if time.monotonic() - began > _HEALTHY_SECONDS else pause
@@ -170,9 +194,25 @@ def _serve(given: argparse.Namespace) -> int:
         pause = min(2 * pause, _LONGEST_RESTART_SECONDS)
 
 
+def _wait_for_trouble(server: TritonServer, *, patience: float | None) -> str:
+    """Return when the server has died, or an engine has been unhealthy for `patience` seconds; says what it is."""
+    unhealthy_since: float | None = None
+    while server.wait(1.0) is None:
+        reasons = [engine.reason for engine in server.engines() if not engine.healthy]
+        if not reasons:
+            unhealthy_since = None
+        elif unhealthy_since is None:
+            unhealthy_since = time.monotonic()
+            say(f"the engine is not healthy: {'; '.join(reasons)}")
+        elif patience is not None and time.monotonic() - unhealthy_since > patience:
+            server.hurry()
+            return f"the engine has not been healthy for {patience:.0f} s: {'; '.join(reasons)}"
+    return f"tritonserver died ({server.ending}):\n{server.why()}"
+
+
 @contextmanager
 def _running(options: ServerOptions, installation: Installation, ready_timeout: float) -> Iterator[TritonServer]:
-    """A server that is ready. Leaving stops it, and while that lasts no signal gets in between."""
+    """A server that is ready. Leaving stops it; a signal meanwhile only makes that quicker."""
     server = TritonServer(options, installation)
     server.start()
     try:
@@ -180,9 +220,10 @@ def _running(options: ServerOptions, installation: Installation, ready_timeout: 
             server.wait_ready(timeout=ready_timeout, progress=lambda model: step.detail(f"{model} is ready"))
         yield server
     finally:
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, lambda _number, _frame: server.hurry()) for number in numbers}
         if server.exit_code is None:
-            say("stopping tritonserver ...")
+            say("stopping tritonserver; once more cuts short what is still being answered ...")
         server.stop()
         for number, handler in before.items():
             signal.signal(number, handler)

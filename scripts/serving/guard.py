@@ -4,8 +4,12 @@ Run as `python -m scripts.serving.guard RUN_DIRECTORY`, with the run's lock held
 
 1. starts the server as the run's order says and writes `started PID` to standard output,
 2. waits until the server ends, or standard input ends (the supervisor stopped it, or died), or it gets SIGTERM,
-3. stops the server, first gently; then ends what is left of the run and removes its shared memory,
-4. writes `ended CODE` and exits.
+3. lets the engines drain, unless SIGTERM says that it should be quick,
+4. stops the server, first gently; then ends what is left of the run and removes its shared memory,
+5. writes `ended CODE` and exits.
+
+Draining comes before the server hears of its end, since from then on it starts no step of an ensemble any more, so that
+answers on their way through `wicore` would stop in their midst.
 
 If the guard itself is killed, the kernel sends the server SIGTERM, and the supervisor or the next start clears up.
 """
@@ -20,6 +24,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +34,11 @@ _PR_SET_PDEATHSIG = 1
 _STACK_BYTES = 256 * 2**20
 """Stack of the server's threads. Its HTTP threads put 1.7 times a request's body there (measured): with the usual
 8 MiB a picture of 5 MB in a JSON body ends the server with a segmentation fault. It is address space, not memory."""
+
+
+_DRAIN_POLL_SECONDS = 0.05
+_DRAIN_MARGIN_SECONDS = 10.0
+"""For an engine to notice the wish, to end what is left after the grace time, and to send the last responses."""
 
 
 def _prepare_server() -> None:
@@ -44,16 +54,35 @@ def _tell(line: str) -> None:
         print(line, flush=True)
 
 
-def _wait_for_a_reason(server: subprocess.Popen[bytes], wake: int) -> None:
-    """Return when the server has ended, standard input has ended, or a signal has come."""
-    ended = os.pidfd_open(server.pid)
-    try:
-        poll = select.poll()
-        for descriptor in (ended, wake, sys.stdin.fileno()):
-            poll.register(descriptor, select.POLLIN | select.POLLHUP)
-        poll.poll()
-    finally:
-        os.close(ended)
+class _Reasons:
+    """What ends the server's run: its own end, the end of standard input, SIGTERM."""
+
+    def __init__(self, server: subprocess.Popen[bytes], wake: int) -> None:
+        self._server = server
+        self._wake = wake
+
+    def wait(self) -> None:
+        """Return when there is one."""
+        ended = os.pidfd_open(self._server.pid)
+        try:
+            poll = select.poll()
+            for descriptor in (ended, self._wake, sys.stdin.fileno()):
+                poll.register(descriptor, select.POLLIN | select.POLLHUP)
+            poll.poll()
+        finally:
+            os.close(ended)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether nothing is left to wait for, or nobody wants to."""
+        return self._server.poll() is not None or bool(select.select([self._wake], [], [], 0)[0])
+
+
+def _drain(run: Run, reasons: _Reasons, grace_seconds: float) -> None:
+    run.ask_to_drain(grace_seconds)
+    deadline = time.monotonic() + grace_seconds + _DRAIN_MARGIN_SECONDS
+    while run.engines() and not reasons.urgent and time.monotonic() < deadline:
+        time.sleep(_DRAIN_POLL_SECONDS)
 
 
 def _stop(server: subprocess.Popen[bytes], seconds: float) -> None:
@@ -85,7 +114,9 @@ def main(directory: str) -> int:
                 preexec_fn=_prepare_server,
             )
         _tell(f"started {server.pid}")
-        _wait_for_a_reason(server, wake)
+        reasons = _Reasons(server, wake)
+        reasons.wait()
+        _drain(run, reasons, order["drain_seconds"])
         _stop(server, order["stop_seconds"])
     finally:
         run.clear()

@@ -3,6 +3,9 @@
 A run is one start. It has a directory with its lock, its log and the command to run; every process of it carries the
 run's name in its environment, and every shared-memory region carries it in its name. So whatever is left of a run can
 be found and removed by anyone, and nothing else ever is.
+
+The models' engines find the directory too, and there is what they and the supervisor tell each other
+(`wicore_backend/triton/supervision.py`).
 """
 
 from __future__ import annotations
@@ -20,9 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MARKER = "WICORE_RUN"
+DIRECTORY = "WICORE_RUN_DIRECTORY"
 SHARED_MEMORY = Path("/dev/shm")
 _KEPT_LOGS = 10
 _PROCESS_END_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine in the server, as it says of itself; `reason` says why it is not healthy."""
+
+    process_id: int
+    healthy: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,44 @@ class Run:
     def order(self) -> Path:
         """What the guard reads: the command, its environment, how long a stop may take."""
         return self.directory / "order.json"
+
+    @property
+    def models(self) -> Path:
+        """The repository that the server runs on: a copy, since it follows changes and nobody should make any."""
+        return self.directory / "models"
+
+    @property
+    def markers(self) -> Path:
+        """The repository in which an engine in trouble puts a model that cannot be loaded, so that no one is ready."""
+        return self.directory / "markers"
+
+    def engines(self) -> list[Engine]:
+        """The engines that have not ended."""
+        told_of = sorted((self.directory / "engines").glob("*.json"))
+        alive = self.processes() if told_of else []
+        found = []
+        for path in told_of:
+            with suppress(FileNotFoundError):  # it has ended just now
+                told = json.loads(path.read_text())
+                if int(path.stem) in alive:
+                    found.append(Engine(int(path.stem), bool(told["healthy"]), str(told["reason"])))
+        return found
+
+    def ask_to_drain(self, grace_seconds: float) -> None:
+        """Tell the engines to refuse new requests, and to end those that are left after `grace_seconds`."""
+        written = self.directory / "drain.new"
+        written.write_text(json.dumps({"grace_s": grace_seconds}))
+        written.rename(self.directory / "drain.json")
+
+    def copy_models(self, repository: Path) -> None:
+        """Make `models`.
+
+        Python would keep compiled code beside a model's, and Triton would take that for a change and load the model
+        once more; a file where Python wants its folder prevents it.
+        """
+        shutil.copytree(repository, self.models, ignore=shutil.ignore_patterns("__pycache__"))
+        for code in self.models.rglob("*.py"):
+            (code.parent / "__pycache__").touch()
 
     def write_order(self, order: dict[str, object]) -> None:
         self.order.write_text(json.dumps(order))
@@ -100,7 +151,7 @@ def open_run(state: Path) -> tuple[Run, int]:
     """A new run below `state` and the descriptor that holds its lock: keep it open, or hand it on, while it lives."""
     with _books(state) as runs:
         run = Run(runs / f"wicore-{secrets.token_hex(4)}")
-        run.directory.mkdir()
+        run.markers.mkdir(parents=True)
         lock = os.open(run.directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
         for log in sorted((state / "logs").glob("wicore-*.log"), key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:

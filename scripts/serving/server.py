@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,17 +20,17 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from scripts.serving.installation import ROOT, STATE, Installation
-from scripts.serving.runs import MARKER, Run, open_run, sweep
+from scripts.serving.runs import DIRECTORY, MARKER, Engine, Run, open_run, sweep
 
 LogLevel = Literal["error", "warning", "info", "verbose"]
 LOG_LEVELS: tuple[LogLevel, ...] = ("error", "warning", "info", "verbose")
 
 _PORT_ATTEMPTS = 5
 _POLL_SECONDS = 0.05
-_DRAIN_SECONDS = 5
-"""What the server itself gives requests in flight when it is told to stop."""
-_STOP_SECONDS = 12.0
-"""After which it is killed: after the drain it unloads the models, and looks once a second whether that is done."""
+_EXIT_SECONDS = 8
+"""What the server itself gives requests in flight, and models to unload, when it is told to stop."""
+_STOP_SECONDS = 15.0
+"""After which it is killed: it looks only once a second how far it is."""
 
 
 class ServerStartError(Exception):
@@ -54,6 +55,8 @@ class ServerOptions:
     log_level: LogLevel = "info"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the models (`EngineConfig`), which go before those in their config.pbtxt."""
+    drain_seconds: float = 20.0
+    """How long running requests may take to end by themselves when the server is stopped; new ones are refused then."""
     extra_arguments: tuple[str, ...] = ()
     """For tritonserver, as they are."""
 
@@ -160,8 +163,18 @@ class TritonServer:
         self._run = run
         try:
             environment = self._installation.variables(self._environ)
-            environment |= {"WICORE_SETTINGS": json.dumps(dict(self.options.settings)), MARKER: run.name}
-            order = {"command": self._command(run), "environment": environment, "stop_seconds": _STOP_SECONDS}
+            environment |= {
+                "WICORE_SETTINGS": json.dumps(dict(self.options.settings)),
+                MARKER: run.name,
+                DIRECTORY: str(run.directory),
+            }
+            run.copy_models(self.options.model_repository)
+            order = {
+                "command": self._command(run),
+                "environment": environment,
+                "drain_seconds": self.options.drain_seconds,
+                "stop_seconds": _STOP_SECONDS,
+            }
             run.write_order(order)
             self._guard = subprocess.Popen(
                 [sys.executable, "-P", "-m", "scripts.serving.guard", str(run.directory)],
@@ -218,7 +231,7 @@ class TritonServer:
                 self.start()
 
     def stop(self) -> None:
-        """Stop the server, and return when nothing of it is left; once more does nothing."""
+        """Let the engines drain, stop the server, and return when nothing of it is left; once more does nothing."""
         guard = self._guard
         if guard is None or self._exit_code is not None:
             return
@@ -226,6 +239,15 @@ class TritonServer:
         guard.stdin.close()
         guard.wait()
         self._look()
+
+    def hurry(self) -> None:
+        """Stop the server without draining, or cut short the drain of a `stop` that is under way. Does not wait."""
+        if self._guard is not None and self._guard.poll() is None:
+            self._guard.send_signal(signal.SIGTERM)
+
+    def engines(self) -> list[Engine]:
+        """The engines in the server, and how they are."""
+        return self._started().engines()
 
     def wait(self, timeout: float) -> int | None:
         """Wait up to `timeout` seconds for the server to end by itself; its exit code, or None."""
@@ -269,7 +291,10 @@ class TritonServer:
         return [
             *self._installation.command(),
             f"--id={run.name}",
-            f"--model-repository={options.model_repository}",
+            f"--model-repository={run.models}",
+            f"--model-repository={run.markers}",
+            "--model-control-mode=poll",
+            "--repository-poll-secs=1",
             f"--http-address={options.host}",
             f"--http-port={http}",
             f"--grpc-address={options.host}",
@@ -277,7 +302,7 @@ class TritonServer:
             f"--metrics-address={options.host}",
             f"--metrics-port={metrics}",
             f"--backend-config=python,shm-region-prefix-name={run.shared_memory_prefix}",
-            f"--exit-timeout-secs={_DRAIN_SECONDS}",
+            f"--exit-timeout-secs={_EXIT_SECONDS}",
             f"--log-warning={str(level >= LOG_LEVELS.index('warning')).lower()}",
             f"--log-info={str(level >= LOG_LEVELS.index('info')).lower()}",
             f"--log-verbose={int(options.log_level == 'verbose')}",

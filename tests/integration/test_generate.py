@@ -162,3 +162,31 @@ def test_metrics_count_what_was_served(server):
     assert metric(server, "wicore_generated_tokens_total") - before["wicore_generated_tokens_total"] == 72
     for name in ("wicore_ttft_seconds_count", "wicore_tpot_seconds_count", "wicore_queue_seconds_count"):
         assert metric(server, name) - before[name] == 3
+
+
+def test_class_tenant_and_deadlines_are_a_requests_own(server):
+    labels = {"class": "batch"}
+    before = metric(server, "wicore_queue_seconds_count", **labels)
+    options = {**GREEDY, "priority": "batch", "tenant": "a", "queue_deadline_ms": 60_000, "deadline_ms": 60_000}
+    status, text = generate(server, text_input="hello", **options)
+    assert (status, json.loads(text)["finish_reason"]) == (200, "length")
+    time.sleep(0.5)
+    assert metric(server, "wicore_queue_seconds_count", **labels) - before == 1
+    for name in ("queue_deadline_ms", "first_token_deadline_ms"):
+        # Pictures take the preprocessor more than a millisecond, and deadlines count from the arrival there.
+        picture = base64.b64encode(PICTURE.read_bytes()).decode()
+        status, text = generate(server, text_input="hello", images=[picture], **GREEDY, **{name: 1})
+        assert status == 400
+        assert "[deadline_exceeded]" in json.loads(text)["error"]
+    wait_idle(server, 2)
+
+
+def test_a_prompt_asked_twice_is_computed_once(server):
+    body = {"text_input": "Tell me of the red circle, the blue square and the green triangle. " * 3, **GREEDY}
+    answers = [json.loads(generate(server, **body)[1]) for _ in range(2)]
+    usages = [json.loads(answer["usage"]) for answer in answers]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert usages[1]["cached_tokens"] >= 16
+    time.sleep(0.3)
+    assert metric(server, "wicore_prefix_hit_tokens_total") >= usages[1]["cached_tokens"]
+    assert metric(server, "wicore_engine_healthy") == 1

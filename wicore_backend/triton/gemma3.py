@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from wicore_backend.engine.engine import Engine
-from wicore_backend.engine.request import Deadlines
 from wicore_backend.errors import WicoreError
+from wicore_backend.triton.lifecycle import Lifecycle
 from wicore_backend.triton.logs import log_to_triton
 from wicore_backend.triton.metrics import Metrics, MetricsThread
 from wicore_backend.triton.outbox import Channel, Outbox
+from wicore_backend.triton.readiness import Readiness
 from wicore_backend.triton.settings import check_numpy, engine_config
+from wicore_backend.triton.supervision import VARIABLE, Supervision
 from wicore_backend.triton.tensors import tensors_of
-from wicore_backend.triton.wire import RequestOptions, prompt_from_tensors
+from wicore_backend.triton.wire import RequestOptions, arrival_of, prompt_from_tensors
 from wicore_backend.triton.wires import FINAL, DirectWire, EnsembleWire, ReplySender
 
 _log = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 5.0
+"""How long after the last request's end its client may take to be told, before the server is stopped."""
+
+_SETTLING_S = 0.5
+"""What Triton is given to close the requests that have been answered: an ensemble's that meets the server's end there
+stays for ever, and keeps the server from stopping."""
 
 
 class TritonPythonModel:
@@ -34,11 +46,14 @@ class TritonPythonModel:
         check_numpy()
         log_to_triton()
         self._engine = Engine(engine_config(json.loads(args["model_config"])))
-        self._metrics = Metrics(args["model_name"], list(self._engine.statistics().blocks))
-        self._metrics_thread = MetricsThread(self._metrics, self._engine.statistics)
+        self._metrics = Metrics(args["model_name"])
+        self._metrics_thread = MetricsThread(
+            lambda: self._metrics.update(self._engine.statistics(), self._engine.health())
+        )
         self._replies = ReplySender(self._engine.processor.tokenizer.token_text)
         self._outbox = Outbox(on_end=lambda end: self._metrics.observe(end.usage))
         self._attachable: WeakValueDictionary[bytes, Channel] = WeakValueDictionary()  # The outbox holds what is open.
+        self._lifecycle = self._look_after(args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -56,11 +71,29 @@ class TritonPythonModel:
                 self._replies.fail(sender, error)
 
     def finalize(self) -> None:
+        if self._lifecycle is not None:
+            self._lifecycle.close()
         self._engine.close()
         self._outbox.close()
         self._metrics_thread.close()
 
+    def _look_after(self, model: str) -> Lifecycle | None:
+        """What a supervisor needs, if there is one."""
+        directory = os.environ.get(VARIABLE)
+        if not directory:
+            return None
+        supervision = Supervision(Path(directory))
+        readiness = Readiness(supervision.markers, name=f"wicore_health_{os.getpid()}", model=model)
+        return Lifecycle(supervision, readiness, health=self._engine.health, drain=self._drain)
+
+    def _drain(self, grace_s: float) -> None:
+        self._engine.drain(grace_s)
+        if not self._outbox.wait_until_answered(_LAST_WORDS_S):
+            _log.warning("some clients have not been told of their requests' ends in %g s", _LAST_WORDS_S)
+        time.sleep(_SETTLING_S)
+
     def _submit(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:
+        arrival = arrival_of(tensors, time.monotonic())
         options = RequestOptions.parse(request.parameters(), tensors, json_tensor="request")
         prompt = prompt_from_tensors(tensors, self._engine.processor.image_size)
         # Clients choose their request ids, also twice the same; inside, each request has its own.
@@ -71,14 +104,15 @@ class TritonPythonModel:
         channel = self._outbox.channel(
             wire, stream=options.serving.stream, cancel=partial(self._engine.cancel, request_id)
         )
-        deadline_ms = options.serving.deadline_ms
         self._engine.submit(
             prompt,
             options.sampling,
             sink=channel.put,
             request_id=request_id,
             priority=options.serving.priority,
-            deadlines=Deadlines(total_s=None if deadline_ms is None else deadline_ms / 1000),
+            tenant=options.serving.tenant,
+            deadlines=options.serving.deadlines,
+            arrival=arrival,
         )
         if isinstance(wire, EnsembleWire):
             self._attachable[key] = channel

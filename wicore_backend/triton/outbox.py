@@ -222,6 +222,8 @@ class Outbox:
         self._longest_wait_s = longest_wait_s
         self._ready: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._channels: set[Channel] = set()
+        self._unanswered = 0
+        self._answered = threading.Condition()
         self._for_next_round: deque[Channel] = deque()
         self._thread = threading.Thread(target=self._run, name="wicore-outbox", daemon=True)
         self._thread.start()
@@ -239,7 +241,7 @@ class Outbox:
             stream=stream,
             cancel=cancel,
             announce=self._announce,
-            on_end=self._on_end,
+            on_end=self._ended,
             longest_wait_s=self._longest_wait_s,
         )
 
@@ -250,16 +252,30 @@ class Outbox:
             self._channels.add(channel)
             channel.begin()
 
+        with self._answered:
+            self._unanswered += 1
         self.post(begin)
 
     def post(self, action: Callable[[], None]) -> None:
         """Have the sending thread do something."""
         self._ready.put(action)
 
+    def wait_until_answered(self, timeout_s: float) -> bool:
+        """Wait until every channel that has begun has had its last response; whether that came in time."""
+        with self._answered:
+            return self._answered.wait_for(lambda: not self._unanswered, timeout_s)
+
     def close(self) -> None:
         """End the thread, after everything that is ready has been sent."""
         self._ready.put(None)
         self._thread.join()
+
+    def _ended(self, event: FinishedEvent) -> None:
+        """A channel has had its last response."""
+        with self._answered:
+            self._unanswered -= 1
+            self._answered.notify_all()
+        self._on_end(event)
 
     def _announce(self, channel: Channel, urgent: bool) -> None:
         """A channel has events; on the engine's thread."""

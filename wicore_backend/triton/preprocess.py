@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
@@ -43,10 +45,14 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(error=triton_error(error))
 
     def _process(self, request: Any) -> dict[str, NDArray[Any]]:
+        arrival = time.monotonic()
         tensors = tensors_of(request)
         options = RequestOptions.parse(request.parameters(), tensors, json_tensor="sampling_parameters")
         prompt = self._processor.process(
             prompt_source(tensors), images=list(tensors.get("images", ())), raw=options.serving.raw
         )
         outputs = prompt_to_tensors(prompt, self._processor.image_size or 1)
-        return outputs | {"request": strings(json.dumps(options.values))}
+        return outputs | {
+            "request": strings(json.dumps(options.values)),
+            "arrival": np.array([arrival]),  # Deadlines count from here.
+        }

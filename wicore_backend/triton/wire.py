@@ -6,14 +6,15 @@ Nothing here imports Triton, so that it is tested without a server.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from wicore_backend.engine.request import TokenLogprob, Usage
+from wicore_backend.engine.request import Deadlines, PriorityClass, TokenLogprob, Usage
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.processor.processor import PromptSource
@@ -21,6 +22,20 @@ from wicore_backend.processor.prompt import Prompt, PromptImage
 from wicore_backend.settings import Settings, parse_json
 
 Tensors = Mapping[str, NDArray[Any]]
+
+_LONGEST_WAY_S = 60.0
+"""The longest that a request is believed to have been on its way to the model: a client that makes its arrival up gains
+no more than this."""
+
+
+def _priority(value: object) -> object:
+    try:
+        return PriorityClass.parse(value) if isinstance(value, str) else value
+    except InvalidArgumentError as error:
+        raise ValueError(str(error)) from None
+
+
+Milliseconds = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class ServingOptions(Settings):
@@ -32,11 +47,34 @@ class ServingOptions(Settings):
     raw: bool = False
     """Take `text_input` as it is, without the chat template."""
 
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    """Smaller goes first."""
+    priority: Annotated[int, Field(ge=-100, le=100), BeforeValidator(_priority)] = PriorityClass.INTERACTIVE
+    """Smaller goes first. `realtime`, `interactive` and `batch` are names for -10, 0 and 10."""
 
-    deadline_ms: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    """Time after which the request ends, with what it has produced."""
+    tenant: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_.:@/+-]*$")] = ""
+    """On whose account the request runs: tenants who compete get equal service, and share no cached prefix. The server
+    believes it; who must not choose it needs a proxy in between that sets it."""
+
+    queue_deadline_ms: Milliseconds | None = None
+    """Time from the request's arrival to its first step; one that waits longer is refused."""
+
+    first_token_deadline_ms: Milliseconds | None = None
+    """Time from the request's arrival to the first token; one that cannot make it is refused early."""
+
+    deadline_ms: Milliseconds | None = None
+    """Time from the request's arrival after which it ends, with what it has produced."""
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """The deadlines, in seconds."""
+
+        def seconds(milliseconds: int | None) -> float | None:
+            return None if milliseconds is None else milliseconds / 1000
+
+        return Deadlines(
+            queue_s=seconds(self.queue_deadline_ms),
+            first_token_s=seconds(self.first_token_deadline_ms),
+            total_s=seconds(self.deadline_ms),
+        )
 
 
 class RequestOptions:
@@ -167,6 +205,22 @@ def prompt_from_tensors(tensors: Tensors, image_size: int | None) -> Prompt:
     return Prompt(ids, tuple(images))
 
 
+def arrival_of(tensors: Tensors, now: float) -> float:
+    """When the request came, as the preprocessor's `time.monotonic` had it; `now` without a preprocessor.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If `arrival` is not one finite number.
+    """
+    if "arrival" not in tensors:
+        return now
+    values = tensors["arrival"].tolist()
+    if len(values) != 1 or not math.isfinite(values[0]):
+        raise InvalidArgumentError("arrival is what the preprocessor says; leave it out")
+    return min(now, max(now - _LONGEST_WAY_S, float(values[0])))
+
+
 def usage_json(usage: Usage) -> str:
     """The `usage` output: token counts, and times in milliseconds."""
 
@@ -177,6 +231,7 @@ def usage_json(usage: Usage) -> str:
         {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
             "queue_ms": milliseconds(usage.queue_s),
             "ttft_ms": milliseconds(usage.ttft_s),
             "total_ms": milliseconds(usage.total_s),
