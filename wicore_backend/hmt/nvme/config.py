@@ -31,7 +31,8 @@ class NvmeConfig:
         Everything that changes what the bytes mean: model weights, dtype, block size, RoPE, codec. Records of another
         fingerprint do not exist.
     read_threads, write_threads
-        Reads and writes in flight; reads never wait behind writes. Each thread has a buffer of `max_payload_bytes`.
+        Reads and writes in flight; reads never wait behind writes. Each thread has a buffer of
+        `max_payload_bytes`, but at least 4 MiB.
     read_deadline_s, write_deadline_s
         For one record, from when a thread takes it.
     store_limit
