@@ -387,10 +387,7 @@ class Engine:
         self._monitor.step_begins()
         began = time.monotonic()
         plan = self._scheduler.plan(began)
-        for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.chunks)):
-            job = self._owners[sequence][0]
-            if job.start(began):
-                self._recorder.started(job.request, began)
+        self._note_start((*plan.decodes, *(chunk.sequence for chunk in plan.chunks)), began)
         try:
             computed = compute(self._model.runner, plan)
         except StepFailedError as error:
@@ -400,9 +397,10 @@ class Engine:
         self._monitor.recovered()
         self._recorder.retried += computed.retried
         forks = self._scheduler.complete(computed.plan)
+        self._note_start((fork.sequence for fork in forks), began)
         self._model.pools.copy(copy for fork in forks for copy in fork.copies)
         for sequence, logprobs in computed.prompt_logprobs.items():
-            self._owners[sequence][1].prompt_logprobs += logprobs
+            self._owners[sequence][1].take_prompt_logprobs(logprobs)
         if computed.logits is not None:
             rows = {sequence: row for row, sequence in enumerate(computed.ready)}
             rows |= {fork.sequence: rows[fork.source] for fork in forks}
@@ -410,6 +408,12 @@ class Engine:
         for sequence, fault in computed.failed.items():
             self._fail(sequence, fault)
         self._learn(plan, self._monitor.step_ends(), usual=not computed.retried)
+
+    def _note_start(self, sequences: Iterable[Sequence], now: float) -> None:
+        for sequence in sequences:
+            job = self._owners[sequence][0]
+            if job.start(now):
+                self._recorder.started(job.request, now)
 
     def _learn(self, plan: StepPlan, seconds: float, *, usual: bool) -> None:
         self._recorder.step(plan.shape, seconds, self._step_time)
@@ -503,16 +507,26 @@ class Engine:
         now = time.monotonic()
         for sequence, kind in self._scheduler.expire(now):
             job = self._owners[sequence][0]
+            if kind is DeadlineKind.QUEUE and job.started is not None:
+                continue  # Another of its answers has begun in time.
             limit = dict(job.request.deadlines.items())[kind]
             said = _MISSED[kind].format(limit)
             self._finish(job, FinishReason.DEADLINE, DeadlineExceededError(said))
         self._reject(self._scheduler.give_up(now))
 
     def _reject(self, rejected: Iterable[Rejected]) -> None:
+        refused: dict[Job, Rejected] = {}  # Several answers of a request may be turned away at once.
         for refusal in rejected:
             job, _ = self._owners.pop(refusal.sequence)
-            self._recorder.rejected[refusal.reason] += 1
-            self._finish(job, FinishReason.REJECTED, _refusal(refusal, self.config))
+            refused.setdefault(job, refusal)
+        for job, refusal in refused.items():
+            error = _refusal(refusal, self.config)
+            if job.started is None:
+                self._recorder.rejected[refusal.reason] += 1
+                self._finish(job, FinishReason.REJECTED, error)
+            else:  # Another of its answers runs, or this one has been preempted.
+                late = refusal.reason is RejectReason.TOO_LATE
+                self._finish(job, FinishReason.DEADLINE if late else FinishReason.CANCELLED, error)
 
     def _fail(self, sequence: Sequence, fault: Exception) -> None:
         """End the request of a sequence that cannot be computed."""

@@ -77,6 +77,12 @@ class Generation:
             prompt_logprobs=tuple(self.prompt_logprobs) if first and self.prompt_logprobs else None,
         )
 
+    def take_prompt_logprobs(self, logprobs: list[TokenLogprob | None]) -> None:
+        """Take those of the prompt's next part, or again of its first one: after a preemption it is computed anew."""
+        if logprobs and logprobs[0] is None:
+            self.prompt_logprobs = []
+        self.prompt_logprobs += logprobs
+
     def rest(self) -> str:
         """Text that was still held back when the answer was broken off."""
         return self._detokenizer.finish()

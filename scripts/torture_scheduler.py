@@ -1,0 +1,55 @@
+"""Tries to make the scheduler break a promise: many random interleavings over the real engine and a fake model.
+
+    nice python -m scripts.torture_scheduler --interleavings 10000 --seed 1
+
+What may happen and what must hold is in tests/test_scheduler_random.py. Prints what happened as a table; a broken
+promise ends the run with the shortest interleaving found that breaks it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from hypothesis import HealthCheck, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.test_scheduler_random import TALLY, Interleaving
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--interleavings", type=int, default=10_000)
+    parser.add_argument("--operations", type=int, default=30, help="in one interleaving, at most")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    run_state_machine_as_test(
+        seed(options.seed)(Interleaving),
+        settings=settings(
+            max_examples=options.interleavings,
+            stateful_step_count=options.operations,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    minutes = (time.perf_counter() - began) / 60
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
+        f"{minutes:.1f} minutes; no promise was broken.\n\n| what happened | how often |\n|---|---|"
+    )
+    for what, count in sorted(TALLY.items()):
+        print(f"| {what} | {count:,} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
