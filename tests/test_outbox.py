@@ -58,8 +58,8 @@ def wait_for(condition) -> None:
         time.sleep(0.002)
 
 
-def opened(outbox: Outbox, wire: FakeWire, *, stream: bool, cancel=pytest.fail) -> Channel:
-    channel = outbox.channel(wire, stream=stream, cancel=cancel)
+def opened(outbox: Outbox, wire: FakeWire, *, stream: bool, answers: int = 1, cancel=pytest.fail) -> Channel:
+    channel = outbox.channel(wire, stream=stream, answers=answers, cancel=cancel)
     outbox.begin(channel)
     return channel
 
@@ -331,3 +331,57 @@ def test_a_stream_without_tokens_gets_empty_responses_and_may_still_fail_as_a_wh
     channel.put(FinishedEvent(FinishReason.ERROR, USAGE, error))
     wait_for(lambda: wire.sent[-1] is error)
     assert whole.sent == []
+
+
+def several(channel: Channel) -> None:
+    """Two answers, token by token in turn; the second ends earlier."""
+    for event in (
+        TokensEvent((0,), "a", index=0),
+        TokensEvent((10,), "k", index=1),
+        TokensEvent((1,), "b", index=0),
+        TokensEvent((11,), "l", index=1, reason=FinishReason.LENGTH),
+        TokensEvent((2,), "c", index=0, reason=FinishReason.STOP),
+    ):
+        channel.put(event)
+
+
+def test_several_answers_in_a_stream_are_kept_apart_and_have_an_end_each(outbox):
+    wire = FakeWire()
+    channel = opened(outbox, wire, stream=True, answers=2)
+    several(channel)
+    channel.put(END)
+    wait_for(lambda: wire.sent and wire.sent[-1].reason is not None)
+    parts = [reply for reply in said(wire) if reply.reason is None]
+    for index, text, tokens_ in ((0, "abc", [0, 1, 2]), (1, "kl", [10, 11])):
+        mine = [reply for reply in parts if reply.index == index]
+        assert "".join(reply.text for reply in mine) == text
+        assert [token for reply in mine for token in reply.token_ids] == tokens_
+    last = wire.sent[-1]
+    assert (last.reason, last.usage, last.text) == (FinishReason.STOP, USAGE, "")
+    assert [(a.index, a.reason, a.text) for a in last.answers] == [
+        (0, FinishReason.STOP, ""),
+        (1, FinishReason.LENGTH, ""),
+    ]
+
+
+def test_several_answers_without_streaming_come_in_one_response(outbox):
+    wire = FakeWire()
+    channel = opened(outbox, wire, stream=False, answers=3)
+    several(channel)
+    channel.put(FinishedEvent(FinishReason.DEADLINE, USAGE, DeadlineExceededError("late")))
+    wait_for(lambda: wire.sent)
+    (reply,) = wire.sent
+    assert (reply.index, reply.text, reply.token_ids, reply.reason) == (None, "abc", (0, 1, 2), FinishReason.DEADLINE)
+    assert [(a.index, a.text, a.token_ids, a.reason) for a in reply.answers] == [
+        (0, "abc", (0, 1, 2), FinishReason.STOP),
+        (1, "kl", (10, 11), FinishReason.LENGTH),
+        (2, "", (), FinishReason.DEADLINE),
+    ]
+
+
+def test_several_answers_that_never_began_fail_as_a_whole(outbox):
+    wire = FakeWire()
+    error = EngineError("broke")
+    opened(outbox, wire, stream=False, answers=2).put(FinishedEvent(FinishReason.ERROR, USAGE, error))
+    wait_for(lambda: wire.sent)
+    assert wire.sent == [error]

@@ -11,6 +11,7 @@ from wicore_client import DeadlineExceeded
 from scripts.serving.installation import ROOT
 from tests.integration.wire import BareStream, client, generate, metric, post, wait_idle
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine.request import TokensEvent
 
 PICTURE = ROOT / "client" / "wicore_client" / "assets" / "shapes.png"
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
@@ -190,3 +191,25 @@ def test_a_prompt_asked_twice_is_computed_once(server):
     time.sleep(0.3)
     assert metric(server, "wicore_prefix_hit_tokens_total") >= usages[1]["cached_tokens"]
     assert metric(server, "wicore_engine_healthy") == 1
+
+
+def test_several_answers_are_those_of_the_engine_streamed_or_whole(server, engine):
+    options = {"temperature": 1.0, "seed": 11, "max_tokens": 12, "n": 3}
+    expected: list[list[int]] = [[], [], []]
+    for event in engine.stream("hello", SamplingParams(**options)):
+        if isinstance(event, TokensEvent):
+            expected[event.index] += event.token_ids
+    whole = json.loads(json.loads(generate(server, text_input="hello", **options)[1])["answers"])
+    assert [answer["token_ids"] for answer in whole] == expected
+    body = {"text_input": "hello", "stream": True, **options}
+    _, text = post(server, "/v2/models/wicore/generate_stream", body)
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+    streamed: list[list[int]] = [[] for _ in expected]
+    for event in events[:-1]:
+        if "index" in event:
+            ids = event["token_ids"]
+            streamed[event["index"]] += ids if isinstance(ids, list) else [ids]
+    assert streamed == expected
+    assert [answer["finish_reason"] for answer in json.loads(events[-1]["answers"])] == [
+        answer["finish_reason"] for answer in whole
+    ]

@@ -102,7 +102,10 @@ class TritonPythonModel:
         in_ensemble = list(request.requested_output_names()) == ["tick"]
         wire = EnsembleWire(key, sender, self._replies) if in_ensemble else DirectWire(sender, self._replies)
         channel = self._outbox.channel(
-            wire, stream=options.serving.stream, cancel=partial(self._engine.cancel, request_id)
+            wire,
+            stream=options.serving.stream,
+            answers=options.sampling.n,
+            cancel=partial(self._engine.cancel, request_id),
         )
         self._engine.submit(
             prompt,

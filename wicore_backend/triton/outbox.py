@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from queue import Empty, SimpleQueue
@@ -44,6 +44,8 @@ _CHANNELS_PER_S = 80
 class Reply:
     """One response's content. `reason` and `usage` are there on a request's last, and only there. It may be empty."""
 
+    index: int | None = None
+    """Which answer it belongs to, if the request has several."""
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -51,6 +53,8 @@ class Reply:
     reason: FinishReason | None = None
     usage: Usage | None = None
     error: WicoreError | None = None
+    answers: tuple[Reply, ...] = ()
+    """On the last of a request with several answers: why each ended, and what of it has not been sent before."""
 
 
 class Wire(Protocol):
@@ -88,6 +92,7 @@ class Channel:
         wire: Wire,
         *,
         stream: bool,
+        answers: int,
         cancel: Callable[[], None],
         announce: Callable[[Channel, bool], None],
         on_end: Callable[[FinishedEvent], None],
@@ -97,6 +102,8 @@ class Channel:
         self.open = True
         self.lost = False
         self._stream = stream
+        self._answers = answers
+        self._reasons: dict[int, FinishReason] = {}
         self._cancel = cancel
         self._announce = announce
         self._on_end = on_end
@@ -137,7 +144,8 @@ class Channel:
             return
         if self._fault is None:
             try:
-                self._send(merge(events))
+                for reply in self._replies(events):
+                    self._send(reply)
             except Exception as error:
                 _log.exception("a response could not be sent; its request ends")
                 self._fault = EngineError(f"a response could not be sent: {error}")
@@ -148,8 +156,29 @@ class Channel:
                 self._end_with(self._fault)
             self._on_end(end)
 
+    def _replies(self, events: list[Event]) -> list[Reply]:
+        if self._answers == 1:
+            return [merge(events)]
+        groups: dict[int, list[Event]] = {index: [] for index in range(self._answers)}
+        for event in events:
+            if isinstance(event, TokensEvent):
+                groups[event.index].append(event)
+                if event.reason is not None:
+                    self._reasons[event.index] = event.reason
+        parts = [replace(merge(group), index=index) for index, group in groups.items()]
+        said = [part for part in parts if groups[part.index or 0]]
+        end = events[-1]
+        if not isinstance(end, FinishedEvent):
+            return said
+        if self._stream:
+            parts = [Reply(index=index) for index in groups]
+        answers = tuple(replace(part, reason=self._reasons.get(part.index or 0, end.reason)) for part in parts)
+        last = replace(merge([end]), answers=answers)
+        return [*said, last] if self._stream else [replace(last, text=parts[0].text, token_ids=parts[0].token_ids)]
+
     def _send(self, reply: Reply) -> None:
-        if reply.error is not None and not self.answered and not reply.token_ids:
+        silent = not (self.answered or reply.token_ids or any(answer.token_ids for answer in reply.answers))
+        if reply.error is not None and silent:
             self.wire.fail(reply.error)
         else:
             self.wire.send(reply)
@@ -228,17 +257,20 @@ class Outbox:
         self._thread = threading.Thread(target=self._run, name="wicore-outbox", daemon=True)
         self._thread.start()
 
-    def channel(self, wire: Wire, *, stream: bool, cancel: Callable[[], None]) -> Channel:
+    def channel(self, wire: Wire, *, stream: bool, cancel: Callable[[], None], answers: int = 1) -> Channel:
         """A channel for one request; nothing is sent on it before `begin`.
 
         Parameters
         ----------
+        answers
+            How many the request gets.
         cancel
             Called at most once, if the client goes away before the end.
         """
         return Channel(
             wire,
             stream=stream,
+            answers=answers,
             cancel=cancel,
             announce=self._announce,
             on_end=self._ended,
@@ -327,9 +359,9 @@ def _attempt(action: Callable[[], None]) -> None:
 
 
 def merge(events: list[Event]) -> Reply:
-    """One response's content out of consecutive events of a request."""
+    """One response's content out of consecutive events of an answer."""
     tokens = [event for event in events if isinstance(event, TokensEvent)]
-    end = events[-1] if isinstance(events[-1], FinishedEvent) else None
+    end = events[-1] if events and isinstance(events[-1], FinishedEvent) else None
     prompt_logprobs = [event.prompt_logprobs for event in tokens if event.prompt_logprobs is not None]
     return Reply(
         text="".join(event.text for event in tokens),

@@ -239,11 +239,11 @@ def usage_json(usage: Usage) -> str:
     )
 
 
-def logprobs_json(
+def logprobs_content(
     logprobs: Iterable[TokenLogprob],
     prompt_logprobs: Iterable[TokenLogprob | None] | None,
     token_text: Callable[[int], str],
-) -> str:
+) -> dict[str, Any]:
     """The `logprobs` output: {"tokens": [...], "prompt": [...]}, each entry a token's id, text and alternatives."""
 
     def entry(logprob: TokenLogprob | None) -> dict[str, Any] | None:
@@ -256,4 +256,4 @@ def logprobs_json(
     content: dict[str, Any] = {"tokens": [entry(logprob) for logprob in logprobs]}
     if prompt_logprobs is not None:
         content["prompt"] = [entry(logprob) for logprob in prompt_logprobs]
-    return json.dumps(content, ensure_ascii=False)
+    return content

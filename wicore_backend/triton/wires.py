@@ -15,6 +15,7 @@ end, then the answer's last response.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from wicore_backend.errors import WicoreError
 from wicore_backend.triton.errors import triton_error
 from wicore_backend.triton.outbox import Reply
 from wicore_backend.triton.tensors import strings
-from wicore_backend.triton.wire import logprobs_json, usage_json
+from wicore_backend.triton.wire import logprobs_content, usage_json
 
 FINAL = 1
 """TRITONSERVER_RESPONSE_COMPLETE_FINAL; pb_utils has the name only once a model is being initialised."""
@@ -47,14 +48,31 @@ class ReplySender:
         """The response that says `reply`."""
         texts = {"text_output": reply.text}
         if reply.logprobs or reply.prompt_logprobs is not None:
-            texts["logprobs"] = logprobs_json(reply.logprobs, reply.prompt_logprobs, self._token_text)
+            content = logprobs_content(reply.logprobs, reply.prompt_logprobs, self._token_text)
+            texts["logprobs"] = json.dumps(content, ensure_ascii=False)
         if reply.reason is not None and reply.usage is not None:
             texts |= {"finish_reason": str(reply.reason), "usage": usage_json(reply.usage)}
         if reply.error is not None:
             texts |= {"error_code": str(reply.error.code), "error_message": str(reply.error)}
+        if reply.answers:
+            texts["answers"] = json.dumps([self._answer(answer) for answer in reply.answers], ensure_ascii=False)
         tensors = [pb_utils.Tensor(name, strings(text)) for name, text in texts.items()]
+        if reply.index is not None:
+            tensors.append(pb_utils.Tensor("index", np.array([reply.index], np.int32)))
         tensors.append(pb_utils.Tensor("token_ids", np.array(reply.token_ids, np.int32)))
         return pb_utils.InferenceResponse(tensors)
+
+    def _answer(self, reply: Reply) -> dict[str, Any]:
+        """An entry of the `answers` output."""
+        content: dict[str, Any] = {
+            "index": reply.index,
+            "text": reply.text,
+            "token_ids": reply.token_ids,
+            "finish_reason": str(reply.reason),
+        }
+        if reply.logprobs or reply.prompt_logprobs is not None:
+            content["logprobs"] = logprobs_content(reply.logprobs, reply.prompt_logprobs, self._token_text)
+        return content
 
     def send(self, sender: Any, reply: Reply) -> None:
         """Send a reply; one with a reason is the sender's last."""
