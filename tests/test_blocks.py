@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.blocks import BlockAccountingError, BlockManager, PrefixMatch, SequenceBlocks
 from wicore_backend.hmt.budget import divide_memory
+from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.names import BlockNames, NameScheme
+from wicore_backend.hmt.policy.lru import LRU
 from wicore_backend.hmt.pool import KVPools
+from wicore_backend.hmt.transfers import Route
 
 L, G = LayerGroup.LOCAL, LayerGroup.GLOBAL
 NOTHING = PrefixMatch()
@@ -240,10 +243,9 @@ def test_a_window_in_use_outlives_the_recycling_of_those_that_are_not():
 def test_a_fork_shares_full_blocks_and_copies_the_last():
     books = manager(blocks=80)
     first = run(books, range(30))
-    forked = books.fork(first, names(range(30)), computed=30, max_tokens=50, expected_tokens=40)
-    assert forked is not None
-    second, copies = forked
-    assert {(c.group, c.source, c.target) for c in copies} == {
+    second = books.fork(first, names(range(30)), computed=30, max_tokens=50, expected_tokens=40)
+    assert second is not None
+    assert {(c.group, c.source, c.target) for c in books.take_transfers()} == {
         (g, int(first.tables[g][7]), int(second.tables[g][7])) for g in (G, L)
     }
     assert second.tables[G][:7].tolist() == first.tables[G][:7].tolist()
@@ -260,10 +262,51 @@ def test_a_fork_shares_full_blocks_and_copies_the_last():
 def test_a_fork_at_a_blocks_end_copies_nothing():
     books = manager(blocks=80)
     first = run(books, range(32))
-    forked = books.fork(first, None, computed=32, max_tokens=50, expected_tokens=40)
-    assert forked is not None
-    assert forked[1] == []
+    assert books.fork(first, None, computed=32, max_tokens=50, expected_tokens=40) is not None
+    assert books.take_transfers() == []
     books.check_integrity()
+
+
+def tiered(host: int, blocks: int = 31) -> BlockManager:
+    return BlockManager(layout(), {L: 12, G: blocks}, max_chunk=8, host=HostTier({L: host, G: host}, LRU))
+
+
+def test_what_the_device_gives_up_is_found_in_host_memory_and_loaded():
+    books = tiered(host=60)
+    books.close(run(books, range(48)))
+    books.take_transfers()
+    books.close(run(books, range(1000, 1120)))
+    spilled = [t for t in books.take_transfers() if t.route is Route.DEVICE_TO_HOST]
+    assert len([t for t in spilled if t.group is G]) == 12
+    assert books.match(names(range(50)), 12) == PrefixMatch(12, 12)
+    again = run(books, range(50))
+    loaded = [t for t in books.take_transfers() if t.route is Route.HOST_TO_DEVICE]
+    assert len([t for t in loaded if t.group is G]) == 12
+    assert [t for t in loaded if t.group is L]
+    assert {(t.group, t.source) for t in loaded} <= {(t.group, t.target) for t in spilled}
+    books.close(again)
+    books.check_integrity()
+
+
+def test_a_full_host_tier_lets_go_of_what_was_spilled_first():
+    books = tiered(host=20)
+    for start in range(0, 10_000, 1000):
+        books.close(run(books, range(start, start + 110)))
+        books.check_integrity()
+    assert books.host is not None
+    assert books.host.used(G) == 20
+    assert books.host.counts(G).evicted > 50
+    assert books.match(names(range(110)), 27).known == 0
+
+
+def test_a_host_tier_is_forgotten_with_the_rest():
+    books = tiered(host=60)
+    for start in (0, 1000, 2000):
+        books.close(run(books, range(start, start + 110)))
+    books.forget_all()
+    books.check_integrity()
+    assert books.host is not None
+    assert books.host.used(G) == books.host.used(L) == 0
 
 
 def test_the_check_finds_a_lost_block_and_one_that_has_a_wrong_user():
@@ -285,17 +328,41 @@ def test_the_check_finds_a_lost_block_and_one_that_has_a_wrong_user():
     window=st.integers(1, 40),
     size=st.integers(1, 9),
     max_chunk=st.integers(1, 20),
+    host=st.sampled_from([0, 5, 100]),
     steps=st.lists(
         st.tuples(st.integers(0, 4), st.integers(1, 20), st.integers(2, 90), st.integers(0, 2), st.integers(0, 20)),
         max_size=60,
     ),
 )
-def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, size, max_chunk, steps):
+def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, size, max_chunk, host, steps):
     """Open on a prefix, extend by chunks, fork, close: what a sequence sees is what was written for its prefix."""
     books = manager(blocks=64, max_chunk=max_chunk, window=window, block_size=size)
+    if host:
+        books = BlockManager(
+            layout(window=window, block_size=size),
+            {L: 64, G: 64},
+            max_chunk=max_chunk,
+            host=HostTier({L: host, G: host}, LRU),
+        )
     written: dict[tuple[LayerGroup, int, int], bytes] = {}
+    in_host: dict[tuple[LayerGroup, int, int], bytes] = {}
     running: dict[int, tuple[SequenceBlocks, list[int], BlockNames]] = {}
     progress: dict[int, int] = {}
+
+    def copy():
+        """Make the copies that the books ask for."""
+        ends = {
+            Route.WITHIN_DEVICE: (written, written),
+            Route.DEVICE_TO_HOST: (written, in_host),
+            Route.HOST_TO_DEVICE: (in_host, written),
+        }
+        for transfer in books.take_transfers():
+            source, target = ends[transfer.route]
+            for offset in range(size):
+                target.pop((transfer.group, transfer.target, offset), None)
+                if (transfer.group, transfer.source, offset) in source:
+                    held = source[transfer.group, transfer.source, offset]
+                    target[transfer.group, transfer.target, offset] = held
 
     def content(tokens, position):
         return array("i", tokens[: position + 1]).tobytes()
@@ -318,6 +385,7 @@ def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, si
             running[slot] = (books.open(chain, match, max_tokens=length, expected_tokens=length), tokens, chain)
             books.keep_window(running[slot][0], (length // 2) // size)
             progress[slot] = match.resume * size
+            copy()
             see(slot, progress[slot], progress[slot])
             first = max(0, progress[slot] - window + 1)
             for position in range(first, progress[slot]):
@@ -333,16 +401,12 @@ def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, si
                     if forked := books.fork(
                         blocks, chain, computed=computed, max_tokens=len(tokens), expected_tokens=9
                     ):
-                        for copy in forked[1]:
-                            for offset in range(size):
-                                if (copy.group, copy.source, offset) in written:
-                                    source = written[copy.group, copy.source, offset]
-                                    written[copy.group, copy.target, offset] = source
-                        running[slot + 10] = (forked[0], tokens, chain)
+                        running[slot + 10] = (forked, tokens, chain)
                         progress[slot + 10] = computed
                 books.close(blocks)
                 del running[slot], progress[slot]
             else:
+                copy()
                 for group in (L, G):
                     for position in range(computed, end):
                         block = int(blocks.tables[group][position // size])

@@ -25,6 +25,7 @@ from wicore_backend.errors import (
     InvalidArgumentError,
     OverloadedError,
 )
+from wicore_backend.hmt.layout import LayerGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "wicore-demo"
@@ -461,6 +462,23 @@ def test_a_second_turn_goes_on_where_the_first_ended_and_says_the_same_as_withou
     assert second.token_ids == again.token_ids == expected.token_ids
     assert second.usage.cached_tokens > 300
     assert again.usage.cached_tokens >= second.usage.prompt_tokens - 16
+
+
+def test_what_no_longer_fits_the_device_comes_back_from_host_memory():
+    prompts = [[2, *range(300 + n, 1100 + n)] for n in range(4)]
+    small = {"kv_cache_bytes": 9_000_000, "max_model_len": 1024, "max_running": 2}
+    with Engine(config(**small, prefix_cache=False)) as engine:
+        expected = [engine.generate(prompt, greedy(30)).token_ids for prompt in prompts]
+    with Engine(config(**small, host_cache_bytes=100_000_000)) as engine:
+        first = [engine.generate(prompt, greedy(30)) for prompt in prompts]
+        again = [engine.generate(prompt, greedy(30)) for prompt in prompts]
+        assert [r.token_ids for r in first] == [r.token_ids for r in again] == expected
+        assert [r.usage.cached_tokens for r in first] == [0] * 4
+        assert min(r.usage.cached_tokens for r in again) > 780
+        tier = engine.statistics().host[LayerGroup.GLOBAL]
+        assert 0 < tier.used <= tier.capacity
+        assert tier.counts.loaded > 100
+        assert_nothing_left(engine)
 
 
 def test_another_picture_is_another_prefix(engine):

@@ -74,6 +74,9 @@ class EngineConfig(Settings):
     hmt_gpu_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of the free CUDA memory, weights loaded, that the KV cache takes when `kv_cache_bytes` is None."""
 
+    host_cache_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Host memory that keeps what the device's cache gives up; None takes 4 GiB on CUDA and none on the CPU."""
+
     limits: PromptLimits = PromptLimits()
     """What one prompt may bring."""
 

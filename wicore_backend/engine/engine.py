@@ -388,6 +388,7 @@ class Engine:
         began = time.monotonic()
         plan = self._scheduler.plan(began)
         self._note_start((*plan.decodes, *(chunk.sequence for chunk in plan.chunks)), began)
+        self._model.pools.apply(self._model.blocks.take_transfers())
         try:
             computed = compute(self._model.runner, plan)
         except StepFailedError as error:
@@ -398,7 +399,6 @@ class Engine:
         self._recorder.retried += computed.retried
         forks = self._scheduler.complete(computed.plan)
         self._note_start((fork.sequence for fork in forks), began)
-        self._model.pools.copy(copy for fork in forks for copy in fork.copies)
         for sequence, logprobs in computed.prompt_logprobs.items():
             self._owners[sequence][1].take_prompt_logprobs(logprobs)
         if computed.logits is not None:
@@ -544,6 +544,7 @@ class Engine:
         for sequence in self._scheduler.running:
             self._fail(sequence, error)
         self._scheduler.forget_cache()
+        self._model.blocks.take_transfers()
         self._model.pools.clear()
 
     def _finish(self, job: Job, reason: FinishReason, error: WicoreError | None = None) -> None:

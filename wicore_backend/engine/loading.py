@@ -17,9 +17,11 @@ from wicore_backend.engine.sampling_params import generation_defaults
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.blocks import BlockManager
-from wicore_backend.hmt.budget import divide_memory
+from wicore_backend.hmt.budget import divide_host_memory, divide_memory
+from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.hmt.names import NameScheme
+from wicore_backend.hmt.policy.lru import LRU
 from wicore_backend.hmt.pool import KVPools
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
@@ -29,6 +31,7 @@ from wicore_backend.processor.processor import Processor
 _log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_BYTES = 2**30
+_CUDA_HOST_CACHE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +95,8 @@ def load_model(settings: EngineConfig) -> LoadedModel:
         max_tokens=max_model_len,
         max_chunk=settings.max_batch_tokens,
     )
-    pools = KVPools.allocate(layout, num_blocks, device=device, dtype=dtype)
+    host_slots = divide_host_memory(layout, num_blocks, _host_cache_bytes(settings, device))
+    pools = KVPools.allocate(layout, num_blocks, host_slots, device=device, dtype=dtype)
     runner = ModelRunner(
         executor=TorchExecutor(config, weights),
         attention=TorchPagedAttention(
@@ -106,14 +110,20 @@ def load_model(settings: EngineConfig) -> LoadedModel:
         layout=layout,
     )
     _log.info(
-        "%s ready on %s in %s after %.1f s: context %d, KV blocks %s",
+        "%s ready on %s in %s after %.1f s: context %d, KV blocks %s, and in host memory %s",
         *(settings.model.name, device, dtype, time.monotonic() - began, max_model_len),
         {str(group): num_blocks[group] for group in layout.groups},
+        {str(group): host_slots[group] for group in layout.groups},
     )
     return LoadedModel(
         runner=runner,
         processor=processor,
-        blocks=BlockManager(layout, num_blocks, max_chunk=settings.max_batch_tokens),
+        blocks=BlockManager(
+            layout,
+            num_blocks,
+            max_chunk=settings.max_batch_tokens,
+            host=HostTier(host_slots, LRU) if any(host_slots.values()) else None,
+        ),
         pools=pools,
         name_scheme=NameScheme(settings.block_size),
         max_model_len=max_model_len,
@@ -141,6 +151,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _host_cache_bytes(settings: EngineConfig, device: torch.device) -> int:
+    if settings.host_cache_bytes is not None:
+        return settings.host_cache_bytes
+    return _CUDA_HOST_CACHE_BYTES if device.type == "cuda" else 0
 
 
 def _free_memory(device: torch.device, share: float) -> int:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.request import Sequence
 from wicore_backend.engine.step_time import StepShape
-from wicore_backend.hmt.blocks import BlockCopy
 from wicore_backend.processor.prompt import PromptImage
 
 
@@ -99,11 +98,10 @@ class StepPlan:
 
 
 class Fork(NamedTuple):
-    """A sequence that now goes on from another one's prompt, after `copies` are made."""
+    """A sequence that now goes on from another one's prompt."""
 
     source: Sequence
     sequence: Sequence
-    copies: list[BlockCopy]
 
 
 class RejectReason(StrEnum):

@@ -310,11 +310,11 @@ class Scheduler:
             if forked is None:
                 self._queue.push(sequence, charged=True)
                 continue
-            sequence.blocks, copies = forked
+            sequence.blocks = forked
             sequence.computed = leader.computed
             self.counts.shared_prefill_tokens += leader.computed
             self._decoding[sequence] = None
-            yield Fork(leader, sequence, copies)
+            yield Fork(leader, sequence)
 
     def _unpark(self, sequence: Sequence) -> None:
         assert sequence.leader is not None

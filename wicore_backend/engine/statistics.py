@@ -12,6 +12,7 @@ from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import Coefficients, StepShape, StepTimeModel
 from wicore_backend.engine.waiting import Backlog
 from wicore_backend.hmt.blocks import BlockManager
+from wicore_backend.hmt.host_tier import HostTier, TierCounts
 from wicore_backend.hmt.layout import LayerGroup
 
 QUEUE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -27,6 +28,15 @@ class BlockUsage:
     capacity: int
     recycled: int
     """Cached blocks that were given up for others, since the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """Blocks of one layer group in a colder tier."""
+
+    used: int
+    capacity: int
+    counts: TierCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,8 @@ class EngineStatistics:
     running: int
     waiting: int
     blocks: Mapping[LayerGroup, BlockUsage]
+    host: Mapping[LayerGroup, TierUsage]
+    """Empty without a host tier."""
     queues: Mapping[PriorityClass, QueueStatistics]
     requests: Mapping[FinishReason, int]
     rejected: Mapping[RejectReason, int]
@@ -155,6 +167,7 @@ class StatisticsRecorder:
             running=running,
             waiting=max(scheduler.num_waiting, unfinished - running),
             blocks={g: BlockUsage(p.active, p.cached, p.capacity, p.recycled) for g, p in blocks.pools.items()},
+            host={} if blocks.host is None else _usage(blocks.host),
             queues=queues,
             requests=dict(self.requests),
             rejected=dict(self.rejected),
@@ -167,3 +180,9 @@ class StatisticsRecorder:
             scheduler=replace(scheduler.counts),
             step=self._latest,
         )
+
+
+def _usage(tier: HostTier) -> dict[LayerGroup, TierUsage]:
+    return {
+        group: TierUsage(tier.used(group), slots, replace(tier.counts(group))) for group, slots in tier.slots.items()
+    }

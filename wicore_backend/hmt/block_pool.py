@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -19,6 +19,8 @@ class CachedRun:
     ----------
     name
         Of the last block: names are chained, so it tells what all of them hold.
+    blocks
+        Each block's name is known to the pool.
     idle
         How many of the blocks no sequence uses.
     """
@@ -41,17 +43,25 @@ class BlockPool:
     A free block becomes active by `take`. When its last user releases it, it is cached if a run holds it and free
     otherwise. A cached block becomes active again by `use`, and free when its runs are recycled, which `take` does by
     itself when the free list is empty: longest unused first. So whatever is not active is available.
+
+    Parameters
+    ----------
+    given_up
+        Told of the name and the block that is about to lose what it holds under that name.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, given_up: Callable[[bytes, int], None] | None = None) -> None:
         self.num_blocks = num_blocks
         self.recycled = 0
         """Blocks whose content was given up to make room."""
+        self._given_up = given_up
         self._free = list(range(num_blocks - 1, 0, -1))
         self._users = [0] * num_blocks
         self._active = 0
         self._runs: dict[bytes, CachedRun] = {}
         self._holders: dict[int, list[CachedRun]] = {}
+        self._names: dict[int, bytes] = {}
+        self._named: dict[bytes, int] = {}
         self._victims: OrderedDict[bytes, CachedRun] = OrderedDict()
 
     @property
@@ -80,7 +90,7 @@ class BlockPool:
         while not self._free:
             if not self._victims:
                 raise BlockAccountingError("a block was taken where none was available")
-            self._recycle(next(iter(self._victims.values())))
+            self._recycle(next(iter(self._victims.values())), self._given_up)
         block = self._free.pop()
         self._users[block] = 1
         self._active += 1
@@ -110,40 +120,52 @@ class BlockPool:
             run.idle += 1
             self._victims[run.name] = run
 
-    def find(self, name: bytes) -> CachedRun | None:
-        """The run that is kept under a name."""
-        return self._runs.get(name)
+    def find(self, name: bytes) -> int | None:
+        """The kept block of this name."""
+        return self._named.get(name)
 
-    def keep(self, name: bytes, blocks: Iterable[int]) -> bool:
-        """Keep active `blocks` under a name from now on; False if there is a run of this name already."""
-        if name in self._runs:
-            return False
+    def keep(self, names: Sequence[bytes], blocks: Sequence[int]) -> None:
+        """Keep active `blocks` from now on, together, each under its name.
+
+        If there is a run that ends with this name already, it counts as used, and nothing else changes.
+        """
+        name = names[-1]
+        if (run := self._runs.get(name)) is not None:
+            self._touch(run)
+            return
         run = self._runs[name] = CachedRun(name, tuple(blocks), idle=0)
-        for block in run.blocks:
+        for block_name, block in zip(names, run.blocks, strict=True):
             self._holders.setdefault(block, []).append(run)
-        return True
-
-    def touch(self, run: CachedRun) -> None:
-        """The run has been of use: it is recycled after those that have not."""
-        if run.idle:
-            self._victims.move_to_end(run.name)
+            self._names[block] = block_name
+            self._named.setdefault(block_name, block)
 
     def drop_all(self) -> None:
         """Keep nothing."""
         for run in list(self._runs.values()):
-            self._recycle(run)
+            self._recycle(run, None)
 
-    def _recycle(self, run: CachedRun) -> None:
+    def _touch(self, run: CachedRun) -> None:
+        """The run has been of use: it is recycled after those that have not."""
+        if run.idle:
+            self._victims.move_to_end(run.name)
+
+    def _recycle(self, run: CachedRun, given_up: Callable[[bytes, int], None] | None) -> None:
         del self._runs[run.name]
         self._victims.pop(run.name, None)
         for block in run.blocks:
             holders = self._holders[block]
             holders.remove(run)
-            if not holders:
-                del self._holders[block]
-                if not self._users[block]:
-                    self._free.append(block)
-                    self.recycled += 1
+            if holders:
+                continue
+            del self._holders[block]
+            name = self._names.pop(block)
+            if self._named.get(name) == block:
+                del self._named[name]
+            if not self._users[block]:
+                if given_up is not None:
+                    given_up(name, block)
+                self._free.append(block)
+                self.recycled += 1
 
     def check_integrity(self, tables: Iterable[int]) -> None:
         """Raise BlockAccountingError unless the books follow from `tables`, the blocks in all tables, and the runs."""
@@ -160,6 +182,8 @@ class BlockPool:
             )
         if {block: len(runs) for block, runs in self._holders.items()} != held:
             raise BlockAccountingError("the blocks' runs are not those that are kept")
+        if self._names.keys() != held.keys() or not set(self._named.values()) <= held.keys():
+            raise BlockAccountingError("a block has a name that is not kept, or none that is")
         for run in self._runs.values():
             if run.idle != sum(not users[block] for block in run.blocks):
                 raise BlockAccountingError(f"a run counts {run.idle} idle blocks, which is wrong")

@@ -10,23 +10,27 @@ What is kept for later sequences, under the names of `hmt/names.py`:
   Resume points are the end of a prompt, the end of what a sequence computed, and any place at which a later sequence
   was found to branch off without a window to go on from.
 
-A sequence can go on at a block's end where all global blocks before it and the window end at it are kept.
+A sequence can go on at a block's end where all global blocks before it and the local ones of the window there are kept:
+in the device tier, or in the host tier (`hmt/host_tier.py`), to which the device tier spills what it gives up, and from
+which opening a sequence loads. What has to be copied for that is listed, as `hmt/transfers.py` says.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wicore_backend.hmt.block_pool import BlockAccountingError, BlockPool
+from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.names import BlockNames
+from wicore_backend.hmt.transfers import Route, Transfer
 
-__all__ = ["BlockAccountingError", "BlockCopy", "BlockManager", "PrefixMatch", "SequenceBlocks"]
+__all__ = ["BlockAccountingError", "BlockManager", "PrefixMatch", "SequenceBlocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +47,6 @@ class PrefixMatch:
 
     resume: int = 0
     known: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
-    """A block whose bytes go to another one of the same group."""
-
-    group: LayerGroup
-    source: int
-    target: int
 
 
 @dataclass(eq=False, slots=True)
@@ -100,15 +95,31 @@ class BlockManager:
     ----------
     max_chunk
         Tokens that a step computes at most, of all sequences together.
+    host
+        The colder tier, if there is one.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: Mapping[LayerGroup, int], *, max_chunk: int) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: Mapping[LayerGroup, int],
+        *,
+        max_chunk: int,
+        host: HostTier | None = None,
+    ) -> None:
         self.layout = layout
         self.block_size = layout.block_size
-        self.pools = {group: BlockPool(num_blocks[group]) for group in layout.groups}
+        self.host = host
+        self.pools = {group: BlockPool(num_blocks[group], self._spilling(group)) for group in layout.groups}
+        self._transfers: list[Transfer] = []
         self._max_chunk = max_chunk
         self._open: set[SequenceBlocks] = set()
         self._missing = dict.fromkeys(self.pools, 0)
+
+    def take_transfers(self) -> list[Transfer]:
+        """The copies that have to be made now, in this order, before the next step is computed."""
+        transfers, self._transfers = self._transfers, []
+        return transfers
 
     # What is kept.
 
@@ -117,15 +128,28 @@ class BlockManager:
         chain = names.first(limit)
         known = limit
         if LayerGroup.GLOBAL in self.pools:
-            find = self.pools[LayerGroup.GLOBAL].find
-            known = next((n for n in range(limit) if find(chain[n]) is None), limit)
-        resume = known
+            known = next((n for n in range(limit) if not self._keeps(LayerGroup.GLOBAL, chain[n])), limit)
+        resume = names.resumable(known)
         if LayerGroup.LOCAL in self.pools:
-            find = self.pools[LayerGroup.LOCAL].find
-            kept = (n for n in range(known, 0, -1) if find(chain[n - 1]) is not None)
-            resume = next((n for n in kept if names.resumable(n) == n), 0)
-        resume = names.resumable(resume)
+            while resume:
+                # From the end: where a block is missing, no window that has it will do.
+                window = range(resume - 1, self._window_start(resume) - 1, -1)
+                missing = next((n for n in window if not self._keeps(LayerGroup.LOCAL, chain[n])), None)
+                if missing is None:
+                    break
+                resume = names.resumable(missing)
         return PrefixMatch(resume, known if LayerGroup.GLOBAL in self.pools else resume)
+
+    def _keeps(self, group: LayerGroup, name: bytes) -> bool:
+        return self.pools[group].find(name) is not None or (self.host is not None and self.host.holds(group, name))
+
+    def _window_start(self, count: int) -> int:
+        """The first block that a token after `count` blocks sees in the local group."""
+        return max(0, count * self.block_size - self.layout.window + 1) // self.block_size
+
+    def _span(self, group: LayerGroup, count: int) -> range:
+        """The blocks that a sequence needs to go on after `count` blocks."""
+        return range(0 if group is LayerGroup.GLOBAL else self._window_start(count), count)
 
     def room_for(
         self, names: BlockNames | None, match: PrefixMatch, *, tokens: int, expected_tokens: int
@@ -139,20 +163,16 @@ class BlockManager:
         """
         left = {}
         for group, pool in self.pools.items():
-            shared = sum(pool.is_active(block) for block in self._kept(names, match.resume, group))
+            shared = 0
+            if names is not None and match.resume:
+                chain = names.first(match.resume)
+                kept = (pool.find(chain[n]) for n in self._span(group, match.resume))
+                shared = sum(block is not None and pool.is_active(block) for block in kept)
             spare = pool.available - self._missing[group] + shared
             if group is LayerGroup.LOCAL:  # A chunk of a prompt holds more than its window, while it is computed.
                 spare -= self.layout.blocks_for(self._max_chunk)
             left[group] = spare - self._expected(group, max(tokens, expected_tokens))
         return left
-
-    def _kept(self, names: BlockNames | None, count: int, group: LayerGroup) -> Sequence[int]:
-        """The kept blocks of the group on which a sequence goes on after `count` blocks."""
-        if names is None or not count:
-            return ()
-        chain, pool = names.first(count), self.pools[group]
-        runs = [pool.find(name) for name in (chain[:count] if group is LayerGroup.GLOBAL else chain[count - 1 : count])]
-        return [block for run in runs if run is not None for block in run.blocks]
 
     def _expected(self, group: LayerGroup, tokens: int) -> int:
         blocks = self.layout.blocks_for(tokens)
@@ -180,17 +200,56 @@ class BlockManager:
             full=match.resume,
             expected={group: self._expected(group, expected_tokens) for group in self.pools},
         )
-        for group, pool in self.pools.items():
-            kept = self._kept(names, match.resume, group)
-            blocks.first[group] = match.resume - len(kept)
-            blocks.tables[group][match.resume - len(kept) : match.resume] = kept
-            for block in kept:
-                pool.use(block)
+        if names is not None and match.resume:
+            self._take_over(blocks, names.first(match.resume), match.resume)
         if match.known > match.resume:
             self.keep_window(blocks, match.known)
         self._open.add(blocks)
         self._count_missing(blocks, 1)
         return blocks
+
+    def _take_over(self, blocks: SequenceBlocks, chain: Sequence[bytes], count: int) -> None:
+        """Put the kept prefix of `count` blocks into a sequence's tables, loading what is not on the device."""
+        host = self.host
+        missing: dict[LayerGroup, list[tuple[int, int]]] = {}
+        for group, pool in self.pools.items():
+            span, table = self._span(group, count), blocks.tables[group]
+            blocks.first[group] = span.start
+            missing[group] = []
+            for index in span:
+                block = pool.find(chain[index])
+                if block is None:
+                    assert host is not None, "a block that is nowhere was matched"
+                    missing[group].append((index, host.pin(group, chain[index])))
+                else:
+                    pool.use(block)
+                    table[index] = block
+        for group, pool in self.pools.items():  # Only now: taking a block recycles others.
+            for index, slot in missing[group]:
+                block = blocks.tables[group][index] = pool.take()
+                self._transfers.append(Transfer(Route.HOST_TO_DEVICE, group, slot, int(block)))
+        for group, pool in self.pools.items():
+            for index, _ in missing[group]:
+                assert host is not None
+                host.unpin(group, chain[index])
+                if group is LayerGroup.GLOBAL:
+                    pool.keep((chain[index],), (int(blocks.tables[group][index]),))
+            if group is LayerGroup.LOCAL and missing[group]:
+                span = self._span(group, count)
+                pool.keep(chain[span.start : count], blocks.tables[group][span.start : count].tolist())
+
+    def _spilling(self, group: LayerGroup) -> Callable[[bytes, int], None] | None:
+        """What becomes of the blocks that the device tier gives up."""
+        host = self.host
+        if host is None:
+            return None
+
+        def spill(name: bytes, block: int) -> None:
+            slot = host.spill(group, name)
+            if slot is not None:
+                self._transfers.append(Transfer(Route.DEVICE_TO_HOST, group, block, slot))
+
+        return spill
 
     def keep_window(self, blocks: SequenceBlocks, count: int) -> None:
         """Let later sequences go on after the sequence's first `count` blocks, once it has computed them."""
@@ -229,7 +288,7 @@ class BlockManager:
         if LayerGroup.GLOBAL in self.pools:
             pool, table = self.pools[LayerGroup.GLOBAL], blocks.tables[LayerGroup.GLOBAL]
             for index in range(blocks.full, full):
-                pool.keep(chain[index], (int(table[index]),))
+                pool.keep((chain[index],), (int(table[index]),))
         blocks.full = full
         while blocks.resume_points and blocks.resume_points[0] <= full:
             self._keep_window_end(blocks, blocks.resume_points.pop(0))
@@ -242,11 +301,10 @@ class BlockManager:
         computed: int,
         max_tokens: int,
         expected_tokens: int,
-    ) -> tuple[SequenceBlocks, list[BlockCopy]] | None:
+    ) -> SequenceBlocks | None:
         """A second sequence, with `names`, that goes on from the first one's `computed` tokens; None for lack of room.
 
-        The two share all full blocks. The last one, if it is partly filled, the new sequence gets a copy of: the
-        caller makes the copies before the next step.
+        The two share all full blocks. The last one, if it is partly filled, the new sequence gets a copy of.
         """
         full = computed // self.block_size
         partial = computed % self.block_size > 0
@@ -260,7 +318,6 @@ class BlockManager:
             full=full,
             expected={group: self._expected(group, expected_tokens) for group in self.pools},
         )
-        copies = []
         for group, pool in self.pools.items():
             first = blocks.first[group]
             shared = blocks.tables[group][first:full]
@@ -269,10 +326,11 @@ class BlockManager:
                 pool.use(block)
             if partial:
                 target = copy.tables[group][full] = pool.take()
-                copies.append(BlockCopy(group, int(blocks.tables[group][full]), int(target)))
+                source = int(blocks.tables[group][full])
+                self._transfers.append(Transfer(Route.WITHIN_DEVICE, group, source, int(target)))
         self._open.add(copy)
         self._count_missing(copy, 1)
-        return copy, copies
+        return copy
 
     def close(self, blocks: SequenceBlocks) -> None:
         """Release everything the sequence holds. What it computed stays findable as long as there is room."""
@@ -289,6 +347,8 @@ class BlockManager:
         """Keep nothing of what was computed, as if the cache were new."""
         for pool in self.pools.values():
             pool.drop_all()
+        if self.host is not None:
+            self.host.forget_all()
 
     def _release_behind(self, blocks: SequenceBlocks, start: int) -> None:
         """Release local blocks that neither the token at `start` sees, nor one after the full block before it."""
@@ -306,21 +366,19 @@ class BlockManager:
     def _keep_window_end(self, blocks: SequenceBlocks, count: int) -> None:
         if LayerGroup.LOCAL not in self.pools or blocks.names is None:
             return
-        oldest = max(0, count * self.block_size - self.layout.window + 1) // self.block_size
-        if oldest < blocks.first[LayerGroup.LOCAL]:
-            return
-        pool, name = self.pools[LayerGroup.LOCAL], blocks.names.first(count)[count - 1]
-        if not pool.keep(name, blocks.tables[LayerGroup.LOCAL][oldest:count].tolist()):
-            run = pool.find(name)
-            assert run is not None
-            pool.touch(run)
+        oldest = self._window_start(count)
+        if blocks.first[LayerGroup.LOCAL] <= oldest < count:
+            names = blocks.names.first(count)[oldest:count]
+            self.pools[LayerGroup.LOCAL].keep(names, blocks.tables[LayerGroup.LOCAL][oldest:count].tolist())
 
     def _count_missing(self, blocks: SequenceBlocks, sign: int) -> None:
         for group in self.pools:
             self._missing[group] += sign * blocks.missing(group)
 
     def check_integrity(self) -> None:
-        """Raise BlockAccountingError unless the books of all pools follow from the open sequences."""
+        """Raise BlockAccountingError unless the books of all tiers follow from the open sequences."""
+        if self.host is not None:
+            self.host.check_integrity()
         for group, pool in self.pools.items():
             in_tables: list[int] = []
             for blocks in self._open:

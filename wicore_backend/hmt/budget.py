@@ -38,3 +38,11 @@ def divide_memory(
             counts[group] += more
             spare -= more * size[group]
     return counts
+
+
+def divide_host_memory(
+    layout: KVLayout, device_blocks: Mapping[LayerGroup, int], memory_bytes: int
+) -> Mapping[LayerGroup, int]:
+    """Slots of the host tier for each group, in the ratio of the device's blocks, in up to `memory_bytes`."""
+    device_bytes = sum(device_blocks[group] * layout.block_bytes(group) for group in layout.groups)
+    return {group: int(device_blocks[group] * memory_bytes / device_bytes) for group in layout.groups}

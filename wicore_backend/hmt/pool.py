@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wicore_backend.hmt.blocks import BlockCopy
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.transfers import Route, Transfer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,27 +21,53 @@ class KVPools:
 
     Block-major: a block holds all its group's layers contiguously, so that moving a block is one copy.
     Block 0 of each pool belongs to nobody: unused entries of block tables point at it.
+
+    Attributes
+    ----------
+    tensors
+        On the device.
+    host
+        The host tier's slots, of the same shape; page-locked if the device is a GPU.
     """
 
     layout: KVLayout
     tensors: Mapping[LayerGroup, Tensor]
+    host: Mapping[LayerGroup, Tensor] = field(default_factory=dict)
 
     @classmethod
     def allocate(
-        cls, layout: KVLayout, blocks: Mapping[LayerGroup, int], *, device: torch.device, dtype: torch.dtype
+        cls,
+        layout: KVLayout,
+        blocks: Mapping[LayerGroup, int],
+        host_slots: Mapping[LayerGroup, int] = MappingProxyType({}),
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> KVPools:
-        """Zeroed pools of `blocks[group]` blocks each, block 0 included."""
+        """Zeroed pools of `blocks[group]` blocks each, block 0 included, and `host_slots[group]` slots."""
         tensors = {
             group: _zeros((blocks[group], *layout.block_shape(group)), device=device, dtype=dtype)
             for group in layout.groups
         }
-        return cls(layout, tensors)
+        host = {
+            group: _zeros((count, *layout.block_shape(group)), device=torch.device("cpu"), dtype=dtype)
+            for group, count in host_slots.items()
+            if count
+        }
+        if device.type == "cuda":
+            host = {group: slots.pin_memory() for group, slots in host.items()}
+        return cls(layout, tensors, host)
 
-    def copy(self, copies: Iterable[BlockCopy]) -> None:
-        """Copy blocks within their pools; no target is also a source."""
-        for copy in copies:
-            pool = self.tensors[copy.group]
-            pool[copy.target].copy_(pool[copy.source])
+    def apply(self, transfers: Iterable[Transfer]) -> None:
+        """Make copies, in the order given. A block is contiguous, so each is one copy; on CUDA none is waited for."""
+        ends = {
+            Route.WITHIN_DEVICE: (self.tensors, self.tensors),
+            Route.DEVICE_TO_HOST: (self.tensors, self.host),
+            Route.HOST_TO_DEVICE: (self.host, self.tensors),
+        }
+        for transfer in transfers:
+            source, target = ends[transfer.route]
+            target[transfer.group][transfer.target].copy_(source[transfer.group][transfer.source], non_blocking=True)
 
     def clear(self) -> None:
         """Zero every block."""
