@@ -2,7 +2,8 @@
 """Stands in for tritonserver where only its life matters: answers health, has a stub process and a region in /dev/shm.
 
 FAKE_SERVER changes it: "stubborn" ignores SIGTERM, and so does its stub; "broken" logs what a server logs whose model
-fails to load, and ends.
+fails to load, and ends; "busy" has an engine that drains in half a second, "endless" one that never does, "ill" one
+that is not healthy.
 """
 
 import json
@@ -10,6 +11,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -29,7 +32,21 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def be_an_engine():
+    presence = Path(os.environ["WICORE_RUN_DIRECTORY"], "engines", f"{STUB.pid}.json")
+    presence.parent.mkdir()
+    presence.write_text(json.dumps({"healthy": MODE != "ill", "reason": "no luck" if MODE == "ill" else ""}))
+    asked = presence.parent.parent / "drain.json"
+    while not asked.exists():
+        time.sleep(0.02)
+    print("asked to drain:", asked.read_text(), flush=True)
+    time.sleep(600 if MODE == "endless" else 0.5)
+    print("drained", flush=True)
+    presence.unlink()
+
+
 def stop(_number, _frame):
+    print("told to stop", flush=True)
     STUB.terminate()
     REGION.unlink()
     os._exit(0)
@@ -47,4 +64,6 @@ REGION = Path("/dev/shm", f"{prefix}region")
 REGION.write_bytes(b"0")
 signal.signal(signal.SIGTERM, signal.SIG_IGN if MODE == "stubborn" else stop)
 STUB = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+if MODE in ("busy", "endless", "ill"):
+    threading.Thread(target=be_an_engine, daemon=True).start()
 HTTPServer((OPTIONS["http-address"], int(OPTIONS["http-port"])), Handler).serve_forever()

@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from scripts.serving import Installation, ServerOptions, ServerStartError, TritonServer, server
+from scripts.serving import Installation, ServerOptions, ServerStartError, TritonServer, cli, server
 from scripts.serving.installation import ROOT
 from scripts.serving.runs import Run, open_run, sweep
 
@@ -191,3 +192,67 @@ def test_a_run_is_swept_once_nobody_holds_its_lock(tmp_path):
     os.close(lock)
     assert sweep(tmp_path) == [run]
     assert not region.exists()
+
+
+def said_by(triton: TritonServer) -> list[str]:
+    return triton.log.read_text().splitlines()
+
+
+def test_engines_drain_before_the_server_is_told_to_stop(make):
+    with make(mode="busy", drain_seconds=30.0) as triton:
+        wait_until(lambda: [(engine.healthy, engine.reason) for engine in triton.engines()] == [(True, "")])
+    assert said_by(triton) == ['asked to drain: {"grace_s": 30.0}', "drained", "told to stop"]
+    assert is_clean(triton.run)
+
+
+def test_whoever_is_in_a_hurry_cuts_the_drain_short(make):
+    with make(mode="endless", drain_seconds=600.0) as triton:
+        wait_until(triton.engines)
+        stopping = threading.Thread(target=triton.stop)
+        stopping.start()
+        wait_until(lambda: said_by(triton) == ['asked to drain: {"grace_s": 600.0}'])
+        time.sleep(0.2)
+        assert stopping.is_alive()
+        triton.hurry()
+        stopping.join(10)
+        assert said_by(triton)[1:] == ["told to stop"]
+    assert is_clean(triton.run)
+
+
+def test_a_server_that_dies_amid_its_drain_is_not_waited_for(make):
+    with make(mode="endless", drain_seconds=600.0) as triton:
+        wait_until(triton.engines)
+        stopping = threading.Thread(target=triton.stop)
+        stopping.start()
+        wait_until(lambda: said_by(triton))
+        os.kill(triton.process_id, signal.SIGKILL)
+        stopping.join(10)
+        assert not stopping.is_alive()
+    assert is_clean(triton.run)
+
+
+def test_an_engine_that_stays_ill_ends_the_server_for_a_new_one(make):
+    with make(mode="ill", drain_seconds=600.0) as triton:
+        wait_until(triton.engines)
+        trouble = cli._wait_for_trouble(triton, patience=0.5)
+        assert "has not been healthy for" in trouble
+        assert "no luck" in trouble
+        assert triton.wait(10) is not None
+    assert is_clean(triton.run)
+
+
+def test_the_server_runs_on_a_copy_that_nobody_changes(make, repository):
+    (repository / "one" / "1" / "__pycache__").mkdir(parents=True)
+    (repository / "one" / "1" / "model.py").write_text("")
+    with make() as triton:
+        copied = triton.run.models / "one"
+        (repository / "one" / "config.pbtxt").write_text("changed")
+        assert (copied / "config.pbtxt").read_text() == 'name: "one"'
+        assert (copied / "1" / "__pycache__").is_file(), "Python must not be able to write beside the model's code"
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon", "100000"])
+def test_a_drain_that_is_no_time_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["serve", f"--drain={seconds}"])
+    assert "is not a number of seconds" in capsys.readouterr().err
