@@ -43,15 +43,18 @@ class Pacer:
         self._limit = alone + self._saved
         return self._mixed_steps < _DECODES_ALONE_EVERY - 1
 
-    def tokens(self, shape: StepShape, *, context: int, most: int) -> int:
-        """How many of the next `most` tokens of a prompt to compute beside `shape`, `context` being computed."""
+    def tokens(self, shape: StepShape, *, context: int, most: int, share: float = 1.0) -> int:
+        """How many of the next `most` tokens of a prompt to compute beside `shape`, `context` being computed.
+
+        They may take a `share` of the time that is left.
+        """
         if self._limit is None:
             return most
-        tokens = min(most, self._model.prefill_tokens(shape, self._limit, context))
-        if tokens < most:
-            reading = self._model.predict(shape.with_prefill(1, context)) - self._model.predict(shape)
-            if self._limit - self._model.predict(shape) < 2 * reading:
-                return 0
+        so_far = self._model.predict(shape)
+        left = share * (self._limit - so_far)
+        tokens = min(most, self._model.prefill_tokens(shape, so_far + left, context))
+        if tokens < most and left < 2 * (self._model.predict(shape.with_prefill(1, context)) - so_far):
+            return 0
         return tokens
 
     def end(self, *, mixed: bool, held_back: bool) -> None:

@@ -5,14 +5,15 @@ chunks. The budget is a number of tokens, and a time: beside decodes, prompts ta
 (`Pacer`).
 
 Who goes first: smaller priority, then the tenants in turn, then order of arrival (`WaitingQueue`). Nobody overtakes
-the head of the queue. It is admitted when the memory that it and all who run are *expected* to take is there; if
+the head of the queue. Prompts that are under way share a step, so that no long one holds up all others (`Turns`).
+
+The head of the queue is admitted when the memory that it and all who run are *expected* to take is there; if
 expectations fail, or if it goes before one who runs, the cheapest of those behind it gives way (`_preempt`): its blocks
 stay in the prefix cache for as long as there is room, and it returns to its place in the queue.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 
 from wicore_backend.engine.deadlines import DeadlineHeap
@@ -30,7 +31,8 @@ from wicore_backend.engine.plan import (
 )
 from wicore_backend.engine.request import DeadlineKind, Sequence
 from wicore_backend.engine.step_time import StepShape, StepTimeModel
-from wicore_backend.engine.waiting import Backlog, WaitingQueue
+from wicore_backend.engine.turns import Turns
+from wicore_backend.engine.waiting import Backlog, Next, WaitingQueue
 from wicore_backend.hmt.blocks import BlockManager, PrefixMatch
 
 _RETRY_PLANS = 8
@@ -180,48 +182,64 @@ class Scheduler:
                 self._place(sequence, sequence.computed + 1, or_preempt=True)
 
     def _plan_chunks(self, now: float) -> list[Chunk]:
-        """Chunks of prompts, best rank first, under what the decodes leave of the step's tokens and time."""
+        """Chunks of prompts, in their turns, under what the decodes leave of the step's tokens and time."""
         chunks: list[Chunk] = []
         shape = shape_of(self._decoding, ())
         tokens_left = self._limits.max_batch_tokens - len(self._decoding)
-        prefilling = deque(sorted(self._prefilling, key=lambda s: s.rank))
+        turns = Turns(self._prefilling)
         blocked = False
         held_back = not self._pacer.begin(shape)
         while tokens_left > 0 and not held_back:
-            ahead = None if blocked else self._queue.peek(now)
-            if ahead and (ahead.promoted or not prefilling or ahead.item.priority < prefilling[0].priority):
-                if not self._admit(now):
+            ahead = None if blocked else self._peek(now)
+            if ahead and turns.admit(ahead):
+                if not self._admit(ahead, now):
                     blocked = True
                     continue
                 sequence = ahead.item
-            elif prefilling:
-                sequence = prefilling.popleft()
+                if sequence.blocks is not None:
+                    turns.started(sequence)
+                # If someone with a chunk gave way, nobody comes back in the same step: it would have two.
+                blocked = any(chunk.sequence.blocks is None for chunk in chunks)
+                ahead = None if blocked else self._peek(now)
+            elif turns:
+                sequence = turns.pop()
             else:
                 break
             if sequence.blocks is None:  # Parked, or preempted for one before it.
                 continue
-            most = min(sequence.uncomputed, tokens_left)
-            end = _chunk_end(sequence, self._pacer.tokens(shape, context=sequence.computed, most=most))
+            end = self._chunk_end(sequence, shape, tokens_left, turns.share(sequence, ahead))
             if end == sequence.computed:
                 held_back = not chunks
                 break
-            preempted = self.counts.preemptions
             placed = self._place(sequence, end, or_preempt=False)
-            # Whoever gave way does not come back in the same step: it may have a chunk in it.
-            blocked = blocked or self.counts.preemptions > preempted
+            blocked = blocked or any(chunk.sequence.blocks is None for chunk in chunks)
             if placed:
+                if end == len(sequence.tokens):
+                    turns.completed(sequence)
                 chunks.append(Chunk(sequence, sequence.computed, end))
                 shape = shape.with_prefill(end - sequence.computed, sequence.computed)
                 tokens_left -= end - sequence.computed
         self._pacer.end(mixed=bool(chunks and self._decoding), held_back=held_back)
         return [chunk for chunk in chunks if chunk.sequence.blocks is not None]
 
+    def _chunk_end(self, sequence: Sequence, shape: StepShape, tokens_left: int, share: float) -> int:
+        """Where the chunk beside `shape` ends: it may take a share of what is left, or all if that ends the prompt."""
+        context, most = sequence.computed, min(sequence.uncomputed, tokens_left)
+        tokens = self._pacer.tokens(shape, context=context, most=most)
+        if share < 1 and tokens < sequence.uncomputed:
+            most = max(1, int(share * tokens_left))
+            # A share that is not worth it leaves nothing to the others either.
+            tokens = self._pacer.tokens(shape, context=context, most=min(most, tokens), share=share) or tokens
+        return _unsplit_end(sequence, tokens)
+
     # Admission.
 
-    def _admit(self, now: float) -> bool:
+    def _peek(self, now: float) -> Next[Sequence] | None:
+        """The head of the queue. While the prompt of a promoted one is under way, no other is promoted."""
+        return self._queue.peek(now, ageing=not any(s.promoted for s in self._prefilling))
+
+    def _admit(self, ahead: Next[Sequence], now: float) -> bool:
         """Take the head of the queue out of it, running now or parked. False if it has to wait."""
-        ahead = self._queue.peek(now)
-        assert ahead is not None
         sequence = ahead.item
         leader = self._leaders.get(sequence.twin_key) if sequence.twin_key and not sequence.answered else None
         if leader is None and not self._make_room(sequence, promoted=ahead.promoted):
@@ -433,7 +451,7 @@ def _cheapest(behind: list[Sequence]) -> Sequence:
     return min(behind, key=lambda s: (s.promoted, -s.priority, s.computed))
 
 
-def _chunk_end(sequence: Sequence, budget: int) -> int:
+def _unsplit_end(sequence: Sequence, budget: int) -> int:
     """Where a chunk of at most `budget` tokens ends that splits no image."""
     end = min(len(sequence.tokens), sequence.computed + budget)
     for image in sequence.request.prompt.images:
