@@ -1,6 +1,7 @@
 """The NVMe store: what is fetched is what was stored, or nothing; the bound holds; trouble never reaches the caller."""
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -129,6 +130,23 @@ def test_records_lie_in_pieces_where_the_space_does(tmp_path):
     with NvmeStore(config(tmp_path, capacity_bytes=2 * PAGE + 10 * (SLOT + HEADER_BYTES))) as store:
         assert get(store, 100, 5 * SLOT - 7) is Outcome.DONE
         store.check_integrity()
+
+
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_a_file_system_without_direct_io_does_too(tmp_path, monkeypatch, call):
+    real = getattr(os, call)
+
+    def refuse(target, argument, *rest):
+        flags = argument if call == "open" else fcntl.fcntl(target, fcntl.F_GETFL)
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(target, argument, *rest)
+
+    monkeypatch.setattr(os, call, refuse)
+    monkeypatch.setattr(nvme_files, "_SYNC_EVERY", 3 * SLOT)
+    with NvmeStore(config(tmp_path)) as store:
+        assert [put(store, number, size) for number, size in enumerate(SIZES)] == [Outcome.DONE] * len(SIZES)
+        assert [get(store, number, size) for number, size in enumerate(SIZES)] == [Outcome.DONE] * len(SIZES)
 
 
 def test_a_name_is_stored_once_and_found_only_with_its_length(tmp_path):

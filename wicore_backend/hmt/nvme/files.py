@@ -29,6 +29,7 @@ PAGE = 4096
 """Bytes to which offsets, lengths and memory addresses of direct I/O are aligned; no disk in use asks for more."""
 
 _SYNC_EVERY = 64 << 20
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -160,16 +161,21 @@ def _opened(path: Path, flags: int, opened: contextlib.ExitStack) -> int:
 
 
 def _opened_data(path: Path, opened: contextlib.ExitStack) -> tuple[int, bool]:
-    """The file of slots, and whether its I/O is direct."""
+    """The file of slots, and whether its I/O is direct: file systems refuse at the opening or at the first read."""
     try:
         fd = _opened(path, os.O_DIRECT, opened)
+    except OSError as error:
+        if error.errno not in _NOT_DIRECT:
+            raise
+        return _opened(path, 0, opened), False
+    try:
         os.preadv(fd, [aligned_buffer(PAGE)], 0)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+        if error.errno not in _NOT_DIRECT:
             raise
-    else:
-        return fd, True
-    return _opened(path, 0, opened), False
+        fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+        return fd, False
+    return fd, True
 
 
 def _flock(fd: int, directory: Path, lock: int) -> None:
