@@ -30,6 +30,7 @@ from wicore_backend.hmt.nvme import (
     Ticket,
     Trouble,
 )
+from wicore_backend.hmt.nvme import files as nvme_files
 from wicore_backend.hmt.nvme.files import PAGE, aligned_buffer
 from wicore_backend.hmt.nvme.index import Index
 from wicore_backend.hmt.nvme.record import HEADER_BYTES, Record, fingerprint_of, scan
