@@ -9,7 +9,7 @@ from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import StepTimeModel
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
-from wicore_backend.processor.prompt import Prompt
+from wicore_backend.processor.prompt import Prompt, PromptImage
 
 STEP = 64
 
@@ -21,8 +21,8 @@ def scheduler(**limits) -> Scheduler:
     return Scheduler(books, SchedulerLimits(max_batch_tokens=STEP, max_running=16, **limits), StepTimeModel())
 
 
-def add(s: Scheduler, prompt: int, *, priority: int = 0, at: float = 0.0) -> Sequence:
-    request = Request("r", Prompt(np.zeros(prompt, np.int32)), SamplingParams(), lambda _: None, at, priority)
+def add(s: Scheduler, prompt: int, *, priority: int = 0, at: float = 0.0, images=()) -> Sequence:
+    request = Request("r", Prompt(np.zeros(prompt, np.int32), images), SamplingParams(), lambda _: None, at, priority)
     sequence = Sequence(request, max_tokens=prompt + 4)
     assert not s.add(sequence, at)
     return sequence
@@ -99,3 +99,11 @@ def test_one_promoted_prompt_is_under_way_at_a_time():
     for now in range(10, 20):
         step(s, now)
     assert [sequence.promoted for sequence in aged] == [True] + [False] * 5
+
+
+def test_an_image_larger_than_a_share_is_computed_all_the_same():
+    s = scheduler()
+    picture = PromptImage(0, 40, np.zeros((3, 1, 1), np.uint8), b"")
+    shown = add(s, 100, images=(picture,))
+    add(s, 90, at=1.0)
+    assert step(s, 1.0)[shown] >= 40

@@ -227,9 +227,10 @@ class Scheduler:
         context, most = sequence.computed, min(sequence.uncomputed, tokens_left)
         tokens = self._pacer.tokens(shape, context=context, most=most)
         if share < 1 and tokens < sequence.uncomputed:
-            most = max(1, int(share * tokens_left))
-            # A share that is not worth it leaves nothing to the others either.
-            tokens = self._pacer.tokens(shape, context=context, most=min(most, tokens), share=share) or tokens
+            part = self._pacer.tokens(shape, context=context, most=min(most, int(share * tokens_left)), share=share)
+            # A share that holds no image, or is not worth it, would leave nothing to the others either.
+            if (end := _unsplit_end(sequence, part)) > context:
+                return end
         return _unsplit_end(sequence, tokens)
 
     # Admission.
