@@ -11,8 +11,10 @@ from wicore_backend.engine.statistics import (
     EngineStatistics,
     QueueStatistics,
     StepStatistics,
+    TierUsage,
 )
 from wicore_backend.engine.step_time import Coefficients, StepShape
+from wicore_backend.hmt.host_tier import TierCounts
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.triton.series import FAMILIES
 
@@ -21,6 +23,7 @@ STATISTICS = EngineStatistics(
     running=3,
     waiting=4,
     blocks={LayerGroup.GLOBAL: BlockUsage(active=5, cached=6, capacity=70, recycled=8)},
+    host={LayerGroup.LOCAL: TierUsage(used=1, capacity=2, counts=TierCounts(3, 4, 5, 6))},
     queues=dict.fromkeys(PriorityClass, EMPTY)
     | {PriorityClass.BATCH: QueueStatistics(4, 400, 1.5, 3, 0.75, (1, 0, 2, *[0] * (len(QUEUE_BUCKETS_S) - 2)))},
     requests=dict.fromkeys(FinishReason, 0) | {FinishReason.STOP: 9},
@@ -81,6 +84,12 @@ def test_every_number_of_the_statistics_is_on_the_page():
         ("wicore_kv_blocks_cached", "global"): 6,
         ("wicore_kv_blocks", "global"): 70,
         ("wicore_kv_blocks_recycled_total", "global"): 8,
+        ("wicore_tier_blocks_used", "host", "local"): 1,
+        ("wicore_tier_blocks", "host", "local"): 2,
+        ("wicore_tier_spilled_blocks_total", "host", "local"): 3,
+        ("wicore_tier_loaded_blocks_total", "host", "local"): 4,
+        ("wicore_tier_evicted_blocks_total", "host", "local"): 5,
+        ("wicore_tier_refused_blocks_total", "host", "local"): 6,
     }
     assert {series: said.get(series) for series in expected} == expected
     assert {name for name, *_ in said} == {family.name for family in FAMILIES}

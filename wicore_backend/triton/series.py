@@ -18,6 +18,7 @@ from wicore_backend.engine.statistics import (
     EngineStatistics,
     QueueStatistics,
     StepStatistics,
+    TierUsage,
 )
 
 Samples = Iterable[tuple[Mapping[str, str], float]]
@@ -48,6 +49,11 @@ def _by_class(statistics: EngineStatistics, read: Callable[[QueueStatistics], fl
 
 def _by_group(statistics: EngineStatistics, read: Callable[[BlockUsage], float]) -> Samples:
     return _by("group", {group: read(usage) for group, usage in statistics.blocks.items()})
+
+
+def _by_tier(statistics: EngineStatistics, read: Callable[[TierUsage], float]) -> Samples:
+    # One tier so far; a second one is a label more, and no new name.
+    return [({"tier": "host", "group": str(group)}, read(usage)) for group, usage in statistics.host.items()]
 
 
 def _name(priority: PriorityClass) -> str:
@@ -246,5 +252,41 @@ FAMILIES = (
         "wicore_kv_blocks_recycled_total",
         "Cached KV blocks given up for others, by layer group",
         lambda s, _: _by_group(s, lambda b: b.recycled),
+    ),
+    Family(
+        "gauge",
+        "wicore_tier_blocks_used",
+        "KV blocks kept in a colder tier, by tier and layer group",
+        lambda s, _: _by_tier(s, lambda t: t.used),
+    ),
+    Family(
+        "gauge",
+        "wicore_tier_blocks",
+        "KV blocks that a colder tier has room for, by tier and layer group",
+        lambda s, _: _by_tier(s, lambda t: t.capacity),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_spilled_blocks_total",
+        "KV blocks moved to a colder tier, by tier and layer group",
+        lambda s, _: _by_tier(s, lambda t: t.counts.spilled),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_loaded_blocks_total",
+        "KV blocks brought back from a colder tier, by tier and layer group",
+        lambda s, _: _by_tier(s, lambda t: t.counts.loaded),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_evicted_blocks_total",
+        "KV blocks that a colder tier gave up, by tier and layer group",
+        lambda s, _: _by_tier(s, lambda t: t.counts.evicted),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_refused_blocks_total",
+        "KV blocks that a colder tier did not take, by tier and layer group",
+        lambda s, _: _by_tier(s, lambda t: t.counts.refused),
     ),
 )
