@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,45 @@ def test_nobody_beats_who_knows_the_future(capacity):
     rates = {name: run(name, capacity, requests).hit_rate for name in POLICIES}
     assert max(rates.values()) <= best
     assert min(rates.values()) > 0
+
+
+def documents(kind: str, count: int) -> list[TraceRequest]:
+    """Prompts over documents of five blocks, chosen in the manner of `kind`."""
+    draw, requests, scanned = random.Random(7), [], 10**6
+    stack: list[int] = []
+    for number in range(count):
+        if kind == "scan" and draw.random() < 0.7:
+            scanned += 8
+            requests.append(request(number / 2, *range(scanned, scanned + 8)))
+            continue
+        if kind == "loop":
+            document = number % 150
+        elif kind == "shift":
+            document = 1000 * (number // 500) + int(draw.paretovariate(1.0)) % 800
+        elif kind == "recent":
+            old = min(len(stack) - 1, int(draw.expovariate(1 / 30))) if stack and draw.random() < 0.6 else -1
+            document = stack.pop(old) if old >= 0 else number
+            stack.insert(0, document)
+        else:
+            document = int(draw.paretovariate(0.8)) % 400
+        requests.append(request(number / 2, *range(10 * document, 10 * document + 5)))
+    return requests
+
+
+@pytest.mark.parametrize("kind", ["zipf", "scan", "loop", "shift", "recent"])
+@pytest.mark.parametrize("capacity", [100, 400])
+def test_a2cr_is_never_much_worse_than_lru(kind, capacity):
+    requests = documents(kind, 2_500)
+    a2cr, lru = (run(name, capacity, requests) for name in ("a2cr", "lru"))
+    assert a2cr.hit_rate > 0.97 * lru.hit_rate - 0.001
+    assert a2cr.halves[1].hit_rate > 0.97 * lru.halves[1].hit_rate
+
+
+@pytest.mark.parametrize("pace", [0.01, 1.0, 100.0])
+def test_a2cr_learns_conversations_at_any_pace(pace):
+    requests = [TraceRequest(pace * item.time, *astuple(item)[1:]) for item in conversations(1_000)]
+    a2cr, lru = (run(name, 100, requests).halves[1].hit_rate for name in ("a2cr", "lru"))
+    assert a2cr > 1.1 * lru
 
 
 def test_an_endless_cache_is_the_same_for_all():

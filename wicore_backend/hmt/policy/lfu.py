@@ -11,7 +11,7 @@ class LFU(Policy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._heap = VictimHeap()
+        self._heap: VictimHeap[Key] = VictimHeap()
         self._uses: dict[Key, int] = {}
 
     def __len__(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, Generic, TypeVar
 
-from wicore_backend.hmt.policy.base import Key
+K = TypeVar("K", bound=Hashable)
 
 
-class VictimHeap:
+class VictimHeap(Generic[K]):
     """Keys by score, lowest first, equal scores by who came first. All calls O(log n), amortized.
 
     Removed entries stay in the heap until they surface; it is rebuilt once they are the majority, so that memory
@@ -18,17 +19,17 @@ class VictimHeap:
     _SLACK = 64
 
     def __init__(self) -> None:
-        self._heap: list[tuple[Any, int, Key]] = []
-        self._live: dict[Key, int] = {}
+        self._heap: list[tuple[Any, int, K]] = []
+        self._live: dict[K, int] = {}
         self._count = 0
 
     def __len__(self) -> int:
         return len(self._live)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: K) -> bool:
         return key in self._live
 
-    def push(self, key: Key, score: Any) -> None:
+    def push(self, key: K, score: Any) -> None:
         """Put `key` in, in place of its former entry if it has one."""
         self._count += 1
         self._live[key] = self._count
@@ -37,11 +38,11 @@ class VictimHeap:
             self._heap = [entry for entry in self._heap if self._live.get(entry[2]) == entry[1]]
             heapq.heapify(self._heap)
 
-    def remove(self, key: Key) -> None:
+    def remove(self, key: K) -> None:
         """Take `key` out. KeyError if it is not in."""
         del self._live[key]
 
-    def peek(self) -> tuple[Any, Key] | None:
+    def peek(self) -> tuple[Any, K] | None:
         """The lowest score and its key, or None if the heap is empty."""
         heap = self._heap
         while heap:
@@ -51,7 +52,7 @@ class VictimHeap:
             heapq.heappop(heap)
         return None
 
-    def pop(self) -> Key:
+    def pop(self) -> K:
         """Take out the key of the lowest score. IndexError if the heap is empty."""
         while True:
             _, count, key = heapq.heappop(self._heap)

@@ -19,7 +19,7 @@ class FurthestNextUse(Policy):
 
     def __init__(self, capacity: int, requests: Sequence[TraceRequest]) -> None:
         super().__init__(capacity)
-        self._heap = VictimHeap()
+        self._heap: VictimHeap[Key] = VictimHeap()
         self._seen = 0
         self._rank: dict[Key, tuple[float, int]] = {}
         self._next: list[list[float]] = []
