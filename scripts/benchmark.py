@@ -2,6 +2,7 @@
 
     python -m scripts.benchmark engine    the engine in this process against transformers' generate, same weights
     python -m scripts.benchmark serving   the same load in this process and through a real server's gRPC ensemble
+    python -m scripts.benchmark scheduler what planning takes of a step; no model
 
 Figures that are compared come from one run, taken in turns, and are medians over `--rounds`.
 """
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from wicore_client import AsyncClient
 
+from scripts.scheduling_cost import benchmark_scheduler
 from scripts.serving import Installation, ServerOptions, TritonServer
 from wicore_backend import Engine, EngineConfig, SamplingParams
 
@@ -274,14 +276,18 @@ def environment() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["engine", "serving"])
+    parser.add_argument("what", choices=["engine", "serving", "scheduler"])
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads of one operator")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--new", type=int, default=128, help="tokens of each stream")
+    parser.add_argument("--running", type=int, default=256, help="sequences that run, for the scheduler")
+    parser.add_argument("--waiting", type=int, default=1000, help="and that wait")
+    parser.add_argument("--steps", type=int, default=1000, help="of a round")
     args = parser.parse_args()
-    result = {"engine": benchmark_engine, "serving": benchmark_serving}[args.what](args)
+    benchmarks = {"engine": benchmark_engine, "serving": benchmark_serving, "scheduler": benchmark_scheduler}
+    result = benchmarks[args.what](args)
     print(json.dumps({"benchmark": args.what, "environment": environment(), "result": result}, indent=2))
 
 
