@@ -47,9 +47,12 @@ from wicore_backend.engine.request import (
 from wicore_backend.engine.runner import StepOutput
 from wicore_backend.engine.sampler import SamplingRow, sample
 from wicore_backend.engine.step_time import StepShape
-from wicore_backend.hmt.blocks import BlockCopy, BlockManager
+from wicore_backend.hmt.blocks import BlockManager
+from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.names import NameScheme
+from wicore_backend.hmt.policy.lru import LRU
+from wicore_backend.hmt.transfers import Route, Transfer
 from wicore_backend.processor.prompt import Prompt, PromptImage
 
 L, G = LayerGroup.LOCAL, LayerGroup.GLOBAL
@@ -94,15 +97,22 @@ class Clock:
 class Memory:
     """Stands in for the KV pools: the key at each offset of each block, None where there is none."""
 
-    def __init__(self, layout: KVLayout, blocks: dict[LayerGroup, int]) -> None:
+    def __init__(self, layout: KVLayout, blocks: dict[LayerGroup, int], slots: int) -> None:
         self._size = layout.block_size
+        self.host: dict[LayerGroup, list[list[int | None]]] = {g: [[] for _ in range(slots)] for g in layout.groups}
         self.keys: dict[LayerGroup, list[list[int | None]]] = {g: [[] for _ in range(blocks[g])] for g in layout.groups}
         self.clear()
 
-    def copy(self, copies: Iterable[BlockCopy]) -> None:
-        for copy in copies:
-            TALLY["blocks copied for forks"] += 1
-            self.keys[copy.group][copy.target] = list(self.keys[copy.group][copy.source])
+    def apply(self, transfers: Iterable[Transfer]) -> None:
+        ends = {
+            Route.WITHIN_DEVICE: (self.keys, self.keys),
+            Route.DEVICE_TO_HOST: (self.keys, self.host),
+            Route.HOST_TO_DEVICE: (self.host, self.keys),
+        }
+        for transfer in transfers:
+            TALLY[f"blocks copied {transfer.route.name.lower().replace('_', ' ')}"] += 1
+            source, target = ends[transfer.route]
+            target[transfer.group][transfer.target] = list(source[transfer.group][transfer.source])
 
     def clear(self) -> None:
         for blocks in self.keys.values():
@@ -257,6 +267,8 @@ class Setting:
     """Of a step, beside those that it has to hold."""
     spare_blocks: int
     """Of each pool, beside those that one sequence needs."""
+    host_slots: int
+    """Of each pool's host tier; 0 is none."""
     waiting: int
     waiting_tokens: int
     ageing_s: float
@@ -276,6 +288,7 @@ SETTINGS = st.builds(
     running=st.sampled_from([4, 3, 6, 2, 1]),
     spare_tokens=st.sampled_from([0, 3, 10, 40]),
     spare_blocks=st.sampled_from([0, 4, 10, 40]),
+    host_slots=st.sampled_from([0, 10, 100]),
     waiting=st.sampled_from([100, 100, 12, 4]),
     waiting_tokens=st.sampled_from([10_000, 10_000, 400, 150]),
     ageing_s=st.sampled_from([0.02, 30.0, 0.0]),
@@ -310,14 +323,15 @@ def hand_turned(setting: Setting, clock: Clock) -> tuple[HandTurnedEngine, Runne
         bytes_per_value=4,
     )
     num_blocks = {g: 1 + layout.blocks_held(g, CONTEXT, chunk) + setting.spare_blocks for g in layout.groups}
-    memory = Memory(layout, num_blocks)
+    memory = Memory(layout, num_blocks, setting.host_slots)
+    host = HostTier(dict.fromkeys(layout.groups, setting.host_slots), LRU) if setting.host_slots else None
     runner: Any = Runner(layout, memory, clock, max_tokens=chunk)
     pools: Any = memory
     processor: Any = SimpleNamespace(tokenizer=SimpleNamespace(token_bytes=lambda token: bytes([97 + token])))
     model = LoadedModel(
         runner=runner,
         processor=processor,
-        blocks=BlockManager(layout, num_blocks, max_chunk=chunk),
+        blocks=BlockManager(layout, num_blocks, max_chunk=chunk, host=host),
         pools=pools,
         name_scheme=NameScheme(setting.block_size),
         max_model_len=CONTEXT,
@@ -655,7 +669,7 @@ logging.getLogger("wicore_backend.engine").setLevel(logging.CRITICAL)
 
 TestInterleavings = Interleaving.TestCase
 TestInterleavings.settings = settings(
-    max_examples=100,
+    max_examples=60,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -672,6 +686,7 @@ USUAL = Setting(
     running=1,
     spare_tokens=10,
     spare_blocks=40,
+    host_slots=0,
     waiting=100,
     waiting_tokens=10_000,
     ageing_s=30.0,
@@ -754,3 +769,14 @@ def test_a_queue_deadline_is_for_the_first_of_the_answers():
         machine.step(1)
     assert caller.last
     assert caller.last.reason is FinishReason.LENGTH
+
+
+def test_one_that_gives_way_to_a_promoted_one_does_not_come_back_in_the_same_step():
+    with interleaving(running=4, spare_tokens=40, spare_blocks=8, ageing_s=0.0, prefix_cache=False) as machine:
+        for _ in range(6):
+            submit(machine, length=1, priority=REALTIME, max_tokens=1)
+            machine.step(2)
+        for priority, length in ((BATCH, 8), (REALTIME, 37), (REALTIME, 16)):
+            submit(machine, length=length, priority=priority)
+            machine.time_passes(0.002)
+        machine.step(1)
