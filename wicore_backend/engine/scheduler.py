@@ -177,7 +177,8 @@ class Scheduler:
 
     def _place_decodes(self) -> None:
         size = self._blocks.block_size
-        for sequence in [s for s in self._decoding if s.computed >= s.running_blocks.stop * size]:
+        at_an_end = [s for s in self._decoding if not s.computed % size]
+        for sequence in [s for s in at_an_end if s.computed >= s.running_blocks.stop * size]:
             if sequence.blocks is not None:  # It may have given way to one before it.
                 self._place(sequence, sequence.computed + 1, or_preempt=True)
 
