@@ -19,7 +19,7 @@ from wicore_backend.engine.step_time import StepTimeModel
 from wicore_backend.hmt.blocks import BlockManager
 
 _TARGET_US = 200
-_ROOMY = Machine(kv_bytes=400 * 10**9)
+_ROOMY = Machine(kv_bytes=220 * 10**9)
 """Its memory holds the 256 sequences, which that of one H200 does not: only the books of it are made."""
 
 

@@ -179,12 +179,12 @@ class Replay:
         self._trace_blocks = block_size is not None
         self._scheme = NameScheme(block_size or _BLOCK_SIZE)
         self._step_time = StepTimeModel()
-        books = machine.blocks(
+        self._books = machine.blocks(
             block_size=self._scheme.block_size,
             max_running=limits.max_running,
             max_batch_tokens=limits.max_batch_tokens,
         )
-        self.scheduler = scheduler(books, limits, self._step_time)
+        self.scheduler = scheduler(self._books, limits, self._step_time)
         self._arrivals = deque(arrivals)
         self._backlog = iter(backlog)
         self._backlog_depth = backlog_depth
@@ -275,6 +275,7 @@ class Replay:
         for fork in self.scheduler.complete(plan):
             self._note_start(fork.sequence)
             ready.append(fork.sequence)
+        self._books.take_transfers()  # Copies between blocks take no time here.
         for sequence in ready:
             self._give_token(sequence)
         self._step_time.observe(plan.shape, seconds)
