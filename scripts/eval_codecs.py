@@ -23,8 +23,8 @@ from PIL import Image
 
 from scripts.eval_demo import CHECKPOINT, Messages, WicoreAnswerer, ask, needle_cases, score, skill_cases
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.engine.runner import ModelRunner, StepOutput
-from wicore_backend.engine.scheduler import Chunk, StepPlan
 from wicore_backend.hmt.codecs import CodecName, make_codec
 from wicore_backend.hmt.pool import KVPools
 

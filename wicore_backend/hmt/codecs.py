@@ -18,9 +18,10 @@ What the lossy codecs promise:
 - Finite values stay finite. NaN becomes 0, an infinity the dtype's largest number of that sign.
 - Each value's error is bounded: see the codecs. A group of zeros is exact; so is, in fp8 and q8, the largest magnitude
   of a group, and in q4 the smallest and largest value of a group of values.
-- The same values give the same bytes, whatever blocks are beside them.
-- fp8 and q8: what was decoded encodes to the same bytes, so that going down a second time costs nothing. Not so
-  the keys of q4, whose ranges may tighten; their second error has the bound of the first.
+- The same values give the same bytes, whatever blocks are beside them. fp8 and q8 give them on every device, since they
+  use correctly rounded operations only; in q4 a fused multiply-add may make the odd value fall on the other side.
+- fp8 and q8: what was decoded decodes to the same after a second time, so that a block that comes and goes does not
+  fade. Not so the keys of q4, whose ranges may tighten; each time adds an error within the same bound.
 
 All computing is in float32, a few MiB at a time.
 """
