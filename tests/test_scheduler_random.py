@@ -71,11 +71,14 @@ TALLY: Counter[str] = Counter()
 # The fake model
 
 
-def keys_of(tokens: Rows[int], images: Iterable[PromptImage], keys: list[int]) -> list[int]:
-    """Extend `keys`, those of the first tokens, to all of them. A picture's tokens see each other."""
+def keys_of(tokens: Rows[int], images: Iterable[PromptImage], tenant: str, keys: list[int]) -> list[int]:
+    """Extend `keys`, those of the first tokens, to all of them. A picture's tokens see each other.
+
+    Each tenant has keys of its own, so that a block that two of them share is noticed.
+    """
     pictures = {image.start: image for image in images}
     while len(keys) < len(tokens):
-        place, before = len(keys), keys[-1] if keys else 0
+        place, before = len(keys), keys[-1] if keys else len(tenant)
         if image := pictures.get(place):
             seen = hash((before, image.digest[0], *tokens[place : image.end]))
             keys += [hash((seen, offset)) for offset in range(image.length)]
@@ -148,7 +151,7 @@ class Runner:
 
     def _keys_of(self, sequence: Sequence) -> list[int]:
         keys = self._keys.setdefault(sequence, [])
-        return keys_of(sequence.tokens, sequence.request.prompt.images, keys)
+        return keys_of(sequence.tokens, sequence.request.prompt.images, sequence.tenant, keys)
 
     def _check_plan(self, chunks: list[Chunk]) -> None:
         self._expect(chunks != [], "a step computes nothing")
@@ -191,7 +194,7 @@ def next_token(key: int, temperature: float, seed: int, place: int) -> tuple[int
     return token, float(logits.log_softmax(-1)[token])
 
 
-def undisturbed(prompt: Prompt, params: SamplingParams, index: int) -> Answer:
+def undisturbed(prompt: Prompt, params: SamplingParams, tenant: str, index: int) -> Answer:
     """The answer that the model gives if nothing else happens."""
     assert params.seed is not None
     stop = {*params.stop_token_ids} | ({EOS} if not params.ignore_eos else set())
@@ -199,7 +202,7 @@ def undisturbed(prompt: Prompt, params: SamplingParams, index: int) -> Answer:
     room = CONTEXT - len(prompt)
     answer = Answer([], FinishReason.LENGTH, 0.0)
     while len(answer.tokens) < min(params.max_tokens or room, room):
-        key = keys_of(tokens, prompt.images, keys)[-1]
+        key = keys_of(tokens, prompt.images, tenant, keys)[-1]
         token, logprob = next_token(key, params.temperature, params.seed + index, len(answer.tokens))
         answer.tokens.append(token)
         answer.logprob += logprob
@@ -363,6 +366,7 @@ class Caller:
     params: SamplingParams
     deadlines: Deadlines
     raises: bool
+    tenant: str = ""
     id: str = ""
     twice: bool = False
     """Whether its id was another one's."""
@@ -399,7 +403,7 @@ class Caller:
         if last.usage.ttft_s is not None:
             assert last.usage.queue_s is not None
             assert 0 <= last.usage.queue_s <= last.usage.ttft_s <= last.usage.total_s
-        expected = [undisturbed(self.prompt, self.params, index) for index in range(self.params.answers)]
+        expected = [undisturbed(self.prompt, self.params, self.tenant, index) for index in range(self.params.answers)]
         if whole:
             assert last.reason is expected[0].reason
             if self.params.best_of:
@@ -420,7 +424,7 @@ class Caller:
         if not told:
             return
         logprobs, ids = told[0].prompt_logprobs, self.prompt.token_ids.tolist()
-        keys = keys_of(ids, self.prompt.images, [])
+        keys = keys_of(ids, self.prompt.images, self.tenant, [])
         assert logprobs is not None
         assert [p and p.token_id for p in logprobs] == [None, *ids[1:]]
         expected = [float(LOGITS[key % len(LOGITS)].log_softmax(-1)[t]) for key, t in zip(keys, ids[1:], strict=False)]
@@ -514,8 +518,8 @@ class Interleaving(RuleBasedStateMachine):
         copies: int,
     ) -> None:
         for _ in range(copies):
-            caller = Caller(prompt, params, deadlines, raises)
-            self._submit(caller, priority=priority, tenant=tenant, arrival=self.clock.now - late)
+            caller = Caller(prompt, params, deadlines, raises, tenant)
+            self._submit(caller, priority=priority, arrival=self.clock.now - late)
 
     @precondition(lambda self: self._live)
     @rule(which=WHICH)
@@ -532,13 +536,20 @@ class Interleaving(RuleBasedStateMachine):
         tokens = [*chosen.prompt.token_ids.tolist(), *next(filter(None, chosen.answers())), *range(2, 2 + more)]
         if len(tokens) < CONTEXT:
             TALLY["second turns"] += 1
-            self._submit(Caller(Prompt(np.array(tokens, np.int32), chosen.prompt.images), params, Deadlines(), False))
+            prompt = Prompt(np.array(tokens, np.int32), chosen.prompt.images)
+            self._submit(Caller(prompt, params, Deadlines(), False, chosen.tenant))
 
     def _submit(self, caller: Caller, **how: Any) -> None:
         self.callers.append(caller)
         caller.id = how.pop("request_id", f"r{len(self.callers)}")
         self.engine.submit(
-            caller.prompt, caller.params, sink=caller.sink, request_id=caller.id, deadlines=caller.deadlines, **how
+            caller.prompt,
+            caller.params,
+            sink=caller.sink,
+            request_id=caller.id,
+            tenant=caller.tenant,
+            deadlines=caller.deadlines,
+            **how,
         )
         TALLY["requests"] += 1
 
