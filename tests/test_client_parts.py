@@ -27,7 +27,7 @@ from wicore_client.endpoint import Endpoint
 from wicore_client.errors import error_from_code
 from wicore_client.interrupts import interrupts_held
 from wicore_client.requests import GenerateRequest, load_image
-from wicore_client.results import Answer, Response
+from wicore_client.results import Answer, Health, ModelHealth, Response
 
 USAGE = json.dumps({"prompt_tokens": 1, "completion_tokens": 1})
 
@@ -209,3 +209,10 @@ def test_a_held_ctrl_c_cancels_at_once_and_raises_at_the_end():
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [True, "the program's own", "the program's own", True]
+
+
+def test_an_engine_in_trouble_is_a_server_that_is_not_ready():
+    well = ModelHealth("wicore", "1", "READY", "")
+    for marker, ready in (("READY", True), ("UNAVAILABLE", False)):
+        health = Health.of(True, "triton 2.51.0", (well, ModelHealth("wicore_health_1_1", "", marker, "")), "wicore")
+        assert health.ready is ready

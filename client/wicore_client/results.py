@@ -93,6 +93,9 @@ class ModelHealth:
         return self.state == "READY"
 
 
+_TROUBLE = "wicore_health_"
+
+
 @dataclass(frozen=True, slots=True)
 class Health:
     """The server's state. `ready` means that it takes requests for the client's model."""
@@ -105,7 +108,9 @@ class Health:
 
     @classmethod
     def of(cls, live: bool, server: str, models: tuple[ModelHealth, ...], model: str) -> Self:
-        return cls(live, live and any(m.name == model and m.ready for m in models), server, models)
+        # An engine in trouble shows itself by a model that is not ready, since Triton calls its own one ready all along.
+        ill = any(m.name.startswith(_TROUBLE) and not m.ready for m in models)
+        return cls(live, live and not ill and any(m.name == model and m.ready for m in models), server, models)
 
 
 @dataclass(frozen=True, slots=True)

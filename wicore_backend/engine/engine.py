@@ -30,7 +30,7 @@ from wicore_backend.engine.generation import Generation
 from wicore_backend.engine.health import Health, HealthMonitor
 from wicore_backend.engine.job import Job
 from wicore_backend.engine.loading import LoadedModel, load_model
-from wicore_backend.engine.plan import Rejected, RejectReason, SchedulerLimits, StepPlan
+from wicore_backend.engine.plan import Chunk, Rejected, RejectReason, SchedulerLimits, StepPlan
 from wicore_backend.engine.request import (
     DeadlineKind,
     Deadlines,
@@ -46,7 +46,7 @@ from wicore_backend.engine.sampler import logprobs_of, sample
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.statistics import EngineStatistics, StatisticsRecorder
-from wicore_backend.engine.step_time import StepTimeModel
+from wicore_backend.engine.step_time import StepShape, StepTimeModel
 from wicore_backend.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -55,6 +55,7 @@ from wicore_backend.errors import (
     OverloadedError,
     WicoreError,
 )
+from wicore_backend.hmt.blocks import PrefixMatch
 from wicore_backend.hmt.names import BlockNames
 from wicore_backend.observability.logfmt import logfmt
 from wicore_backend.processor.processor import ImageSource, PromptSource
@@ -376,12 +377,29 @@ class Engine:
                 self._inbox.get_nowait()()
 
     def _idle(self) -> None:
-        """Wait for something to do, and prove the books if nothing comes soon."""
-        try:
+        """Wait for something to do, and if nothing comes soon prove the books, and that the engine can compute."""
+        with suppress(Empty):
             self._inbox.get(timeout=_IDLE_CHECK_S)()
-        except Empty:
-            self._scheduler.check_integrity()
+            return
+        self._scheduler.check_integrity()
+        if self._monitor.in_trouble:
+            self._probe()  # Who is told to stay away will not come to show that all is well.
+        else:
             self._inbox.get()()
+
+    def _probe(self) -> None:
+        """Compute one token for nobody."""
+        prompt = Prompt(np.zeros(1, np.int32))
+        sequence = Sequence(Request("probe", prompt, SamplingParams(), lambda _: None, time.monotonic()), max_tokens=1)
+        sequence.blocks = self._model.blocks.open(None, PrefixMatch(), max_tokens=1, expected_tokens=1)
+        try:
+            self._model.blocks.extend(sequence.blocks, 0, 1)
+            self._model.runner.run(StepPlan([], [Chunk(sequence, 0, 1)], StepShape(1, 1, 0, 0)))
+            self._monitor.recovered()
+        except Exception as error:
+            self._monitor.trouble(f"the engine cannot compute: {error}")
+        finally:
+            self._model.blocks.close(sequence.blocks)
 
     def _step(self) -> None:
         self._monitor.step_begins()

@@ -58,6 +58,10 @@ class HealthMonitor:
     def recovered(self) -> None:
         self._trouble = ""
 
+    @property
+    def in_trouble(self) -> bool:
+        return bool(self._trouble)
+
     def health(self) -> Health:
         began = self._step_began
         if began is not None and (seconds := self._clock() - began) > self._timeout:
