@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from wicore_backend.engine.health import Health
-from wicore_backend.engine.request import FinishReason, PriorityClass
 from wicore_backend.engine.plan import RejectReason, SchedulerCounts
+from wicore_backend.engine.request import FinishReason, PriorityClass
 from wicore_backend.engine.statistics import (
     QUEUE_BUCKETS_S,
     BlockUsage,

@@ -108,7 +108,7 @@ class Health:
 
     @classmethod
     def of(cls, live: bool, server: str, models: tuple[ModelHealth, ...], model: str) -> Self:
-        # An engine in trouble shows itself by a model that is not ready, since Triton calls its own one ready all along.
+        # An engine in trouble shows itself by a model that is not ready: Triton calls its own one ready all along.
         ill = any(m.name.startswith(_TROUBLE) and not m.ready for m in models)
         return cls(live, live and not ill and any(m.name == model and m.ready for m in models), server, models)
 
