@@ -104,7 +104,7 @@ def main() -> None:
     columns = ["picture/", *(f"needle/{length // 1024}K/" for length in options.lengths)]
     print(f"{len(cases)} questions, {options.dtype} on {options.device}\n")
     print("| codec | " + " | ".join(name.rstrip("/") for name in columns) + " | blocks | s |")
-    print("| --- " * (len(columns) + 3) + "|")
+    print("| --- " * (len(columns) + 3) + "|", flush=True)
     content = {}
     for codec in options.codecs:
         began = time.monotonic()
