@@ -244,6 +244,7 @@ class Replay:
             sequence.twin_key = repr((request.prompt_tokens, request.blocks)).encode()
         else:
             sequence.names = BlockNames(self._scheme, sequence.tokens, (), "")
+            sequence.twin_key = sequence.names.whole(request.prompt_tokens)
         record = self._live[sequence] = Record(
             arrival,
             answer_left=min(request.answer_tokens, self._max_answer, room),
