@@ -65,7 +65,7 @@ def worth_by_age(hazard: Floats) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class ForestSettings:
-    """How the forest learns; chosen on the first half of the conversation trace, flat around these values.
+    """How the forest learns. Around these values hit rates are flat (docs/benchmarks/replacement.md).
 
     Attributes
     ----------

@@ -54,7 +54,7 @@ class ReplayResult:
     stored, restored
         For each tier, blocks that were written to it (the first tier's: computed blocks), and hits taken from it.
     seconds
-        Time of the whole replay on this machine.
+        CPU time of the whole replay on this machine.
     """
 
     halves: tuple[Counts, Counts]
@@ -79,7 +79,7 @@ def replay(requests: Sequence[TraceRequest], tiers: Sequence[Tier], *, block_tok
     counts = Counts(hit_blocks=[0] * len(tiers)), Counts(hit_blocks=[0] * len(tiers))
     where: dict[Key, int] = {}
     stored, restored = [0] * len(tiers), [0] * len(tiers)
-    start = time.perf_counter()
+    start = time.process_time()
     for index, request in enumerate(requests):
         access = Access(keys=request.blocks, full_blocks=request.full_blocks)
         for tier in tiers:
@@ -109,7 +109,7 @@ def replay(requests: Sequence[TraceRequest], tiers: Sequence[Tier], *, block_tok
             tiers[0].policy.add(block)
             where[block] = 0
         _shrink(tiers, where, stored)
-    return ReplayResult(counts, stored, restored, time.perf_counter() - start)
+    return ReplayResult(counts, stored, restored, time.process_time() - start)
 
 
 def _shrink(tiers: Sequence[Tier], where: dict[Key, int], stored: list[int]) -> None:
