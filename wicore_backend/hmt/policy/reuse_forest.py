@@ -4,8 +4,9 @@ A sample is a run of blocks that were touched together: what was known of it the
 it took until it was touched again, or that it has not happened yet. A tree splits the samples where the likelihood of a
 piecewise constant hazard gains most, as in survival trees (LeBlanc and Crowley, Biometrics 1992), so that "whether"
 and "when" are learnt at once and samples that wait still count. A leaf's hazard leans on its parent's where it saw
-little. The forest is the mean of a few trees on bootstrap samples, which are replaced one at a time, so that a refit
-is short and the past is forgotten. Ages are on a geometric grid: nothing here knows the time scale of the workload.
+little. The forest is the mean of a few trees that were fitted one after the other as samples came; the oldest is
+replaced, so that a refit is short and the past is forgotten. Ages are on a geometric grid: nothing here knows the time
+scale of the workload.
 """
 
 from __future__ import annotations
@@ -118,9 +119,8 @@ class ReuseForest:
         How many features a sample has.
     """
 
-    def __init__(self, features: int, settings: ForestSettings, *, seed: int = 0) -> None:
+    def __init__(self, features: int, settings: ForestSettings) -> None:
         self._settings = settings
-        self._random = np.random.default_rng(seed)
         size = settings.samples
         self._features = np.zeros((size, features), np.int64)
         self._weight = np.zeros(size)
@@ -182,11 +182,8 @@ class ReuseForest:
         age = np.maximum(np.where(np.isnan(end), now, end) - self._start[:kept], 0.0)
         if np.count_nonzero(hit) < settings.min_samples:
             return
-        times = self._random.poisson(1.0, kept)
-        drawn = np.flatnonzero(times)
-        weight = self._weight[drawn] * times[drawn]
-        weight *= len(drawn) / weight.sum()
-        tree = _Fit(self._features[drawn], age[drawn], hit[drawn], weight, settings).tree()
+        weight = self._weight[:kept] / self._weight[:kept].mean()
+        tree = _Fit(self._features[:kept], age, hit, weight, settings).tree()
         self._trees = [*self._trees[-(settings.trees - 1) :], tree] if settings.trees > 1 else [tree]
         self._curves.clear()
         self.fits += 1
