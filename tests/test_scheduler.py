@@ -252,6 +252,17 @@ def test_what_has_waited_long_goes_before_a_higher_class_and_is_not_preempted():
     assert old.preemptions == 0
 
 
+def test_when_all_that_decode_give_way_there_is_no_pace_to_be_kept():
+    b = Bench(running=1, budget=64, ageing_s=10.0, aged_share=1, target_tpot_s=0.001)
+    b.teach(step=0.01, token=0.01)
+    b.add(sequence(10, 50, priority=REALTIME))
+    b.step()
+    old = sequence(30, priority=BATCH, first=100)
+    b.now = 20
+    b.add(old, sequence(10, priority=REALTIME, first=200, arrival=19.0))
+    assert b.step() == [(old, 0, 30)]
+
+
 # Memory
 
 

@@ -53,7 +53,7 @@ class Answer(threading.Thread):
 def ready(server, path: str = "/v2/health/ready") -> bool:
     try:
         with urllib.request.urlopen(server.urls.http + path, timeout=5) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
     except urllib.error.HTTPError:
         return False
 

@@ -208,6 +208,8 @@ class Scheduler:
                 break
             if sequence.blocks is None:  # Parked, or preempted for one before it.
                 continue
+            if not self._decoding:  # Those there were have given way: there is no pace to be kept.
+                self._pacer.begin(shape_of((), ()))
             end = self._chunk_end(sequence, shape, tokens_left, turns.share(sequence, ahead))
             if end == sequence.computed:
                 held_back = not chunks
