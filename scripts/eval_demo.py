@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, Protocol
@@ -238,13 +238,17 @@ def needle_cases(lengths: Sequence[int], depths: Sequence[float], count: int, *,
 
 def _needle(rng: Random, language: Language, length: int, depth: float, encoder: UnitEncoder) -> Turn:
     asked, state = length, rng.getstate()
-    while True:
+    for attempt in count(1):
         turn = facts.needles(Request(rng, language, Split.HELD_OUT, tokens=asked), depth=depth, questions=1)[0]
         tokens = sum(len(encoder.encode(part)) for part in turn.question if isinstance(part, str))
         if abs(tokens - length) <= length // 50:
             return turn
         asked = asked * length // tokens
-        rng.setstate(state)
+        if attempt % 10:
+            rng.setstate(state)
+        else:  # The correction goes round in circles with this list; take another.
+            asked, state = length, rng.getstate()
+    raise AssertionError("count ended")
 
 
 def _case(label: str, conversation: Conversation, asked: int) -> Case:
