@@ -68,6 +68,9 @@ _log = logging.getLogger(__name__)
 _IDLE_CHECK_S = 1.0
 """After this long without work the loop proves its books."""
 
+_EMPTY_STEP_S = 0.001
+"""Pause after a plan of nothing, which means that everybody waits for somebody else's memory: not to spin meanwhile."""
+
 _CLOSING_RETRY_S = 5.0
 """What a client of a closing engine is told to wait: time for another one to take its place."""
 
@@ -405,6 +408,10 @@ class Engine:
         self._monitor.step_begins()
         began = time.monotonic()
         plan = self._scheduler.plan(began)
+        if not plan:
+            self._monitor.step_ends()
+            time.sleep(_EMPTY_STEP_S)
+            return
         self._note_start((*plan.decodes, *(chunk.sequence for chunk in plan.chunks)), began)
         self._model.pools.apply(self._model.blocks.take_transfers())
         try:
@@ -435,7 +442,7 @@ class Engine:
 
     def _learn(self, plan: StepPlan, seconds: float, *, usual: bool) -> None:
         self._recorder.step(plan.shape, seconds, self._step_time)
-        if usual and plan:
+        if usual:
             self._step_time.observe(plan.shape, seconds)
 
     def _emit(self, sequences: list[Sequence], logits: Tensor) -> None:

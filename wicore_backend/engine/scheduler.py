@@ -153,6 +153,9 @@ class Scheduler:
         self._plans += 1
         self._place_decodes()
         chunks = self._plan_chunks(now)
+        if not chunks and not self._decoding:
+            # Who had a chunk gave way to one for whom too little was left of the step. Now there is all of it.
+            chunks = self._plan_chunks(now)
         self._rate.tick(now, queueing=len(self._queue) > 0)
         decodes = list(self._decoding)
         return StepPlan(decodes, chunks, shape_of(decodes, chunks))

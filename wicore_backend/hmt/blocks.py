@@ -18,13 +18,13 @@ which opening a sequence loads. What has to be copied for that is listed, as `hm
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore_backend.hmt.block_pool import BlockAccountingError, BlockPool
+from wicore_backend.hmt.block_pool import BlockAccountingError, BlockPool, GivenUp, SingleBlockPool, WindowPool
 from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.names import BlockNames
@@ -110,7 +110,10 @@ class BlockManager:
         self.layout = layout
         self.block_size = layout.block_size
         self.host = host
-        self.pools = {group: BlockPool(num_blocks[group], self._spilling(group)) for group in layout.groups}
+        kinds = {LayerGroup.GLOBAL: SingleBlockPool, LayerGroup.LOCAL: WindowPool}
+        self.pools: dict[LayerGroup, BlockPool] = {
+            group: kinds[group](num_blocks[group], self._spilling(group)) for group in layout.groups
+        }
         self._transfers: list[Transfer] = []
         self._max_chunk = max_chunk
         self._open: set[SequenceBlocks] = set()
@@ -238,7 +241,7 @@ class BlockManager:
                 span = self._span(group, count)
                 pool.keep(chain[span.start : count], blocks.tables[group][span.start : count].tolist())
 
-    def _spilling(self, group: LayerGroup) -> Callable[[bytes, int], None] | None:
+    def _spilling(self, group: LayerGroup) -> GivenUp | None:
         """What becomes of the blocks that the device tier gives up."""
         host = self.host
         if host is None:
@@ -264,16 +267,18 @@ class BlockManager:
 
         False, and nothing has changed but that blocks behind the window are released, if there is no room.
         """
-        needed = self.layout.blocks_for(end)
-        if needed <= blocks.stop:
+        stop, needed = blocks.stop, -(-end // self.block_size)
+        if needed <= stop:
             return True
         self._count_missing(blocks, -1)
         self._release_behind(blocks, start)
-        fits = all(needed - blocks.stop <= pool.available for pool in self.pools.values())
+        fits = True
+        for pool in self.pools.values():
+            fits = fits and needed - stop <= pool.available
         if fits:
             for group, pool in self.pools.items():
                 table = blocks.tables[group]
-                for index in range(blocks.stop, needed):
+                for index in range(stop, needed):
                     table[index] = pool.take()
             blocks.stop = needed
         self._count_missing(blocks, 1)
@@ -372,8 +377,10 @@ class BlockManager:
             self.pools[LayerGroup.LOCAL].keep(names, blocks.tables[LayerGroup.LOCAL][oldest:count].tolist())
 
     def _count_missing(self, blocks: SequenceBlocks, sign: int) -> None:
-        for group in self.pools:
-            self._missing[group] += sign * blocks.missing(group)
+        for group, expected in blocks.expected.items():
+            missing = expected - blocks.stop + blocks.first[group]
+            if missing > 0:
+                self._missing[group] += sign * missing
 
     def check_integrity(self) -> None:
         """Raise BlockAccountingError unless the books of all tiers follow from the open sequences."""

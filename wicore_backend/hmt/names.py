@@ -84,17 +84,18 @@ class BlockNames:
 
     def _name(self, start: int, end: int) -> bytes:
         index = start // self._size
-        before = self._names[index - 1] if index else self._root
-        parts = [array("i", self._tokens[start:end]).tobytes()]
+        hashed = self._names[index - 1] if index else self._root
+        hashed += array("i", self._tokens[start:end]).tobytes()
         for image in self._images:
             if image.start < end and start < image.end:
-                parts += [image.digest, array("i", [image.start - start, image.end - start]).tobytes()]
-        return _hash(before, *parts)
+                hashed += _with_length(image.digest) + array("i", [image.start - start, image.end - start]).tobytes()
+        return blake2b(hashed, digest_size=NAME_BYTES).digest()
 
 
 def _hash(*parts: bytes) -> bytes:
-    state = blake2b(digest_size=NAME_BYTES)
-    for part in parts:
-        state.update(len(part).to_bytes(4, "little"))
-        state.update(part)
-    return state.digest()
+    return blake2b(b"".join(map(_with_length, parts)), digest_size=NAME_BYTES).digest()
+
+
+def _with_length(part: bytes) -> bytes:
+    """So that two parts are never read as two others."""
+    return len(part).to_bytes(4, "little") + part
