@@ -35,7 +35,7 @@ STATISTICS = EngineStatistics(
     retried=1,
     restarts=2,
     scheduler=SchedulerCounts(1, 20, 30, 40, 50, 60, 7),
-    step=StepStatistics(StepShape(90, 10, 1000, 2000), 0.02, 0.021, 0.05, Coefficients(1.0, 2.0, 3.0, 4.0, 5.0)),
+    step=StepStatistics(StepShape(90, 10, 1000, 2000), 0.02, 0.021, 0.05, Coefficients(1.0, 2.0, 3.0, 4.0, 5.0), 0.03),
 )
 
 
@@ -82,6 +82,7 @@ def test_every_number_of_the_statistics_is_on_the_page():
         ("wicore_step_time_coefficient", "prefill_token"): 3.0,
         ("wicore_kv_blocks_used", "global"): 5,
         ("wicore_kv_blocks_cached", "global"): 6,
+        ("wicore_step_limit_seconds",): 0.03,
         ("wicore_kv_blocks", "global"): 70,
         ("wicore_kv_blocks_recycled_total", "global"): 8,
         ("wicore_tier_blocks_used", "host", "local"): 1,

@@ -441,7 +441,7 @@ class Engine:
                 self._recorder.started(job.request, now)
 
     def _learn(self, plan: StepPlan, seconds: float, *, usual: bool) -> None:
-        self._recorder.step(plan.shape, seconds, self._step_time)
+        self._recorder.step(plan, seconds, self._step_time)
         if usual:
             self._step_time.observe(plan.shape, seconds)
 

@@ -43,6 +43,11 @@ class Pacer:
         self._limit = alone + self._saved
         return self._mixed_steps < _DECODES_ALONE_EVERY - 1
 
+    @property
+    def limit_s(self) -> float | None:
+        """What the step may take; None if it has no decodes, or too little is known."""
+        return self._limit
+
     def tokens(self, shape: StepShape, *, context: int, most: int, share: float = 1.0) -> int:
         """How many of the next `most` tokens of a prompt to compute beside `shape`, `context` being computed.
 

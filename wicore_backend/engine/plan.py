@@ -92,6 +92,8 @@ class StepPlan:
     decodes: list[Sequence]
     chunks: list[Chunk]
     shape: StepShape
+    limit_s: float | None = None
+    """Time that it was to take at most, for the sake of its decodes; None without any."""
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)

@@ -158,7 +158,7 @@ class Scheduler:
             chunks = self._plan_chunks(now)
         self._rate.tick(now, queueing=len(self._queue) > 0)
         decodes = list(self._decoding)
-        return StepPlan(decodes, chunks, shape_of(decodes, chunks))
+        return StepPlan(decodes, chunks, shape_of(decodes, chunks), self._pacer.limit_s)
 
     def complete(self, plan: StepPlan) -> list[Fork]:
         """Note that a step has been computed. Returns sequences that now go on from prompts that it completed."""
@@ -180,8 +180,7 @@ class Scheduler:
 
     def _place_decodes(self) -> None:
         size = self._blocks.block_size
-        at_an_end = [s for s in self._decoding if not s.computed % size]
-        for sequence in [s for s in at_an_end if s.computed >= s.running_blocks.stop * size]:
+        for sequence in [s for s in self._decoding if s.computed >= s.running_blocks.stop * size]:
             if sequence.blocks is not None:  # It may have given way to one before it.
                 self._place(sequence, sequence.computed + 1, or_preempt=True)
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from wicore_backend.engine.plan import RejectReason, SchedulerCounts
+from wicore_backend.engine.plan import RejectReason, SchedulerCounts, StepPlan
 from wicore_backend.engine.request import FinishedEvent, FinishReason, PriorityClass, Request
 from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import Coefficients, StepShape, StepTimeModel
@@ -63,6 +63,8 @@ class StepStatistics:
     error: float
     """Median relative error of recent predictions."""
     coefficients: Coefficients | None
+    limit_s: float | None = None
+    """The time that the step was given; None if it had no decodes whose pace was to be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +128,18 @@ class StatisticsRecorder:
         of_class.seconds += seconds
         of_class.histogram[bisect_left(QUEUE_BUCKETS_S, seconds)] += 1
 
-    def step(self, shape: StepShape, seconds: float, model: StepTimeModel) -> None:
+    def step(self, plan: StepPlan, seconds: float, model: StepTimeModel) -> None:
         """A step has been computed; `model` has not learnt from it yet."""
         self._steps += 1
         self._step_seconds += seconds
         ready = model.ready
         self._latest = StepStatistics(
-            shape=shape,
+            shape=plan.shape,
             seconds=seconds,
-            predicted_s=model.predict(shape) if ready else None,
+            predicted_s=model.predict(plan.shape) if ready else None,
             error=model.error,
             coefficients=model.coefficients if ready else None,
+            limit_s=plan.limit_s,
         )
 
     def queued(self, backlogs: Mapping[int, Backlog]) -> None:

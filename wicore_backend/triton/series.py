@@ -212,6 +212,12 @@ FAMILIES = (
     ),
     Family(
         "gauge",
+        "wicore_step_limit_seconds",
+        "Time that the latest step was given, for the sake of its decodes",
+        lambda s, _: _of_step(s, lambda step: step.limit_s),
+    ),
+    Family(
+        "gauge",
         "wicore_step_predicted_seconds",
         "Time that was predicted for the latest step",
         lambda s, _: _of_step(s, lambda step: step.predicted_s),
