@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -35,6 +35,9 @@ class PackedStep:
         For each group int32 [B, N]: the physical block of the sequence's n-th logical block, which holds positions
         n * block_size to (n + 1) * block_size - 1. Entries past a sequence's end, or wholly behind a local group's
         window, are 0: block 0 of every pool belongs to nobody, holds finite values and must be masked.
+    measured
+        For layers of the global group, by index: the sequences, 0 to B - 1, whose attention mass `Attention.mass` is
+        asked for there.
     """
 
     positions: NDArray[np.int32]
@@ -42,7 +45,11 @@ class PackedStep:
     query_lens: NDArray[np.int32]
     decodes: int
     block_tables: Mapping[LayerGroup, NDArray[np.int32]]
+    measured: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
+
+MEASURED_QUERIES = 32
+"""Of a prefill's tokens, how many of the last ones count for its attention mass: about a question's length."""
 
 PlanT = TypeVar("PlanT")
 
@@ -57,4 +64,15 @@ class Attention(Protocol[PlanT]):
         """Writes `k`, `v` [T, KV heads, d] of `layer` into the pools, then returns attention [T, query heads * d].
 
         `q` [T, query heads, d] comes unscaled; the softmax scale and soft-capping are the model config's.
+        """
+
+    def mass(self, plan: PlanT) -> Mapping[int, NDArray[np.float32]]:
+        """Where the attention of the sequences in `PackedStep.measured` fell; to be asked after the last layer.
+
+        For each of them float32 [N]: the share of softmax attention that each block got, from the sequence's first
+        block to the one with its last key, mean over the query heads and the measured layers. It is that of a decode's
+        token, or the mean over up to `MEASURED_QUERIES` last tokens of a prefill. Shares sum to 1.
+
+        Asking changes no attention. It waits for the device, so ask when the step's tokens are there. A kernel that
+        splits a sequence's keys has the shares in the partial log-sum-exps of its splits.
         """

@@ -7,11 +7,15 @@ a piece does not depend on the layer for is worked out once, in `plan`.
 On a CPU the gather is a third of a decode's attention; reading blocks in place, one small attention a block, was
 slower by 10% (4,096 keys, 2 heads of 64), since a block's rows are not contiguous with the next block's. Pieces are
 kept small enough to stay in a core's cache: 16 sequences of 4,096 keys take 5.7 ms one by one and 18 ms at once.
+
+Fused attention gives no weights, so attention mass is worked out beside it, from the keys that were gathered for it:
+a fifth of a layer's decode attention for one sequence, which is why it is asked of few steps and layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.base import MEASURED_QUERIES, PackedStep
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
@@ -38,6 +42,8 @@ class _Piece:
     B sequences with one query each, or one sequence (B = 1) with several.
     """
 
+    sequences: tuple[int, ...]
+    """Of the step, those that the piece serves."""
     rows: slice | Tensor
     """Of the packed step."""
     decode: bool
@@ -63,7 +69,31 @@ class _GroupPlan:
     pieces: tuple[_Piece, ...]
 
 
-Plan = Mapping[LayerGroup, _GroupPlan]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measurement:
+    """Queries of one sequence in a piece whose weights are wanted."""
+
+    sequence: int
+    member: int
+    """Of the piece's B sequences."""
+    queries: slice
+    """Of the piece's."""
+    num_keys: int
+    """That any of them sees, from the sequence's first on."""
+    mask: Tensor | None
+    """[queries, num_keys], added to the scores; None if all are visible."""
+    share: float
+    """In the sequence's mass."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A step's, and what has been measured so far, with the masses [blocks]."""
+
+    groups: Mapping[LayerGroup, _GroupPlan]
+    measurements: Mapping[tuple[int, _Piece], Sequence[_Measurement]]
+    """By layer and piece."""
+    measured: list[tuple[_Measurement, Tensor]]
 
 
 class TorchPagedAttention:
@@ -94,20 +124,49 @@ class TorchPagedAttention:
         self._decode_blocks = max(1, _DECODE_SCRATCH_BYTES // block_bytes)
 
     def plan(self, step: PackedStep) -> Plan:
-        return {group: self._plan_group(step, group) for group in self._layout.groups}
+        groups = {group: self._plan_group(step, group) for group in self._layout.groups}
+        return Plan(groups, self._plan_measurements(step, groups) if step.measured else {}, [])
 
     def attend(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group, index = self._layout.layers[layer]
-        of_group = plan[group]
+        of_group = plan.groups[group]
         tokens, blocks = self._tokens[group], self._blocks[group]
         tokens.index_copy_(0, of_group.key_rows[index], k.flatten(1))
         tokens.index_copy_(0, of_group.value_rows[index], v.flatten(1))
         if len(of_group.pieces) == 1:
-            return self._attend_piece(of_group.pieces[0], index, blocks, q)
+            piece = of_group.pieces[0]
+            attended = self._attend_piece(piece, index, blocks, q)
+            self._measure(plan, layer, piece, q)
+            return attended
         attended = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
         for piece in of_group.pieces:
-            attended[piece.rows] = self._attend_piece(piece, index, blocks, q[piece.rows])
+            of_piece = q[piece.rows]
+            attended[piece.rows] = self._attend_piece(piece, index, blocks, of_piece)
+            self._measure(plan, layer, piece, of_piece)
         return attended
+
+    def mass(self, plan: Plan) -> Mapping[int, NDArray[np.float32]]:
+        masses: dict[int, NDArray[np.float32]] = {}
+        for wanted, by_block in plan.measured:
+            mass = by_block.mul(wanted.share).numpy(force=True)
+            before = masses.get(wanted.sequence, mass[:0])
+            longer, shorter = (mass, before) if len(mass) > len(before) else (before, mass)
+            longer[: len(shorter)] += shorter
+            masses[wanted.sequence] = longer
+        return masses
+
+    def _measure(self, plan: Plan, layer: int, piece: _Piece, q: Tensor) -> None:
+        """Measure what is asked of the piece, whose keys have just been gathered, by its `q` [queries, heads, d]."""
+        for wanted in plan.measurements.get((layer, piece), ()):
+            queries, keys = q[wanted.queries], piece.keys[wanted.member, :, : wanted.num_keys]
+            grouped = queries.transpose(0, 1).reshape(self._layout.kv_heads, -1, self._layout.head_dim)
+            scores = self._cap((grouped @ keys.mT).float() * self._scale)
+            if wanted.mask is not None:
+                scores = scores.view(len(scores), -1, len(queries), wanted.num_keys) + wanted.mask
+            weights = scores.softmax(-1).flatten(0, -2).mean(0)
+            size = self._layout.block_size
+            by_block = F.pad(weights, (0, -wanted.num_keys % size)).view(-1, size)
+            plan.measured.append((wanted, by_block.sum(1)))
 
     def _attend_piece(self, piece: _Piece, index: int, blocks: Tensor, q: Tensor) -> Tensor:
         """Attention [queries, query heads * d] of `q` [queries, query heads, d]."""
@@ -133,14 +192,53 @@ class TorchPagedAttention:
 
     def _softcapped(self, piece: _Piece, q: Tensor) -> Tensor:
         """Torch's fused attention cannot cap scores, so here it is in its parts, the softmax in float32."""
-        assert self._softcap is not None
         grouped = q.reshape(len(q), self._layout.kv_heads, -1, *q.shape[2:])
-        scores = grouped @ piece.keys.unsqueeze(2).mT * self._scale
-        scores = torch.tanh(scores / self._softcap) * self._softcap
+        scores = self._cap(grouped @ piece.keys.unsqueeze(2).mT * self._scale)
         if piece.mask is not None:
             scores = scores + piece.mask.unsqueeze(1)
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return (weights @ piece.values.unsqueeze(2)).flatten(1, 2)
+
+    def _cap(self, scores: Tensor) -> Tensor:
+        return scores if self._softcap is None else torch.tanh(scores / self._softcap) * self._softcap
+
+    def _plan_measurements(
+        self, step: PackedStep, groups: Mapping[LayerGroup, _GroupPlan]
+    ) -> Mapping[tuple[int, _Piece], Sequence[_Measurement]]:
+        """What to measure in which layer and piece."""
+        local = [layer for layer in step.measured if self._layout.layers[layer][0] is not LayerGroup.GLOBAL]
+        if local:
+            raise ValueError(f"attention mass is asked of layers {local}, which are local; ask global ones")
+        layers_of: defaultdict[int, list[int]] = defaultdict(list)
+        for layer, sequences in step.measured.items():
+            for sequence in sequences:
+                layers_of[sequence].append(layer)
+        measurements: defaultdict[tuple[int, _Piece], list[_Measurement]] = defaultdict(list)
+        for piece in groups[LayerGroup.GLOBAL].pieces:
+            for member, sequence in enumerate(piece.sequences):
+                layers = layers_of.get(sequence, [])
+                wanted = self._measurement(step, piece, member, len(layers)) if layers else None
+                if wanted is not None:
+                    for layer in layers:
+                        measurements[layer, piece].append(wanted)
+        return measurements
+
+    def _measurement(self, step: PackedStep, piece: _Piece, member: int, layers: int) -> _Measurement | None:
+        """Of those of the piece's queries that are among the last ones of its `member`, in each of `layers` layers."""
+        sequence = piece.sequences[member]
+        if piece.decode:
+            num_keys = int(step.positions[sequence]) + 1
+            return _Measurement(sequence, member, slice(member, member + 1), num_keys, None, 1 / layers)
+        assert isinstance(piece.rows, slice)
+        end, count = int(step.query_lens[: sequence + 1].sum()), min(int(step.query_lens[sequence]), MEASURED_QUERIES)
+        first = max(piece.rows.start, end - count)
+        if first >= piece.rows.stop:
+            return None
+        limits = step.attend_limits[first : piece.rows.stop].astype(np.int64)
+        num_keys = int(limits.max()) + 1
+        mask = self._mask(self._tensor(np.arange(num_keys) <= limits[:, None]))
+        share = len(limits) / (count * layers)
+        return _Measurement(sequence, 0, slice(first - piece.rows.start, None), num_keys, mask, share)
 
     def _plan_group(self, step: PackedStep, group: LayerGroup) -> _GroupPlan:
         size, layers = self._layout.block_size, self._layout.layers_in[group]
@@ -163,10 +261,11 @@ class TorchPagedAttention:
             rows: slice | Tensor = slice(0, step.decodes)
             if len(members) < step.decodes:
                 rows = self._tensor(members)
+            sequences = tuple(members.tolist())
             if len(members) == 1:
                 m = members[0]
                 blocks = table[m, None, first_block[m] : first_block[m] + counts[m]]
-                yield self._piece(group, rows, blocks, first[m] % size, last[m] + 1 - first[m], decode=True)
+                yield self._piece(group, sequences, rows, blocks, first[m] % size, last[m] + 1 - first[m], decode=True)
                 continue
             nth = np.arange(counts[members].max())
             columns = first_block[members, None] + nth
@@ -175,7 +274,7 @@ class TorchPagedAttention:
             positions = (columns[:, :, None] * size + np.arange(size)).reshape(len(members), -1)
             visible = (positions <= last[members, None]) & (positions >= first[members, None])
             mask = self._mask(self._tensor(visible))[:, None, None]
-            yield self._piece(group, rows, blocks, 0, positions.shape[1], decode=True, mask=mask)
+            yield self._piece(group, sequences, rows, blocks, 0, positions.shape[1], decode=True, mask=mask)
 
     def _alike(self, counts: Ints) -> Iterator[Ints]:
         """Split sequences into sets of similar block counts, so that little is padded and a set stays in cache."""
@@ -213,7 +312,7 @@ class TorchPagedAttention:
                         visible &= keys >= self._tensor(self._first_visible(group, positions)[:, None])
                     mask = self._mask(visible)[None, None]
                 yield self._piece(
-                    group, rows, blocks, first % size, end - first, decode=False, mask=mask, causal=causal
+                    group, (sequence,), rows, blocks, first % size, end - first, decode=False, mask=mask, causal=causal
                 )
 
     def _first_visible(self, group: LayerGroup, positions: Ints) -> Ints:
@@ -225,6 +324,7 @@ class TorchPagedAttention:
     def _piece(
         self,
         group: LayerGroup,
+        sequences: tuple[int, ...],
         rows: slice | Tensor,
         blocks: NDArray[np.integer[Any]],
         first: int,
@@ -241,6 +341,7 @@ class TorchPagedAttention:
         shape = (2, len(blocks), -1, self._layout.kv_heads, self._layout.head_dim)
         keys, values = gathered.view(shape)[:, :, first : first + num_keys].transpose(2, 3).unbind()
         return _Piece(
+            sequences=sequences,
             rows=rows,
             decode=decode,
             sources=self._tensor(sources).flatten(1).unbind(),

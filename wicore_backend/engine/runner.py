@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
+from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.executor.base import Executor
 from wicore_backend.hmt.layout import KVLayout
@@ -31,6 +35,9 @@ class StepOutput:
     attention: Tensor
     offsets: tuple[int, ...]
     """Row of each decode's and each chunk's first token, and T."""
+    mass: Callable[[], Mapping[int, NDArray[np.float32]]] = dict
+    """The attention masses [blocks] measured in this step, by number of the decode, or of decodes plus that of the
+    chunk: see `Attention.mass`. It waits for the device, so call it when the step's tokens are there."""
 
     def logits(self, rows: Rows[int]) -> Tensor:
         """float32 [R, V] of the given rows."""
@@ -42,6 +49,11 @@ class ModelRunner:
     """Packs chunks, encodes their images and drives the executor and the attention layer by layer.
 
     To be used under `torch.inference_mode()`.
+
+    Parameters
+    ----------
+    sampling
+        Whose attention mass to measure, and when; None measures none. May be changed between steps.
     """
 
     def __init__(
@@ -52,12 +64,14 @@ class ModelRunner:
         rotary: RotaryTables,
         normalization: PixelNormalization,
         layout: KVLayout,
+        sampling: MassSampling | None = None,
     ) -> None:
         self._executor = executor
         self._attention = attention
         self._rotary = rotary
         self._normalization = normalization
         self._layout = layout
+        self.sampling = sampling
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Compute a step, whose blocks are in place, and write its keys and values to the pools.
@@ -66,7 +80,7 @@ class ModelRunner:
         """
         executor, attention, layers = self._executor, self._attention, self._layout.layers
         chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
-        step = self._pack(chunks, decodes=len(plan.decodes))
+        step = self._pack(chunks, decodes=len(plan.decodes), measured=self._measured(plan))
         work = attention.plan(step)
         rope = self._rotary.lookup(torch.from_numpy(step.positions).to(executor.device))
         ids = np.fromiter(chain.from_iterable(c.sequence.tokens[c.start : c.end] for c in chunks), np.int64)
@@ -78,9 +92,15 @@ class ModelRunner:
             attended = attention.attend(work, layer, q, k, v)
             hidden, (q, k, v) = executor.mid(layer, hidden, attended, *rope[next_group])
         attended = attention.attend(work, len(layers) - 1, q, k, v)
-        return StepOutput(executor, hidden, attended, tuple(offsets))
+        return StepOutput(executor, hidden, attended, tuple(offsets), partial(attention.mass, work))
 
-    def _pack(self, chunks: Rows[Chunk], *, decodes: int) -> PackedStep:
+    def _measured(self, plan: StepPlan) -> Mapping[int, Rows[int]]:
+        if self.sampling is None:
+            return {}
+        prompts = [i for i, chunk in enumerate(plan.chunks, len(plan.decodes)) if chunk.completes]
+        return self.sampling.choose([s.computed for s in plan.decodes], prompts)
+
+    def _pack(self, chunks: Rows[Chunk], *, decodes: int, measured: Mapping[int, Rows[int]]) -> PackedStep:
         limits = []
         for chunk in chunks:
             limit = np.arange(chunk.start, chunk.end, dtype=np.int32)
@@ -100,6 +120,7 @@ class ModelRunner:
             query_lens=np.array([c.end - c.start for c in chunks], np.int32),
             decodes=decodes,
             block_tables=tables,
+            measured=measured,
         )
 
     def _soft_tokens(self, chunks: Rows[Chunk], offsets: list[int]) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,75 @@
+"""How much attention each block of a running sequence gets, as far as its decode steps have told."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Masses = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+class AttentionMass:
+    """Moving average of the attention mass [blocks] of one sequence, which grows with it.
+
+    A block's average starts with the first measurement that it is part of, and each counts 1 - `weight` times as much
+    as the one after it. Every call is a few vector operations over the blocks.
+
+    Parameters
+    ----------
+    weight
+        Of a new measurement against all before it, above 0 and up to 1.
+    """
+
+    def __init__(self, *, weight: float = 0.1) -> None:
+        if not 0 < weight <= 1:
+            raise ValueError(f"weight = {weight}: give it above 0 and up to 1")
+        self._weight = np.float32(weight)
+        self._sums: Masses = np.zeros(0, np.float32)
+        self._weights: Masses = np.zeros(0, np.float32)
+        """Of what has been added to the sums: less than 1 for blocks that are young, 0 for those never measured."""
+
+    def __len__(self) -> int:
+        """Blocks up to the last one measured."""
+        return len(self._sums)
+
+    def fold(self, mass: Masses, held: Mask | None = None) -> None:
+        """Take in a measurement.
+
+        Parameters
+        ----------
+        mass
+            float32 [N], as `Attention.mass` gives it. N may be more than ever before, or less.
+        held
+            bool [N], the blocks that were visible to it; None is all. The average of the others stays as it is.
+        """
+        if grown := max(0, len(mass) - len(self._sums)):
+            self._sums = np.pad(self._sums, (0, grown))
+            self._weights = np.pad(self._weights, (0, grown))
+        step = self._weight if held is None else np.where(held, self._weight, np.float32(0))
+        sums, weights = self._sums[: len(mass)], self._weights[: len(mass)]
+        sums += step * (mass - sums)
+        weights += step * (1 - weights)
+
+    def average(self) -> Masses:
+        """float32 [blocks]: the share of attention that each block gets; 0 for a block never measured."""
+        average: Masses = self._sums / np.maximum(self._weights, np.finfo(np.float32).tiny)
+        return average
+
+    def relative(self) -> Masses:
+        """float32 [blocks]: a block's average over that of the mean block, so that sequences can be compared."""
+        average = self.average()
+        total = average.sum()
+        return average * (len(average) / total) if total else average
+
+    def top(self, count: int, *, first: int = 0, recent: int = 0) -> NDArray[np.int64]:
+        """The `count` blocks with the most mass, in order of position, but for the `first` and the `recent` ones.
+
+        The ends are left out since whoever bounds a sequence keeps them anyway. There are fewer than `count` blocks if
+        no more are between the ends. Of equal blocks the later go first.
+        """
+        between = self.average()[first : max(first, len(self) - recent)]
+        if count >= len(between):
+            return np.arange(first, first + len(between))
+        order = np.argsort(between, kind="stable")
+        return np.sort(order[len(between) - count :]) + first
