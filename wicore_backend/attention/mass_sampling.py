@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -25,19 +24,19 @@ class MassSampling:
     """
 
     layers: tuple[int, ...]
-    interval: int = 8
+    interval: int = 16
 
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise ValueError(f"interval = {self.interval}: measure every token (1) or less often")
 
     @classmethod
-    def of(cls, layout: KVLayout, *, interval: int = 8) -> Self:
+    def of(cls, layout: KVLayout, *, interval: int = 16) -> Self:
         """All global layers of a model."""
         layers = tuple(i for i, (group, _) in enumerate(layout.layers) if group is LayerGroup.GLOBAL)
         return cls(layers, interval)
 
-    def choose(self, decodes: Sequence[int], prompts: Iterable[int]) -> Mapping[int, Sequence[int]]:
+    def choose(self, decodes: Sequence[int], prompts: Sequence[int]) -> Mapping[int, Sequence[int]]:
         """The sequences to measure in each layer.
 
         Parameters
@@ -47,11 +46,10 @@ class MassSampling:
         prompts
             The step's sequences whose prompt ends in it.
         """
-        chosen: defaultdict[int, list[int]] = defaultdict(list)
-        for layer in self.layers:
-            chosen[layer] += prompts
+        chosen = {layer: [*prompts] for layer in self.layers} if prompts else {}
         if self.layers:
             for sequence, position in enumerate(decodes):
                 if position % self.interval == 0:
-                    chosen[self.layers[position // self.interval % len(self.layers)]].append(sequence)
-        return {layer: sequences for layer, sequences in chosen.items() if sequences}
+                    layer = self.layers[position // self.interval % len(self.layers)]
+                    chosen.setdefault(layer, []).append(sequence)
+        return chosen

@@ -148,7 +148,7 @@ class TorchPagedAttention:
     def mass(self, plan: Plan) -> Mapping[int, NDArray[np.float32]]:
         masses: dict[int, NDArray[np.float32]] = {}
         for wanted, by_block in plan.measured:
-            mass = by_block.mul(wanted.share).numpy(force=True)
+            mass = by_block.cpu().numpy() * np.float32(wanted.share)
             before = masses.get(wanted.sequence, mass[:0])
             longer, shorter = (mass, before) if len(mass) > len(before) else (before, mass)
             longer[: len(shorter)] += shorter
@@ -160,10 +160,11 @@ class TorchPagedAttention:
         for wanted in plan.measurements.get((layer, piece), ()):
             queries, keys = q[wanted.queries], piece.keys[wanted.member, :, : wanted.num_keys]
             grouped = queries.transpose(0, 1).reshape(self._layout.kv_heads, -1, self._layout.head_dim)
-            scores = self._cap((grouped @ keys.mT).float() * self._scale)
+            # Keys on the left, since on the right they would be copied first: 1.2 ms instead of 0.7 at 16,384 keys.
+            scores = self._cap((keys @ grouped.mT).mT.float() * self._scale)
             if wanted.mask is not None:
-                scores = scores.view(len(scores), -1, len(queries), wanted.num_keys) + wanted.mask
-            weights = scores.softmax(-1).flatten(0, -2).mean(0)
+                scores = scores.reshape(len(scores), -1, *wanted.mask.shape) + wanted.mask
+            weights = scores.softmax(-1).mean(tuple(range(scores.dim() - 1)))
             size = self._layout.block_size
             by_block = F.pad(weights, (0, -wanted.num_keys % size)).view(-1, size)
             plan.measured.append((wanted, by_block.sum(1)))

@@ -1,0 +1,274 @@
+"""What the attention signal costs and what it is worth, on the demo model.
+
+    python -m scripts.benchmark_attention_mass cost       a decode step with it against one without
+    python -m scripts.benchmark_attention_mass quality    the sampled signal against every layer of every step
+
+Times that are compared come from one run, taken in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scripts.eval_demo import needle_cases
+from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.attention.mass_sampling import MassSampling
+from wicore_backend.engine.loading import LoadedModel, load_model
+from wicore_backend.engine.plan import StepPlan
+from wicore_backend.engine.request import Request
+from wicore_backend.engine.request import Sequence as Answer
+from wicore_backend.engine.runner import ModelRunner, StepOutput
+from wicore_backend.engine.step_time import StepShape
+from wicore_backend.hmt.attention_mass import AttentionMass
+from wicore_backend.hmt.blocks import PrefixMatch
+from wicore_backend.processor.prompt import Prompt
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
+_SHAPE = StepShape(0, 0, 0, 0)
+
+Floats = NDArray[np.floating[Any]]
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+class Decodes:
+    """Sequences in the middle of their answers, over a cache of random keys and values.
+
+    Parameters
+    ----------
+    starts
+        Position of each one's token at first.
+    steps
+        How many tokens further `move` can take them.
+    """
+
+    def __init__(self, model: LoadedModel, starts: Sequence[int], steps: int) -> None:
+        self._model = model
+        self._starts = starts
+        self._answers = [self._open(start + steps + 1) for start in starts]
+
+    def _open(self, tokens: int) -> Answer:
+        prompt = Prompt(np.random.default_rng(tokens).integers(300, 2000, tokens).astype(np.int32))
+        answer = Answer(Request("benchmark", prompt, SamplingParams(), lambda _: None, 0.0), max_tokens=tokens)
+        blocks = self._model.blocks
+        answer.blocks = blocks.open(None, PrefixMatch(), max_tokens=tokens, expected_tokens=tokens)
+        for start in range(0, tokens, 256):
+            assert blocks.extend(answer.blocks, start, min(start + 256, tokens)), "kv_cache_bytes is too small"
+        return answer
+
+    def move(self, steps: int) -> None:
+        """To `steps` tokens after the start."""
+        for answer, start in zip(self._answers, self._starts, strict=True):
+            answer.computed = start + steps
+
+    def step(self, averages: Sequence[AttentionMass]) -> float:
+        """Seconds of a step: compute, choose tokens, take in the masses."""
+        began = time.perf_counter()
+        output = self._model.runner.run(StepPlan(self._answers, [], _SHAPE))
+        output.logits(range(len(self._answers))).argmax(-1).tolist()
+        for row, mass in output.mass().items():
+            averages[row].fold(mass)
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        for answer in self._answers:
+            self._model.blocks.close(answer.running_blocks)
+
+
+def cost(options: argparse.Namespace) -> None:
+    """Print what measuring takes of a step: at each position of a cycle the median over the rounds, and their mean."""
+    model = load_model(
+        EngineConfig(
+            model=DEMO_MODEL, device="cpu", dtype="float32", kv_cache_bytes=3 * 2**29, max_model_len=2**14 + 1024
+        )
+    )
+    for pool in model.pools.tensors.values():
+        pool.normal_()
+    layout = model.pools.layout
+    sampling = MassSampling.of(layout, interval=options.interval)
+    cycle = options.interval * len(sampling.layers)
+    sides = {"without": None, "with": sampling, "each": MassSampling.of(layout, interval=1)}
+    print(f"every {options.interval} tokens; {options.rounds} rounds; {torch.get_num_threads()} threads\n")
+    print("| context | sequences | ms a step | cost of the signal | ms a measurement |")
+    print("| --- " * 5 + "|")
+    for context in options.contexts:
+        for count in options.sequences:
+            # As the positions of independent requests, these are spread over the cycle.
+            decodes = Decodes(model, [context - i * cycle // count for i in range(count)], cycle)
+            averages = [AttentionMass() for _ in range(count)]
+            positions = range(max(1, cycle // count))
+            # [rounds, positions] of each side, whose turn it is to go first changing from round to round.
+            times: dict[str, list[list[float]]] = {name: [] for name in sides}
+            for round_ in range(options.rounds + 1):
+                order = list(sides) if round_ % 2 else list(reversed(sides))
+                taken: dict[str, list[float]] = {name: [] for name in sides}
+                for position in positions:
+                    decodes.move(position)
+                    for name in order:
+                        model.runner.sampling = sides[name]
+                        taken[name].append(1e3 * decodes.step(averages))
+                for name in sides if round_ else ():
+                    times[name].append(taken[name])
+            without, sampled, each = (np.array(times[name]) for name in sides)
+            cells = [f"{context:,}", str(count), f"{np.median(without):.2f}"]
+            cells += [f"{np.median(sampled / without, 0).mean() - 1:+.2%}"]
+            cells += [f"{np.median(each - without) / count:.3f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+            decodes.close()
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Runs steps, and keeps the masses of the one request that runs, by the position of its last token."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.masses: dict[int, Floats] = {}
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        output = self.runner.run(plan)
+        ends = [*(s.computed for s in plan.decodes), *(chunk.end - 1 for chunk in plan.chunks)]
+        for row, mass in output.mass().items():
+            self.masses[ends[row]] = mass
+        return output
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The attention mass of one answer: of the prompt's end and of each decode, in each global layer [steps, N]."""
+
+    layers: Sequence[Floats]
+    prompt_tokens: int
+    needle: range
+    """The blocks with the fact that the question is about."""
+
+    @property
+    def truth(self) -> Floats:
+        """Mean over the answer's tokens and the layers: where the attention went that a bounded cache must keep."""
+        mean: Floats = np.mean([layer[1:] for layer in self.layers], axis=(0, 1))
+        return mean
+
+    def sampled(self, interval: int | None, weight: float) -> AttentionMass:
+        """What `MassSampling` and `AttentionMass` make of it; without an interval, of the prompt's end alone."""
+        average = AttentionMass(weight=weight)
+        average.fold(np.mean([layer[0] for layer in self.layers], axis=0))
+        for step in range(1, len(self.layers[0])):
+            position = self.prompt_tokens - 1 + step
+            if interval is not None and position % interval == 0:
+                average.fold(self.layers[position // interval % len(self.layers)][step])
+        return average
+
+
+def record(engine: Engine, text: str, answer: str, tokens: int) -> Recording:
+    """Answer a needle question for each layer in turn, measuring every token."""
+    recorder: Any = Recorder(engine._model.runner)
+    engine._model = replace(engine._model, runner=recorder)
+    size, layout = engine.config.block_size, engine._model.pools.layout
+    messages: Any = [{"role": "user", "content": text}]
+    prompt = engine.processor.process(messages)
+    layers = []
+    for layer in MassSampling.of(layout).layers:
+        recorder.runner.sampling, recorder.masses = MassSampling((layer,), 1), {}
+        with engine.stream(messages, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)) as stream:
+            stream.collect()
+        prompt_blocks = layout.blocks_for(len(prompt)) - 1  # The answer's own blocks are kept anyway.
+        masses = [mass for position, mass in sorted(recorder.masses.items()) if position >= len(prompt) - 1]
+        layers.append(np.stack([mass[:prompt_blocks] for mass in masses]))
+    engine._model = replace(engine._model, runner=recorder.runner)
+
+    starts = np.cumsum([0, *(len(engine.processor.tokenizer.token_bytes(int(t))) for t in prompt.token_ids)])
+    written = b"".join(engine.processor.tokenizer.token_bytes(int(t)) for t in prompt.token_ids)
+    *facts, question = filter(None, re.split(r"(?<=[.。])\s*|\n", text))
+    pairs = set(pairwise(question))
+    needle = max((fact for fact in facts if answer in fact), key=lambda fact: len(pairs & set(pairwise(fact))))
+    at = written.index(needle.encode())
+    first, last = np.searchsorted(starts, [at, at + len(needle.encode())], "right") - 1
+    return Recording(layers, len(prompt), range(first // size, last // size + 1))
+
+
+def rank_correlation(a: Floats, b: Floats) -> float:
+    """Spearman's."""
+    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
+
+
+def quality(options: argparse.Namespace) -> None:
+    """Print how much of the full signal the sampled one tells."""
+    recordings = []
+    config = EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32", threads=options.threads, prefix_cache=False)
+    with Engine(config) as engine:
+        for case in needle_cases(options.lengths, options.depths, 1, seed=options.seed):
+            [message] = case.messages
+            text = "".join(part["text"] for part in message["content"])
+            recordings.append(record(engine, text, case.answer, options.tokens))
+    print(f"{len(recordings)} answers of {options.tokens} tokens; weight {options.weight}\n")
+    print("| measured | rank correlation | top 25% in common | of the mass that 25% can hold | 12.5% |")
+    print("| --- " * 5 + "|")
+    for interval in [None, *options.intervals]:
+        rows = []
+        for recording in recordings:
+            truth, average = recording.truth, recording.sampled(interval, options.weight)
+            quarter, eighth = len(truth) // 4, len(truth) // 8
+            best = np.sort(truth)[::-1]
+            top = average.top(quarter)
+            rows.append(
+                [
+                    rank_correlation(average.average(), truth),
+                    len(np.intersect1d(top, np.argsort(-truth)[:quarter])) / quarter,
+                    truth[top].sum() / best[:quarter].sum(),
+                    truth[average.top(eighth)].sum() / best[:eighth].sum(),
+                ]
+            )
+        name = "prompt's end only" if interval is None else f"and every {interval} tokens"
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in np.mean(rows, 0)) + " |")
+    ranks = [
+        min(
+            float((recording.sampled(None, 1).average() > recording.sampled(None, 1).average()[block]).mean())
+            for block in recording.needle
+        )
+        for recording in recordings
+    ]
+    print(f"\nrank of the needle's best block at the prompt's end, 0 is first: {sorted(round(r, 4) for r in ranks)}")
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("cost")
+    command.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384])
+    command.add_argument("--sequences", type=int, nargs="*", default=[1, 16])
+    command.add_argument("--interval", type=int, default=16)
+    command.add_argument("--rounds", type=int, default=15)
+    command.set_defaults(run=cost)
+    command = commands.add_parser("quality")
+    command.add_argument("--lengths", type=int, nargs="*", default=[1024, 4096])
+    command.add_argument("--depths", type=float, nargs="*", default=[0, 0.5, 1])
+    command.add_argument("--tokens", type=int, default=96)
+    command.add_argument("--intervals", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
+    command.add_argument("--weight", type=float, default=0.1)
+    command.add_argument("--seed", type=int, default=1)
+    command.set_defaults(run=quality)
+    for command in commands.choices.values():
+        command.add_argument("--threads", type=int, help="of an operator; 1 where other work shares the CPU")
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
