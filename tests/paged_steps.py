@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,11 @@ class Part:
     past: int
     new: int
     image: tuple[int, int] | None = None
+    gone: frozenset[int] = frozenset()
+    """Blocks that have left the global group; those that the step writes stay."""
+
+    def has_left(self, block: int, block_size: int) -> bool:
+        return block in self.gone and block < self.past // block_size
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def check(
         attended = attention.attend(plan, layer, q, k, v)
 
         keys_values = [torch.cat((old, fresh), 1) for old, fresh in zip(past, new, strict=True)]
-        expected, weights = _dense(shape, group, step, q, keys_values)
+        expected, weights = _dense(shape, group, step, parts, q, keys_values)
         tolerance = 1e-6 if shape.dtype is torch.float32 else 2e-2
         assert attended.shape == (tokens, shape.kv_heads * shape.group_size * HEAD_DIM)
         assert attended.dtype == shape.dtype
@@ -136,6 +141,8 @@ def _step(
         tables[group] = np.zeros((len(parts), max(counts) + 1), np.int32)
         for row, part, count in zip(tables[group], parts, counts, strict=True):
             row[:count] = [next(shuffled) for _ in range(count)]
+            if group is LayerGroup.GLOBAL:
+                row[[part.has_left(block, shape.block_size) for block in range(len(row))]] = 0
             if group is LayerGroup.LOCAL:
                 row[: max(0, part.past - shape.window + 1) // shape.block_size] = 0
     return PackedStep(
@@ -158,7 +165,7 @@ def _store(pool: Tensor, layer: int, table: Any, keys_values: Any, starts: list[
 
 
 def _dense(
-    shape: Shape, group: LayerGroup, step: PackedStep, q: Tensor, keys_values: list[Tensor]
+    shape: Shape, group: LayerGroup, step: PackedStep, parts: list[Part], q: Tensor, keys_values: list[Tensor]
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """The definition, in float64, one query head of one token at a time.
 
@@ -166,11 +173,17 @@ def _dense(
     """
     rows: list[Tensor] = []
     weights: list[list[Tensor]] = [[] for _ in keys_values]
+    there = [
+        torch.tensor([not part.has_left(i // shape.block_size, shape.block_size) for i in range(part.past + part.new)])
+        for part in parts
+    ]
     sequences = np.repeat(np.arange(len(keys_values)), step.query_lens)
     for query, sequence, position, limit in zip(q, sequences, step.positions, step.attend_limits, strict=True):
         keys, values = keys_values[sequence].double()
         at = torch.arange(keys.shape[0])
         visible = at <= int(limit)
+        if group is LayerGroup.GLOBAL:
+            visible &= there[sequence]
         if group is LayerGroup.LOCAL:
             visible &= at > int(position) - shape.window
         of_token = torch.zeros(len(query), len(at), dtype=torch.float64)
@@ -207,4 +220,9 @@ parts_of_a_step = st.lists(st.builds(Part, st.integers(0, 40), st.just(1)), max_
         min_size=0 if decodes else 1,
         max_size=3,
     ).map(lambda prefills: decodes + prefills)
+)
+parts_with_holes = st.builds(
+    lambda parts, gone: [replace(part, gone=blocks) for part, blocks in zip(parts, gone, strict=False)],
+    parts_of_a_step,
+    st.lists(st.frozensets(st.integers(0, 20)), min_size=8, max_size=8),
 )

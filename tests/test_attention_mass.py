@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.gemma3_driver import Driver
-from tests.paged_steps import DECODES, GLOBAL_LAYERS, LAYERS, PREFILLS, Checked, Part, Shape, check, parts_of_a_step
+from tests.paged_steps import DECODES, GLOBAL_LAYERS, LAYERS, PREFILLS, Checked, Part, Shape, check, parts_with_holes
 from wicore_backend.attention import torch_paged
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.engine.plan import Chunk, StepPlan
@@ -91,8 +91,14 @@ def test_local_layers_have_no_mass_to_give() -> None:
         check(Shape(), DECODES, measured={2: [0]})
 
 
+def test_blocks_that_have_left_get_no_mass() -> None:
+    parts = [Part(30, 1, gone=frozenset({0, 4})), Part(9, 1), Part(45, 600, gone=frozenset({1, 2, 3}))]
+    checked = check_mass(Shape(), parts, everything(parts))
+    assert [(mass == 0).nonzero()[0].tolist() for mass in checked.mass.values()] == [[0, 4], [], [1, 2, 3]]
+
+
 @settings(max_examples=40, deadline=None)
-@given(parts=parts_of_a_step, block_size=st.sampled_from([1, 3, 16]), seed=st.integers(0, 1000), data=st.data())
+@given(parts=parts_with_holes, block_size=st.sampled_from([1, 3, 16]), seed=st.integers(0, 1000), data=st.data())
 def test_mass_in_random_steps(parts: list[Part], block_size: int, seed: int, data: st.DataObject) -> None:
     sequences = st.lists(st.sampled_from(range(len(parts))), min_size=1, unique=True)
     measured = data.draw(st.dictionaries(st.sampled_from(GLOBAL_LAYERS), sequences))

@@ -480,6 +480,7 @@ PARAMS = st.builds(
 SOON = st.sampled_from([None, None, None, 0.004, 0.02, 0.2])
 DEADLINES = st.one_of(st.just(Deadlines()), st.builds(Deadlines, queue_s=SOON, first_token_s=SOON, total_s=SOON))
 WHICH = st.integers(0, 1000)
+LOGGER = logging.getLogger("wicore_backend.engine")
 
 
 class Interleaving(RuleBasedStateMachine):
@@ -492,6 +493,7 @@ class Interleaving(RuleBasedStateMachine):
         self.clock = Clock()
         self.patches = mock.patch("wicore_backend.engine.engine.time", self.clock)
         self.patches.start()
+        LOGGER.setLevel(logging.CRITICAL)  # It tells of every fault.
         self.engine, self.runner = hand_turned(setting, self.clock)
         self.callers: list[Caller] = []
         TALLY["interleavings"] += 1
@@ -639,6 +641,7 @@ class Interleaving(RuleBasedStateMachine):
             self._all_end_as_they_should()
         finally:
             self.patches.stop()
+            LOGGER.setLevel(logging.NOTSET)
             self.engine.close()
 
     def _all_end_as_they_should(self) -> None:
@@ -675,8 +678,6 @@ class Interleaving(RuleBasedStateMachine):
         for reason, count in self.engine._recorder.rejected.items():
             TALLY[f"rejected: {reason}"] += count
 
-
-logging.getLogger("wicore_backend.engine").setLevel(logging.CRITICAL)
 
 TestInterleavings = Interleaving.TestCase
 TestInterleavings.settings = settings(

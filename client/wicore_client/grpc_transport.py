@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import threading
 from typing import Any
 
 import grpc
@@ -14,12 +17,20 @@ from wicore_client.interrupts import interrupts_held
 from wicore_client.requests import GenerateRequest
 from wicore_client.results import Health, ModelStatistics, Response
 
+_END_SECONDS = 1.0
+"""How long the server may take to end a stream after the last response. It needs a millisecond or so, in which a cancel
+would find it half done: Triton 2.51 then keeps the request, and so its model, until it is killed."""
+
 
 class GrpcCall:
     def __init__(self, responses: Any, endpoint: Endpoint) -> None:
         self._responses = responses
         self._endpoint = endpoint
         self._answered = False
+        self._last_seen = False
+        self._ended = threading.Event()
+        with interrupts_held():
+            responses.add_done_callback(lambda _: self._ended.set())
 
     def receive(self) -> Response | None:
         try:
@@ -28,7 +39,9 @@ class GrpcCall:
         except grpc.RpcError as error:
             raise grpc_wire.error_from_rpc(error, self._endpoint, answered=self._answered) from None
         self._answered = True
-        return None if message is None else grpc_wire.decode(message)
+        response = None if message is None else grpc_wire.decode(message)
+        self._last_seen = response is None or bool(response.finish_reason)
+        return response
 
     def cancel(self) -> None:
         with interrupts_held():
@@ -37,6 +50,8 @@ class GrpcCall:
 
     def close(self) -> None:
         with interrupts_held():
+            if self._last_seen:
+                self._ended.wait(_END_SECONDS)
             self.cancel()
             self._responses = None  # its finalizer is gRPC's code too
 
@@ -96,7 +111,11 @@ class AsyncGrpcCall:
         except grpc.RpcError as error:
             raise grpc_wire.error_from_rpc(error, self._endpoint, answered=self._answered) from None
         self._answered = True
-        return grpc_wire.decode(message)
+        response = grpc_wire.decode(message)
+        if response.finish_reason:
+            with contextlib.suppress(TimeoutError, grpc.RpcError):
+                await asyncio.wait_for(self._call.read(), _END_SECONDS)
+        return response
 
     def cancel(self) -> None:
         self._call.cancel()
