@@ -1,0 +1,221 @@
+"""What the cold tier holds, and which records leave for others. Safe on any thread; no tensors.
+
+The lock is held for microseconds, and never while the disk is waited for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from itertools import islice
+from typing import cast
+
+from wicore_backend.hmt.cold_tier.records import Key, key_of, record_name
+from wicore_backend.hmt.cold_tier.statistics import ColdCounts
+from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hmt.nvme import NvmeStore, Outcome, Trouble
+from wicore_backend.hmt.nvme.record import slots_for
+from wicore_backend.hmt.policy.base import Access, Policy
+
+
+class ColdAccountingError(AssertionError):
+    """The books contradict themselves: a bug here, never a user's fault."""
+
+
+class ColdBooks:
+    """Every block is in one state.
+
+    - *unknown*: neither in the store nor on its way.
+    - *spilling*: on its way there.
+    - *held*: in the store. The policy may choose it as a victim, unless it is
+    - *pinned*: held and being restored, once or several times.
+
+    Parameters
+    ----------
+    encoded_bytes
+        Of a record of each group. Records of another length, or of no known name, are deleted.
+    policy
+        Makes the policy from the capacity in records.
+    """
+
+    def __init__(
+        self, store: NvmeStore, encoded_bytes: Mapping[LayerGroup, int], policy: Callable[[int], Policy]
+    ) -> None:
+        slot_bytes = store.config.slot_bytes
+        self._store = store
+        self._slots = {group: slots_for(size, slot_bytes) for group, size in encoded_bytes.items()}
+        self.capacity = max(1, store.config.slots * len(self._slots) // sum(self._slots.values()))
+        self._policy = policy(self.capacity)
+        self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._held: dict[Key, int] = {}
+        """For each held block how many restores pin it."""
+        self._spilling: set[Key] = set()
+        self._used_slots = 0
+        self._counts = {group: ColdCounts() for group in self._slots}
+        self._policy.advance(time.monotonic())
+        for record in store.records():
+            key = key_of(record.name)
+            if key is None or encoded_bytes.get(key[0]) != record.payload_bytes:
+                store.delete(record.name)
+            else:
+                self._hold(key)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._held
+
+    def newest(self, count: int) -> list[Key]:
+        """Up to `count` held blocks, the one that was stored last first."""
+        with self._lock:
+            return list(islice(reversed(self._held), count))
+
+    def observe(self, access: Access) -> None:
+        """Tell the policy of a prompt."""
+        with self._lock:
+            self._policy.advance(time.monotonic())
+            self._policy.observe(access)
+
+    # Down.
+
+    def offer(self, key: Key) -> Outcome | None:
+        """A block to be spilled: None if it is spilling from now on, else how that ends at once."""
+        with self._lock:
+            group = key[0]
+            if key in self._held or key in self._spilling:
+                outcome = Outcome.HELD
+            elif self._used_slots + self._slots[group] > self._store.config.slots and not self._admits(key):
+                outcome = Outcome.REFUSED
+            else:
+                self._spilling.add(key)
+                self._used_slots += self._slots[group]
+                return None
+            self._counts[group].spills[outcome] += 1
+            return outcome
+
+    def stored(self, key: Key, outcome: Outcome) -> None:
+        """A block's spilling is over."""
+        with self._lock:
+            self._spilling.remove(key)
+            self._used_slots -= self._slots[key[0]]
+            self._counts[key[0]].spills[outcome] += 1
+            if outcome is Outcome.DONE:
+                self._policy.advance(time.monotonic())
+                self._hold(key)
+            self._settled.notify_all()
+
+    def leave(self, group: LayerGroup, blocks: int) -> None:
+        """So many were left to the caller."""
+        with self._lock:
+            self._counts[group].unasked += blocks
+
+    def make_room(self, keys: Iterable[Key]) -> bool:
+        """Delete victims until `keys` may fit; False if there was none."""
+        missing = sum(self._slots[group] for group, _ in keys)
+        any_deleted = False
+        while missing > 0:
+            with self._lock:
+                self._policy.advance(time.monotonic())
+                if not len(self._policy):
+                    break
+                victim = cast(Key, self._policy.evict())
+                self._drop(victim)
+                self._store.delete(record_name(victim))
+                self._counts[victim[0]].evicted += 1
+            missing -= self._slots[victim[0]]
+            any_deleted = True
+        return any_deleted
+
+    def wait_stored(self, timeout_s: float | None) -> bool:
+        """Wait until what is spilling now is not any more; whether it is so."""
+        with self._lock:
+            waiting = set(self._spilling)
+            return self._settled.wait_for(lambda: waiting.isdisjoint(self._spilling), timeout_s)
+
+    # Up.
+
+    def pin(self, key: Key) -> bool:
+        """Whether the block is held; if so it stays until `unpin`."""
+        with self._lock:
+            pins = self._held.get(key)
+            if pins is None:
+                self._counts[key[0]].restores[Outcome.MISSING] += 1
+                return False
+            if not pins:
+                self._policy.advance(time.monotonic())
+                self._policy.use(key)
+            self._held[key] = pins + 1
+            return True
+
+    def unpin(self, key: Key, outcome: Outcome) -> None:
+        """A restore of the block is over. If the store has lost the record meanwhile, it is forgotten."""
+        with self._lock:
+            self._counts[key[0]].restores[outcome] += 1
+            pins = self._held.get(key)
+            if pins is None:  # Forgotten by another restore of it.
+                return
+            if outcome is not Outcome.DONE and record_name(key) not in self._store:
+                self._forget(key)
+                return
+            self._held[key] = pins - 1
+            if pins == 1:
+                self._policy.add(key)
+
+    def look(self, key: Key) -> None:
+        """Forget the block if the store has lost it."""
+        with self._lock:
+            if key in self._held and record_name(key) not in self._store:
+                self._forget(key)
+
+    # Together.
+
+    def counts(self) -> dict[LayerGroup, ColdCounts]:
+        with self._lock:
+            return deepcopy(self._counts)
+
+    def held(self) -> dict[LayerGroup, int]:
+        """For each group how many blocks are held."""
+        with self._lock:
+            counted = Counter(group for group, _ in self._held)
+            return {group: counted[group] for group in self._slots}
+
+    def check_integrity(self, spilling: set[Key], pins: Mapping[Key, int]) -> None:
+        """Raise ColdAccountingError unless the books fit the store's and what is under way."""
+        with self._lock:
+            self._store.check_integrity()
+            in_store = {key_of(record.name) for record in self._store.records()}
+            lost_files = Trouble.FILES_LOST in self._store.statistics().troubles
+            evictable = sum(not count for count in self._held.values())
+            used = sum(self._slots[group] for group, _ in [*self._held, *self._spilling])
+            if len(self._policy) != evictable:
+                raise ColdAccountingError(f"{len(self._policy)} records are evictable to the policy, not {evictable}")
+            if used != self._used_slots:
+                raise ColdAccountingError(f"{self._used_slots} slots are counted as used, {used} are")
+            if not self._spilling <= spilling or self._spilling & self._held.keys():
+                raise ColdAccountingError("blocks are spilling that nobody has spilled, or that are held")
+            if any(count > pins.get(key, 0) for key, count in self._held.items()):
+                raise ColdAccountingError("records are pinned that nobody restores")
+            if not in_store <= self._held.keys() | self._spilling:
+                raise ColdAccountingError("the store has records that the books do not know")
+            if not lost_files and any(key not in in_store for key, count in self._held.items() if not count):
+                raise ColdAccountingError("records are held that the store does not have")
+
+    def _admits(self, key: Key) -> bool:
+        self._policy.advance(time.monotonic())
+        return self._policy.admit(key)
+
+    def _hold(self, key: Key) -> None:
+        self._held[key] = 0
+        self._used_slots += self._slots[key[0]]
+        self._policy.add(key)
+
+    def _drop(self, key: Key) -> None:
+        del self._held[key]
+        self._used_slots -= self._slots[key[0]]
+
+    def _forget(self, key: Key) -> None:
+        self._policy.discard(key)
+        self._drop(key)
+        self._counts[key[0]].lost += 1

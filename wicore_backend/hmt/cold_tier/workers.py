@@ -1,0 +1,481 @@
+"""The cold tier's two threads. Each owns everything that it works with, and hears of the world by what it is sent."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from math import inf
+from queue import Empty, SimpleQueue
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+
+from wicore_backend.hmt.cold_tier.books import ColdBooks
+from wicore_backend.hmt.cold_tier.pace import Pace
+from wicore_backend.hmt.cold_tier.records import Key, record_name
+from wicore_backend.hmt.cold_tier.staging import Part, Stage, Tray, laid_out
+from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hmt.nvme import NvmeStore, Outcome, Ticket
+
+_log = logging.getLogger(__name__)
+_MOST_BLOCKS = 64
+"""In a batch: Python spends 20 to 30 us on a record, during which the loop thread may have to wait for the GIL."""
+
+
+class SlotBlock(NamedTuple):
+    """A block, and the host tier's slot that holds it or is to hold it."""
+
+    group: LayerGroup
+    name: bytes
+    slot: int
+
+    @property
+    def key(self) -> Key:
+        return self.group, self.name
+
+
+class Restore:
+    """A call of `ColdTier.restore`: its blocks are being brought up. For the loop thread.
+
+    Attributes
+    ----------
+    blocks
+        As they were asked for.
+    left
+        How many of them `ColdTier.finished` has not reported yet.
+    """
+
+    def __init__(self, blocks: Sequence[SlotBlock], deadline: float, cancel: Callable[[Restore], None]) -> None:
+        self.blocks = blocks
+        self.left = len(blocks)
+        self.deadline = deadline
+        self.cancelled = False
+        self._cancel = cancel
+
+    @property
+    def done(self) -> bool:
+        """Whether every block has been reported."""
+        return not self.left
+
+    def cancel(self) -> None:
+        """End the blocks that are not being decoded yet; `finished` reports them all the same."""
+        if self.left and not self.cancelled:
+            self.cancelled = True
+            self._cancel(self)
+
+
+class Finished(NamedTuple):
+    """A block whose slot is the caller's again.
+
+    Attributes
+    ----------
+    outcome
+        Of a spill: `DONE` or `HELD` if it can be restored, else why not. Of a restore: `DONE` if the slot holds it.
+    restore
+        The restore that it belongs to; None for a spill.
+    """
+
+    block: SlotBlock
+    outcome: Outcome
+    restore: Restore | None
+
+
+Report = Callable[[Sequence[Finished]], None]
+
+
+@dataclass(eq=False, kw_only=True)
+class _Batch:
+    """Blocks that share a tray, in the order of their records."""
+
+    blocks: Sequence[SlotBlock]
+    tray: Tray
+    parts: Sequence[Part]
+    views: Sequence[memoryview]
+    names: Sequence[bytes]
+    started: float
+    first: bool
+    ticket: Ticket | None = None
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(part.stage.block_bytes * len(part.records) for part in self.parts)
+
+
+@dataclass(eq=False, kw_only=True)
+class _SpillBatch(_Batch):
+    outcomes: list[Outcome]
+    moving: list[int]
+    """Which of its records the ticket under way is about."""
+
+
+@dataclass(eq=False, kw_only=True)
+class _RestoreBatch(_Batch):
+    job: _Job
+
+
+@dataclass(eq=False)
+class _Job:
+    """What a restore has waiting. Without a handle it is a measurement, and ends in no slot."""
+
+    waiting: deque[SlotBlock]
+    deadline: float
+    restore: Restore | None
+
+    @property
+    def cancelled(self) -> bool:
+        return self.restore is not None and self.restore.cancelled
+
+
+B = TypeVar("B", bound=_Batch)
+
+
+class Worker(ABC, Generic[B]):
+    """A thread that does what it is sent, one after the other, and keeps its trays busy.
+
+    Parameters
+    ----------
+    trays
+        Batches that can be under way at once.
+    report
+        Called with the blocks that have ended.
+    """
+
+    def __init__(
+        self, name: str, store: NvmeStore, books: ColdBooks, stages: Mapping[LayerGroup, Stage], trays: Sequence[Tray],
+        report: Report,
+    ) -> None:  # fmt: skip
+        self.pace = Pace()
+        self._store = store
+        self._books = books
+        self._stages = stages
+        self._report = report
+        self._free = list(trays)
+        self._most_blocks = max(1, min(_MOST_BLOCKS, store.config.store_limit // len(trays)))
+        self._under_way: set[B] = set()
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._stopping = False
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have `call` called on the thread. Safe on any thread."""
+        self._inbox.put(call)
+
+    def stop(self) -> None:
+        """End the thread once nothing waits and nothing is under way."""
+        self.post(partial(setattr, self, "_stopping", True))
+
+    def abandon(self) -> None:
+        """End what waits, and what is under way, without waiting for the disk."""
+        self._abandoned = True
+        self.post(lambda: None)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; whether it has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    @abstractmethod
+    def _waiting(self) -> bool:
+        """Whether anything waits for a tray."""
+
+    @abstractmethod
+    def _pump(self) -> None:
+        """End what has no use any more, and start what can be started."""
+
+    def _patience(self) -> float:
+        """Seconds after which `_pump` is due even if nothing is sent."""
+        return inf
+
+    def _run(self) -> None:
+        _compute_alone()
+        while not (self._stopping and not self._waiting and not self._under_way):
+            patience = self._patience()
+            with suppress(Empty):
+                call = self._inbox.get(timeout=None if patience == inf else max(0.0, patience))
+                self._guarded(call)
+            self._guarded(self._pump)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            _log.exception("cold_tier_bug")
+
+    def _fill(self, queue: deque[SlotBlock], tray: Tray) -> list[SlotBlock]:
+        """Take from the queue what goes on a tray; by group, else in order, since policies make something of that."""
+        room = tray.size
+        taken: list[SlotBlock] = []
+        while queue and len(taken) < self._most_blocks:
+            room -= self._stages[queue[0].group].codec.encoded_bytes
+            if room < 0:
+                break
+            taken.append(queue.popleft())
+        return sorted(taken, key=lambda block: block.group)
+
+    def _cut(self) -> None:
+        """End all that is under way without waiting for the disk."""
+        for batch in self._under_way:
+            if batch.ticket is not None:
+                batch.ticket.cancel()
+
+    def _measure(self, batch: B) -> None:
+        self.pace.add(started=batch.started, size=batch.block_bytes, first=batch.first, now=time.monotonic())
+
+
+class SpillWorker(Worker[_SpillBatch]):
+    """Encodes slots and stores them."""
+
+    _queue: deque[SlotBlock]
+
+    def __init__(
+        self, store: NvmeStore, books: ColdBooks, stages: Mapping[LayerGroup, Stage], trays: Sequence[Tray],
+        report: Report,
+    ) -> None:  # fmt: skip
+        super().__init__("cold-spill", store, books, stages, trays, report)
+        self._queue = deque()
+
+    def spill(self, blocks: Sequence[SlotBlock], after: Callable[[], None] | None) -> None:
+        """Queue blocks whose bytes are there once `after` has returned. Safe on any thread."""
+        self.post(partial(self._begin, blocks, after))
+
+    @property
+    def _waiting(self) -> bool:
+        return bool(self._queue)
+
+    def _begin(self, blocks: Sequence[SlotBlock], after: Callable[[], None] | None) -> None:
+        try:
+            if after is not None:
+                after()
+        except Exception:
+            _log.exception("cold_tier_spill_not_ready")
+            self._end((block, Outcome.FAILED) for block in blocks)
+        else:
+            self._queue.extend(blocks)
+
+    def _pump(self) -> None:
+        if self._abandoned:
+            self._end((block, Outcome.CLOSED) for block in self._queue)
+            self._queue.clear()
+            self._cut()
+        while self._queue and self._free:
+            self._start(self._free.pop())
+
+    def _start(self, tray: Tray) -> None:
+        started = time.monotonic()
+        blocks = self._fill(self._queue, tray)
+        parts, views = laid_out(tray, [self._stages[block.group] for block in blocks])
+        batch = _SpillBatch(
+            blocks=blocks,
+            tray=tray,
+            parts=parts,
+            views=views,
+            names=[record_name(block.key) for block in blocks],
+            started=started,
+            first=not self._under_way,
+            outcomes=[Outcome.FAILED] * len(blocks),
+            moving=list(range(len(blocks))),
+        )
+        self._under_way.add(batch)
+        try:
+            for part in parts:
+                slots = [block.slot for block in blocks[part.first : part.first + len(part.records)]]
+                part.stage.encode(slots, part.records)
+        except Exception:
+            _log.exception("cold_tier_encode_failed")
+            self._over(batch)
+        else:
+            self._store_moving(batch)
+
+    def _store_moving(self, batch: _SpillBatch) -> None:
+        batch.ticket = self._store.store_all(
+            [batch.names[index] for index in batch.moving],
+            [batch.views[index] for index in batch.moving],
+            done=lambda ticket: self.post(partial(self._landed, batch, ticket)),
+        )
+
+    def _landed(self, batch: _SpillBatch, ticket: Ticket) -> None:
+        for index, outcome in zip(batch.moving, ticket.outcomes, strict=True):
+            batch.outcomes[index] = outcome or Outcome.FAILED
+        batch.moving = [index for index in batch.moving if batch.outcomes[index] is Outcome.FULL]
+        if batch.moving and self._books.make_room(batch.blocks[index].key for index in batch.moving):
+            self._store_moving(batch)
+        else:
+            self._measure(batch)
+            self._over(batch)
+
+    def _over(self, batch: _SpillBatch) -> None:
+        self._under_way.remove(batch)
+        self._free.append(batch.tray)
+        self._end(zip(batch.blocks, batch.outcomes, strict=True))
+
+    def _end(self, ends: Iterable[tuple[SlotBlock, Outcome]]) -> None:
+        finished = []
+        for block, outcome in ends:
+            self._books.stored(block.key, outcome)
+            finished.append(Finished(block, outcome, None))
+        self._report(finished)
+
+
+class RestoreWorker(Worker[_RestoreBatch]):
+    """Fetches records and decodes them into slots.
+
+    With nothing to do it measures, at first and then every `measure_s`: it restores a tray or two of held records to
+    nowhere. So there is a pace before anybody has to rely on it, and a disk that was slow is found to be well again.
+    """
+
+    _queue: deque[_Job]
+
+    def __init__(
+        self, store: NvmeStore, books: ColdBooks, stages: Mapping[LayerGroup, Stage], trays: Sequence[Tray],
+        report: Report, *, measure_s: float,
+    ) -> None:  # fmt: skip
+        super().__init__("cold-restore", store, books, stages, trays, report)
+        self._queue = deque()
+        self._measure_s = measure_s
+        self._measured_at = -inf
+
+    def restore(self, restore: Restore, blocks: Sequence[SlotBlock]) -> None:
+        """Bring up the restore's pinned blocks. Safe on any thread."""
+        self.post(partial(self._queue.append, _Job(deque(blocks), restore.deadline, restore)))
+
+    def cancel(self, restore: Restore) -> None:
+        """See to a restore that is cancelled now. Safe on any thread."""
+        self.post(partial(self._cancel, restore))
+
+    def wake(self) -> None:
+        """There may be something to measure with."""
+        self.post(lambda: None)
+
+    @property
+    def _waiting(self) -> bool:
+        return bool(self._queue)
+
+    def _patience(self) -> float:
+        if self._queue:
+            return min(job.deadline for job in self._queue) - time.monotonic()
+        return inf if self._under_way or not self._books.newest(1) else self._measure_due - time.monotonic()
+
+    @property
+    def _measure_due(self) -> float:
+        return max(self._measured_at, self.pace.measured_at or -inf) + self._measure_s
+
+    def _cancel(self, restore: Restore) -> None:
+        for batch in self._under_way:
+            if batch.job.restore is restore and batch.ticket is not None:
+                batch.ticket.cancel()
+
+    def _pump(self) -> None:
+        self._drop_useless()
+        now = time.monotonic()
+        idle = not self._queue and not self._under_way and not self._stopping
+        if idle and self._measure_due <= now and (some := self._books.newest(2 * self._most_blocks)):
+            self._measured_at = now
+            self._queue.append(_Job(deque(SlotBlock(*key, slot=0) for key in some), inf, None))
+        while self._queue and self._free:
+            job = self._queue[0]
+            self._start(job, self._free.pop())
+            if not job.waiting:
+                self._queue.popleft()
+
+    def _drop_useless(self) -> None:
+        now = time.monotonic()
+        for job in list(self._queue):
+            why = (
+                Outcome.CLOSED if self._abandoned
+                else Outcome.CANCELLED if job.cancelled or (job.restore is None and self._stopping)
+                else Outcome.LATE if job.deadline <= now
+                else None
+            )  # fmt: skip
+            if why is not None:
+                self._queue.remove(job)
+                self._end(job, [(block, why) for block in job.waiting])
+        if self._abandoned:
+            self._cut()
+
+    def _start(self, job: _Job, tray: Tray) -> None:
+        started = time.monotonic()
+        blocks = self._fill(job.waiting, tray)
+        parts, views = laid_out(tray, [self._stages[block.group] for block in blocks])
+        batch = _RestoreBatch(
+            blocks=blocks,
+            tray=tray,
+            parts=parts,
+            views=views,
+            names=[record_name(block.key) for block in blocks],
+            started=started,
+            first=not self._under_way,
+            job=job,
+        )
+        self._under_way.add(batch)
+        batch.ticket = self._store.fetch(
+            batch.names,
+            views,
+            deadline_s=None if job.deadline == inf else max(0.0, job.deadline - started),
+            done=lambda ticket: self.post(partial(self._landed, batch, ticket)),
+        )
+
+    def _landed(self, batch: _RestoreBatch, ticket: Ticket) -> None:
+        outcomes = [outcome or Outcome.FAILED for outcome in ticket.outcomes]
+        if batch.job.cancelled:
+            outcomes = [Outcome.CANCELLED] * len(outcomes)
+        for part in batch.parts:
+            self._decode(batch, part, outcomes)
+        if not {Outcome.CANCELLED, Outcome.MISSING, Outcome.CLOSED} & set(outcomes):
+            self._measure(batch)
+        self._under_way.remove(batch)
+        self._free.append(batch.tray)
+        self._end(batch.job, list(zip(batch.blocks, outcomes, strict=True)))
+
+    def _decode(self, batch: _RestoreBatch, part: Part, outcomes: list[Outcome]) -> None:
+        """Decode those of the part's records that are right."""
+        whole = range(part.first, part.first + len(part.records))
+        for right, run in groupby(whole, key=lambda index: outcomes[index] is Outcome.DONE):
+            indices = list(run)
+            if not right:
+                continue
+            records = part.records[indices[0] - part.first : indices[-1] + 1 - part.first]
+            try:
+                if batch.job.restore is None:
+                    part.stage.decode_to_nowhere(records)
+                else:
+                    part.stage.decode(records, [batch.blocks[index].slot for index in indices])
+            except Exception:
+                _log.exception("cold_tier_decode_failed")
+                outcomes[indices[0] : indices[-1] + 1] = [Outcome.FAILED] * len(indices)
+
+    def _end(self, job: _Job, ends: Sequence[tuple[SlotBlock, Outcome]]) -> None:
+        if job.restore is None:
+            for block, _ in ends:
+                self._books.look(block.key)
+            return
+        finished = []
+        for block, outcome in ends:
+            self._books.unpin(block.key, outcome)
+            finished.append(Finished(block, outcome, job.restore))
+        self._report(finished)
+
+
+def _compute_alone() -> None:
+    """Keep this thread's operators on this thread, whatever their size.
+
+    Each thread that computes with several has a pool of OpenMP threads of its own, and the one that runs the model
+    would find no core. What OpenMP is told here concerns the calling thread; `torch.set_num_threads` would concern
+    others too.
+    """
+    torch.get_num_threads()  # Gives a new thread the process's number; later, that would undo the next line.
+    with suppress(AttributeError):  # A torch without OpenMP.
+        ctypes.CDLL(None).omp_set_num_threads(1)
