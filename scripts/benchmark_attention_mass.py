@@ -1,6 +1,7 @@
 """What the attention signal costs and what it is worth, on the demo model.
 
     python -m scripts.benchmark_attention_mass cost       a decode step with it against one without
+    python -m scripts.benchmark_attention_mass holes      a decode step when blocks have left (bounded KV)
     python -m scripts.benchmark_attention_mass quality    the sampled signal against every layer of every step
 
 Times that are compared come from one run, taken in turns.
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +34,7 @@ from wicore_backend.engine.runner import ModelRunner, StepOutput
 from wicore_backend.engine.step_time import StepShape
 from wicore_backend.hmt.attention_mass import AttentionMass
 from wicore_backend.hmt.blocks import PrefixMatch
+from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.processor.prompt import Prompt
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
@@ -82,13 +85,26 @@ class Decodes:
             averages[row].fold(mass)
         return time.perf_counter() - began
 
+    @contextmanager
+    def keeping(self, share: float) -> Iterator[None]:
+        """Meanwhile all but this share of each sequence's global blocks have left, but for the last ones."""
+        tables = [answer.running_blocks.tables for answer in self._answers]
+        whole = [table[LayerGroup.GLOBAL] for table in tables]
+        for table, start in zip(tables, self._starts, strict=True):
+            blocks = table[LayerGroup.GLOBAL] = table[LayerGroup.GLOBAL].copy()
+            recent = start // self._model.blocks.block_size - 8
+            blocks[np.random.default_rng(0).permutation(recent)[: int(recent * (1 - share))]] = 0
+        yield
+        for table, blocks in zip(tables, whole, strict=True):
+            table[LayerGroup.GLOBAL] = blocks
+
     def close(self) -> None:
         for answer in self._answers:
             self._model.blocks.close(answer.running_blocks)
 
 
-def cost(options: argparse.Namespace) -> None:
-    """Print what measuring takes of a step: at each position of a cycle the median over the rounds, and their mean."""
+def random_cache() -> LoadedModel:
+    """The demo model with random numbers for keys and values, so that nothing need be computed before a decode."""
     model = load_model(
         EngineConfig(
             model=DEMO_MODEL, device="cpu", dtype="float32", kv_cache_bytes=3 * 2**29, max_model_len=2**14 + 1024
@@ -96,6 +112,12 @@ def cost(options: argparse.Namespace) -> None:
     )
     for pool in model.pools.tensors.values():
         pool.normal_()
+    return model
+
+
+def cost(options: argparse.Namespace) -> None:
+    """Print what measuring takes of a step: at each position of a cycle the median over the rounds, and their mean."""
+    model = random_cache()
     layout = model.pools.layout
     sampling = MassSampling.of(layout, interval=options.interval)
     cycle = options.interval * len(sampling.layers)
@@ -125,6 +147,30 @@ def cost(options: argparse.Namespace) -> None:
             cells = [f"{context:,}", str(count), f"{np.median(without):.2f}"]
             cells += [f"{np.median(sampled / without, 0).mean() - 1:+.2%}"]
             cells += [f"{np.median(each - without) / count:.3f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+            decodes.close()
+
+
+def holes(options: argparse.Namespace) -> None:
+    """Print what a decode step takes when most blocks have left."""
+    model = random_cache()
+    print(f"{options.rounds} rounds; {torch.get_num_threads()} threads\n")
+    print(
+        "| context | sequences | ms a step | " + " | ".join(f"{share:.1%} of blocks" for share in options.shares) + " |"
+    )
+    print("| --- " * (3 + len(options.shares)) + "|")
+    for context in options.contexts:
+        for count in options.sequences:
+            decodes = Decodes(model, [context - i for i in range(count)], 0)
+            decodes.move(0)
+            times: dict[float, list[float]] = {share: [] for share in (1, *options.shares)}
+            for round_ in range(options.rounds + 1):
+                for share, taken in times.items():
+                    with decodes.keeping(share) if share < 1 else nullcontext():
+                        took = decodes.step([])
+                    if round_:
+                        taken.append(1e3 * took)
+            cells = [f"{context:,}", str(count), *(f"{np.median(taken):.2f}" for taken in times.values())]
             print(f"| {' | '.join(cells)} |", flush=True)
             decodes.close()
 
@@ -254,6 +300,12 @@ def main() -> None:
     command.add_argument("--interval", type=int, default=16)
     command.add_argument("--rounds", type=int, default=15)
     command.set_defaults(run=cost)
+    command = commands.add_parser("holes")
+    command.add_argument("--contexts", type=int, nargs="*", default=[4096, 16384])
+    command.add_argument("--sequences", type=int, nargs="*", default=[1, 16])
+    command.add_argument("--shares", type=float, nargs="*", default=[0.5, 0.25, 0.125])
+    command.add_argument("--rounds", type=int, default=15)
+    command.set_defaults(run=holes)
     command = commands.add_parser("quality")
     command.add_argument("--lengths", type=int, nargs="*", default=[1024, 4096])
     command.add_argument("--depths", type=float, nargs="*", default=[0, 0.5, 1])

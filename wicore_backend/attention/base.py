@@ -34,7 +34,9 @@ class PackedStep:
     block_tables
         For each group int32 [B, N]: the physical block of the sequence's n-th logical block, which holds positions
         n * block_size to (n + 1) * block_size - 1. Entries past a sequence's end, or wholly behind a local group's
-        window, are 0: block 0 of every pool belongs to nobody, holds finite values and must be masked.
+        window, are 0: block 0 of every pool belongs to nobody, holds finite values and must be masked. A 0 among the
+        global group's says that the block has left (bounded KV): its positions are visible to no token. The blocks
+        that the step writes never have.
     measured
         For layers of the global group, by index: the sequences, 0 to B - 1, whose attention mass `Attention.mass` is
         asked for there.
@@ -71,7 +73,8 @@ class Attention(Protocol[PlanT]):
 
         For each of them float32 [N]: the share of softmax attention that each block got, from the sequence's first
         block to the one with its last key, mean over the query heads and the measured layers. It is that of a decode's
-        token, or the mean over up to `MEASURED_QUERIES` last tokens of a prefill. Shares sum to 1.
+        token, or the mean over up to `MEASURED_QUERIES` last tokens of a prefill. Shares sum to 1; blocks that have
+        left get 0.
 
         Asking changes no attention. It waits for the device, so ask when the step's tokens are there. A kernel that
         splits a sequence's keys has the shares in the partial log-sum-exps of its splits.

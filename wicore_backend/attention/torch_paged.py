@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wicore_backend.attention.base import MEASURED_QUERIES, PackedStep
+from wicore_backend.attention.closing_up import close_up
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
@@ -88,12 +89,14 @@ class _Measurement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """A step's, and what has been measured so far, with the masses [blocks]."""
+    """A step's, and what has been measured so far, with the masses of the blocks that are there."""
 
     groups: Mapping[LayerGroup, _GroupPlan]
     measurements: Mapping[tuple[int, _Piece], Sequence[_Measurement]]
     """By layer and piece."""
     measured: list[tuple[_Measurement, Tensor]]
+    held: NDArray[np.bool_] | None
+    """[B, N], the global blocks that are there; None if none has left."""
 
 
 class TorchPagedAttention:
@@ -124,8 +127,14 @@ class TorchPagedAttention:
         self._decode_blocks = max(1, _DECODE_SCRATCH_BYTES // block_bytes)
 
     def plan(self, step: PackedStep) -> Plan:
-        groups = {group: self._plan_group(step, group) for group in self._layout.groups}
-        return Plan(groups, self._plan_measurements(step, groups) if step.measured else {}, [])
+        closed_up = close_up(step, self._layout.block_size) if LayerGroup.GLOBAL in self._layout.groups else None
+        in_global = step if closed_up is None else closed_up.step
+        groups = {
+            group: self._plan_group(in_global if group is LayerGroup.GLOBAL else step, group)
+            for group in self._layout.groups
+        }
+        measurements = self._plan_measurements(in_global, groups) if step.measured else {}
+        return Plan(groups, measurements, [], None if closed_up is None else closed_up.held)
 
     def attend(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group, index = self._layout.layers[layer]
@@ -153,7 +162,9 @@ class TorchPagedAttention:
             longer, shorter = (mass, before) if len(mass) > len(before) else (before, mass)
             longer[: len(shorter)] += shorter
             masses[wanted.sequence] = longer
-        return masses
+        if plan.held is None:
+            return masses
+        return {sequence: _spread(mass, plan.held[sequence]) for sequence, mass in masses.items()}
 
     def _measure(self, plan: Plan, layer: int, piece: _Piece, q: Tensor) -> None:
         """Measure what is asked of the piece, whose keys have just been gathered, by its `q` [queries, heads, d]."""
@@ -366,3 +377,11 @@ class TorchPagedAttention:
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._scratch.device)
+
+
+def _spread(mass: NDArray[np.float32], held: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """`mass` of the blocks held, with 0 for those between them that are not."""
+    places = held.nonzero()[0][: len(mass)]
+    spread = np.zeros(places[-1] + 1, np.float32)
+    spread[places] = mass
+    return spread
