@@ -377,6 +377,7 @@ def test_after_a_restart_the_oldest_records_leave_first(tmp_path):
         assert held == list(range(100 - len(held), 100))
     with Bench(tmp_path, capacity_bytes=200_000) as bench:
         assert [number for number in range(100) if bench.tier.holds(GLOBAL, name(number))] == held
+        wait_for_measurement(bench)  # A victim that is being measured with leaves room later only.
         bench.spill_numbers(GLOBAL, range(100, 103))
         left = [number for number in range(103) if bench.tier.holds(GLOBAL, name(number))]
         assert left == [*held[3:], 100, 101, 102]
@@ -432,7 +433,7 @@ def test_a_policy_can_refuse_a_block_when_the_store_is_full(tmp_path):
 def test_records_that_are_being_restored_do_not_leave_and_a_store_full_of_them_says_so(tmp_path):
     with Bench(tmp_path, capacity_bytes=60_000, open_files=FaultyFiles) as bench:
         bench.spill_numbers(GLOBAL, range(4))
-        wait_for_measurement(bench)  # A victim that is being measured with leaves room later only.
+        wait_for_measurement(bench)
         bench.spill_numbers(GLOBAL, range(4, 20), at_once=4)
         held = [number for number in range(20) if bench.tier.holds(GLOBAL, name(number))]
         assert 0 < len(held) < 20
