@@ -3,6 +3,7 @@
     python -m scripts.benchmark_attention_mass cost       a decode step with it against one without
     python -m scripts.benchmark_attention_mass holes      a decode step when blocks have left (bounded KV)
     python -m scripts.benchmark_attention_mass quality    the sampled signal against every layer of every step
+    python -m scripts.benchmark_attention_mass accuracy   needles found when blocks have left, chosen in three ways
 
 Times that are compared come from one run, taken in turns.
 """
@@ -12,22 +13,23 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scripts.eval_demo import needle_cases
+from scripts.eval_demo import Case, needle_cases
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.engine.loading import LoadedModel, load_model
-from wicore_backend.engine.plan import StepPlan
+from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.engine.request import Request
 from wicore_backend.engine.request import Sequence as Answer
 from wicore_backend.engine.runner import ModelRunner, StepOutput
@@ -290,6 +292,90 @@ def quality(options: argparse.Namespace) -> None:
     print(f"\nrank of the needle's best block at the prompt's end, 0 is first: {sorted(round(r, 4) for r in ranks)}")
 
 
+# ---- accuracy -------------------------------------------------------------------------------------------------------
+
+_FIRST_BLOCKS = 4
+_RECENT_BLOCKS = 8
+
+Choice = Literal["mass", "recency", "random"]
+
+
+class Question:
+    """A needle question whose prompt has been computed, its attention mass measured at the end."""
+
+    def __init__(self, model: LoadedModel, case: Case) -> None:
+        self._model = model
+        self._case = case
+        messages: Any = case.messages
+        prompt = model.processor.process(messages)
+        self._tokens = prompt.token_ids.tolist()
+        longest = len(prompt) + 32
+        self._sequence = Answer(Request("needle", prompt, SamplingParams(), lambda _: None, 0.0), max_tokens=longest)
+        blocks = model.blocks.open(None, PrefixMatch(), max_tokens=longest, expected_tokens=longest)
+        self._sequence.blocks = blocks
+        self.mass = AttentionMass()
+        for start in range(0, len(prompt), 512):
+            chunk = Chunk(self._sequence, start, min(start + 512, len(prompt)))
+            assert model.blocks.extend(blocks, start, chunk.end), "kv_cache_bytes is too small"
+            for mass in model.runner.run(StepPlan([], [chunk], _SHAPE)).mass().values():
+                self.mass.fold(mass)
+        assert model.blocks.extend(blocks, len(prompt), longest)
+
+    def right(self, choice: Choice, share: float) -> bool:
+        """Whether the answer is right when only that share of the prompt's blocks is there."""
+        tables = self._sequence.running_blocks.tables
+        whole = tables[LayerGroup.GLOBAL]
+        tables[LayerGroup.GLOBAL] = whole.copy()
+        tables[LayerGroup.GLOBAL][self._gone(choice, share)] = 0
+        # The prompt's last token is computed again, since its attention is what finds the needle.
+        self._sequence.tokens, self._sequence.computed = [*self._tokens], len(self._tokens) - 1
+        answer: list[int] = []
+        while len(answer) < 32 and not self._model.eos_token_ids & set(answer):
+            [token] = self._model.runner.run(StepPlan([self._sequence], [], _SHAPE)).logits([0]).argmax(-1).tolist()
+            answer.append(token)
+            self._sequence.tokens.append(token)
+            self._sequence.computed += 1
+        tables[LayerGroup.GLOBAL] = whole
+        return self._model.processor.tokenizer.decode(answer).strip() == self._case.answer
+
+    def _gone(self, choice: Choice, share: float) -> NDArray[np.int64]:
+        """The blocks that leave; the ends stay, whatever is chosen between them."""
+        between = np.arange(_FIRST_BLOCKS, len(self.mass) - _RECENT_BLOCKS)
+        count = max(0, int(share * len(self.mass)) - _FIRST_BLOCKS - _RECENT_BLOCKS)
+        match choice:
+            case "mass":
+                kept = self.mass.top(count, first=_FIRST_BLOCKS, recent=_RECENT_BLOCKS)
+            case "recency":
+                kept = between[len(between) - count :]
+            case "random":
+                kept = np.random.default_rng(len(self._tokens)).permutation(between)[:count]
+        return np.setdiff1d(between, kept)
+
+    def close(self) -> None:
+        self._model.blocks.close(self._sequence.running_blocks)
+
+
+def accuracy(options: argparse.Namespace) -> None:
+    """Print how many answers are right when part of the blocks is left, by how they are chosen."""
+    model = load_model(EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32", kv_cache_bytes=2**28))
+    model.runner.sampling = MassSampling.of(model.pools.layout)
+    right: dict[tuple[Choice, float], int] = defaultdict(int)
+    asked = 0
+    for case in needle_cases([options.length], options.depths, options.needles, seed=options.seed):
+        question = Question(model, case)
+        asked += 1
+        for share in (1, *options.shares):
+            for choice in get_args(Choice):
+                right[choice, share] += question.right(choice, share)
+        question.close()
+    print(f"{asked} questions about {options.length:,} tokens; right in %\n")
+    print("| chosen by | all blocks | " + " | ".join(f"{share:.1%}" for share in options.shares) + " |")
+    print("| --- " * (2 + len(options.shares)) + "|")
+    for choice in get_args(Choice):
+        cells = [f"{100 * right[choice, share] / asked:.1f}" for share in (1, *options.shares)]
+        print(f"| {choice} | {' | '.join(cells)} |")
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -314,6 +400,13 @@ def main() -> None:
     command.add_argument("--weight", type=float, default=0.1)
     command.add_argument("--seed", type=int, default=1)
     command.set_defaults(run=quality)
+    command = commands.add_parser("accuracy")
+    command.add_argument("--length", type=int, default=8192)
+    command.add_argument("--depths", type=float, nargs="*", default=[0, 0.25, 0.5, 0.75, 1])
+    command.add_argument("--needles", type=int, default=2, help="of each depth and language")
+    command.add_argument("--shares", type=float, nargs="*", default=[0.5, 0.25, 0.125, 0.0625])
+    command.add_argument("--seed", type=int, default=1)
+    command.set_defaults(run=accuracy)
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, help="of an operator; 1 where other work shares the CPU")
     options = parser.parse_args()

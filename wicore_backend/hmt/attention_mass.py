@@ -62,13 +62,23 @@ class AttentionMass:
         total = average.sum()
         return average * (len(average) / total) if total else average
 
-    def top(self, count: int, *, first: int = 0, recent: int = 0) -> NDArray[np.int64]:
+    def top(self, count: int, *, first: int = 0, recent: int = 0, spread: float = 0.5) -> NDArray[np.int64]:
         """The `count` blocks with the most mass, in order of position, but for the `first` and the `recent` ones.
 
         The ends are left out since whoever bounds a sequence keeps them anyway. There are fewer than `count` blocks if
         no more are between the ends. Of equal blocks the later go first.
+
+        Parameters
+        ----------
+        spread
+            A block counts for at least this much of what its neighbours have (0 to 1): what attention found in a block
+            may go on in the next, which nobody looks at before the answer has come that far.
         """
-        between = self.average()[first : max(first, len(self) - recent)]
+        average = self.average()
+        scores = average.copy()
+        np.maximum(scores[1:], spread * average[:-1], out=scores[1:])
+        np.maximum(scores[:-1], spread * average[1:], out=scores[:-1])
+        between = scores[first : max(first, len(self) - recent)]
         if count >= len(between):
             return np.arange(first, first + len(between))
         order = np.argsort(between, kind="stable")
