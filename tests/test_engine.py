@@ -485,7 +485,7 @@ def test_what_no_longer_fits_the_device_comes_back_from_host_memory():
         assert min(r.usage.cached_tokens for r in again) > 780
         tier = engine.statistics().host[LayerGroup.GLOBAL]
         assert 0 < tier.used <= tier.capacity
-        assert tier.counts.loaded > 100
+        assert tier.counts.loaded > 50
         assert_nothing_left(engine)
 
 

@@ -65,7 +65,7 @@ class EngineConfig(Settings):
     step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """After this long in one step the engine counts as hung."""
 
-    block_size: Annotated[int, Field(ge=1, le=256)] = 16
+    block_size: Annotated[int, Field(ge=1, le=256)] = 32
     """Tokens a block of the KV cache."""
 
     kv_cache_bytes: Positive | None = None

@@ -24,7 +24,7 @@ from wicore_backend.engine.step_time import StepTimeModel
 from wicore_backend.hmt.names import BlockNames, NameScheme
 from wicore_backend.processor.prompt import Prompt
 
-_BLOCK_SIZE = 16
+_BLOCK_SIZE = 32
 """The engine's default, where the trace has no blocks of its own."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -140,11 +140,3 @@ class SchedulerCounts:
     shared_prefill_tokens: int = 0
     """Prompt tokens that a sequence got from another one that was computing the same prompt."""
     promotions: int = 0
-
-
-def shape_of(decodes: Collection[Sequence], chunks: Iterable[Chunk]) -> StepShape:
-    """What the step-time model sees of a step."""
-    shape = StepShape(len(decodes), len(decodes), sum([s.computed for s in decodes]), 0)
-    for chunk in chunks:
-        shape = shape.with_prefill(chunk.end - chunk.start, chunk.start)
-    return shape

@@ -14,7 +14,8 @@ stay in the prefix cache for as long as there is room, and it returns to its pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from wicore_backend.engine.deadlines import DeadlineHeap
 from wicore_backend.engine.load import AnswerLength, ServiceRate
@@ -27,7 +28,6 @@ from wicore_backend.engine.plan import (
     SchedulerCounts,
     SchedulerLimits,
     StepPlan,
-    shape_of,
 )
 from wicore_backend.engine.request import DeadlineKind, Sequence
 from wicore_backend.engine.step_time import StepShape, StepTimeModel
@@ -51,9 +51,12 @@ class Scheduler:
             ageing_s=limits.ageing_s, aged_share=limits.aged_share, weights=limits.tenant_weights
         )
         self._decoding: dict[Sequence, None] = {}
+        self._context = 0  # tokens that those who decode have computed
+        self._at_block_end: list[Sequence] = []  # of those who decode, who needs another block
         self._prefilling: dict[Sequence, None] = {}
         self._leaders: dict[bytes, Sequence] = {}
         self._parked: dict[Sequence, None] = {}
+        self._preemptible: Counter[int] = Counter()  # running and not promoted, by priority
         self._deadlines = DeadlineHeap(self._matters)
         self._live: set[Sequence] = set()
         self._rate = ServiceRate()
@@ -157,37 +160,51 @@ class Scheduler:
             # Who had a chunk gave way to one for whom too little was left of the step. Now there is all of it.
             chunks = self._plan_chunks(now)
         self._rate.tick(now, queueing=len(self._queue) > 0)
-        decodes = list(self._decoding)
-        return StepPlan(decodes, chunks, shape_of(decodes, chunks), self._pacer.limit_s)
+        return StepPlan(list(self._decoding), chunks, self._shape(chunks), self._pacer.limit_s)
 
     def complete(self, plan: StepPlan) -> list[Fork]:
         """Note that a step has been computed. Returns sequences that now go on from prompts that it completed."""
-        size, note = self._blocks.block_size, self._blocks.note
+        size = self._blocks.block_size
+        self._context += len(plan.decodes)
         for sequence in plan.decodes:
-            sequence.computed += 1
-            if sequence.computed % size == 0:
-                note(sequence.running_blocks, sequence.computed)
+            computed = sequence.computed = sequence.computed + 1
+            if computed % size == 0:
+                self._at_block_end.append(sequence)
         forks: list[Fork] = []
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.computed = chunk.end
-            note(sequence.running_blocks, chunk.end)
+            self._blocks.note(sequence.running_blocks, chunk.end)
             if chunk.completes:
                 del self._prefilling[sequence]
-                self._decoding[sequence] = None
+                self._decode(sequence)
                 forks += self._fork_followers(sequence)
         return forks
 
     def _place_decodes(self) -> None:
-        size = self._blocks.block_size
-        for sequence in [s for s in self._decoding if s.computed >= s.running_blocks.stop * size]:
-            if sequence.blocks is not None:  # It may have given way to one before it.
+        for sequence in self._at_block_end:
+            if sequence in self._decoding:  # It may have ended, or given way to one before it.
                 self._place(sequence, sequence.computed + 1, or_preempt=True)
+        self._at_block_end.clear()
+
+    def _decode(self, sequence: Sequence) -> None:
+        """From now on the sequence is decoded."""
+        self._decoding[sequence] = None
+        self._context += sequence.computed
+        if sequence.computed % self._blocks.block_size == 0:
+            self._at_block_end.append(sequence)
+
+    def _shape(self, chunks: Iterable[Chunk] = ()) -> StepShape:
+        """What the step-time model sees of a step with all decodes, and with `chunks`."""
+        shape = StepShape(len(self._decoding), len(self._decoding), self._context, 0)
+        for chunk in chunks:
+            shape = shape.with_prefill(chunk.end - chunk.start, chunk.start)
+        return shape
 
     def _plan_chunks(self, now: float) -> list[Chunk]:
         """Chunks of prompts, in their turns, under what the decodes leave of the step's tokens and time."""
         chunks: list[Chunk] = []
-        shape = shape_of(self._decoding, ())
+        shape = self._shape()
         tokens_left = self._limits.max_batch_tokens - len(self._decoding)
         turns = Turns(self._prefilling)
         blocked = False
@@ -211,7 +228,7 @@ class Scheduler:
             if sequence.blocks is None:  # Parked, or preempted for one before it.
                 continue
             if not self._decoding:  # Those there were have given way: there is no pace to be kept.
-                self._pacer.begin(shape_of((), ()))
+                self._pacer.begin(self._shape())
             end = self._chunk_end(sequence, shape, tokens_left, turns.share(sequence, ahead))
             if end == sequence.computed:
                 held_back = not chunks
@@ -248,7 +265,8 @@ class Scheduler:
         """Take the head of the queue out of it, running now or parked. False if it has to wait."""
         sequence = ahead.item
         leader = self._leaders.get(sequence.twin_key) if sequence.twin_key and not sequence.answered else None
-        if leader is None and not self._make_room(sequence, promoted=ahead.promoted):
+        match = None if leader else self._make_room(sequence, promoted=ahead.promoted)
+        if leader is None and match is None:
             return False
         self._queue.serve(sequence, now)  # Not simply the head: those who gave way have come into the queue.
         self._rate.admitted(sequence.cost)
@@ -260,37 +278,46 @@ class Scheduler:
             leader.followers.append(sequence)
             self._parked[sequence] = None
             return True
-        self._start(sequence)
+        assert match is not None
+        self._start(sequence, match)
         return True
 
-    def _make_room(self, sequence: Sequence, *, promoted: bool) -> bool:
-        """Whether the sequence can start now, after preempting those of lower classes if that is what it takes."""
+    def _make_room(self, sequence: Sequence, *, promoted: bool) -> PrefixMatch | None:
+        """What the sequence can start from now, after preempting those of lower classes if need be."""
         now_stuck = (sequence, self._releases, self._plans // _RETRY_PLANS)
         if self._stuck == now_stuck:
-            return False
-        while not self._fits(sequence):
-            behind = [s for s in self.running if not s.promoted and (promoted or s.priority > sequence.priority)]
-            if not behind:
+            return None
+        while (match := self._fits(sequence)) is None:
+            victim = self._victim(sequence, promoted=promoted)
+            if victim is None:
                 self._stuck = now_stuck
-                return False
-            self._preempt(_cheapest(behind))
-        return True
+                return None
+            self._preempt(victim)
+        return match
 
-    def _fits(self, sequence: Sequence) -> bool:
+    def _victim(self, sequence: Sequence, *, promoted: bool) -> Sequence | None:
+        """Who is cheapest to preempt for a waiting sequence: see `_cheapest`."""
+        lowest = max(self._preemptible, default=None)
+        if lowest is None or not (promoted or lowest > sequence.priority):
+            return None
+        return _cheapest([s for s in self.running if s.request.priority == lowest and not s.promoted])
+
+    def _fits(self, sequence: Sequence) -> PrefixMatch | None:
+        """What the sequence can start from now, or None if there is no room for it."""
         if not self.num_running:
-            return True  # The pools hold one sequence of any length.
+            return self._match(sequence)  # The pools hold one sequence of any length.
         if self.num_running >= self._limits.max_running:
-            return False
-        decodes = shape_of(self._decoding, ())
-        if not self._pacer.keeps_pace(decodes.with_prefill(1, len(sequence.tokens))):
-            return False
+            return None
+        if not self._pacer.keeps_pace(self._shape().with_prefill(1, len(sequence.tokens))):
+            return None
+        match = self._match(sequence)
         room = self._blocks.room_for(
             sequence.names,
-            self._match(sequence),
+            match,
             tokens=len(sequence.tokens),
             expected_tokens=self._expected_tokens(sequence),
         )
-        return all(left >= 0 for left in room.values())
+        return match if min(room.values()) >= 0 else None
 
     def _match(self, sequence: Sequence) -> PrefixMatch:
         if sequence.names is None:
@@ -298,8 +325,8 @@ class Scheduler:
         # The last token has to be computed in any case: its output is the next one.
         return self._blocks.match(sequence.names, (len(sequence.tokens) - 1) // self._blocks.block_size)
 
-    def _start(self, sequence: Sequence) -> None:
-        match, size = self._match(sequence), self._blocks.block_size
+    def _start(self, sequence: Sequence, match: PrefixMatch) -> None:
+        size = self._blocks.block_size
         sequence.blocks = self._blocks.open(
             sequence.names,
             match,
@@ -307,6 +334,7 @@ class Scheduler:
             expected_tokens=self._expected_tokens(sequence),
         )
         sequence.computed = match.resume * size
+        self._count_running(sequence, 1)
         self._blocks.keep_window(sequence.blocks, (sequence.prompt_len - 1) // size)
         if not sequence.preemptions:
             sequence.cached_tokens = sequence.computed
@@ -336,8 +364,9 @@ class Scheduler:
                 continue
             sequence.blocks = forked
             sequence.computed = leader.computed
+            self._count_running(sequence, 1)
             self.counts.shared_prefill_tokens += leader.computed
-            self._decoding[sequence] = None
+            self._decode(sequence)
             yield Fork(leader, sequence)
 
     def _unpark(self, sequence: Sequence) -> None:
@@ -369,8 +398,14 @@ class Scheduler:
         self._queue.push(sequence, charged=True)
 
     def _stop(self, sequence: Sequence) -> None:
-        self._prefilling.pop(sequence, None)
-        self._decoding.pop(sequence, None)
+        if sequence in self._prefilling:
+            del self._prefilling[sequence]
+        else:
+            del self._decoding[sequence]
+            self._context -= sequence.computed
+        self._count_running(sequence, -1)
+        # What is decoded is noted at once here: it is of use to those who come after the answer.
+        self._blocks.note(sequence.running_blocks, sequence.computed)
         self._blocks.close(sequence.running_blocks)
         sequence.blocks = None
         sequence.computed = 0
@@ -379,6 +414,12 @@ class Scheduler:
         for follower in list(sequence.followers):
             self._unpark(follower)
             self._queue.push(follower, charged=True)
+
+    def _count_running(self, sequence: Sequence, change: int) -> None:
+        if not sequence.promoted:
+            self._preemptible[sequence.priority] += change
+            if not self._preemptible[sequence.priority]:
+                del self._preemptible[sequence.priority]
 
     def _lead_no_more(self, sequence: Sequence) -> None:
         if sequence.twin_key and self._leaders.get(sequence.twin_key) is sequence:
@@ -448,6 +489,8 @@ class Scheduler:
         assert all(s.leader and s in s.leader.followers for s in self._parked), "a parked sequence has no leader"
         assert all(s.blocks is not None for s in self.running), "a running sequence has no blocks"
         assert all(s.uncomputed == 1 for s in self._decoding), "a decoding sequence has more than one token to compute"
+        assert self._context == sum(s.computed for s in self._decoding), "the decodes' context is miscounted"
+        assert self._preemptible == Counter(s.priority for s in self.running if not s.promoted), "who may be preempted"
         assert all(leader in self._prefilling for leader in self._leaders.values()), "a leader does not compute"
         self._blocks.check_integrity()
 

@@ -32,6 +32,7 @@ from collections import deque
 from dataclasses import dataclass
 from math import inf, sqrt
 from statistics import median
+from typing import NamedTuple
 
 LONGEST_CHUNK = 131_072
 """Gemma-3's longest context: no prefill chunk has more tokens."""
@@ -57,8 +58,7 @@ weights to the 27B, bytes and arithmetic say 1/2500 down to 1/700000; what is se
 _IDENTITY = [tuple(float(i == j) for j in range(5)) for i in range(5)]
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
+class StepShape(NamedTuple):
     """What a step computes, as far as its duration depends on it."""
 
     tokens: int

@@ -67,14 +67,17 @@ class BlockPool(ABC):
     def is_active(self, block: int) -> bool:
         return self._users[block] > 0
 
-    def take(self) -> int:
-        """A block for one user to write to; there must be one `available`."""
-        while not self._free:
+    def take(self, count: int = 1) -> list[int]:
+        """Blocks for one user to write to; there must be as many `available`."""
+        free, users = self._free, self._users
+        while len(free) < count:
             self._recycle_next()
-        block = self._free.pop()
-        self._users[block] = 1
-        self._active += 1
-        return block
+        taken = free[-count:]
+        del free[-count:]
+        for block in taken:
+            users[block] = 1
+        self._active += count
+        return taken
 
     def use(self, block: int) -> None:
         """One more sequence has an active or cached block in its table."""
@@ -83,12 +86,15 @@ class BlockPool(ABC):
             self._active += 1
             self._taken_up(block)
 
-    def release(self, block: int) -> None:
-        """A sequence has the block in its table no more."""
-        self._users[block] -= 1
-        if not self._users[block]:
+    def release(self, blocks: Iterable[int]) -> None:
+        """A sequence has the blocks in its table no more. Of those that are kept, the first is recycled first."""
+        users, names = self._users, self._names
+        for block in blocks:
+            left = users[block] = users[block] - 1
+            if left:
+                continue
             self._active -= 1
-            if self._names[block] is None:
+            if names[block] is None:
                 self._free.append(block)
             else:
                 self._let_go(block)
@@ -227,8 +233,9 @@ class WindowPool(BlockPool):
             return
         run = self._runs[name] = CachedRun(name, tuple(blocks), idle=0)
         holders, own_names, named = self._holders, self._names, self._named
+        alone = (run,)
         for block_name, block in zip(names, run.blocks, strict=True):
-            holders[block] += (run,)
+            holders[block] = holders[block] + alone if holders[block] else alone
             own_names[block] = block_name
             named.setdefault(block_name, block)
 
@@ -256,10 +263,13 @@ class WindowPool(BlockPool):
     def _drop(self, run: CachedRun, given_up: GivenUp | None) -> None:
         del self._runs[run.name]
         self._victims.pop(run.name, None)
+        holders = self._holders
         for block in run.blocks:
-            holders = self._holders[block] = tuple(held for held in self._holders[block] if held is not run)
-            if not holders:
+            if len(holders[block]) == 1:
+                holders[block] = ()
                 self._unname(block, given_up)
+            else:
+                holders[block] = tuple([held for held in holders[block] if held is not run])
 
     def _check_kept(self, kept: set[int], cached: set[int]) -> None:
         held = Counter(block for run in self._runs.values() for block in run.blocks)
