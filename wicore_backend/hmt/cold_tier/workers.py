@@ -32,9 +32,9 @@ _MOST_BLOCKS = 64
 
 
 _REST_S = 100e-6
-"""For each block of a batch, before the next batch is begun. Small blocks cost more Python than anything else: while they
-are spilled, the steps of a loop thread on two cores take 5 times as long without a rest, and 2.5 times with it, at 3/4
-of the speed. With large blocks it does not show."""
+"""For each block of a batch, before the next batch is begun. Small blocks cost more Python than anything else: while
+they are spilled, the steps of a loop thread on two cores take 5 times as long without a rest, and 2.5 times with it, at
+3/4 of the speed. With large blocks it does not show."""
 
 
 class SlotBlock(NamedTuple):
