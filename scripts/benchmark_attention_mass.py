@@ -5,7 +5,7 @@
     python -m scripts.benchmark_attention_mass quality    the sampled signal against every layer of every step
     python -m scripts.benchmark_attention_mass accuracy   needles found when blocks have left, chosen in three ways
 
-Times that are compared come from one run, taken in turns.
+Operators have one thread, and times are that thread's own. What is compared comes from one run, taken in turns.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class Decodes:
             answer.computed = start + steps
 
     def step(self, averages: Sequence[AttentionMass]) -> float:
-        """Seconds of a step: compute, choose tokens, take in the masses."""
-        began = time.perf_counter()
+        """Seconds of this thread's own time for a step: compute, choose tokens, take in the masses."""
+        began = time.thread_time()
         output = self._model.runner.run(StepPlan(self._answers, [], _SHAPE))
         output.logits(range(len(self._answers))).argmax(-1).tolist()
         for row, mass in output.mass().items():
             averages[row].fold(mass)
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     @contextmanager
     def keeping(self, share: float) -> Iterator[None]:
@@ -118,15 +118,18 @@ def random_cache() -> LoadedModel:
 
 
 def cost(options: argparse.Namespace) -> None:
-    """Print what measuring takes of a step: at each position of a cycle the median over the rounds, and their mean."""
+    """Print what measuring takes of a step: by the time of one measurement, and by steps with and without any.
+
+    The latter is, at each position of a cycle, the median over the rounds, and the mean of those.
+    """
     model = random_cache()
     layout = model.pools.layout
     sampling = MassSampling.of(layout, interval=options.interval)
     cycle = options.interval * len(sampling.layers)
     sides = {"without": None, "with": sampling, "each": MassSampling.of(layout, interval=1)}
-    print(f"every {options.interval} tokens; {options.rounds} rounds; {torch.get_num_threads()} threads\n")
-    print("| context | sequences | ms a step | cost of the signal | ms a measurement |")
-    print("| --- " * 5 + "|")
+    print(f"every {options.interval} tokens; {options.rounds} rounds\n")
+    print("| context | sequences | ms a step | ms a measurement | measurements a step | so they cost | the step took |")
+    print("| --- " * 7 + "|")
     for context in options.contexts:
         for count in options.sequences:
             # As the positions of independent requests, these are spread over the cycle.
@@ -146,9 +149,10 @@ def cost(options: argparse.Namespace) -> None:
                 for name in sides if round_ else ():
                     times[name].append(taken[name])
             without, sampled, each = (np.array(times[name]) for name in sides)
-            cells = [f"{context:,}", str(count), f"{np.median(without):.2f}"]
-            cells += [f"{np.median(sampled / without, 0).mean() - 1:+.2%}"]
-            cells += [f"{np.median(each - without) / count:.3f}"]
+            ms, measurement = np.median(without), np.median(each - without) / count
+            a_step = count / options.interval
+            cells = [f"{context:,}", str(count), f"{ms:.2f}", f"{measurement:.3f}", f"{a_step:g}"]
+            cells += [f"{a_step * measurement / ms:.2%}", f"{np.median(sampled / without, 0).mean() - 1:+.2%}"]
             print(f"| {' | '.join(cells)} |", flush=True)
             decodes.close()
 
@@ -156,7 +160,7 @@ def cost(options: argparse.Namespace) -> None:
 def holes(options: argparse.Namespace) -> None:
     """Print what a decode step takes when most blocks have left."""
     model = random_cache()
-    print(f"{options.rounds} rounds; {torch.get_num_threads()} threads\n")
+    print(f"{options.rounds} rounds\n")
     print(
         "| context | sequences | ms a step | " + " | ".join(f"{share:.1%} of blocks" for share in options.shares) + " |"
     )
@@ -256,7 +260,7 @@ def rank_correlation(a: Floats, b: Floats) -> float:
 def quality(options: argparse.Namespace) -> None:
     """Print how much of the full signal the sampled one tells."""
     recordings = []
-    config = EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32", threads=options.threads, prefix_cache=False)
+    config = EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32", threads=1, prefix_cache=False)
     with Engine(config) as engine:
         for case in needle_cases(options.lengths, options.depths, 1, seed=options.seed):
             [message] = case.messages
@@ -407,11 +411,8 @@ def main() -> None:
     command.add_argument("--shares", type=float, nargs="*", default=[0.5, 0.25, 0.125, 0.0625])
     command.add_argument("--seed", type=int, default=1)
     command.set_defaults(run=accuracy)
-    for command in commands.choices.values():
-        command.add_argument("--threads", type=int, help="of an operator; 1 where other work shares the CPU")
     options = parser.parse_args()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     options.run(options)
 
 
