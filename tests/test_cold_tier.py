@@ -577,12 +577,14 @@ def test_a_silent_disk_is_late_and_its_slots_come_back_untouched(tmp_path):
         bench.slots[GLOBAL].fill_(3)
         up = [SlotBlock(GLOBAL, name(number), number) for number in range(SLOTS)]
         started = time.perf_counter()
-        first = bench.tier.restore(up[:20], 0.1)
-        second = bench.tier.restore(up[20:], 0.15)  # Waits for a tray, and for no one else's deadline.
-        ended = bench.wait(SLOTS)
-        assert time.perf_counter() - started < 1
-        assert first.done
+        first = bench.tier.restore(up[:20], 0.5)
+        second = bench.tier.restore(up[20:], 0.1)  # Finds no tray, and waits for its own deadline alone.
+        ended = bench.wait(4)
+        assert 0.1 <= time.perf_counter() - started < 0.5
         assert second.done
+        ended += bench.wait(20)
+        assert 0.5 <= time.perf_counter() - started < 2
+        assert first.done
         assert {done.outcome for done in ended} == {Outcome.LATE}
         files.blocked.clear()
         files.go.set()
@@ -631,6 +633,33 @@ def test_a_cancelled_restore_ends_without_the_disk_and_touches_its_slots_no_more
         bench.tier.check_integrity()
         up = [SlotBlock(GLOBAL, name(number), number) for number in range(SLOTS)]
         assert set(bench.restore(up)) == {Outcome.DONE}
+
+
+def test_a_cancel_cuts_what_is_read_but_not_what_is_being_decoded(tmp_path, monkeypatch):
+    with Bench(tmp_path) as bench:
+        bench.spill_numbers(GLOBAL, range(16))
+        wait_for_measurement(bench)
+        decode = bench.codecs[GLOBAL].decode
+        entered, go = threading.Event(), threading.Event()
+
+        def held_up(*args, **kwargs):
+            entered.set()
+            assert go.wait(10)
+            decode(*args, **kwargs)
+
+        monkeypatch.setattr(bench.codecs[GLOBAL], "decode", held_up)
+        bench.slots[GLOBAL].fill_(3)
+        restore = bench.tier.restore([SlotBlock(GLOBAL, name(number), number) for number in range(16)])
+        assert entered.wait(10)
+        end = time.monotonic() + 5
+        while bench.store.statistics().fetches[Outcome.DONE] < 16:  # Both batches of 8 are read.
+            assert time.monotonic() < end
+        restore.cancel()
+        go.set()
+        outcomes = {done.block.slot: done.outcome for done in bench.wait(16)}
+        assert [outcomes[slot] for slot in range(16)] == [Outcome.DONE] * 8 + [Outcome.CANCELLED] * 8
+        assert all(bench.right(SlotBlock(GLOBAL, name(slot), slot)) for slot in range(8))
+        assert (bench.slots[GLOBAL][8:] == 3).all()
 
 
 def test_a_cancel_concerns_its_own_restore_alone(tmp_path):
@@ -728,6 +757,8 @@ def test_a_disk_that_was_slow_is_found_to_be_well_again(tmp_path):
         assert well is not None
         assert slow is not None
         assert slow > 0.1
+        assert set(bench.restore([SlotBlock(GLOBAL, name(number), number) for number in range(8)])) == {Outcome.LATE}
+        assert bench.tier.restore_seconds(1 << 14) == slow, "a store that gives up at once is not fast"
         files.blocked.clear()
         files.go.set()
         end = time.monotonic() + 10

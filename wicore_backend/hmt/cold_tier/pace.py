@@ -7,6 +7,9 @@ from dataclasses import dataclass
 _MEMORY = 0.95
 """Share of what is known that survives a sample: about the latest 20 count, which are 80 MiB in batches of 4."""
 
+_TOLD_APART = 0.05
+"""Of the squared bytes, the share that is not just "bytes of a first batch, times a constant"."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -54,15 +57,14 @@ class Pace:
         self.cost = self._solved()
 
     def _solved(self) -> Cost:
-        """The fit with both terms at least 0; where the samples do not tell them apart, all is bytes."""
-        by_bytes = Cost(0.0, self._bytes_seconds / self._squared_bytes)
+        """The fit; where the samples do not tell the terms apart, or contradict them, all is bytes.
+
+        That is the careful guess: it lets a large transfer look slow rather than a small one.
+        """
         determinant = self._firsts * self._squared_bytes - self._first_bytes**2
-        if determinant <= 1e-3 * self._firsts * self._squared_bytes:
-            return by_bytes
         latency = self._first_seconds * self._squared_bytes - self._bytes_seconds * self._first_bytes
         slope = self._firsts * self._bytes_seconds - self._first_bytes * self._first_seconds
-        if latency < 0:
-            return by_bytes
-        if slope < 0:
-            return Cost(self._first_seconds / self._firsts, 0.0)
+        told_apart = determinant > _TOLD_APART * self._firsts * self._squared_bytes
+        if not told_apart or latency < 0 or slope <= 0:
+            return Cost(0.0, self._bytes_seconds / self._squared_bytes)
         return Cost(latency / determinant, slope / determinant)

@@ -325,7 +325,8 @@ class SpillWorker(Worker[_SpillBatch]):
         if batch.moving and self._books.make_room(batch.blocks[index].key for index in batch.moving):
             self._store_moving(batch)
         else:
-            self._measure(batch)
+            if set(batch.outcomes) == {Outcome.DONE}:
+                self._measure(batch)
             self._over(batch)
 
     def _over(self, batch: _SpillBatch) -> None:
@@ -447,11 +448,18 @@ class RestoreWorker(Worker[_RestoreBatch]):
             outcomes = [Outcome.CANCELLED] * len(outcomes)
         for part in batch.parts:
             self._decode(batch, part, outcomes)
-        if not {Outcome.CANCELLED, Outcome.MISSING, Outcome.CLOSED} & set(outcomes):
+        if self._teaches(batch, outcomes):
             self._measure(batch)
         self._under_way.remove(batch)
         self._free.append(batch.tray)
         self._end(batch.job, list(zip(batch.blocks, outcomes, strict=True)))
+
+    def _teaches(self, batch: _RestoreBatch, outcomes: Sequence[Outcome]) -> bool:
+        """Whether the time that the batch took says something of the disk: not if the store gave up at once."""
+        if not {Outcome.DONE, Outcome.CORRUPT, Outcome.LATE}.issuperset(outcomes):
+            return False
+        deadline = min(batch.job.deadline, batch.started + self._store.config.read_deadline_s)
+        return Outcome.LATE not in outcomes or time.monotonic() >= deadline
 
     def _decode(self, batch: _RestoreBatch, part: Part, outcomes: list[Outcome]) -> None:
         """Decode those of the part's records that are right."""
