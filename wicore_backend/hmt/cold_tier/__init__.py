@@ -35,15 +35,15 @@ The *loop thread* is the one that makes the calls, owns the slots' books and mus
     computes instead; the tier goes on to measure by itself, so that it is asked again once it is well.
 
 Modules: `tier` (the interface), `workers` (the two threads), `staging` (slots to records and back), `books` (what is
-held), `records` (names on the disk, and the store's shape), `pace` (how long transfers take), `statistics`. Each
-imports from those after it only.
+held), `pace` (how long transfers take), `requests` (what is asked and reported), `records` (names on the disk, and the
+store's shape), `statistics`. Each imports from those after it only.
 """
 
 from wicore_backend.hmt.cold_tier.books import ColdAccountingError
 from wicore_backend.hmt.cold_tier.records import store_config
+from wicore_backend.hmt.cold_tier.requests import Finished, Restore, SlotBlock
 from wicore_backend.hmt.cold_tier.statistics import ColdCounts, ColdStatistics
 from wicore_backend.hmt.cold_tier.tier import ColdTier, ColdTierLimits
-from wicore_backend.hmt.cold_tier.workers import Finished, Restore, SlotBlock
 
 __all__ = [
     "ColdAccountingError",

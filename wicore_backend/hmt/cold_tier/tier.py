@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from math import inf
+from math import inf, prod
 
 from torch import Tensor
 
@@ -16,9 +16,10 @@ from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.codecs import Codec
 from wicore_backend.hmt.cold_tier.books import ColdAccountingError, ColdBooks
 from wicore_backend.hmt.cold_tier.records import Key, record_name
+from wicore_backend.hmt.cold_tier.requests import Finished, Restore, SlotBlock
 from wicore_backend.hmt.cold_tier.staging import Stage, Tray
 from wicore_backend.hmt.cold_tier.statistics import ColdStatistics
-from wicore_backend.hmt.cold_tier.workers import Finished, Restore, RestoreWorker, SlotBlock, SpillWorker
+from wicore_backend.hmt.cold_tier.workers import Desk, RestoreWorker, SpillWorker
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore, Outcome
 from wicore_backend.hmt.policy.base import Access, Policy
@@ -96,6 +97,7 @@ class ColdTier:
         self._woken = woken
         self._limits = limits
         self._slot_counts = {group: len(tensor) for group, tensor in slots.items()}
+        self._block_bytes = {group: prod(codec.shape) * codec.dtype.itemsize for group, codec in codecs.items()}
         self._finished: deque[Finished] = deque()
         self._spills: dict[tuple[LayerGroup, int], SlotBlock] = {}
         self._restores: dict[tuple[LayerGroup, int], SlotBlock] = {}
@@ -104,12 +106,18 @@ class ColdTier:
         self._spilled_bytes = self._restored_bytes = 0
         self._closed = False
         self._books = ColdBooks(store, {group: codec.encoded_bytes for group, codec in codecs.items()}, policy)
-        down, up = ({group: Stage(codec, slots[group]) for group, codec in codecs.items()} for _ in range(2))
-        tray_bytes = max(limits.tray_bytes, largest)
-        to, back = ([Tray(tray_bytes) for _ in range(limits.trays)] for _ in range(2))
-        self._block_bytes = {group: stage.block_bytes for group, stage in down.items()}
-        self._down = SpillWorker(store, self._books, down, to, self._report_spilled)
-        self._up = RestoreWorker(store, self._books, up, back, self._report, measure_s=limits.measure_s)
+
+        def desk(report: Callable[[Sequence[Finished]], None]) -> Desk:
+            return Desk(
+                store=store,
+                books=self._books,
+                stages={group: Stage(codec, slots[group]) for group, codec in codecs.items()},
+                trays=[Tray(max(limits.tray_bytes, largest)) for _ in range(limits.trays)],
+                report=report,
+            )
+
+        self._down = SpillWorker(desk(self._report_spilled))
+        self._up = RestoreWorker(desk(self._report), measure_s=limits.measure_s)
         for worker in (self._down, self._up):
             worker.start()
         self._up.wake()

@@ -15,13 +15,14 @@ from functools import partial
 from itertools import groupby
 from math import inf
 from queue import Empty, SimpleQueue
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from wicore_backend.hmt.cold_tier.books import ColdBooks
 from wicore_backend.hmt.cold_tier.pace import Pace
-from wicore_backend.hmt.cold_tier.records import Key, record_name
+from wicore_backend.hmt.cold_tier.records import record_name
+from wicore_backend.hmt.cold_tier.requests import Finished, Restore, SlotBlock
 from wicore_backend.hmt.cold_tier.staging import Part, Stage, Tray, laid_out
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore, Outcome, Ticket
@@ -37,65 +38,23 @@ they are spilled, the steps of a loop thread on two cores take 5 times as long w
 3/4 of the speed. With large blocks it does not show."""
 
 
-class SlotBlock(NamedTuple):
-    """A block, and the host tier's slot that holds it or is to hold it."""
-
-    group: LayerGroup
-    name: bytes
-    slot: int
-
-    @property
-    def key(self) -> Key:
-        return self.group, self.name
-
-
-class Restore:
-    """A call of `ColdTier.restore`: its blocks are being brought up. For the loop thread.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Desk:
+    """What a worker works with; stages and trays are its own.
 
     Attributes
     ----------
-    blocks
-        As they were asked for.
-    left
-        How many of them `ColdTier.finished` has not reported yet.
+    trays
+        Batches that can be under way at once.
+    report
+        Called with the blocks that have ended.
     """
 
-    def __init__(self, blocks: Sequence[SlotBlock], deadline: float, cancel: Callable[[Restore], None]) -> None:
-        self.blocks = blocks
-        self.left = len(blocks)
-        self.deadline = deadline
-        self.cancelled = False
-        self._cancel = cancel
-
-    @property
-    def done(self) -> bool:
-        """Whether every block has been reported."""
-        return not self.left
-
-    def cancel(self) -> None:
-        """End the blocks that are not being decoded yet; `finished` reports them all the same."""
-        if self.left and not self.cancelled:
-            self.cancelled = True
-            self._cancel(self)
-
-
-class Finished(NamedTuple):
-    """A block whose slot is the caller's again.
-
-    Attributes
-    ----------
-    outcome
-        Of a spill: `DONE` or `HELD` if it can be restored, else why not. Of a restore: `DONE` if the slot holds it.
-    restore
-        The restore that it belongs to; None for a spill.
-    """
-
-    block: SlotBlock
-    outcome: Outcome
-    restore: Restore | None
-
-
-Report = Callable[[Sequence[Finished]], None]
+    store: NvmeStore
+    books: ColdBooks
+    stages: Mapping[LayerGroup, Stage]
+    trays: Sequence[Tray]
+    report: Callable[[Sequence[Finished]], None]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -145,27 +104,16 @@ B = TypeVar("B", bound=_Batch)
 
 
 class Worker(ABC, Generic[B]):
-    """A thread that does what it is sent, one after the other, and keeps its trays busy.
+    """A thread that does what it is sent, one after the other, and keeps its trays busy."""
 
-    Parameters
-    ----------
-    trays
-        Batches that can be under way at once.
-    report
-        Called with the blocks that have ended.
-    """
-
-    def __init__(
-        self, name: str, store: NvmeStore, books: ColdBooks, stages: Mapping[LayerGroup, Stage], trays: Sequence[Tray],
-        report: Report,
-    ) -> None:  # fmt: skip
+    def __init__(self, name: str, desk: Desk) -> None:
         self.pace = Pace()
-        self._store = store
-        self._books = books
-        self._stages = stages
-        self._report = report
-        self._free = list(trays)
-        self._most_blocks = max(1, min(_MOST_BLOCKS, store.config.store_limit // len(trays)))
+        self._store = desk.store
+        self._books = desk.books
+        self._stages = desk.stages
+        self._report = desk.report
+        self._free = list(desk.trays)
+        self._most_blocks = max(1, min(_MOST_BLOCKS, desk.store.config.store_limit // len(desk.trays)))
         self._under_way: set[B] = set()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
@@ -247,11 +195,8 @@ class SpillWorker(Worker[_SpillBatch]):
 
     _queue: deque[SlotBlock]
 
-    def __init__(
-        self, store: NvmeStore, books: ColdBooks, stages: Mapping[LayerGroup, Stage], trays: Sequence[Tray],
-        report: Report,
-    ) -> None:  # fmt: skip
-        super().__init__("cold-spill", store, books, stages, trays, report)
+    def __init__(self, desk: Desk) -> None:
+        super().__init__("cold-spill", desk)
         self._queue = deque()
         self._resting_until = -inf
 
@@ -351,16 +296,13 @@ class RestoreWorker(Worker[_RestoreBatch]):
 
     _queue: deque[_Job]
 
-    def __init__(
-        self, store: NvmeStore, books: ColdBooks, stages: Mapping[LayerGroup, Stage], trays: Sequence[Tray],
-        report: Report, *, measure_s: float,
-    ) -> None:  # fmt: skip
-        super().__init__("cold-restore", store, books, stages, trays, report)
+    def __init__(self, desk: Desk, *, measure_s: float) -> None:
+        super().__init__("cold-restore", desk)
         self._queue = deque()
         self._measure_s = measure_s
         self._measured_at = -inf
-        largest = max(stage.codec.encoded_bytes for stage in stages.values())
-        self._measured_blocks = 2 * min(self._most_blocks, trays[0].size // largest)
+        largest = max(stage.codec.encoded_bytes for stage in desk.stages.values())
+        self._measured_blocks = 2 * min(self._most_blocks, desk.trays[0].size // largest)
 
     def restore(self, restore: Restore, blocks: Sequence[SlotBlock]) -> None:
         """Bring up the restore's pinned blocks. Safe on any thread."""
