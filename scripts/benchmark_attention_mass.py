@@ -205,7 +205,7 @@ class Recording:
 
     layers: Sequence[Floats]
     prompt_tokens: int
-    needle: range
+    needle: slice
     """The blocks with the fact that the question is about."""
 
     @property
@@ -237,7 +237,7 @@ def record(engine: Engine, text: str, answer: str, tokens: int) -> Recording:
         recorder.runner.sampling, recorder.masses = MassSampling((layer,), 1), {}
         with engine.stream(messages, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)) as stream:
             stream.collect()
-        prompt_blocks = layout.blocks_for(len(prompt)) - 1  # The answer's own blocks are kept anyway.
+        prompt_blocks = layout.blocks_for(len(prompt))
         masses = [mass for position, mass in sorted(recorder.masses.items()) if position >= len(prompt) - 1]
         layers.append(np.stack([mass[:prompt_blocks] for mass in masses]))
     engine._model = replace(engine._model, runner=recorder.runner)
@@ -249,7 +249,7 @@ def record(engine: Engine, text: str, answer: str, tokens: int) -> Recording:
     needle = max((fact for fact in facts if answer in fact), key=lambda fact: len(pairs & set(pairwise(fact))))
     at = written.index(needle.encode())
     first, last = np.searchsorted(starts, [at, at + len(needle.encode())], "right") - 1
-    return Recording(layers, len(prompt), range(first // size, last // size + 1))
+    return Recording(layers, len(prompt), slice(first // size, last // size + 1))
 
 
 def rank_correlation(a: Floats, b: Floats) -> float:
@@ -286,14 +286,11 @@ def quality(options: argparse.Namespace) -> None:
             )
         name = "prompt's end only" if interval is None else f"and every {interval} tokens"
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in np.mean(rows, 0)) + " |")
-    ranks = [
-        min(
-            float((recording.sampled(None, 1).average() > recording.sampled(None, 1).average()[block]).mean())
-            for block in recording.needle
-        )
-        for recording in recordings
-    ]
-    print(f"\nrank of the needle's best block at the prompt's end, 0 is first: {sorted(round(r, 4) for r in ranks)}")
+    ranks = []
+    for recording in recordings:
+        at_end = recording.sampled(None, 1).average()
+        ranks.append(int((at_end > at_end[recording.needle].max()).sum()))
+    print(f"\nblocks ahead of the one with the needle at the prompt's end: {sorted(ranks)}")
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
