@@ -110,7 +110,8 @@ def random_cache() -> LoadedModel:
     model = load_model(
         EngineConfig(
             model=DEMO_MODEL, device="cpu", dtype="float32", kv_cache_bytes=3 * 2**29, max_model_len=2**14 + 1024
-        )
+        ),
+        woken=lambda: None,
     )
     for pool in model.pools.tensors.values():
         pool.normal_()
@@ -358,7 +359,9 @@ class Question:
 
 def accuracy(options: argparse.Namespace) -> None:
     """Print how many answers are right when part of the blocks is left, by how they are chosen."""
-    model = load_model(EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32", kv_cache_bytes=2**28))
+    model = load_model(
+        EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32", kv_cache_bytes=2**28), woken=lambda: None
+    )
     model.runner.sampling = MassSampling.of(model.pools.layout)
     right: dict[tuple[Choice, float], int] = defaultdict(int)
     asked = 0

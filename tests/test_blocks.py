@@ -13,6 +13,7 @@ from wicore_backend.hmt.blocks import BlockAccountingError, BlockManager, Prefix
 from wicore_backend.hmt.budget import divide_memory
 from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import BlockNames, NameScheme
 from wicore_backend.hmt.policy.lru import LRU
 from wicore_backend.hmt.pool import KVPools
@@ -268,7 +269,7 @@ def test_a_fork_at_a_blocks_end_copies_nothing():
 
 
 def tiered(host: int, blocks: int = 31) -> BlockManager:
-    return BlockManager(layout(), {L: 12, G: blocks}, max_chunk=8, host=HostTier({L: host, G: host}, LRU))
+    return BlockManager(layout(), {L: 12, G: blocks}, max_chunk=8, lower=LowerTiers(HostTier({L: host, G: host}, LRU)))
 
 
 def test_what_the_device_gives_up_is_found_in_host_memory_and_loaded():
@@ -293,9 +294,9 @@ def test_a_full_host_tier_lets_go_of_what_was_spilled_first():
     for start in range(0, 10_000, 1000):
         books.close(run(books, range(start, start + 110)))
         books.check_integrity()
-    assert books.host is not None
-    assert books.host.used(G) == 20
-    assert books.host.counts(G).evicted > 50
+    assert books.lower is not None
+    assert books.lower.host.used(G) == 20
+    assert books.lower.host.counts(G).evicted > 50
     assert books.match(names(range(110)), 27).known == 0
 
 
@@ -305,8 +306,8 @@ def test_a_host_tier_is_forgotten_with_the_rest():
         books.close(run(books, range(start, start + 110)))
     books.forget_all()
     books.check_integrity()
-    assert books.host is not None
-    assert books.host.used(G) == books.host.used(L) == 0
+    assert books.lower is not None
+    assert books.lower.host.used(G) == books.lower.host.used(L) == 0
 
 
 def test_the_check_finds_a_lost_block_and_one_that_has_a_wrong_user():
@@ -342,7 +343,7 @@ def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, si
             layout(window=window, block_size=size),
             {L: 64, G: 64},
             max_chunk=max_chunk,
-            host=HostTier({L: host, G: host}, LRU),
+            lower=LowerTiers(HostTier({L: host, G: host}, LRU)),
         )
     written: dict[tuple[LayerGroup, int, int], bytes] = {}
     in_host: dict[tuple[LayerGroup, int, int], bytes] = {}

@@ -22,11 +22,11 @@ from wicore_backend.hmt.cold_tier import (
     ColdTierLimits,
     Finished,
     Restore,
-    SlotBlock,
     store_config,
 )
 from wicore_backend.hmt.cold_tier.pace import Pace
 from wicore_backend.hmt.cold_tier.records import key_of, record_name
+from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore, Outcome, StoreFiles
 from wicore_backend.hmt.policy import POLICIES, Access
@@ -657,9 +657,12 @@ def test_a_cancel_cuts_what_is_read_but_not_what_is_being_decoded(tmp_path, monk
         restore.cancel()
         go.set()
         outcomes = {done.block.slot: done.outcome for done in bench.wait(16)}
-        assert [outcomes[slot] for slot in range(16)] == [Outcome.DONE] * 8 + [Outcome.CANCELLED] * 8
-        assert all(bench.right(SlotBlock(GLOBAL, name(slot), slot)) for slot in range(8))
-        assert (bench.slots[GLOBAL][8:] == 3).all()
+        assert Counter(outcomes.values()) == {Outcome.DONE: 8, Outcome.CANCELLED: 8}
+        for slot, outcome in outcomes.items():  # Which ones were read first is the disk's to say.
+            if outcome is Outcome.DONE:
+                assert bench.right(SlotBlock(GLOBAL, name(slot), slot))
+            else:
+                assert (bench.slots[GLOBAL][slot] == 3).all()
 
 
 def test_a_cancel_concerns_its_own_restore_alone(tmp_path):

@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.fake_cold_tier import FakeColdTier
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.computation import StepFailedError
 from wicore_backend.engine.health import HealthMonitor
@@ -47,9 +48,11 @@ from wicore_backend.engine.request import (
 from wicore_backend.engine.runner import StepOutput
 from wicore_backend.engine.sampler import SamplingRow, sample
 from wicore_backend.engine.step_time import StepShape
+from wicore_backend.engine.tiers import BlockMover
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import NameScheme
 from wicore_backend.hmt.policy.lru import LRU
 from wicore_backend.hmt.transfers import Route, Transfer
@@ -232,6 +235,7 @@ class HandTurnedEngine(Engine):
 
     blamed: set[str]
     """Requests that a fault touches: no other one may end with an error."""
+    disk: FakeColdTier | None
 
     def _loop(self) -> None:
         pass
@@ -272,6 +276,8 @@ class Setting:
     """Of each pool, beside those that one sequence needs."""
     host_slots: int
     """Of each pool's host tier; 0 is none."""
+    cold: int | None
+    """How many blocks move each turn between that and a cold tier; None if there is no such tier."""
     waiting: int
     waiting_tokens: int
     ageing_s: float
@@ -291,7 +297,8 @@ SETTINGS = st.builds(
     running=st.sampled_from([4, 3, 6, 2, 1]),
     spare_tokens=st.sampled_from([0, 3, 10, 40]),
     spare_blocks=st.sampled_from([0, 4, 10, 40]),
-    host_slots=st.sampled_from([0, 10, 100]),
+    host_slots=st.sampled_from([40, 0, 12, 100]),
+    cold=st.sampled_from([None, 100, 5, 1]),
     waiting=st.sampled_from([100, 100, 12, 4]),
     waiting_tokens=st.sampled_from([10_000, 10_000, 400, 150]),
     ageing_s=st.sampled_from([0.02, 30.0, 0.0]),
@@ -327,14 +334,20 @@ def hand_turned(setting: Setting, clock: Clock) -> tuple[HandTurnedEngine, Runne
     )
     num_blocks = {g: 1 + layout.blocks_held(g, CONTEXT, chunk) + setting.spare_blocks for g in layout.groups}
     memory = Memory(layout, num_blocks, setting.host_slots)
-    host = HostTier(dict.fromkeys(layout.groups, setting.host_slots), LRU) if setting.host_slots else None
+    cold = FakeColdTier(memory.host) if setting.cold is not None and setting.host_slots else None
+    lower = None
+    if setting.host_slots:
+        host = HostTier(dict.fromkeys(layout.groups, setting.host_slots), LRU)
+        lower = LowerTiers(host, cold, threshold=0.2)
+    blocks = BlockManager(layout, num_blocks, max_chunk=chunk, lower=lower)
     runner: Any = Runner(layout, memory, clock, max_tokens=chunk)
     pools: Any = memory
     processor: Any = SimpleNamespace(tokenizer=SimpleNamespace(token_bytes=lambda token: bytes([97 + token])))
     model = LoadedModel(
         runner=runner,
         processor=processor,
-        blocks=BlockManager(layout, num_blocks, max_chunk=chunk, host=host),
+        blocks=blocks,
+        mover=BlockMover(blocks, pools, None),
         pools=pools,
         name_scheme=NameScheme(setting.block_size),
         max_model_len=CONTEXT,
@@ -344,8 +357,9 @@ def hand_turned(setting: Setting, clock: Clock) -> tuple[HandTurnedEngine, Runne
         generation_defaults={},
     )
     monitor = partial(HealthMonitor, clock=clock.monotonic)
-    with mock.patch.multiple("wicore_backend.engine.engine", load_model=lambda _: model, HealthMonitor=monitor):
+    with mock.patch.multiple("wicore_backend.engine.engine", load_model=lambda *_: model, HealthMonitor=monitor):
         engine = HandTurnedEngine(config)
+    engine.disk = cold
     engine.blamed = set()
     if setting.expected_answer is not None:
         for _ in range(64):
@@ -495,6 +509,7 @@ class Interleaving(RuleBasedStateMachine):
         self.patches.start()
         LOGGER.setLevel(logging.CRITICAL)  # It tells of every fault.
         self.engine, self.runner = hand_turned(setting, self.clock)
+        self.pace = setting.cold or 0
         self.callers: list[Caller] = []
         TALLY["interleavings"] += 1
 
@@ -574,6 +589,16 @@ class Interleaving(RuleBasedStateMachine):
         self.clock.now += seconds
         self.engine._expire()
 
+    @precondition(lambda self: self.engine.disk is not None)
+    @rule(
+        failing=st.sampled_from([0, 1, 3, 100]),
+        seconds=st.sampled_from([None, 0.0, 0.001, 10.0]),
+    )
+    def the_disk_is_another(self, failing: int, seconds: float | None) -> None:
+        assert self.engine.disk is not None
+        self.engine.disk.move(failing, failing=True)
+        self.engine.disk.seconds = seconds
+
     @precondition(lambda self: self.engine._scheduler.num_running)
     @rule(which=WHICH)
     def preempt(self, which: int) -> None:
@@ -622,6 +647,8 @@ class Interleaving(RuleBasedStateMachine):
         self.runner.broken = lambda _: False
 
     def _turn(self) -> None:
+        if self.engine.disk is not None:
+            self.engine.disk.move(self.pace)
         with torch.inference_mode():
             self.engine.turn()
 
@@ -673,6 +700,9 @@ class Interleaving(RuleBasedStateMachine):
         TALLY["prompt tokens shared by forks"] += counts.shared_prefill_tokens
         TALLY["prompt tokens whose window alone was missing"] += counts.window_missing_tokens
         TALLY["promotions by age"] += counts.promotions
+        TALLY["waits for the cold tier"] += counts.restores
+        TALLY["tokens hoped for from the cold tier"] += counts.restored_tokens
+        TALLY["blocks moved between host and cold tier"] += self.engine.disk.moved if self.engine.disk else 0
         TALLY["steps retried"] += self.engine._recorder.retried
         TALLY["restarts of the pools"] += self.engine._recorder.restarts
         for reason, count in self.engine._recorder.rejected.items():
@@ -699,6 +729,7 @@ USUAL = Setting(
     spare_tokens=10,
     spare_blocks=40,
     host_slots=0,
+    cold=None,
     waiting=100,
     waiting_tokens=10_000,
     ageing_s=30.0,

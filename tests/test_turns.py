@@ -7,6 +7,7 @@ from wicore_backend.engine.request import Request, Sequence
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import StepTimeModel
+from wicore_backend.engine.turns import Turns
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.processor.prompt import Prompt, PromptImage
@@ -107,3 +108,12 @@ def test_an_image_larger_than_a_share_is_computed_all_the_same():
     shown = add(s, 100, images=(picture,))
     add(s, 90, at=1.0)
     assert step(s, 1.0)[shown] >= 40
+
+
+def test_who_gave_way_before_its_turn_and_is_back_has_one_turn():
+    s = scheduler()
+    sequence = add(s, 200)
+    step(s)
+    turns = Turns([sequence])
+    turns.started(sequence)
+    assert not turns

@@ -75,7 +75,24 @@ class EngineConfig(Settings):
     """Share of the free CUDA memory, weights loaded, that the KV cache takes when `kv_cache_bytes` is None."""
 
     host_cache_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Host memory that keeps what the device's cache gives up; None takes 4 GiB on CUDA and none on the CPU."""
+    """Host memory that keeps what the device's cache gives up. None takes 4 GiB on CUDA, and on the CPU none, but
+    256 MiB if there is a `nvme_cache_path`."""
+
+    hmt_cpu_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of that host memory above which blocks leave for `nvme_cache_path`."""
+
+    hmt_policy: Literal["a2cr", "a2cr_product", "a2cr_weighted", "lru", "lfu", "arc", "s3fifo", "w_tinylfu"] = "a2cr"
+    """Which blocks leave host memory, and the disk, first."""
+
+    nvme_cache_path: Annotated[Path, Field(strict=False)] | None = None
+    """A directory of the engine's own for what host memory gives up, and what is cached when the engine ends: another
+    engine of the same model goes on with it. None keeps nothing on disk."""
+
+    nvme_cache_bytes: Positive = 8 * 2**30
+    """All that its files may take; taken at once."""
+
+    nvme_codec: Literal["exact", "fp8", "q8", "q4"] = "q8"
+    """How blocks are stored there: exact keeps every bit, q8 and fp8 take half of a 16-bit type, q4 a quarter."""
 
     limits: PromptLimits = PromptLimits()
     """What one prompt may bring."""

@@ -69,7 +69,10 @@ _IDLE_CHECK_S = 1.0
 """After this long without work the loop proves its books."""
 
 _EMPTY_STEP_S = 0.001
-"""Pause after a plan of nothing, which means that everybody waits for somebody else's memory: not to spin meanwhile."""
+"""Longest pause after a plan of nothing, which means that everybody waits for memory, or for blocks from the disk."""
+
+_PERSIST_S = 4.0
+"""How long an engine that ends may take to store what it has cached. A server gives its models 8 s."""
 
 _CLOSING_RETRY_S = 5.0
 """What a client of a closing engine is told to wait: time for another one to take its place."""
@@ -350,7 +353,7 @@ class Engine:
         try:
             if self.config.threads is not None:
                 torch.set_num_threads(self.config.threads)
-            self._model = load_model(self.config)
+            self._model = load_model(self.config, self._wake)
         except BaseException as error:
             loaded.set_exception(error)
             return
@@ -363,6 +366,12 @@ class Engine:
         except Exception as error:
             _log.exception("the engine's books are wrong; it ends, and so does every request")
             self._break_down(error)
+        finally:
+            self._model.mover.close(persist_s=0.0 if self._broken else _PERSIST_S)
+
+    def _wake(self) -> None:
+        """Have the loop look around. On any thread."""
+        self._inbox.put(lambda: None)
 
     def _loop(self) -> None:
         while not self._ended:
@@ -381,6 +390,7 @@ class Engine:
 
     def _idle(self) -> None:
         """Wait for something to do, and if nothing comes soon prove the books, and that the engine can compute."""
+        self._model.mover.tend()
         with suppress(Empty):
             self._inbox.get(timeout=_IDLE_CHECK_S)()
             return
@@ -408,12 +418,13 @@ class Engine:
         self._monitor.step_begins()
         began = time.monotonic()
         plan = self._scheduler.plan(began)
+        self._model.mover.move()
         if not plan:
             self._monitor.step_ends()
-            time.sleep(_EMPTY_STEP_S)
+            with suppress(Empty):
+                self._inbox.get(timeout=_EMPTY_STEP_S)()
             return
         self._note_start((*plan.decodes, *(chunk.sequence for chunk in plan.chunks)), began)
-        self._model.pools.apply(self._model.blocks.take_transfers())
         try:
             computed = compute(self._model.runner, plan)
         except StepFailedError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,20 @@ from wicore_backend.attention.torch_paged import TorchPagedAttention
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampling_params import generation_defaults
+from wicore_backend.engine.tiers import BlockMover, ColdStorage
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.budget import divide_host_memory, divide_memory
 from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout
+from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import NameScheme
-from wicore_backend.hmt.policy.lru import LRU
+from wicore_backend.hmt.policy import POLICIES
 from wicore_backend.hmt.pool import KVPools
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
 from wicore_backend.models.gemma3.rope import RotaryTables
 from wicore_backend.processor.processor import Processor
 
@@ -32,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_BYTES = 2**30
 _CUDA_HOST_CACHE_BYTES = 4 * 2**30
+_CPU_HOST_CACHE_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +45,7 @@ class LoadedModel:
     runner: ModelRunner
     processor: Processor
     blocks: BlockManager
+    mover: BlockMover
     pools: KVPools
     name_scheme: NameScheme
     max_model_len: int
@@ -51,8 +56,13 @@ class LoadedModel:
     generation_defaults: Mapping[str, Any]
 
 
-def load_model(settings: EngineConfig) -> LoadedModel:
+def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel:
     """Load the checkpoint, allocate the KV cache and wire the parts.
+
+    Parameters
+    ----------
+    woken
+        Called on any thread when blocks have moved between the tiers.
 
     Raises
     ------
@@ -115,15 +125,17 @@ def load_model(settings: EngineConfig) -> LoadedModel:
         {str(group): num_blocks[group] for group in layout.groups},
         {str(group): host_slots[group] for group in layout.groups},
     )
+    cold = _cold_storage(settings, layout, pools, woken)
+    lower = None
+    if pools.host:
+        host = HostTier(host_slots, POLICIES[settings.hmt_policy])
+        lower = LowerTiers(host, None if cold is None else cold.tier, threshold=settings.hmt_cpu_threshold)
+    blocks = BlockManager(layout, num_blocks, max_chunk=settings.max_batch_tokens, lower=lower)
     return LoadedModel(
         runner=runner,
         processor=processor,
-        blocks=BlockManager(
-            layout,
-            num_blocks,
-            max_chunk=settings.max_batch_tokens,
-            host=HostTier(host_slots, LRU) if any(host_slots.values()) else None,
-        ),
+        blocks=blocks,
+        mover=BlockMover(blocks, pools, cold),
         pools=pools,
         name_scheme=NameScheme(settings.block_size),
         max_model_len=max_model_len,
@@ -156,7 +168,32 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _host_cache_bytes(settings: EngineConfig, device: torch.device) -> int:
     if settings.host_cache_bytes is not None:
         return settings.host_cache_bytes
-    return _CUDA_HOST_CACHE_BYTES if device.type == "cuda" else 0
+    if device.type == "cuda":
+        return _CUDA_HOST_CACHE_BYTES
+    return 0 if settings.nvme_cache_path is None else _CPU_HOST_CACHE_BYTES
+
+
+def _cold_storage(
+    settings: EngineConfig, layout: KVLayout, pools: KVPools, woken: Callable[[], None]
+) -> ColdStorage | None:
+    directory = settings.nvme_cache_path
+    if directory is None:
+        return None
+    if pools.host.keys() != set(layout.groups):
+        raise InvalidArgumentError(
+            f"host_cache_bytes = {settings.host_cache_bytes}: nvme_cache_path needs host memory for blocks on their "
+            "way to the disk and back; raise it, or leave it at its default"
+        )
+    return ColdStorage(
+        directory,
+        capacity_bytes=settings.nvme_cache_bytes,
+        codec=settings.nvme_codec,
+        layout=layout,
+        pools=pools,
+        policy=POLICIES[settings.hmt_policy],
+        fingerprint=checkpoint_fingerprint(settings.model),
+        woken=woken,
+    )
 
 
 def _free_memory(device: torch.device, share: float) -> int:

@@ -140,3 +140,9 @@ class SchedulerCounts:
     shared_prefill_tokens: int = 0
     """Prompt tokens that a sequence got from another one that was computing the same prompt."""
     promotions: int = 0
+    restores: int = 0
+    """Times that a sequence had blocks brought up from the cold tier."""
+    restored_tokens: int = 0
+    """Prompt tokens that it did not have to compute for that."""
+    restores_declined: int = 0
+    """Times that computing was thought to be faster, or that there was no room."""

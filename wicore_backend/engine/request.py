@@ -9,6 +9,7 @@ from enum import IntEnum, StrEnum
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.errors import InvalidArgumentError, WicoreError
 from wicore_backend.hmt.blocks import SequenceBlocks
+from wicore_backend.hmt.lower_tiers import Restore
 from wicore_backend.hmt.names import BlockNames
 from wicore_backend.processor.prompt import Prompt
 
@@ -165,7 +166,7 @@ class Sequence:
     Of `tokens` (prompt and answer), the first `computed` have their keys in the cache. A sequence is
 
     - *waiting* in the queue while `blocks` and `leader` are None: new, or preempted;
-    - *parked* while it has a `leader`, which is computing the same prompt;
+    - *parked* while it has a `leader`, which is computing the same prompt, or while its `restore` is not done;
     - *running* while it has `blocks`: *decoding* with one token left to compute, *prefilling* with more.
     """
 
@@ -187,6 +188,8 @@ class Sequence:
     """Has waited so long that nobody goes before it any more."""
     leader: Sequence | None = None
     followers: list[Sequence] = field(default_factory=list)
+    restore: Restore | None = None
+    """Blocks that are brought up, or have been, from the cold tier for it."""
     preemptions: int = 0
     cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache, the first time."""

@@ -34,6 +34,7 @@ from wicore_backend.engine.step_time import StepShape, StepTimeModel
 from wicore_backend.engine.turns import Turns
 from wicore_backend.engine.waiting import Backlog, Next, WaitingQueue
 from wicore_backend.hmt.blocks import BlockManager, PrefixMatch
+from wicore_backend.hmt.lower_tiers import Restore
 
 _RETRY_PLANS = 8
 """While nobody leaves, room changes little: the head of the queue is looked at again after so many steps."""
@@ -56,6 +57,7 @@ class Scheduler:
         self._prefilling: dict[Sequence, None] = {}
         self._leaders: dict[bytes, Sequence] = {}
         self._parked: dict[Sequence, None] = {}
+        self._restoring: dict[Sequence, Restore] = {}
         self._preemptible: Counter[int] = Counter()  # running and not promoted, by priority
         self._deadlines = DeadlineHeap(self._matters)
         self._live: set[Sequence] = set()
@@ -82,7 +84,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue) + len(self._parked)
+        return len(self._queue) + len(self._parked) + len(self._restoring)
 
     def backlogs(self) -> dict[int, Backlog]:
         """What is in the queue, by priority; for statistics."""
@@ -110,6 +112,9 @@ class Scheduler:
             self.remove(last)
         self._live.add(sequence)
         self._queue.push(sequence)
+        if self._blocks.lower is not None and sequence.names is not None:
+            count = self._most_blocks(sequence)
+            self._blocks.lower.observe(sequence.names.first(count)[:count], now)
         self._deadlines.add(sequence)
         self._rate.tick(now, queueing=True)
         return rejected
@@ -121,8 +126,9 @@ class Scheduler:
             self._stop(sequence)
         elif sequence.leader is not None:
             self._unpark(sequence)
-        else:
+        elif self._restoring.pop(sequence, None) is None:
             self._queue.remove(sequence)
+        self._end_restore(sequence)
 
     def finished(self, sequence: Sequence) -> None:
         """An answer has come to its own end: remove its sequence, and learn from it."""
@@ -154,6 +160,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """The next step, the blocks for it in place. Admits waiting sequences; preempts where it must."""
         self._plans += 1
+        self._take_restored()
         self._place_decodes()
         chunks = self._plan_chunks(now)
         if not chunks and not self._decoding:
@@ -265,6 +272,9 @@ class Scheduler:
         """Take the head of the queue out of it, running now or parked. False if it has to wait."""
         sequence = ahead.item
         leader = self._leaders.get(sequence.twin_key) if sequence.twin_key and not sequence.answered else None
+        if leader is None and self._begin_restore(sequence):
+            self._queue.serve(sequence, now)
+            return True
         match = None if leader else self._make_room(sequence, promoted=ahead.promoted)
         if leader is None and match is None:
             return False
@@ -322,8 +332,11 @@ class Scheduler:
     def _match(self, sequence: Sequence) -> PrefixMatch:
         if sequence.names is None:
             return PrefixMatch()
-        # The last token has to be computed in any case: its output is the next one.
-        return self._blocks.match(sequence.names, (len(sequence.tokens) - 1) // self._blocks.block_size)
+        return self._blocks.match(sequence.names, self._most_blocks(sequence))
+
+    def _most_blocks(self, sequence: Sequence) -> int:
+        """The last token has to be computed in any case: its output is the next one."""
+        return (len(sequence.tokens) - 1) // self._blocks.block_size
 
     def _start(self, sequence: Sequence, match: PrefixMatch) -> None:
         size = self._blocks.block_size
@@ -334,6 +347,7 @@ class Scheduler:
             expected_tokens=self._expected_tokens(sequence),
         )
         sequence.computed = match.resume * size
+        self._end_restore(sequence)
         self._count_running(sequence, 1)
         self._blocks.keep_window(sequence.blocks, (sequence.prompt_len - 1) // size)
         if not sequence.preemptions:
@@ -344,6 +358,41 @@ class Scheduler:
         self._prefilling[sequence] = None
         if sequence.twin_key and not sequence.answered:
             self._leaders[sequence.twin_key] = sequence
+
+    def _begin_restore(self, sequence: Sequence) -> bool:
+        """Whether it is worth while to wait for blocks from the cold tier; if so they are on their way."""
+        lower = self._blocks.lower
+        if lower is None or lower.cold is None or sequence.names is None or sequence.restore is not None:
+            return False
+        match = self._match(sequence)
+        resume, keys = self._blocks.restorable(sequence.names, self._most_blocks(sequence), match)
+        if resume == match.resume:
+            return False
+        seconds = lower.cold.restore_seconds(sum(self._blocks.layout.block_bytes(group) for group, _ in keys))
+        saved = self._prefill_seconds(sequence, match.resume) - self._prefill_seconds(sequence, resume)
+        worth = seconds is None or not self._step_time.ready or seconds < saved
+        restore = lower.restore(keys) if worth else None
+        if restore is None:
+            self.counts.restores_declined += 1
+            return False
+        self.counts.restores += 1
+        self.counts.restored_tokens += (resume - match.resume) * self._blocks.block_size
+        sequence.restore = self._restoring[sequence] = restore
+        return True
+
+    def _take_restored(self) -> None:
+        """Put those whose blocks have come, or will not, back into the queue, at their place."""
+        if self._blocks.lower is not None:
+            self._blocks.lower.collect()
+        for sequence in [sequence for sequence, restore in self._restoring.items() if restore.done]:
+            del self._restoring[sequence]
+            self._queue.push(sequence, charged=True)
+
+    def _end_restore(self, sequence: Sequence) -> None:
+        if sequence.restore is not None:
+            assert self._blocks.lower is not None
+            self._blocks.lower.end(sequence.restore)
+            sequence.restore = None
 
     def _fork_followers(self, leader: Sequence) -> Iterator[Fork]:
         """Let the sequences that waited for this prompt go on from it, as far as there is room."""
@@ -443,16 +492,16 @@ class Scheduler:
         if deadline is None:
             return None
         wait = (self._rate.seconds_for(work_before) or 0.0) if work_before else 0.0
-        expected = now - sequence.arrival + wait + self._prefill_seconds(sequence)
+        expected = now - sequence.arrival + wait + self._prefill_seconds(sequence, self._match(sequence).resume)
         if expected <= deadline:
             return None
         return Rejected(sequence, RejectReason.TOO_LATE, self.retry_after(), expected)
 
-    def _prefill_seconds(self, sequence: Sequence) -> float:
-        """Least time that a sequence's prompt takes, if it had the machine for itself."""
+    def _prefill_seconds(self, sequence: Sequence, blocks: int) -> float:
+        """Least time that a sequence's prompt takes from `blocks` on, if it had the machine for itself."""
         if not self._step_time.ready:
             return 0.0
-        start = self._match(sequence).resume * self._blocks.block_size
+        start = blocks * self._blocks.block_size
         tokens = len(sequence.tokens) - start
         pairs = start * tokens + tokens * tokens // 2
         steps = -(-tokens // self._limits.max_batch_tokens)
@@ -476,17 +525,20 @@ class Scheduler:
         if sequence not in self._live:
             return False
         if kind is DeadlineKind.QUEUE:
-            return sequence.blocks is None and not sequence.preemptions and sequence.leader is None
+            waits = sequence.blocks is None and sequence.leader is None and sequence not in self._restoring
+            return waits and not sequence.preemptions
         return kind is DeadlineKind.TOTAL or not sequence.answered
 
     def check_integrity(self) -> None:
         """Raise BlockAccountingError, or AssertionError, unless every live sequence is in one place and books agree."""
         waiting = list(self._queue)
-        places = [*waiting, *self._parked, *self._decoding, *self._prefilling]
+        places = [*waiting, *self._parked, *self._restoring, *self._decoding, *self._prefilling]
         assert len(places) == len(set(places)) == len(self._live), "a sequence is in two places, or in none"
         assert set(places) == self._live, "a sequence is in a place though it is not live"
         assert all(s.blocks is None and s.leader is None and not s.computed for s in waiting), "one both waits and runs"
         assert all(s.leader and s in s.leader.followers for s in self._parked), "a parked sequence has no leader"
+        assert all(s.restore is r for s, r in self._restoring.items()), "one waits for a restore that is not its own"
+        assert not any(s.restore for s in self.running), "a running sequence keeps its restore"
         assert all(s.blocks is not None for s in self.running), "a running sequence has no blocks"
         assert all(s.uncomputed == 1 for s in self._decoding), "a decoding sequence has more than one token to compute"
         assert self._context == sum(s.computed for s in self._decoding), "the decodes' context is miscounted"

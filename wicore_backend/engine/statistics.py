@@ -170,7 +170,7 @@ class StatisticsRecorder:
             running=running,
             waiting=max(scheduler.num_waiting, unfinished - running),
             blocks={g: BlockUsage(p.active, p.cached, p.capacity, p.recycled) for g, p in blocks.pools.items()},
-            host={} if blocks.host is None else _usage(blocks.host),
+            host={} if blocks.lower is None else _usage(blocks.lower.host),
             queues=queues,
             requests=dict(self.requests),
             rejected=dict(self.rejected),

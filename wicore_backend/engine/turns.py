@@ -55,8 +55,11 @@ class Turns:
         return self._line.popleft()
 
     def started(self, sequence: Sequence) -> None:
-        """A sequence has come out of the queue."""
-        self._under_way[sequence.priority] += 1
+        """A sequence has come out of the queue, perhaps one that had given way before its turn in this very step."""
+        if sequence in self._line:
+            self._line.remove(sequence)
+        else:
+            self._under_way[sequence.priority] += 1
 
     def completed(self, sequence: Sequence) -> None:
         """The step completes a prompt."""

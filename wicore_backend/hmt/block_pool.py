@@ -103,6 +103,13 @@ class BlockPool(ABC):
         """The kept block of this name."""
         return self._named.get(name)
 
+    def give_up(self, count: int) -> int:
+        """Recycle `count` cached blocks or so, or all if there are fewer; how many it was."""
+        before = len(self._free)
+        while self.cached and len(self._free) < before + count:
+            self._recycle_next()
+        return len(self._free) - before
+
     @abstractmethod
     def keep(self, names: Sequence[bytes], blocks: Sequence[int]) -> None:
         """Keep active `blocks` from now on, each under its name; nothing changes for a name that is kept already."""

@@ -19,15 +19,16 @@ which opening a sequence loads. What has to be copied for that is listed, as `hm
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wicore_backend.hmt.block_pool import BlockAccountingError, BlockPool, GivenUp, SingleBlockPool, WindowPool
-from wicore_backend.hmt.host_tier import HostTier
+from wicore_backend.hmt.host_tier import Key
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import BlockNames
 from wicore_backend.hmt.transfers import Route, Transfer
 
@@ -97,8 +98,8 @@ class BlockManager:
     ----------
     max_chunk
         Tokens that a step computes at most, of all sequences together.
-    host
-        The colder tier, if there is one.
+    lower
+        The colder tiers, if there are any.
     """
 
     def __init__(
@@ -107,11 +108,11 @@ class BlockManager:
         num_blocks: Mapping[LayerGroup, int],
         *,
         max_chunk: int,
-        host: HostTier | None = None,
+        lower: LowerTiers | None = None,
     ) -> None:
         self.layout = layout
         self.block_size = layout.block_size
-        self.host = host
+        self.lower = lower
         kinds = {LayerGroup.GLOBAL: SingleBlockPool, LayerGroup.LOCAL: WindowPool}
         self.pools: dict[LayerGroup, BlockPool] = {
             group: kinds[group](num_blocks[group], self._spilling(group)) for group in layout.groups
@@ -129,24 +130,48 @@ class BlockManager:
     # What is kept.
 
     def match(self, names: BlockNames, limit: int) -> PrefixMatch:
-        """How much of the first `limit` blocks is kept. Changes nothing; holds until the next change of the books."""
+        """How much of the first `limit` blocks is kept, on the device or in host memory.
+
+        Changes nothing; holds until the next change of the books.
+        """
+        return self._match(names, limit, self._keeps)
+
+    def restorable(self, names: BlockNames, limit: int, match: PrefixMatch) -> tuple[int, list[Key]]:
+        """Where a sequence could go on, past `match`, if blocks were brought up from the cold tier; and which ones."""
+        if self.lower is None or self.lower.cold is None:
+            return match.resume, []
+        resume = self._match(names, limit, self._reaches).resume
+        if resume <= match.resume:
+            return match.resume, []
+        chain = names.first(resume)
+        span = [(group, chain[n]) for group in self.pools for n in self._span(group, resume)]
+        return resume, [key for key in span if self.pools[key[0]].find(key[1]) is None]
+
+    def _match(self, names: BlockNames, limit: int, keeps: Callable[[LayerGroup, bytes], bool]) -> PrefixMatch:
         chain = names.first(limit)
         known = limit
         if LayerGroup.GLOBAL in self.pools:
-            known = next((n for n in range(limit) if not self._keeps(LayerGroup.GLOBAL, chain[n])), limit)
+            known = next((n for n in range(limit) if not keeps(LayerGroup.GLOBAL, chain[n])), limit)
         resume = names.resumable(known)
         if LayerGroup.LOCAL in self.pools:
             while resume:
                 # From the end: where a block is missing, no window that has it will do.
                 window = range(resume - 1, self._window_start(resume) - 1, -1)
-                missing = next((n for n in window if not self._keeps(LayerGroup.LOCAL, chain[n])), None)
+                missing = next((n for n in window if not keeps(LayerGroup.LOCAL, chain[n])), None)
                 if missing is None:
                     break
                 resume = names.resumable(missing)
         return PrefixMatch(resume, known if LayerGroup.GLOBAL in self.pools else resume)
 
     def _keeps(self, group: LayerGroup, name: bytes) -> bool:
-        return self.pools[group].find(name) is not None or (self.host is not None and self.host.holds(group, name))
+        if self.pools[group].find(name) is not None:
+            return True
+        return self.lower is not None and self.lower.host.holds(group, name)
+
+    def _reaches(self, group: LayerGroup, name: bytes) -> bool:
+        if self.pools[group].find(name) is not None:
+            return True
+        return self.lower is not None and self.lower.reachable(group, name)
 
     def _window_start(self, count: int) -> int:
         """The first block that a token after `count` blocks sees in the local group."""
@@ -183,6 +208,10 @@ class BlockManager:
         blocks = self.layout.blocks_for(tokens)
         return blocks if group is LayerGroup.GLOBAL else min(blocks, self.layout.blocks_for(self.layout.window) + 2)
 
+    def give_up(self, count: int) -> int:
+        """Have the device tier spill up to `count` blocks of each group that nobody uses; how many it was at most."""
+        return max(pool.give_up(count) for pool in self.pools.values())
+
     # The life of a sequence.
 
     def open(
@@ -215,7 +244,6 @@ class BlockManager:
 
     def _take_over(self, blocks: SequenceBlocks, chain: Sequence[bytes], count: int) -> None:
         """Put the kept prefix of `count` blocks into a sequence's tables, loading what is not on the device."""
-        host = self.host
         missing: dict[LayerGroup, list[tuple[int, int]]] = {}
         for group, pool in self.pools.items():
             span, table = self._span(group, count), blocks.tables[group]
@@ -224,8 +252,8 @@ class BlockManager:
             for index in span:
                 block = pool.find(chain[index])
                 if block is None:
-                    assert host is not None, "a block that is nowhere was matched"
-                    missing[group].append((index, host.pin(group, chain[index])))
+                    assert self.lower is not None, "a block that is nowhere was matched"
+                    missing[group].append((index, self.lower.host.pin(group, chain[index])))
                 else:
                     pool.use(block)
                     table[index] = block
@@ -236,8 +264,9 @@ class BlockManager:
                 self._transfers.append(Transfer(Route.HOST_TO_DEVICE, group, slot, block))
         for group, pool in self.pools.items():
             for index, _ in missing[group]:
-                assert host is not None
-                host.unpin(group, chain[index])
+                assert self.lower is not None
+                self.lower.host.unpin(group, chain[index])
+                self.lower.host.loaded(group, 1)
                 if group is LayerGroup.GLOBAL:
                     pool.keep((chain[index],), (int(blocks.tables[group][index]),))
             if group is LayerGroup.LOCAL and missing[group]:
@@ -246,12 +275,12 @@ class BlockManager:
 
     def _spilling(self, group: LayerGroup) -> GivenUp | None:
         """What becomes of the blocks that the device tier gives up."""
-        host = self.host
-        if host is None:
+        lower = self.lower
+        if lower is None:
             return None
 
         def spill(name: bytes, block: int) -> None:
-            slot = host.spill(group, name)
+            slot = lower.host.spill(group, name)
             if slot is not None:
                 self._transfers.append(Transfer(Route.DEVICE_TO_HOST, group, block, slot))
 
@@ -356,8 +385,8 @@ class BlockManager:
         """Keep nothing of what was computed, as if the cache were new."""
         for pool in self.pools.values():
             pool.drop_all()
-        if self.host is not None:
-            self.host.forget_all()
+        if self.lower is not None:
+            self.lower.forget_all()
 
     def _release_behind(self, blocks: SequenceBlocks, start: int) -> None:
         """Release local blocks that neither the token at `start` sees, nor one after the full block before it."""
@@ -385,8 +414,8 @@ class BlockManager:
 
     def check_integrity(self) -> None:
         """Raise BlockAccountingError unless the books of all tiers follow from the open sequences."""
-        if self.host is not None:
-            self.host.check_integrity()
+        if self.lower is not None:
+            self.lower.check_integrity()
         for group, pool in self.pools.items():
             in_tables: list[int] = []
             for blocks in self._open:

@@ -1,13 +1,40 @@
-"""Books of the host tier: what the device tier gave up, by name, in slots of host memory. No tensors, no clock."""
+"""Books of the host tier: what the device tier gave up, by name, in slots of host memory. No tensors, no clock.
+
+A slot is in one state:
+
+- *free*;
+- *held*: it has a block, which can be found, and which the policy may choose to give up;
+- *pinned*: the same, but somebody is about to use it, so that it stays;
+- *leaving*: the same, but it is on its way to a colder tier; when it is there the slot is free, unless somebody has
+  pinned the block meanwhile;
+- *arriving*: it is reserved for a block that comes from a colder tier, and which cannot be found before that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 from wicore_backend.hmt.block_pool import BlockAccountingError
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hmt.policy.base import Policy
+from wicore_backend.hmt.policy.base import Access, Policy
+
+Key: TypeAlias = tuple[LayerGroup, bytes]
+"""A block of any tier: its group and its name."""
+
+
+class SlotBlock(NamedTuple):
+    """A block, and the host tier's slot that holds it or is to hold it."""
+
+    group: LayerGroup
+    name: bytes
+    slot: int
+
+    @property
+    def key(self) -> Key:
+        return self.group, self.name
 
 
 @dataclass(slots=True)
@@ -23,13 +50,19 @@ class TierCounts:
 
 @dataclass(slots=True)
 class _Shelf:
-    """One group's slots. A slot is free, or holds the block of one name."""
+    """One group's slots."""
 
     free: list[int]
     policy: Policy
     slots: dict[bytes, int] = field(default_factory=dict)
-    pinned: set[bytes] = field(default_factory=set)
+    pins: Counter[bytes] = field(default_factory=Counter)
+    leaving: set[bytes] = field(default_factory=set)
+    arriving: dict[bytes, int] = field(default_factory=dict)
     counts: TierCounts = field(default_factory=TierCounts)
+
+    def idle(self, name: bytes) -> bool:
+        """Whether the policy may choose a block that is held."""
+        return name not in self.pins and name not in self.leaving
 
 
 class HostTier:
@@ -61,56 +94,153 @@ class HostTier:
     def used(self, group: LayerGroup) -> int:
         """Blocks held."""
         shelf = self._shelves.get(group)
-        return 0 if shelf is None else len(shelf.slots)
+        return 0 if shelf is None else len(shelf.slots) + len(shelf.arriving)
 
     def counts(self, group: LayerGroup) -> TierCounts:
         shelf = self._shelves.get(group)
         return TierCounts() if shelf is None else shelf.counts
+
+    def observe(self, group: LayerGroup, access: Access) -> None:
+        """A prompt has come; see Policy."""
+        if (shelf := self._shelves.get(group)) is not None:
+            shelf.policy.observe(access)
+
+    def attend(self, group: LayerGroup, name: bytes, mass: float) -> None:
+        """Decoding gave a block, wherever it is, this share of its attention; see Policy."""
+        if (shelf := self._shelves.get(group)) is not None:
+            shelf.policy.attend(name, mass)
+
+    def advance(self, now: float) -> None:
+        """It is `now`, in seconds of a clock that never runs backwards."""
+        for shelf in self._shelves.values():
+            shelf.policy.advance(now)
+
+    # Between the device and here.
 
     def spill(self, group: LayerGroup, name: bytes) -> int | None:
         """The slot for a block that the device tier gives up; None if it needs no copying, or is not to be kept."""
         shelf = self._shelves.get(group)
         if shelf is None or name in shelf.slots:
             return None
-        if not shelf.free and (not len(shelf.policy) or not shelf.policy.admit(name)):
+        if name in shelf.arriving or (not shelf.free and not shelf.policy.admit(name)) or not _make_room(shelf):
             shelf.counts.refused += 1
             return None
-        if not shelf.free:
-            victim = shelf.policy.evict()
-            assert isinstance(victim, bytes)
-            shelf.free.append(shelf.slots.pop(victim))
-            shelf.counts.evicted += 1
         slot = shelf.slots[name] = shelf.free.pop()
         shelf.policy.add(name)
         shelf.counts.spilled += 1
         return slot
 
     def pin(self, group: LayerGroup, name: bytes) -> int:
-        """The slot of a block that is held, and stays until `unpin`."""
+        """The slot of a block that is held, and stays until as many calls of `unpin`."""
         shelf = self._shelves[group]
-        shelf.policy.use(name)
-        shelf.pinned.add(name)
-        shelf.counts.loaded += 1
+        if shelf.idle(name):
+            shelf.policy.use(name)
+        shelf.pins[name] += 1
         return shelf.slots[name]
 
     def unpin(self, group: LayerGroup, name: bytes) -> None:
         shelf = self._shelves[group]
-        shelf.pinned.remove(name)
-        shelf.policy.add(name)
+        shelf.pins[name] -= 1
+        if not shelf.pins[name]:
+            del shelf.pins[name]
+            if name not in shelf.leaving:
+                shelf.policy.add(name)
+
+    def pins(self) -> Counter[Key]:
+        """How often each block is pinned."""
+        return Counter({(g, name): count for g, shelf in self._shelves.items() for name, count in shelf.pins.items()})
+
+    def loaded(self, group: LayerGroup, count: int) -> None:
+        """So many blocks have been copied to the device."""
+        self._shelves[group].counts.loaded += count
+
+    # Between here and a colder tier.
+
+    def leave(self, group: LayerGroup, *, beyond: float) -> list[SlotBlock]:
+        """What the policy would give up first, as many as are `beyond` that share of the slots: they leave now."""
+        shelf = self._shelves.get(group)
+        chosen: list[SlotBlock] = []
+        if shelf is None:
+            return chosen
+        excess = self.used(group) - len(shelf.leaving) - int(beyond * self.slots[group])
+        for _ in range(min(excess, len(shelf.policy))):
+            name = _victim(shelf)
+            shelf.leaving.add(name)
+            chosen.append(SlotBlock(group, name, shelf.slots[name]))
+        return chosen
+
+    def left(self, group: LayerGroup, name: bytes) -> None:
+        """A block that was leaving is in the colder tier, or could not be taken there."""
+        shelf = self._shelves[group]
+        shelf.leaving.remove(name)
+        if name not in shelf.pins:
+            shelf.free.append(shelf.slots.pop(name))
+            shelf.counts.evicted += 1
+
+    def stay(self, group: LayerGroup, name: bytes) -> None:
+        """A block that was to leave does not."""
+        shelf = self._shelves[group]
+        shelf.leaving.remove(name)
+        if name not in shelf.pins:
+            shelf.policy.add(name)
+
+    def room(self, group: LayerGroup) -> int:
+        """How many slots could be reserved."""
+        shelf = self._shelves.get(group)
+        return 0 if shelf is None else len(shelf.free) + len(shelf.policy)
+
+    def reserve(self, group: LayerGroup, names: Sequence[bytes]) -> list[SlotBlock]:
+        """Slots for blocks that are neither held nor arriving, for which there is `room`. They are arriving."""
+        shelf = self._shelves[group]
+        reserved = []
+        for name in names:
+            if not _make_room(shelf):
+                raise BlockAccountingError(f"a {group} slot of the host tier was reserved where there is none")
+            slot = shelf.arriving[name] = shelf.free.pop()
+            reserved.append(SlotBlock(group, name, slot))
+        return reserved
+
+    def arrived(self, group: LayerGroup, name: bytes, *, there: bool) -> None:
+        """A block that was arriving is `there` and held, or lost."""
+        shelf = self._shelves[group]
+        slot = shelf.arriving.pop(name)
+        if there:
+            shelf.slots[name] = slot
+            shelf.policy.add(name)
+        else:
+            shelf.free.append(slot)
 
     def forget_all(self) -> None:
-        """Hold nothing."""
+        """Hold nothing but what is leaving or arriving: a colder tier has hold of these slots."""
         for shelf in self._shelves.values():
-            for name, slot in shelf.slots.items():
+            for name in [name for name in shelf.slots if name not in shelf.leaving]:
                 shelf.policy.discard(name)
-                shelf.free.append(slot)
-            shelf.slots.clear()
-            shelf.pinned.clear()
+                shelf.free.append(shelf.slots.pop(name))
+            shelf.pins.clear()
 
     def check_integrity(self) -> None:
-        """Raise BlockAccountingError unless every slot is free or holds one block, and the policies know which."""
+        """Raise BlockAccountingError unless every slot is in one state, and the policies know which."""
         for group, shelf in self._shelves.items():
-            if sorted([*shelf.free, *shelf.slots.values()]) != list(range(self.slots[group])):
+            if sorted([*shelf.free, *shelf.slots.values(), *shelf.arriving.values()]) != list(range(self.slots[group])):
                 raise BlockAccountingError(f"free and used {group} slots of the host tier do not partition it")
-            if len(shelf.policy) != len(shelf.slots) - len(shelf.pinned) or not shelf.pinned <= shelf.slots.keys():
+            if (
+                not shelf.pins.keys() | shelf.leaving <= shelf.slots.keys()
+                or shelf.slots.keys() & shelf.arriving.keys()
+            ):
+                raise BlockAccountingError(f"a {group} block of the host tier is used or on its way and not there")
+            if len(shelf.policy) != sum(shelf.idle(name) for name in shelf.slots):
                 raise BlockAccountingError(f"the policy of the host tier's {group} slots has lost track")
+
+
+def _make_room(shelf: _Shelf) -> bool:
+    """Have a free slot, if that can be."""
+    if not shelf.free and len(shelf.policy):
+        shelf.free.append(shelf.slots.pop(_victim(shelf)))
+        shelf.counts.evicted += 1
+    return bool(shelf.free)
+
+
+def _victim(shelf: _Shelf) -> bytes:
+    name = shelf.policy.evict()
+    assert isinstance(name, bytes)
+    return name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
@@ -58,8 +58,13 @@ class KVPools:
             host = {group: slots.pin_memory() for group, slots in host.items()}
         return cls(layout, tensors, host)
 
-    def apply(self, transfers: Iterable[Transfer]) -> None:
-        """Make copies, in the order given. A block is contiguous, so each is one copy; on CUDA none is waited for."""
+    def apply(self, transfers: Iterable[Transfer]) -> Callable[[], None] | None:
+        """Make copies, in the order given. A block is contiguous, so each is one copy; on CUDA none is waited for.
+
+        Returns
+        -------
+        A call that waits for them and for all before them, on any thread; None if they have been made.
+        """
         ends = {
             Route.WITHIN_DEVICE: (self.tensors, self.tensors),
             Route.DEVICE_TO_HOST: (self.tensors, self.host),
@@ -68,6 +73,11 @@ class KVPools:
         for transfer in transfers:
             source, target = ends[transfer.route]
             target[transfer.group][transfer.target].copy_(source[transfer.group][transfer.source], non_blocking=True)
+        if next(iter(self.tensors.values())).device.type != "cuda":
+            return None
+        made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        made.record()
+        return made.synchronize
 
     def clear(self) -> None:
         """Zero every block."""

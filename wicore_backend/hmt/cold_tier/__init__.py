@@ -41,7 +41,7 @@ store's shape), `statistics`. Each imports from those after it only.
 
 from wicore_backend.hmt.cold_tier.books import ColdAccountingError
 from wicore_backend.hmt.cold_tier.records import store_config
-from wicore_backend.hmt.cold_tier.requests import Finished, Restore, SlotBlock
+from wicore_backend.hmt.cold_tier.requests import Finished, Restore
 from wicore_backend.hmt.cold_tier.statistics import ColdCounts, ColdStatistics
 from wicore_backend.hmt.cold_tier.tier import ColdTier, ColdTierLimits
 
@@ -53,6 +53,5 @@ __all__ = [
     "ColdTierLimits",
     "Finished",
     "Restore",
-    "SlotBlock",
     "store_config",
 ]

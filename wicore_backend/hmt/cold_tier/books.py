@@ -13,8 +13,9 @@ from copy import deepcopy
 from itertools import islice
 from typing import cast
 
-from wicore_backend.hmt.cold_tier.records import Key, key_of, record_name
+from wicore_backend.hmt.cold_tier.records import key_of, record_name
 from wicore_backend.hmt.cold_tier.statistics import ColdCounts
+from wicore_backend.hmt.host_tier import Key
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore, Outcome, Trouble
 from wicore_backend.hmt.nvme.record import slots_for

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
 
 from wicore_backend.hmt.codecs import Codec
+from wicore_backend.hmt.host_tier import Key
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.names import NAME_BYTES
 from wicore_backend.hmt.nvme import NvmeConfig
 from wicore_backend.hmt.nvme.files import PAGE
 from wicore_backend.hmt.nvme.record import HEADER_BYTES, slots_for
-
-Key: TypeAlias = tuple[LayerGroup, bytes]
-"""A block: its group and its name. What the policy knows it by."""
 
 _TAGS = {group: group.value.encode().ljust(NAME_BYTES, b"\0") for group in LayerGroup}
 _GROUPS = {tag: group for group, tag in _TAGS.items()}

@@ -5,21 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from wicore_backend.hmt.cold_tier.records import Key
-from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.nvme import Outcome
-
-
-class SlotBlock(NamedTuple):
-    """A block, and the host tier's slot that holds it or is to hold it."""
-
-    group: LayerGroup
-    name: bytes
-    slot: int
-
-    @property
-    def key(self) -> Key:
-        return self.group, self.name
 
 
 class Restore:
@@ -66,3 +53,8 @@ class Finished(NamedTuple):
     block: SlotBlock
     outcome: Outcome
     restore: Restore | None
+
+    @property
+    def there(self) -> bool:
+        """Whether the slot holds the restored block, or the spilled one can be restored."""
+        return self.outcome in (Outcome.DONE, Outcome.HELD)

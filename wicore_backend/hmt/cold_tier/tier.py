@@ -15,11 +15,12 @@ from torch import Tensor
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.codecs import Codec
 from wicore_backend.hmt.cold_tier.books import ColdAccountingError, ColdBooks
-from wicore_backend.hmt.cold_tier.records import Key, record_name
-from wicore_backend.hmt.cold_tier.requests import Finished, Restore, SlotBlock
+from wicore_backend.hmt.cold_tier.records import record_name
+from wicore_backend.hmt.cold_tier.requests import Finished, Restore
 from wicore_backend.hmt.cold_tier.staging import Stage, Tray
 from wicore_backend.hmt.cold_tier.statistics import ColdStatistics
 from wicore_backend.hmt.cold_tier.workers import Desk, RestoreWorker, SpillWorker
+from wicore_backend.hmt.host_tier import Key, SlotBlock
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore, Outcome
 from wicore_backend.hmt.policy.base import Access, Policy

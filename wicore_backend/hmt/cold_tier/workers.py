@@ -22,8 +22,9 @@ import torch
 from wicore_backend.hmt.cold_tier.books import ColdBooks
 from wicore_backend.hmt.cold_tier.pace import Pace
 from wicore_backend.hmt.cold_tier.records import record_name
-from wicore_backend.hmt.cold_tier.requests import Finished, Restore, SlotBlock
+from wicore_backend.hmt.cold_tier.requests import Finished, Restore
 from wicore_backend.hmt.cold_tier.staging import Part, Stage, Tray, laid_out
+from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore, Outcome, Ticket
 

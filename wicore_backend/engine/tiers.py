@@ -1,0 +1,104 @@
+"""Moves KV blocks between the tiers as the books ask. On the engine's thread, which never waits here for a disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from wicore_backend.hmt.blocks import BlockManager
+from wicore_backend.hmt.codecs import CodecName, make_codec
+from wicore_backend.hmt.cold_tier import ColdTier, store_config
+from wicore_backend.hmt.layout import KVLayout
+from wicore_backend.hmt.nvme import NvmeStore
+from wicore_backend.hmt.policy import Policy
+from wicore_backend.hmt.pool import KVPools
+
+_POLL_S = 0.002
+_BATCH = 64
+"""Blocks that the device gives up at a time when the engine ends."""
+
+
+class ColdStorage:
+    """The cold tier and the store that it is on: opened together, closed together.
+
+    Parameters
+    ----------
+    fingerprint
+        Of everything but dtype, layout and codec that changes a block's bytes.
+    woken
+        Called on any thread when blocks have moved.
+
+    Raises
+    ------
+    StoreUnusableError
+        If the directory cannot hold the store, or another process has it open.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        capacity_bytes: int,
+        codec: CodecName,
+        layout: KVLayout,
+        pools: KVPools,
+        policy: Callable[[int], Policy],
+        fingerprint: bytes,
+        woken: Callable[[], None],
+    ) -> None:
+        codecs = {
+            group: make_codec(codec, layout.block_shape(group), slots.dtype) for group, slots in pools.host.items()
+        }
+        self._store = NvmeStore(
+            store_config(directory, capacity_bytes=capacity_bytes, codecs=codecs, fingerprint=fingerprint)
+        )
+        try:
+            self.tier = ColdTier(self._store, codecs, pools.host, policy=policy, woken=woken)
+        except BaseException:
+            self._store.close()
+            raise
+
+    def close(self) -> None:
+        self.tier.close()
+        self._store.close()
+
+
+class BlockMover:
+    """Carries out what the books ask for; see `hmt/transfers.py` and `hmt/lower_tiers.py` for the order."""
+
+    def __init__(self, blocks: BlockManager, pools: KVPools, cold: ColdStorage | None) -> None:
+        self._blocks = blocks
+        self._pools = pools
+        self._cold = cold
+        self._written: Callable[[], None] | None = None
+
+    def move(self) -> None:
+        """Issue the copies of the next step, and hand over what moves beside it."""
+        if transfers := self._blocks.take_transfers():
+            self._written = self._pools.apply(transfers)
+        if self._blocks.lower is not None:
+            self._blocks.lower.submit(self._written)
+
+    def tend(self) -> None:
+        """Take note of what has moved, and go on; for an engine that has nothing else to do."""
+        if self._blocks.lower is not None:
+            self._blocks.lower.collect()
+            self.move()
+
+    def close(self, *, persist_s: float) -> None:
+        """Store what is cached for as long as `persist_s`, so that another engine finds it, and close the cold tier."""
+        if self._cold is None:
+            return
+        assert self._blocks.lower is not None
+        end = time.monotonic() + persist_s
+        lower, left = self._blocks.lower, True
+        while left and time.monotonic() < end:
+            room = min(lower.host.room(group) for group in lower.host.slots)
+            left = self._blocks.give_up(min(room, _BATCH)) > 0 if room else True
+            self.move()
+            lower.spill_all()
+            while self._cold.tier.busy and time.monotonic() < end:
+                time.sleep(_POLL_S)
+                lower.collect()
+        self._cold.close()
