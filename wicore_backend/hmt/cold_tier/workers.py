@@ -155,6 +155,7 @@ class Worker(ABC, Generic[B]):
         """Seconds after which `_pump` is due even if nothing is sent."""
         return inf
 
+    @torch.inference_mode()  # Slots and trays may have been made under it, and are not to be written otherwise.
     def _run(self) -> None:
         _compute_alone()
         while not (self._stopping and not self._waiting and not self._under_way):
