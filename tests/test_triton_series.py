@@ -1,5 +1,6 @@
 """What the metrics page says is what the engine's statistics say."""
 
+from collections import Counter
 from dataclasses import replace
 
 from wicore_backend.engine.health import Health
@@ -14,16 +15,44 @@ from wicore_backend.engine.statistics import (
     TierUsage,
 )
 from wicore_backend.engine.step_time import Coefficients, StepShape
+from wicore_backend.hmt.cold_tier import ColdCounts, ColdStatistics
 from wicore_backend.hmt.host_tier import TierCounts
 from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hmt.nvme import Outcome
 from wicore_backend.triton.series import FAMILIES
 
 EMPTY = QueueStatistics(0, 0, 0.0, 0, 0.0, (0,) * (len(QUEUE_BUCKETS_S) + 1))
+COLD = ColdStatistics(
+    groups={
+        LayerGroup.GLOBAL: ColdCounts(
+            spills=Counter({Outcome.DONE: 21, Outcome.HELD: 1, Outcome.FAILED: 2}),
+            restores=Counter({Outcome.DONE: 22, Outcome.LATE: 3, Outcome.CLOSED: 1}),
+            evicted=23,
+            lost=24,
+            unasked=5,
+        ),
+    },
+    held={LayerGroup.GLOBAL: 25},
+    capacity=26,
+    spilling_bytes=27,
+    restoring_bytes=28,
+    spilled_bytes=29,
+    restored_bytes=30,
+    spill_seconds=3.1,
+    restore_seconds=3.2,
+    spill_bytes_per_second=33.0,
+    restore_bytes_per_second=34.0,
+    restore_latency_s=0.35,
+)
 STATISTICS = EngineStatistics(
     running=3,
     waiting=4,
-    blocks={LayerGroup.GLOBAL: BlockUsage(active=5, cached=6, capacity=70, recycled=8)},
+    blocks={
+        LayerGroup.GLOBAL: BlockUsage(active=5, cached=6, capacity=70, recycled=8, block_bytes=1000),
+        LayerGroup.LOCAL: BlockUsage(active=1, cached=1, capacity=9, recycled=2, block_bytes=100),
+    },
     host={LayerGroup.LOCAL: TierUsage(used=1, capacity=2, counts=TierCounts(3, 4, 5, 6))},
+    nvme=COLD,
     queues=dict.fromkeys(PriorityClass, EMPTY)
     | {PriorityClass.BATCH: QueueStatistics(4, 400, 1.5, 3, 0.75, (1, 0, 2, *[0] * (len(QUEUE_BUCKETS_S) - 2)))},
     requests=dict.fromkeys(FinishReason, 0) | {FinishReason.STOP: 9},
@@ -34,7 +63,7 @@ STATISTICS = EngineStatistics(
     step_seconds=1.25,
     retried=1,
     restarts=2,
-    scheduler=SchedulerCounts(1, 20, 30, 40, 50, 60, 7),
+    scheduler=SchedulerCounts(1, 20, 30, 40, 50, 60, 7, 8, 90, 10),
     step=StepStatistics(StepShape(90, 10, 1000, 2000), 0.02, 0.021, 0.05, Coefficients(1.0, 2.0, 3.0, 4.0, 5.0), 0.03),
 )
 
@@ -91,9 +120,55 @@ def test_every_number_of_the_statistics_is_on_the_page():
         ("wicore_tier_loaded_blocks_total", "host", "local"): 4,
         ("wicore_tier_evicted_blocks_total", "host", "local"): 5,
         ("wicore_tier_refused_blocks_total", "host", "local"): 6,
+        ("wicore_restores_total",): 8,
+        ("wicore_restored_tokens_total",): 90,
+        ("wicore_restores_declined_total",): 10,
+        ("wicore_kv_block_bytes", "local"): 100,
+        ("wicore_tier_blocks_used", "device", "global"): 11,
+        ("wicore_tier_blocks", "device", "global"): 70,
+        ("wicore_tier_evicted_blocks_total", "device", "global"): 8,
+        ("wicore_tier_spilled_bytes_total", "host", "local"): 300,
+        ("wicore_tier_loaded_bytes_total", "host", "local"): 400,
+        ("wicore_tier_blocks_used", "nvme", "global"): 25,
+        ("wicore_tier_blocks", "nvme", "all"): 26,
+        ("wicore_tier_spilled_blocks_total", "nvme", "global"): 21,
+        ("wicore_tier_spilled_bytes_total", "nvme", "global"): 21_000,
+        ("wicore_tier_loaded_blocks_total", "nvme", "global"): 22,
+        ("wicore_tier_loaded_bytes_total", "nvme", "global"): 22_000,
+        ("wicore_tier_evicted_blocks_total", "nvme", "global"): 23,
+        ("wicore_tier_refused_blocks_total", "nvme", "global"): 7,
+        ("wicore_tier_lost_blocks_total", "nvme", "global"): 24,
+        ("wicore_tier_unmoved_blocks_total", "nvme", "global", "spill", "failed"): 2,
+        ("wicore_tier_unmoved_blocks_total", "nvme", "global", "restore", "late"): 3,
+        ("wicore_tier_unmoved_blocks_total", "nvme", "global", "restore", "closed"): 1,
+        ("wicore_tier_unmoved_blocks_total", "nvme", "global", "restore", "corrupt"): 0,
+        ("wicore_tier_moving_bytes", "nvme", "spill"): 27,
+        ("wicore_tier_moving_bytes", "nvme", "restore"): 28,
+        ("wicore_tier_busy_seconds_total", "nvme", "spill"): 3.1,
+        ("wicore_tier_busy_seconds_total", "nvme", "restore"): 3.2,
+        ("wicore_tier_bytes_per_second", "nvme", "spill"): 33.0,
+        ("wicore_tier_bytes_per_second", "nvme", "restore"): 34.0,
+        ("wicore_tier_latency_seconds", "nvme", "restore"): 0.35,
     }
     assert {series: said.get(series) for series in expected} == expected
     assert {name for name, *_ in said} == {family.name for family in FAMILIES}
+
+
+def test_success_is_not_among_the_reasons_for_blocks_that_did_not_move():
+    reasons = {labels[-1] for name, *labels in page() if name == "wicore_tier_unmoved_blocks_total"}
+    assert reasons == {str(outcome) for outcome in Outcome} - {"done", "held"}
+
+
+def test_a_tier_that_is_not_there_has_no_series():
+    said = page(replace(STATISTICS, host={}, nvme=None))
+    assert {labels[0] for name, *labels in said if name.startswith("wicore_tier_")} == {"device"}
+
+
+def test_a_speed_that_was_never_measured_has_no_series():
+    cold = replace(COLD, spill_bytes_per_second=None, restore_bytes_per_second=None, restore_latency_s=None)
+    said = {name for name, *_ in page(replace(STATISTICS, nvme=cold))}
+    assert not said & {"wicore_tier_bytes_per_second", "wicore_tier_latency_seconds"}
+    assert "wicore_tier_moving_bytes" in said
 
 
 def test_queue_times_are_a_histogram_as_prometheus_has_them():

@@ -12,8 +12,10 @@ from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import Coefficients, StepShape, StepTimeModel
 from wicore_backend.engine.waiting import Backlog
 from wicore_backend.hmt.blocks import BlockManager
+from wicore_backend.hmt.cold_tier import ColdStatistics, ColdTier
 from wicore_backend.hmt.host_tier import HostTier, TierCounts
 from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hmt.lower_tiers import LowerTiers
 
 QUEUE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the histogram of queue times."""
@@ -28,11 +30,13 @@ class BlockUsage:
     capacity: int
     recycled: int
     """Cached blocks that were given up for others, since the start."""
+    block_bytes: int
+    """Of one block, here and in the host tier."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierUsage:
-    """Blocks of one layer group in a colder tier."""
+    """Blocks of one layer group in the host tier."""
 
     used: int
     capacity: int
@@ -76,6 +80,8 @@ class EngineStatistics:
     blocks: Mapping[LayerGroup, BlockUsage]
     host: Mapping[LayerGroup, TierUsage]
     """Empty without a host tier."""
+    nvme: ColdStatistics | None
+    """None without a cold tier."""
     queues: Mapping[PriorityClass, QueueStatistics]
     requests: Mapping[FinishReason, int]
     rejected: Mapping[RejectReason, int]
@@ -169,8 +175,14 @@ class StatisticsRecorder:
         return EngineStatistics(
             running=running,
             waiting=max(scheduler.num_waiting, unfinished - running),
-            blocks={g: BlockUsage(p.active, p.cached, p.capacity, p.recycled) for g, p in blocks.pools.items()},
+            blocks={
+                group: BlockUsage(
+                    pool.active, pool.cached, pool.capacity, pool.recycled, blocks.layout.block_bytes(group)
+                )
+                for group, pool in blocks.pools.items()
+            },
             host={} if blocks.lower is None else _usage(blocks.lower.host),
+            nvme=None if blocks.lower is None else _cold(blocks.lower),
             queues=queues,
             requests=dict(self.requests),
             rejected=dict(self.rejected),
@@ -189,3 +201,7 @@ def _usage(tier: HostTier) -> dict[LayerGroup, TierUsage]:
     return {
         group: TierUsage(tier.used(group), slots, replace(tier.counts(group))) for group, slots in tier.slots.items()
     }
+
+
+def _cold(lower: LowerTiers) -> ColdStatistics | None:
+    return lower.cold.statistics() if isinstance(lower.cold, ColdTier) else None

@@ -20,9 +20,14 @@ from wicore_backend.engine.statistics import (
     StepStatistics,
     TierUsage,
 )
+from wicore_backend.hmt.cold_tier import ColdCounts, ColdStatistics
+from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hmt.nvme import Outcome
 
 Samples = Iterable[tuple[Mapping[str, str], float]]
 """Values of a family's series, by their labels."""
+
+Read = Callable[[EngineStatistics, Health], Samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,7 @@ class Family:
     kind: Literal["counter", "gauge"]
     name: str
     description: str
-    read: Callable[[EngineStatistics, Health], Samples]
+    read: Read
 
 
 def _one(value: float) -> Samples:
@@ -51,9 +56,72 @@ def _by_group(statistics: EngineStatistics, read: Callable[[BlockUsage], float])
     return _by("group", {group: read(usage) for group, usage in statistics.blocks.items()})
 
 
-def _by_tier(statistics: EngineStatistics, read: Callable[[TierUsage], float]) -> Samples:
-    # One tier so far; a second one is a label more, and no new name.
-    return [({"tier": "host", "group": str(group)}, read(usage)) for group, usage in statistics.host.items()]
+def _by_tier(
+    *,
+    device: Callable[[BlockUsage], float] | None = None,
+    host: Callable[[TierUsage], float] | None = None,
+    nvme: Callable[[ColdCounts], float] | None = None,
+    in_bytes: bool = False,
+) -> Read:
+    """Reads a number of blocks, or their bytes, from each layer group of the tiers that there are and that count it."""
+
+    def read(statistics: EngineStatistics, _: Health) -> Samples:
+        blocks: dict[tuple[str, LayerGroup], float] = {}
+        if device is not None:
+            blocks |= {("device", group): device(usage) for group, usage in statistics.blocks.items()}
+        if host is not None:
+            blocks |= {("host", group): host(usage) for group, usage in statistics.host.items()}
+        if nvme is not None and statistics.nvme is not None:
+            blocks |= {("nvme", group): nvme(counts) for group, counts in statistics.nvme.groups.items()}
+        for (tier, group), count in blocks.items():
+            size = statistics.blocks[group].block_bytes if in_bytes else 1
+            yield {"tier": tier, "group": str(group)}, count * size
+
+    return read
+
+
+def _tier_blocks_used(statistics: EngineStatistics, health: Health) -> Samples:
+    yield from _by_tier(device=lambda b: b.active + b.cached, host=lambda t: t.used)(statistics, health)
+    if statistics.nvme is not None:
+        for group, held in statistics.nvme.held.items():
+            yield {"tier": "nvme", "group": str(group)}, held
+
+
+def _tier_blocks(statistics: EngineStatistics, health: Health) -> Samples:
+    yield from _by_tier(device=lambda b: b.capacity, host=lambda t: t.capacity)(statistics, health)
+    if statistics.nvme is not None:
+        yield {"tier": "nvme", "group": "all"}, statistics.nvme.capacity
+
+
+def _unmoved(statistics: EngineStatistics, _: Health) -> Samples:
+    if statistics.nvme is None:
+        return
+    for group, counts in statistics.nvme.groups.items():
+        spills = dict.fromkeys(_NOT_STORED, 0) | counts.spills
+        restores = dict.fromkeys(_NOT_RESTORED, 0) | counts.restores
+        for operation, outcomes in (("spill", spills), ("restore", restores)):
+            for outcome, count in outcomes.items():
+                if outcome not in (Outcome.DONE, Outcome.HELD):
+                    labels = {"tier": "nvme", "group": str(group), "operation": operation, "reason": str(outcome)}
+                    yield labels, count
+
+
+_NOT_STORED = (Outcome.FULL, Outcome.BUSY, Outcome.REFUSED, Outcome.LATE, Outcome.FAILED)
+_NOT_RESTORED = (Outcome.MISSING, Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT, Outcome.CANCELLED)
+"""Reasons that have a series before the first time, so that a rate over it sees that one."""
+
+
+def _by_operation(
+    spill: Callable[[ColdStatistics], float | None], restore: Callable[[ColdStatistics], float | None]
+) -> Read:
+    def read(statistics: EngineStatistics, _: Health) -> Samples:
+        if statistics.nvme is None:
+            return
+        for operation, value in (("spill", spill(statistics.nvme)), ("restore", restore(statistics.nvme))):
+            if value is not None:
+                yield {"tier": "nvme", "operation": operation}, value
+
+    return read
 
 
 def _name(priority: PriorityClass) -> str:
@@ -166,6 +234,24 @@ FAMILIES = (
         "Prompt tokens taken from another request that was computing the same prompt",
         lambda s, _: _one(s.scheduler.shared_prefill_tokens),
     ),
+    Family(
+        "counter",
+        "wicore_restores_total",
+        "Times that a request waited for KV blocks from the disk",
+        lambda s, _: _one(s.scheduler.restores),
+    ),
+    Family(
+        "counter",
+        "wicore_restored_tokens_total",
+        "Prompt tokens that it did not have to compute for that, if all blocks came",
+        lambda s, _: _one(s.scheduler.restored_tokens),
+    ),
+    Family(
+        "counter",
+        "wicore_restores_declined_total",
+        "Times that the disk had blocks and computing was thought to be faster, or that there was no room for them",
+        lambda s, _: _one(s.scheduler.restores_declined),
+    ),
     # Scheduling
     Family(
         "counter",
@@ -259,40 +345,95 @@ FAMILIES = (
         "Cached KV blocks given up for others, by layer group",
         lambda s, _: _by_group(s, lambda b: b.recycled),
     ),
+    # The tiers of the KV cache, the device's among them. The numbers of its own blocks are above in more detail.
+    Family(
+        "gauge",
+        "wicore_kv_block_bytes",
+        "Bytes of a KV block, by layer group",
+        lambda s, _: _by_group(s, lambda b: b.block_bytes),
+    ),
     Family(
         "gauge",
         "wicore_tier_blocks_used",
-        "KV blocks kept in a colder tier, by tier and layer group",
-        lambda s, _: _by_tier(s, lambda t: t.used),
+        "KV blocks that a tier has, by tier and layer group",
+        _tier_blocks_used,
     ),
     Family(
         "gauge",
         "wicore_tier_blocks",
-        "KV blocks that a colder tier has room for, by tier and layer group",
-        lambda s, _: _by_tier(s, lambda t: t.capacity),
+        "KV blocks that a tier has room for, by tier and layer group (all: the groups share it, and it is an estimate)",
+        _tier_blocks,
     ),
     Family(
         "counter",
         "wicore_tier_spilled_blocks_total",
         "KV blocks moved to a colder tier, by tier and layer group",
-        lambda s, _: _by_tier(s, lambda t: t.counts.spilled),
+        _by_tier(host=lambda t: t.counts.spilled, nvme=lambda c: c.spills[Outcome.DONE]),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_spilled_bytes_total",
+        "Their bytes, before they are encoded, by tier and layer group",
+        _by_tier(host=lambda t: t.counts.spilled, nvme=lambda c: c.spills[Outcome.DONE], in_bytes=True),
     ),
     Family(
         "counter",
         "wicore_tier_loaded_blocks_total",
         "KV blocks brought back from a colder tier, by tier and layer group",
-        lambda s, _: _by_tier(s, lambda t: t.counts.loaded),
+        _by_tier(host=lambda t: t.counts.loaded, nvme=lambda c: c.restores[Outcome.DONE]),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_loaded_bytes_total",
+        "Their bytes, decoded, by tier and layer group",
+        _by_tier(host=lambda t: t.counts.loaded, nvme=lambda c: c.restores[Outcome.DONE], in_bytes=True),
     ),
     Family(
         "counter",
         "wicore_tier_evicted_blocks_total",
-        "KV blocks that a colder tier gave up, by tier and layer group",
-        lambda s, _: _by_tier(s, lambda t: t.counts.evicted),
+        "KV blocks that a tier gave up to make room, by tier and layer group",
+        _by_tier(device=lambda b: b.recycled, host=lambda t: t.counts.evicted, nvme=lambda c: c.evicted),
     ),
     Family(
         "counter",
         "wicore_tier_refused_blocks_total",
         "KV blocks that a colder tier did not take, by tier and layer group",
-        lambda s, _: _by_tier(s, lambda t: t.counts.refused),
+        _by_tier(host=lambda t: t.counts.refused, nvme=lambda c: c.refused),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_lost_blocks_total",
+        "KV blocks that the disk lost: damaged, unreadable, or their files deleted, by tier and layer group",
+        _by_tier(nvme=lambda c: c.lost),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_unmoved_blocks_total",
+        "KV blocks that were not stored, or not brought back, by tier, layer group, operation and reason",
+        _unmoved,
+    ),
+    Family(
+        "gauge",
+        "wicore_tier_moving_bytes",
+        "Bytes of KV blocks under way, by tier and operation",
+        _by_operation(lambda c: c.spilling_bytes, lambda c: c.restoring_bytes),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_busy_seconds_total",
+        "Time in which KV blocks were under way, by tier and operation",
+        _by_operation(lambda c: c.spill_seconds, lambda c: c.restore_seconds),
+    ),
+    Family(
+        "gauge",
+        "wicore_tier_bytes_per_second",
+        "How fast KV blocks move, as measured lately, by tier and operation",
+        _by_operation(lambda c: c.spill_bytes_per_second, lambda c: c.restore_bytes_per_second),
+    ),
+    Family(
+        "gauge",
+        "wicore_tier_latency_seconds",
+        "What moving KV blocks takes apart from their bytes, as measured lately, by tier and operation",
+        _by_operation(lambda _: None, lambda c: c.restore_latency_s),
     ),
 )
