@@ -6,7 +6,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wicore_backend.engine.plan import Chunk, StepPlan
@@ -36,6 +38,8 @@ class Computed:
         float32 [R, V], a row for each sequence in `ready`: those whose next token they tell.
     prompt_logprobs
         Of the chunks' prompts, where asked for.
+    mass
+        The attention masses [blocks] that were measured: see `Attention.mass`.
     failed
         Sequences whose part fails, whatever is tried.
     retried
@@ -46,6 +50,7 @@ class Computed:
     ready: list[Sequence]
     logits: Tensor | None
     prompt_logprobs: dict[Sequence, list[TokenLogprob | None]]
+    mass: dict[Sequence, NDArray[np.float32]] = field(default_factory=dict)
     failed: dict[Sequence, Exception] = field(default_factory=dict)
     retried: bool = False
 
@@ -86,7 +91,16 @@ def _compute(runner: ModelRunner, plan: StepPlan) -> Computed:
         for chunk, offset in zip(plan.chunks, offsets, strict=False)
         if chunk.sequence.request.params.prompt_logprobs is not None
     }
-    return Computed(plan, ready, output.logits(rows) if rows else None, prompt_logprobs)
+    logits = output.logits(rows) if rows else None
+    # Last, since it waits for the device; and here, where what fails can be tried again.
+    mass = {_sequence(plan, row): measured for row, measured in output.mass().items()}
+    return Computed(plan, ready, logits, prompt_logprobs, mass)
+
+
+def _sequence(plan: StepPlan, number: int) -> Sequence:
+    """Of the step's decodes and chunks, counted through."""
+    decodes = len(plan.decodes)
+    return plan.decodes[number] if number < decodes else plan.chunks[number - decodes].sequence
 
 
 def _one_by_one(runner: ModelRunner, plan: StepPlan, error: Exception) -> Computed:
@@ -106,6 +120,7 @@ def _one_by_one(runner: ModelRunner, plan: StepPlan, error: Exception) -> Comput
         [s for d in done for s in d.ready],
         torch.cat(logits) if logits else None,
         {s: logprobs for d in done for s, logprobs in d.prompt_logprobs.items()},
+        {s: mass for d in done for s, mass in d.mass.items()},
         failed,
     )
 

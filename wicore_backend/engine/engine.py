@@ -433,6 +433,8 @@ class Engine:
             return
         self._monitor.recovered()
         self._recorder.retried += computed.retried
+        for sequence, mass in computed.mass.items():
+            sequence.running_blocks.attended(mass)
         forks = self._scheduler.complete(computed.plan)
         self._note_start((fork.sequence for fork in forks), began)
         for sequence, logprobs in computed.prompt_logprobs.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.attention.torch_paged import TorchPagedAttention
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.runner import ModelRunner
@@ -118,6 +119,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         rotary=RotaryTables(config, max_positions=max_model_len, device=device, dtype=dtype),
         normalization=processor.normalization,
         layout=layout,
+        sampling=MassSampling.of(layout) if pools.host else None,
     )
     _log.info(
         "%s ready on %s in %s after %.1f s: context %d, KV blocks %s, and in host memory %s",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +34,12 @@ class AttentionMass:
     def __len__(self) -> int:
         """Blocks up to the last one measured."""
         return len(self._sums)
+
+    def copy(self) -> Self:
+        """What another sequence starts with that goes on from the same tokens."""
+        copy = type(self)(weight=float(self._weight))
+        copy._sums, copy._weights = self._sums.copy(), self._weights.copy()
+        return copy
 
     def fold(self, mass: Masses, held: Mask | None = None) -> None:
         """Take in a measurement.

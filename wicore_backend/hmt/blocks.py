@@ -14,6 +14,9 @@ What is kept for later sequences, under the names of `hmt/names.py`:
 A sequence can go on at a block's end where all global blocks before it and the local ones of the window there are kept:
 in the device tier, or in the host tier (`hmt/host_tier.py`), to which the device tier spills what it gives up, and from
 which opening a sequence loads. What has to be copied for that is listed, as `hmt/transfers.py` says.
+
+Where attention falls while a sequence is computed is kept with its blocks, and told to the host tier's policies when it
+is closed.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from wicore_backend.hmt.attention_mass import AttentionMass, Masses
 from wicore_backend.hmt.block_pool import BlockAccountingError, BlockPool, GivenUp, SingleBlockPool, WindowPool
 from wicore_backend.hmt.host_tier import Key
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
@@ -72,6 +76,8 @@ class SequenceBlocks:
         For each group the blocks that the sequence is likely to hold at once, as it grows.
     resume_points
         Block counts at which a window end is to be kept, in order.
+    mass
+        Where attention has fallen, if anybody wants to know.
     """
 
     names: BlockNames | None
@@ -81,6 +87,12 @@ class SequenceBlocks:
     full: int
     expected: dict[LayerGroup, int]
     resume_points: list[int] = field(default_factory=list)
+    mass: AttentionMass | None = None
+
+    def attended(self, mass: Masses) -> None:
+        """A step has measured where attention fell: float32 [blocks], as `Attention.mass` gives it."""
+        if self.mass is not None:
+            self.mass.fold(mass)
 
     def held(self, group: LayerGroup) -> int:
         return self.stop - self.first[group]
@@ -233,6 +245,7 @@ class BlockManager:
             stop=match.resume,
             full=match.resume,
             expected={group: self._expected(group, expected_tokens) for group in self.pools},
+            mass=None if self.lower is None else AttentionMass(),
         )
         if names is not None and match.resume:
             self._take_over(blocks, names.first(match.resume), match.resume)
@@ -355,6 +368,7 @@ class BlockManager:
             stop=full + partial,
             full=full,
             expected={group: self._expected(group, expected_tokens) for group in self.pools},
+            mass=None if blocks.mass is None else blocks.mass.copy(),
         )
         for group, pool in self.pools.items():
             first = blocks.first[group]
@@ -375,6 +389,7 @@ class BlockManager:
         """Release everything the sequence holds. What it computed stays findable as long as there is room."""
         if blocks.names is not None and blocks.full:
             self._keep_window_end(blocks, blocks.full)
+        self._tell_mass(blocks)
         self._open.remove(blocks)
         self._count_missing(blocks, -1)
         for group, pool in self.pools.items():
@@ -407,6 +422,14 @@ class BlockManager:
         if blocks.first[LayerGroup.LOCAL] <= oldest < count:
             names = blocks.names.first(count)[oldest:count]
             self.pools[LayerGroup.LOCAL].keep(names, blocks.tables[LayerGroup.LOCAL][oldest:count].tolist())
+
+    def _tell_mass(self, blocks: SequenceBlocks) -> None:
+        """Let the policy know what attention the sequence gave its blocks, each against the mean of them."""
+        if blocks.mass is None or blocks.names is None or self.lower is None:
+            return
+        host, chain = self.lower.host, blocks.names.first(blocks.full)
+        for name, mass in zip(chain, blocks.mass.relative()[: blocks.full].tolist(), strict=False):
+            host.attend(LayerGroup.GLOBAL, name, mass)
 
     def _count_missing(self, blocks: SequenceBlocks, sign: int) -> None:
         for group in self.pools:
