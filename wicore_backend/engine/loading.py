@@ -131,7 +131,12 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
     lower = None
     if pools.host:
         host = HostTier(host_slots, POLICIES[settings.hmt_policy])
-        lower = LowerTiers(host, None if cold is None else cold.tier, threshold=settings.hmt_cpu_threshold)
+        lower = LowerTiers(
+            host,
+            None if cold is None else cold.tier,
+            threshold=settings.hmt_cpu_threshold,
+            burst=2 * layout.blocks_for(settings.max_batch_tokens),
+        )
     blocks = BlockManager(layout, num_blocks, max_chunk=settings.max_batch_tokens, lower=lower)
     return LoadedModel(
         runner=runner,

@@ -15,8 +15,6 @@ from wicore_backend.hmt.policy import Policy
 from wicore_backend.hmt.pool import KVPools
 
 _POLL_S = 0.002
-_BATCH = 64
-"""Blocks that the device gives up at a time when the engine ends."""
 
 
 class ColdStorage:
@@ -92,13 +90,15 @@ class BlockMover:
             return
         assert self._blocks.lower is not None
         end = time.monotonic() + persist_s
-        lower, left = self._blocks.lower, True
-        while left and time.monotonic() < end:
-            room = min(lower.host.room(group) for group in lower.host.slots)
-            left = self._blocks.give_up(min(room, _BATCH)) > 0 if room else True
-            self.move()
+        lower, layout = self._blocks.lower, self._blocks.layout
+        given_up = 1
+        while given_up and time.monotonic() < end:
             lower.spill_all()
             while self._cold.tier.busy and time.monotonic() < end:
                 time.sleep(_POLL_S)
                 lower.collect()
+            # The device gives up whole windows, so that it may be one more than it was asked for.
+            room = min(lower.host.room(group) for group in lower.host.slots) - layout.blocks_for(layout.window)
+            given_up = self._blocks.give_up(max(1, room))
+            self.move()
         self._cold.close()

@@ -156,13 +156,13 @@ class HostTier:
 
     # Between here and a colder tier.
 
-    def leave(self, group: LayerGroup, *, beyond: float) -> list[SlotBlock]:
-        """What the policy would give up first, as many as are `beyond` that share of the slots: they leave now."""
+    def leave(self, group: LayerGroup, *, beyond: int) -> list[SlotBlock]:
+        """What the policy would give up first, as many as are `beyond` that number of slots: they leave now."""
         shelf = self._shelves.get(group)
         chosen: list[SlotBlock] = []
         if shelf is None:
             return chosen
-        excess = self.used(group) - len(shelf.leaving) - int(beyond * self.slots[group])
+        excess = self.used(group) - len(shelf.leaving) - beyond
         for _ in range(min(excess, len(shelf.policy))):
             name = _victim(shelf)
             shelf.leaving.add(name)

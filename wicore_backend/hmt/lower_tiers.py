@@ -84,7 +84,10 @@ class LowerTiers:
     Parameters
     ----------
     threshold
-        Share of the host tier's slots above which blocks leave for the cold tier.
+        Share of the host tier's slots above which blocks leave for the cold tier, ...
+    burst
+        ... or sooner, so that as many slots of each group are free, up to half of them: what the device may give up in
+        a step. What finds no free slot takes that of a block which is then in no tier.
     restore_deadline_s
         After which a block that is not there yet counts as missing.
     """
@@ -95,11 +98,14 @@ class LowerTiers:
         cold: ColdBlocks | None = None,
         *,
         threshold: float = 0.9,
+        burst: int = 0,
         restore_deadline_s: float = 10.0,
     ) -> None:
         self.host = host
         self.cold = cold
-        self._threshold = threshold
+        self._most = {
+            group: min(int(threshold * slots), max(slots // 2, slots - burst)) for group, slots in host.slots.items()
+        }
         self._deadline_s = restore_deadline_s
         self._arriving: dict[Key, list[Restore]] = {}
         self._calls: dict[Key, Cancellable] = {}
@@ -185,12 +191,12 @@ class LowerTiers:
             if not self._arriving[block.key]:  # Whoever wanted it has ended.
                 self._arrived(block.key, there=False)
         for group in self.host.slots:
-            self._spill(self.host.leave(group, beyond=self._threshold), written)
+            self._spill(self.host.leave(group, beyond=self._most[group]), written)
 
     def spill_all(self) -> None:
         """Have everything in the host tier leave, as far as the cold tier takes it, before the engine ends."""
         for group in self.host.slots:
-            self._spill(self.host.leave(group, beyond=0.0), None)
+            self._spill(self.host.leave(group, beyond=0), None)
 
     def collect(self) -> None:
         """Take note of what has moved."""
