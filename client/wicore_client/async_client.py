@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
-from wicore_client import metrics
 from wicore_client.client import CONNECT_TIMEOUT, DEFAULT_MODEL, DEFAULT_RETRY, DEFAULT_URL, METRICS_PORT
 from wicore_client.endpoint import Endpoint, Protocol
-from wicore_client.errors import WicoreClientError, cancelled_here
+from wicore_client.errors import InvalidArgument, WicoreClientError, cancelled_here
 from wicore_client.grpc_transport import AsyncGrpcTransport
 from wicore_client.http_transport import AsyncHttpTransport
+from wicore_client.metrics import fetch as fetch_metrics
 from wicore_client.requests import GenerateRequest, ImageSource, Message, SamplingOptions
-from wicore_client.results import Answer, Chunk, Completion, Health, Response, Statistics
+from wicore_client.results import Answer, Chunk, Completion, Health, Metric, Response, Statistics
 from wicore_client.retry import RetryPolicy
 from wicore_client.timer import Timer
 from wicore_client.transport import AsyncCall, AsyncTransport
@@ -243,10 +243,13 @@ class AsyncClient:
     async def statistics(self, *, timeout: float = CONNECT_TIMEOUT) -> Statistics:
         """What the server has counted. Raises WicoreClientError."""
         models = await self._transport.model_statistics(timeout)
+        return Statistics(models, () if self._metrics_port is None else await self.metrics(timeout=timeout))
+
+    async def metrics(self, *, timeout: float = CONNECT_TIMEOUT) -> tuple[Metric, ...]:
+        """Wicore's own metrics, from the server's metrics port. Raises WicoreClientError."""
         if self._metrics_port is None:
-            return Statistics(models, ())
-        page = asyncio.to_thread(metrics.fetch, self.endpoint.host, self._metrics_port, timeout)
-        return Statistics(models, await page)
+            raise InvalidArgument("this client has no metrics_port; name the server's (Triton's own is 8002)")
+        return await asyncio.to_thread(fetch_metrics, self.endpoint.host, self._metrics_port, timeout)
 
     async def close(self) -> None:
         """Cancel what is under way and close the connections."""

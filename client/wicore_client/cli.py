@@ -1,20 +1,24 @@
-"""The command line: `wicore chat`, `wicore describe PICTURE`, `wicore health`."""
+"""The command line: `wicore chat`, `wicore describe PICTURE`, `wicore health`, `wicore cache`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, cast
 
+from wicore_client import cache_table
+from wicore_client.cache import TIERS, reports, since
 from wicore_client.chat import Chat, summary
-from wicore_client.client import CONNECT_TIMEOUT, DEFAULT_MODEL, DEFAULT_URL, Client
-from wicore_client.errors import WicoreClientError
+from wicore_client.client import CONNECT_TIMEOUT, DEFAULT_MODEL, DEFAULT_URL, METRICS_PORT, Client
+from wicore_client.errors import Unavailable, WicoreClientError
 from wicore_client.requests import SamplingOptions
 from wicore_client.terminal import Terminal, one_line
 
@@ -42,17 +46,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    server = _Parser(add_help=False)
-    group = server.add_argument_group("server")
+    place = _Parser(add_help=False)
+    group = place.add_argument_group("server")
     group.add_argument(
         "--url",
         default=os.environ.get("WICORE_URL") or DEFAULT_URL,
         help="host:port, grpc://host:port or http://host:port (default: $WICORE_URL, or localhost)",
     )
-    group.add_argument("--protocol", choices=("grpc", "http"), help="default: grpc, if the url does not say")
-    group.add_argument("--model", default=DEFAULT_MODEL, help="model of the server's repository (default: %(default)s)")
     group.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
     group.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+    server = _Parser(add_help=False, parents=[place])
+    group = server.add_argument_group("model")
+    group.add_argument("--protocol", choices=("grpc", "http"), help="default: grpc, if the url does not say")
+    group.add_argument("--model", default=DEFAULT_MODEL, help="model of the server's repository (default: %(default)s)")
 
     sampling = _Parser(add_help=False)
     group = sampling.add_argument_group("sampling (the server's defaults otherwise)")
@@ -87,6 +94,20 @@ def build_parser() -> argparse.ArgumentParser:
         description="Tell whether the server is ready; the exit code is 0 if it is and 1 if it is not.",
     )
     health.set_defaults(run=_health)
+
+    cache = commands.add_parser(
+        "cache",
+        parents=[place],
+        help="tell what the KV cache holds and does",
+        description="Tell what each tier of the KV cache holds and does, and why prompts missed it, from the server's "
+        "metrics. Counts are since the server's start.",
+    )
+    cache.add_argument("--metrics-port", type=_port, default=METRICS_PORT, metavar="PORT", help="default: %(default)s")
+    cache.add_argument("--tier", choices=tuple(TIERS), help="this tier only")
+    cache.add_argument(
+        "--over", type=_seconds, metavar="SECONDS", help="look twice, and count what happened in this time"
+    )
+    cache.set_defaults(run=_cache, protocol=None, model=DEFAULT_MODEL)
     return parser
 
 
@@ -96,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = build_parser().parse_args(arguments)
     terminal = Terminal()
     try:
-        with Client(given.url, given.protocol, model=given.model) as client:
+        port = getattr(given, "metrics_port", METRICS_PORT)
+        with Client(given.url, given.protocol, model=given.model, metrics_port=port) as client:
             code: int = given.run(client, terminal, given)
             return code
     except WicoreClientError as error:
@@ -157,6 +179,51 @@ def _health(client: Client, terminal: Terminal, given: argparse.Namespace) -> in
     if not any(model.name == given.model for model in health.models):
         terminal.error(f"the server has no model {given.model!r}; name one of its own with --model")
     return 0 if health.ready else 1
+
+
+def _cache(client: Client, terminal: Terminal, given: argparse.Namespace) -> int:
+    timeout = given.timeout or CONNECT_TIMEOUT
+    metrics = client.metrics(timeout=timeout)
+    if given.over is not None:
+        time.sleep(given.over)
+        metrics = since(metrics, client.metrics(timeout=timeout))
+    found = reports(metrics)
+    if not found:
+        raise Unavailable(
+            f"the metrics on port {given.metrics_port} tell nothing of a KV cache: the model is not loaded, or is none "
+            "of Wicore's; `wicore health` lists the models"
+        )
+    if given.tier is not None:
+        found = tuple(report.only(given.tier) for report in found)
+        if not any(report.tiers for report in found):
+            raise Unavailable(f"the server has no {given.tier} tier; its setting {TIERS[given.tier]} gives it one")
+    if given.json:
+        _print_json(terminal, {"seconds": given.over, "caches": [dataclasses.asdict(report) for report in found]})
+        return 0
+    for number, report in enumerate(found):
+        if number:
+            terminal.line()
+        counted = "since the server's start" if given.over is None else f"in {given.over:g} s"
+        terminal.line(f"{one_line(report.model)} at {one_line(client.endpoint.host)}:{given.metrics_port}, {counted}")
+        for line in cache_table.lines(report, seconds=given.over, every_tier=given.tier is None):
+            terminal.line(line)
+    return 0
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to 86400")
+    return seconds
 
 
 def _sampling(given: argparse.Namespace) -> SamplingOptions:

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
-from wicore_client import metrics
 from wicore_client.endpoint import Endpoint, Protocol
-from wicore_client.errors import WicoreClientError, cancelled_here
+from wicore_client.errors import InvalidArgument, WicoreClientError, cancelled_here
 from wicore_client.grpc_transport import GrpcTransport
 from wicore_client.http_transport import HttpTransport
+from wicore_client.metrics import fetch as fetch_metrics
 from wicore_client.requests import GenerateRequest, ImageSource, Message, SamplingOptions
-from wicore_client.results import Answer, Chunk, Completion, Health, Response, Statistics
+from wicore_client.results import Answer, Chunk, Completion, Health, Metric, Response, Statistics
 from wicore_client.retry import RetryPolicy
 from wicore_client.timer import Timer
 from wicore_client.transport import Call, Transport
@@ -275,9 +275,13 @@ class Client:
     def statistics(self, *, timeout: float = CONNECT_TIMEOUT) -> Statistics:
         """What the server has counted. Raises WicoreClientError."""
         models = self._transport.model_statistics(timeout)
+        return Statistics(models, () if self._metrics_port is None else self.metrics(timeout=timeout))
+
+    def metrics(self, *, timeout: float = CONNECT_TIMEOUT) -> tuple[Metric, ...]:
+        """Wicore's own metrics, from the server's metrics port. Raises WicoreClientError."""
         if self._metrics_port is None:
-            return Statistics(models, ())
-        return Statistics(models, metrics.fetch(self.endpoint.host, self._metrics_port, timeout))
+            raise InvalidArgument("this client has no metrics_port; name the server's (Triton's own is 8002)")
+        return fetch_metrics(self.endpoint.host, self._metrics_port, timeout)
 
     def close(self) -> None:
         """Cancel what is under way and close the connections."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 from wicore_client.endpoint import Endpoint
+from wicore_client.errors import ConnectionFailed
 from wicore_client.http_transport import exchange
 from wicore_client.results import Metric
 
@@ -27,11 +29,20 @@ def parse(page: str) -> tuple[Metric, ...]:
             name: re.sub(r"\\.", lambda escape: _ESCAPES.get(escape[0], escape[0]), value)
             for name, value in _LABEL.findall(sample["labels"] or "")
         }
-        metrics.append(Metric(sample["name"], labels, float(sample["value"])))
+        with suppress(ValueError):
+            metrics.append(Metric(sample["name"], labels, float(sample["value"])))
     return tuple(metrics)
 
 
 def fetch(host: str, port: int, timeout: float) -> tuple[Metric, ...]:
     """Wicore's metrics, from the server's metrics port. Raises WicoreClientError."""
-    page = exchange(Endpoint("http", host, port), "GET", "/metrics", timeout, timeout)
+    endpoint = Endpoint("http", host, port)
+    try:
+        page = exchange(endpoint, "GET", "/metrics", timeout, timeout)
+    except ConnectionFailed as error:
+        raise ConnectionFailed(
+            f"no metrics at {endpoint.address}; name the port that the server said when it started (metrics_port, "
+            "--metrics-port; Triton's own is 8002)",
+            sent=error.sent,
+        ) from error
     return parse(page.decode("utf-8", "replace"))
