@@ -3,22 +3,28 @@
 from collections import Counter
 from dataclasses import replace
 
+from tests.test_cold_tier import SHAPES, Bench
 from wicore_backend.engine.health import Health
-from wicore_backend.engine.plan import RejectReason, SchedulerCounts
+from wicore_backend.engine.plan import RejectReason, SchedulerCounts, SchedulerLimits
 from wicore_backend.engine.request import FinishReason, PriorityClass
+from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.statistics import (
     QUEUE_BUCKETS_S,
     BlockUsage,
     EngineStatistics,
     QueueStatistics,
+    StatisticsRecorder,
     StepStatistics,
     TierUsage,
 )
-from wicore_backend.engine.step_time import Coefficients, StepShape
+from wicore_backend.engine.step_time import Coefficients, StepShape, StepTimeModel
+from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.cold_tier import ColdCounts, ColdStatistics
-from wicore_backend.hmt.host_tier import TierCounts
-from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hmt.host_tier import HostTier, TierCounts
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.nvme import Outcome
+from wicore_backend.hmt.policy.lru import LRU
 from wicore_backend.triton.series import FAMILIES
 
 EMPTY = QueueStatistics(0, 0, 0.0, 0, 0.0, (0,) * (len(QUEUE_BUCKETS_S) + 1))
@@ -169,6 +175,36 @@ def test_a_speed_that_was_never_measured_has_no_series():
     said = {name for name, *_ in page(replace(STATISTICS, nvme=cold))}
     assert not said & {"wicore_tier_bytes_per_second", "wicore_tier_latency_seconds"}
     assert "wicore_tier_moving_bytes" in said
+
+
+def snapshot(lower: LowerTiers | None) -> EngineStatistics:
+    """Of an engine with blocks like those of the cold tier's tests, and that has done nothing."""
+    layers, _, tokens, heads, dim = SHAPES[LayerGroup.LOCAL]
+    groups = [LayerGroup.LOCAL] * layers + [LayerGroup.GLOBAL] * SHAPES[LayerGroup.GLOBAL][0]
+    layout = KVLayout.of(groups, block_size=tokens, kv_heads=heads, head_dim=dim, window=16, bytes_per_value=2)
+    blocks = BlockManager(layout, dict.fromkeys(LayerGroup, 9), max_chunk=8, lower=lower)
+    scheduler = Scheduler(blocks, SchedulerLimits(max_batch_tokens=8, max_running=1), StepTimeModel())
+    return StatisticsRecorder().snapshot(scheduler, blocks, now=0.0, unfinished=0)
+
+
+def test_a_block_on_the_disk_is_in_the_statistics_and_on_the_page(tmp_path):
+    with Bench(tmp_path) as bench:
+        assert bench.spill_numbers(LayerGroup.LOCAL, range(3)) == [Outcome.DONE] * 3
+        assert bench.restore([bench.put(LayerGroup.LOCAL, 1, 0)]) == [Outcome.DONE]
+        host = HostTier({group: len(slots) for group, slots in bench.slots.items()}, LRU)
+        said = page(snapshot(LowerTiers(host, bench.tier)))
+        assert bench.tier.statistics().spilled_bytes == said["wicore_tier_spilled_bytes_total", "nvme", "local"]
+    size = bench.slots[LayerGroup.LOCAL][0].nbytes
+    assert said["wicore_kv_block_bytes", "local"] == size
+    assert said["wicore_tier_blocks_used", "nvme", "local"] == 3
+    assert said["wicore_tier_spilled_bytes_total", "nvme", "local"] == 3 * size
+    assert said["wicore_tier_loaded_blocks_total", "nvme", "local"] == 1
+    assert said["wicore_tier_blocks", "host", "local"] == len(bench.slots[LayerGroup.LOCAL])
+
+
+def test_without_lower_tiers_the_statistics_have_none():
+    statistics = snapshot(None)
+    assert (statistics.host, statistics.nvme) == ({}, None)
 
 
 def test_queue_times_are_a_histogram_as_prometheus_has_them():
