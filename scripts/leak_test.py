@@ -34,9 +34,12 @@ from wicore_backend.processor.prompt import Prompt
 
 _TOPICS = 12
 _CLIENTS = 6
+_DEMO: dict[str, Any] = {"model": ROOT / "models" / "wicore-demo", "device": "cpu", "dtype": "float32", "threads": 1}
 _SMALL: dict[str, Any] = {
     "kv_cache_bytes": 9_000_000,
     "host_cache_bytes": 12_000_000,
+    "nvme_cache_bytes": 60_000_000,
+    "nvme_codec": "exact",
     "max_model_len": 1024,
     "max_running": 4,
 }
@@ -44,16 +47,10 @@ _SMALL: dict[str, Any] = {
 
 def leak_test(requests: int, directory: Path, *, seed: int) -> Counter[str]:
     """What happened. Raises AssertionError if something is left, or wrong."""
-    common: dict[str, Any] = {
-        "model": ROOT / "models" / "wicore-demo",
-        "device": "cpu",
-        "dtype": "float32",
-        "threads": 1,
-    }
     random = Random(seed)
     prompts = [[2, *random.choices(range(300, 1500), k=random.randrange(200, 800))] for _ in range(_TOPICS)]
     with Engine(EngineConfig(**_DEMO, prefix_cache=False)) as engine:
-        expected = [result.token_ids for result in engine.generate(prompts, _greedy(8))]
+        expected = [engine.stream(prompt, _greedy(8)).collect().token_ids for prompt in prompts]
     tally: Counter[str] = Counter()
     with (
         Engine(EngineConfig(**_DEMO, **_SMALL, nvme_cache_path=directory)) as engine,
