@@ -2,6 +2,7 @@
 
     python -m scripts.benchmark_latency mixed    chats alone, then the same chats beside prompts of 8K tokens
     python -m scripts.benchmark_latency prefix   the first and the second turn of a conversation of 4K tokens
+    python -m scripts.benchmark_latency restore  a prompt of 8K tokens, computed, and found on disk after a restart
 
 Figures that are compared come from one run, taken in turns.
 """
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,10 +34,15 @@ _VOCABULARY = range(300, 2048)
 class Bench:
     """An engine and a supply of prompts of which no two begin alike."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, **settings: Any) -> None:
         self.engine = Engine(
             EngineConfig(
-                model=args.model, device="cpu", dtype="float32", threads=args.threads, kv_cache_bytes=2 * 2**30
+                model=args.model,
+                device="cpu",
+                dtype="float32",
+                threads=args.threads,
+                kv_cache_bytes=2 * 2**30,
+                **settings,
             )
         )
         self._rng = np.random.default_rng(0)
@@ -131,7 +138,7 @@ def prefix(args: argparse.Namespace) -> dict[str, Any]:
         first.append(usage.ttft_s or 0.0)
         _, usage = bench.answer([*prompt, *tokens, *bench.prompt(40)[1:]], args.new_tokens)
         second.append(usage.ttft_s or 0.0)
-        assert usage.cached_tokens >= len(prompt) + args.new_tokens - 17
+        assert usage.cached_tokens >= len(prompt) + args.new_tokens - 1 - bench.engine.config.block_size
     bench.engine.close()
     return {
         "first_ttft_ms": round(statistics.median(first) * 1e3, 1),
@@ -140,9 +147,45 @@ def prefix(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def restore(args: argparse.Namespace) -> dict[str, Any]:
+    """How much sooner does an answer begin if another engine has left the prompt on disk?"""
+    figures: dict[str, Any] = {}
+    for codec in ("exact", "q8"):
+        computed, restored, same = [], [], []
+        with TemporaryDirectory(dir=args.directory) as directory:
+            disk = {"nvme_cache_path": directory, "nvme_cache_bytes": 2 * 2**30, "nvme_codec": codec}
+            first = Bench(args, **disk)
+            prompts = [first.prompt(args.tokens or 8192) for _ in range(args.rounds)]
+            first.answer(first.prompt(600), 4)
+            answers = []
+            for prompt in prompts:
+                tokens, usage = first.answer(prompt, args.new_tokens)
+                answers.append(tokens)
+                computed.append(usage.ttft_s or 0.0)
+            first.engine.close()
+            second = Bench(args, **disk)
+            second.answer([2, 300, 301], 4)
+            for prompt, answer in zip(prompts, answers, strict=True):
+                tokens, usage = second.answer(prompt, args.new_tokens)
+                assert usage.cached_tokens >= len(prompt) - 1 - second.engine.config.block_size
+                restored.append(usage.ttft_s or 0.0)
+                same.append(tokens == answer)
+            second.engine.close()
+        figures[codec] = {
+            "computed_ttft_ms": round(statistics.median(computed) * 1e3, 1),
+            "restored_ttft_ms": round(statistics.median(restored) * 1e3, 1),
+            "times_sooner": round(statistics.median(computed) / statistics.median(restored), 1),
+            "same_answers": f"{sum(same)} of {len(same)}",
+        }
+    return figures
+
+
+_BENCHMARKS = {"mixed": mixed, "prefix": prefix, "restore": restore}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("mixed", "prefix"))
+    parser.add_argument("what", choices=tuple(_BENCHMARKS))
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--threads", type=int, help="CPU threads of one operator (default: PyTorch's choice)")
     parser.add_argument("--rounds", type=int, default=3)
@@ -150,8 +193,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8, help="of each chat in a round")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--tokens", type=int, help="of each long prompt (default: 8192, and 4096 for prefix)")
+    parser.add_argument("--directory", type=Path, help="on the disk for restore (default: for temporary files)")
     args = parser.parse_args()
-    figures = mixed(args) if args.what == "mixed" else prefix(args)
+    figures = _BENCHMARKS[args.what](args)
     print(json.dumps({"benchmark": args.what, **figures, "environment": environment()}, indent=2))
 
 
