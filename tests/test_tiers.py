@@ -142,7 +142,7 @@ def test_requests_of_all_fates_leave_nothing(tmp_path):
 
 def test_a_fingerprint_is_another_one_when_any_weight_is(tmp_path):
     def copy(name: str) -> Path:
-        directory = tmp_path / name
+        directory: Path = tmp_path / name
         directory.mkdir()
         for path in MODEL.iterdir():
             (directory / path.name).write_bytes(path.read_bytes())
