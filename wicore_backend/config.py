@@ -94,6 +94,12 @@ class EngineConfig(Settings):
     nvme_codec: Literal["exact", "fp8", "q8", "q4"] = "q8"
     """How blocks are stored there: exact keeps every bit, q8 and fp8 take half of a 16-bit type, q4 a quarter."""
 
+    kv_budget_tokens: Positive | None = None
+    """LOSSY. Tokens that an answer's sequence keeps on the device while it is decoded, of its layers with unlimited
+    attention: the first, the recent, and those that attention falls on most; it cannot see the others. What leaves
+    comes back when attention asks for it, if it was computed with the prompt and the device's cache or host memory
+    still has it (`host_cache_bytes`; without, little comes back). None keeps everything: exact answers."""
+
     limits: PromptLimits = PromptLimits()
     """What one prompt may bring."""
 

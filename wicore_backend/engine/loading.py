@@ -19,6 +19,7 @@ from wicore_backend.engine.tiers import BlockMover, ColdStorage
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.blocks import BlockManager
+from wicore_backend.hmt.bounded_kv import KVBudget
 from wicore_backend.hmt.budget import divide_host_memory, divide_memory
 from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout
@@ -99,6 +100,10 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         window=config.text.window,
         bytes_per_value=dtype.itemsize,
     )
+    budget = None
+    if settings.kv_budget_tokens is not None:
+        budget = KVBudget.of(settings.kv_budget_tokens, settings.block_size)
+        _log.warning("kv_budget_tokens = %d: answers of longer sequences are lossy", settings.kv_budget_tokens)
     num_blocks = divide_memory(
         layout,
         memory_bytes=settings.kv_cache_bytes or _free_memory(device, settings.hmt_gpu_threshold),
@@ -119,7 +124,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         rotary=RotaryTables(config, max_positions=max_model_len, device=device, dtype=dtype),
         normalization=processor.normalization,
         layout=layout,
-        sampling=MassSampling.of(layout) if pools.host else None,
+        sampling=MassSampling.of(layout) if pools.host or budget else None,
     )
     _log.info(
         "%s ready on %s in %s after %.1f s: context %d, KV blocks %s, and in host memory %s",
@@ -137,7 +142,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
             threshold=settings.hmt_cpu_threshold,
             burst=2 * layout.blocks_for(settings.max_batch_tokens),
         )
-    blocks = BlockManager(layout, num_blocks, max_chunk=settings.max_batch_tokens, lower=lower)
+    blocks = BlockManager(layout, num_blocks, max_chunk=settings.max_batch_tokens, lower=lower, budget=budget)
     return LoadedModel(
         runner=runner,
         processor=processor,

@@ -52,8 +52,8 @@ class Scheduler:
             ageing_s=limits.ageing_s, aged_share=limits.aged_share, weights=limits.tenant_weights
         )
         self._decoding: dict[Sequence, None] = {}
-        self._context = 0  # tokens that those who decode have computed
-        self._at_block_end: list[Sequence] = []  # of those who decode, who needs another block
+        self._context = 0  # keys that those who decode see
+        self._at_block_end: list[Sequence] = []  # of those who decode, who needs another block, or has too many
         self._prefilling: dict[Sequence, None] = {}
         self._leaders: dict[bytes, Sequence] = {}
         self._parked: dict[Sequence, None] = {}
@@ -189,6 +189,12 @@ class Scheduler:
         return forks
 
     def _place_decodes(self) -> None:
+        if self._blocks.budget is not None:
+            for sequence in self._at_block_end:
+                if sequence in self._decoding:
+                    self._context -= self._visible(sequence)
+                    self._blocks.bound(sequence.running_blocks, sequence.computed)
+                    self._context += self._visible(sequence)
         for sequence in self._at_block_end:
             if sequence in self._decoding:  # It may have ended, or given way to one before it.
                 self._place(sequence, sequence.computed + 1, or_preempt=True)
@@ -197,9 +203,13 @@ class Scheduler:
     def _decode(self, sequence: Sequence) -> None:
         """From now on the sequence is decoded."""
         self._decoding[sequence] = None
-        self._context += sequence.computed
-        if sequence.computed % self._blocks.block_size == 0:
+        self._context += self._visible(sequence)
+        if self._blocks.budget is not None or sequence.computed % self._blocks.block_size == 0:
             self._at_block_end.append(sequence)
+
+    def _visible(self, sequence: Sequence) -> int:
+        """Keys that a decode of a running sequence sees in the global group."""
+        return sequence.computed - sequence.running_blocks.holes * self._blocks.block_size
 
     def _shape(self, chunks: Iterable[Chunk] = ()) -> StepShape:
         """What the step-time model sees of a step with all decodes, and with `chunks`."""
@@ -318,7 +328,7 @@ class Scheduler:
             return self._match(sequence)  # The pools hold one sequence of any length.
         if self.num_running >= self._limits.max_running:
             return None
-        if not self._pacer.keeps_pace(self._shape().with_prefill(1, len(sequence.tokens))):
+        if not self._pacer.keeps_pace(self._shape().with_prefill(1, self._blocks.visible(len(sequence.tokens)))):
             return None
         match = self._match(sequence)
         room = self._blocks.room_for(
@@ -345,6 +355,7 @@ class Scheduler:
             match,
             max_tokens=sequence.max_tokens,
             expected_tokens=self._expected_tokens(sequence),
+            tokens=len(sequence.tokens),
         )
         sequence.computed = match.resume * size
         self._end_restore(sequence)
@@ -451,7 +462,7 @@ class Scheduler:
             del self._prefilling[sequence]
         else:
             del self._decoding[sequence]
-            self._context -= sequence.computed
+            self._context -= self._visible(sequence)
         self._count_running(sequence, -1)
         # What is decoded is noted at once here: it is of use to those who come after the answer.
         self._blocks.note(sequence.running_blocks, sequence.computed)
@@ -541,7 +552,7 @@ class Scheduler:
         assert not any(s.restore for s in self.running), "a running sequence keeps its restore"
         assert all(s.blocks is not None for s in self.running), "a running sequence has no blocks"
         assert all(s.uncomputed == 1 for s in self._decoding), "a decoding sequence has more than one token to compute"
-        assert self._context == sum(s.computed for s in self._decoding), "the decodes' context is miscounted"
+        assert self._context == sum(map(self._visible, self._decoding)), "the decodes' context is miscounted"
         assert self._preemptible == Counter(s.priority for s in self.running if not s.promoted), "who may be preempted"
         assert all(leader in self._prefilling for leader in self._leaders.values()), "a leader does not compute"
         self._blocks.check_integrity()

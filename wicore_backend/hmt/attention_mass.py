@@ -70,11 +70,8 @@ class AttentionMass:
         total = average.sum()
         return average * (len(average) / total) if total else average
 
-    def top(self, count: int, *, first: int = 0, recent: int = 0, spread: float = 0.5) -> NDArray[np.int64]:
-        """The `count` blocks with the most mass, in order of position, but for the `first` and the `recent` ones.
-
-        The ends are left out since whoever bounds a sequence keeps them anyway. There are fewer than `count` blocks if
-        no more are between the ends. Of equal blocks the later go first.
+    def scores(self, *, spread: float = 0.5) -> Masses:
+        """float32 [blocks]: what a block is worth, its average or more.
 
         Parameters
         ----------
@@ -86,7 +83,15 @@ class AttentionMass:
         scores = average.copy()
         np.maximum(scores[1:], spread * average[:-1], out=scores[1:])
         np.maximum(scores[:-1], spread * average[1:], out=scores[:-1])
-        between = scores[first : max(first, len(self) - recent)]
+        return scores
+
+    def top(self, count: int, *, first: int = 0, recent: int = 0, spread: float = 0.5) -> NDArray[np.int64]:
+        """The `count` blocks with the best `scores`, in order of position, but for the `first` and the `recent` ones.
+
+        The ends are left out since whoever bounds a sequence keeps them anyway. There are fewer than `count` blocks if
+        no more are between the ends. Of equal blocks the later go first.
+        """
+        between = self.scores(spread=spread)[first : max(first, len(self) - recent)]
         if count >= len(between):
             return np.arange(first, first + len(between))
         order = np.argsort(between, kind="stable")

@@ -16,20 +16,22 @@ in the device tier, or in the host tier (`hmt/host_tier.py`), to which the devic
 which opening a sequence loads. What has to be copied for that is listed, as `hmt/transfers.py` says.
 
 Where attention falls while a sequence is computed is kept with its blocks, and told to the host tier's policies when it
-is closed.
+is closed. With a budget, which is lossy, it also says which global blocks a decoding sequence keeps: those that have
+left are holes in its table (`hmt/bounded_kv.py`).
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore_backend.hmt.attention_mass import AttentionMass, Masses
+from wicore_backend.hmt.attention_mass import AttentionMass, Mask, Masses
 from wicore_backend.hmt.block_pool import BlockAccountingError, BlockPool, GivenUp, SingleBlockPool, WindowPool
+from wicore_backend.hmt.bounded_kv import BoundCounts, KVBudget
 from wicore_backend.hmt.host_tier import Key
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers
@@ -65,19 +67,23 @@ class SequenceBlocks:
         None if nothing of the sequence is to be kept.
     tables
         For each group int32 [N]: entry n is the physical block of positions n * block_size onwards, or 0 where the
-        sequence has none (not reached yet, or behind the local window).
+        sequence has none (not reached yet, behind the local window, or a global one that has left).
     first
         For each group the first table entry that holds a block.
     stop
         Table entries in use, the same in all groups.
     full
-        How many of them have been completed, and named.
+        How many of them have been completed, and named. It stays where it is when the first one has left.
     expected
         For each group the blocks that the sequence is likely to hold at once, as it grows.
     resume_points
         Block counts at which a window end is to be kept, in order.
     mass
         Where attention has fallen, if anybody wants to know.
+    holes
+        Global blocks between the first and `stop` that have left.
+    lost
+        For a sequence of which blocks have left, bool [N]: those that cannot come back. None for an exact one.
     """
 
     names: BlockNames | None
@@ -88,18 +94,22 @@ class SequenceBlocks:
     expected: dict[LayerGroup, int]
     resume_points: list[int] = field(default_factory=list)
     mass: AttentionMass | None = None
+    holes: int = 0
+    lost: Mask | None = None
 
     def attended(self, mass: Masses) -> None:
         """A step has measured where attention fell: float32 [blocks], as `Attention.mass` gives it."""
         if self.mass is not None:
-            self.mass.fold(mass)
+            self.mass.fold(mass, self.tables[LayerGroup.GLOBAL][: len(mass)] != 0 if self.holes else None)
 
     def held(self, group: LayerGroup) -> int:
-        return self.stop - self.first[group]
+        return self.stop - self.first[group] - (self.holes if group is LayerGroup.GLOBAL else 0)
 
     def missing(self, group: LayerGroup) -> int:
         """Blocks that the sequence is likely to take on top of those that it holds."""
         missing = self.expected[group] - self.stop + self.first[group]
+        if group is LayerGroup.GLOBAL:
+            missing += self.holes
         return missing if missing > 0 else 0
 
 
@@ -112,6 +122,9 @@ class BlockManager:
         Tokens that a step computes at most, of all sequences together.
     lower
         The colder tiers, if there are any.
+    budget
+        What a decoding sequence may keep of the global group, which is lossy; None is everything. May be changed while
+        no sequence is open.
     """
 
     def __init__(
@@ -121,7 +134,10 @@ class BlockManager:
         *,
         max_chunk: int,
         lower: LowerTiers | None = None,
+        budget: KVBudget | None = None,
     ) -> None:
+        self.budget = budget if LayerGroup.GLOBAL in layout.groups else None
+        self.bound_counts = BoundCounts()
         self.layout = layout
         self.block_size = layout.block_size
         self.lower = lower
@@ -213,12 +229,19 @@ class BlockManager:
             spare = pool.available - self._missing[group] + shared
             if group is LayerGroup.LOCAL:  # A chunk of a prompt holds more than its window, while it is computed.
                 spare -= self.layout.blocks_for(self._max_chunk)
-            left[group] = spare - self._expected(group, max(tokens, expected_tokens))
+            left[group] = spare - self._expected(group, tokens, expected_tokens)
         return left
 
-    def _expected(self, group: LayerGroup, tokens: int) -> int:
-        blocks = self.layout.blocks_for(tokens)
-        return blocks if group is LayerGroup.GLOBAL else min(blocks, self.layout.blocks_for(self.layout.window) + 2)
+    def _expected(self, group: LayerGroup, tokens: int, expected_tokens: int) -> int:
+        """The most blocks that a sequence is likely to hold that has `tokens` to compute before its next decode."""
+        blocks = self.layout.blocks_for(max(tokens, expected_tokens))
+        if group is LayerGroup.LOCAL:
+            return min(blocks, self.layout.blocks_for(self.layout.window) + 2)
+        return blocks if self.budget is None else max(self.layout.blocks_for(tokens), min(blocks, self.budget.blocks))
+
+    def visible(self, tokens: int) -> int:
+        """Keys that a decode of a sequence of so many tokens sees in the global group."""
+        return tokens if self.budget is None else min(tokens, self.budget.blocks * self.block_size)
 
     def give_up(self, count: int) -> int:
         """Have the device tier spill up to `count` blocks of each group that nobody uses; how many it was at most."""
@@ -227,7 +250,7 @@ class BlockManager:
     # The life of a sequence.
 
     def open(
-        self, names: BlockNames | None, match: PrefixMatch, *, max_tokens: int, expected_tokens: int
+        self, names: BlockNames | None, match: PrefixMatch, *, max_tokens: int, expected_tokens: int, tokens: int = 0
     ) -> SequenceBlocks:
         """Open a sequence that has `match.resume` blocks already; `match` must be of now.
 
@@ -237,6 +260,8 @@ class BlockManager:
             The longest that the sequence can become.
         expected_tokens
             How long it is likely to become.
+        tokens
+            Those that it has now: all of them are computed before the first decode.
         """
         blocks = SequenceBlocks(
             names=names,
@@ -244,8 +269,8 @@ class BlockManager:
             first=dict.fromkeys(self.pools, 0),
             stop=match.resume,
             full=match.resume,
-            expected={group: self._expected(group, expected_tokens) for group in self.pools},
-            mass=None if self.lower is None else AttentionMass(),
+            expected={group: self._expected(group, tokens, expected_tokens) for group in self.pools},
+            mass=None if self.lower is None and self.budget is None else AttentionMass(),
         )
         if names is not None and match.resume:
             self._take_over(blocks, names.first(match.resume), match.resume)
@@ -258,33 +283,50 @@ class BlockManager:
     def _take_over(self, blocks: SequenceBlocks, chain: Sequence[bytes], count: int) -> None:
         """Put the kept prefix of `count` blocks into a sequence's tables, loading what is not on the device."""
         missing: dict[LayerGroup, list[tuple[int, int]]] = {}
-        for group, pool in self.pools.items():
-            span, table = self._span(group, count), blocks.tables[group]
+        for group in self.pools:
+            span = self._span(group, count)
             blocks.first[group] = span.start
-            missing[group] = []
-            for index in span:
-                block = pool.find(chain[index])
-                if block is None:
-                    assert self.lower is not None, "a block that is nowhere was matched"
-                    missing[group].append((index, self.lower.host.pin(group, chain[index])))
-                else:
-                    pool.use(block)
-                    table[index] = block
-        for group, pool in self.pools.items():  # Only now: taking a block recycles others.
-            for index, slot in missing[group]:
-                (block,) = pool.take()
-                blocks.tables[group][index] = block
-                self._transfers.append(Transfer(Route.HOST_TO_DEVICE, group, slot, block))
+            missing[group] = self._take_up(blocks, group, chain, span)
         for group, pool in self.pools.items():
-            for index, _ in missing[group]:
-                assert self.lower is not None
-                self.lower.host.unpin(group, chain[index])
-                self.lower.host.loaded(group, 1)
-                if group is LayerGroup.GLOBAL:
-                    pool.keep((chain[index],), (int(blocks.tables[group][index]),))
+            self._load(blocks, group, chain, missing[group])
             if group is LayerGroup.LOCAL and missing[group]:
                 span = self._span(group, count)
                 pool.keep(chain[span.start : count], blocks.tables[group][span.start : count].tolist())
+
+    def _take_up(
+        self, blocks: SequenceBlocks, group: LayerGroup, chain: Sequence[bytes], indices: Iterable[int]
+    ) -> list[tuple[int, int]]:
+        """Put kept blocks into a sequence's table: those on the device. The others, with their host slots, stay pinned.
+
+        They are to be loaded when all of the sequence's have been taken up: taking a block recycles others.
+        """
+        pool, table = self.pools[group], blocks.tables[group]
+        missing: list[tuple[int, int]] = []
+        for index in indices:
+            block = pool.find(chain[index])
+            if block is None:
+                assert self.lower is not None, "a block that is nowhere was matched"
+                missing.append((index, self.lower.host.pin(group, chain[index])))
+            else:
+                pool.use(block)
+                table[index] = block
+        return missing
+
+    def _load(
+        self, blocks: SequenceBlocks, group: LayerGroup, chain: Sequence[bytes], missing: list[tuple[int, int]]
+    ) -> None:
+        """Bring blocks of the host tier to the device; there is room for them."""
+        pool = self.pools[group]
+        for index, slot in missing:
+            (block,) = pool.take()
+            blocks.tables[group][index] = block
+            self._transfers.append(Transfer(Route.HOST_TO_DEVICE, group, slot, block))
+        for index, _ in missing:
+            assert self.lower is not None
+            self.lower.host.unpin(group, chain[index])
+            self.lower.host.loaded(group, 1)
+            if group is LayerGroup.GLOBAL:
+                pool.keep((chain[index],), (int(blocks.tables[group][index]),))
 
     def _spilling(self, group: LayerGroup) -> GivenUp | None:
         """What becomes of the blocks that the device tier gives up."""
@@ -334,7 +376,7 @@ class BlockManager:
     def note(self, blocks: SequenceBlocks, computed: int) -> None:
         """The first `computed` tokens have their keys now: blocks completed by that can be found from now on."""
         full = computed // self.block_size
-        if full == blocks.full or blocks.names is None:
+        if full == blocks.full or blocks.names is None or blocks.lost is not None:
             return
         chain = blocks.names.first(full)
         if LayerGroup.GLOBAL in self.pools:
@@ -366,15 +408,18 @@ class BlockManager:
             tables={group: np.zeros(self.layout.blocks_for(max_tokens), np.int32) for group in self.pools},
             first=dict(blocks.first),
             stop=full + partial,
-            full=full,
-            expected={group: self._expected(group, expected_tokens) for group in self.pools},
+            full=full if blocks.lost is None else blocks.full,
+            expected={group: self._expected(group, computed, expected_tokens) for group in self.pools},
             mass=None if blocks.mass is None else blocks.mass.copy(),
+            holes=blocks.holes,
         )
+        if blocks.lost is not None:
+            copy.lost = np.resize(blocks.lost, len(copy.tables[LayerGroup.GLOBAL]))
         for group, pool in self.pools.items():
             first = blocks.first[group]
             shared = blocks.tables[group][first:full]
             copy.tables[group][first:full] = shared
-            for block in shared.tolist():
+            for block in shared[shared != 0].tolist():
                 pool.use(block)
             if partial:
                 (target,) = pool.take()
@@ -394,7 +439,49 @@ class BlockManager:
         self._count_missing(blocks, -1)
         for group, pool in self.pools.items():
             # From the end: what is deeper in the prefix is of less use to others and recycled earlier.
-            pool.release(blocks.tables[group][blocks.first[group] : blocks.stop][::-1].tolist())
+            held = blocks.tables[group][blocks.first[group] : blocks.stop][::-1]
+            pool.release(held[held != 0].tolist())
+
+    def bound(self, blocks: SequenceBlocks, computed: int) -> None:
+        """Have the sequence keep what the budget allows when position `computed` is decoded. LOSSY.
+
+        Nothing happens to a sequence within the budget. `extend` is still to be called.
+        """
+        budget, count = self.budget, computed // self.block_size + 1
+        if budget is None or count <= budget.blocks:
+            return
+        assert blocks.mass is not None, "a budget came while the sequence was open"
+        group, table = LayerGroup.GLOBAL, blocks.tables[LayerGroup.GLOBAL]
+        if blocks.lost is None:
+            self.note(blocks, computed)
+            blocks.lost = np.zeros(len(table), np.bool_)
+        missing, lost = blocks.missing(group), blocks.lost[:count]
+        held = table[:count] != 0
+        held[-1] = True  # Taken already, or by `extend`.
+        chain: Sequence[bytes] = () if blocks.names is None else blocks.names.first(blocks.full)
+        while True:  # Each time around, blocks are found to be lost for ever.
+            keep = budget.choose(blocks.mass, held, lost)
+            back = np.flatnonzero(keep & ~held).tolist()
+            gone = [index for index in back if not self._keeps(group, chain[index])]
+            if not gone:
+                break
+            self._lose(lost, gone)
+        leaving = np.flatnonzero(held & ~keep)
+        self._lose(lost, leaving[leaving >= len(chain[: blocks.full])])
+        self.pools[group].release(table[leaving][::-1].tolist())
+        table[leaving] = 0
+        # What left may be in use by others; and the block that is written next has to be had, too.
+        back = back[: max(0, self.pools[group].available - 1)]
+        self._load(blocks, group, chain, self._take_up(blocks, group, chain, back))
+        blocks.holes = int(np.count_nonzero(table[: blocks.stop] == 0))
+        blocks.expected[group] = min(blocks.expected[group], budget.blocks)
+        self._missing[group] += blocks.missing(group) - missing
+        self.bound_counts.left += len(leaving)
+        self.bound_counts.returned += len(back)
+
+    def _lose(self, lost: Mask, indices: Sequence[int] | NDArray[np.int64]) -> None:
+        lost[indices] = True
+        self.bound_counts.lost += len(indices)
 
     def forget_all(self) -> None:
         """Keep nothing of what was computed, as if the cache were new."""
@@ -445,7 +532,10 @@ class BlockManager:
                 first, table = blocks.first[group], blocks.tables[group]
                 if np.any(table[:first]) or np.any(table[blocks.stop :]):
                     raise BlockAccountingError(f"a {group} table has blocks outside {first}:{blocks.stop}")
-                in_tables += table[first : blocks.stop].tolist()
+                held = table[first : blocks.stop]
+                in_tables += held[held != 0].tolist()
+                if np.count_nonzero(held) != blocks.held(group) or (blocks.holes and blocks.lost is None):
+                    raise BlockAccountingError(f"a {group} table has holes that nobody has counted")
             pool.check_integrity(in_tables)
             if self._missing[group] != sum(blocks.missing(group) for blocks in self._open):
                 raise BlockAccountingError(f"{self._missing[group]} {group} blocks are counted as missing")
