@@ -129,6 +129,17 @@ def test_the_table_fits_a_terminal(server, capsys):
     assert "nvme: blocks that were damaged on the disk" in out
 
 
+def test_a_lossy_server_says_so_and_an_exact_one_does_not(server, capsys, monkeypatch):
+    assert cache(server) == 0
+    out = capsys.readouterr().out
+    assert (
+        "LOSSY: an answer keeps 256 tokens (kv_budget_tokens)\nof the blocks of answers: 51 left, 53 lost, 52 " in out
+    )
+    monkeypatch.setattr(fake_triton, "METRICS", page(replace(BUSY, bounded=None)))
+    assert cache(server) == 0
+    assert "LOSSY" not in capsys.readouterr().out
+
+
 def test_numbers_of_any_size_stay_in_their_columns():
     huge = 10**12
     counts = TierCounts(huge, huge, huge, huge)

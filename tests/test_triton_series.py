@@ -11,6 +11,7 @@ from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.statistics import (
     QUEUE_BUCKETS_S,
     BlockUsage,
+    BoundUsage,
     EngineStatistics,
     QueueStatistics,
     StatisticsRecorder,
@@ -19,6 +20,7 @@ from wicore_backend.engine.statistics import (
 )
 from wicore_backend.engine.step_time import Coefficients, StepShape, StepTimeModel
 from wicore_backend.hmt.blocks import BlockManager
+from wicore_backend.hmt.bounded_kv import BoundCounts, KVBudget
 from wicore_backend.hmt.cold_tier import ColdCounts, ColdStatistics
 from wicore_backend.hmt.host_tier import HostTier, TierCounts
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
@@ -59,6 +61,7 @@ STATISTICS = EngineStatistics(
     },
     host={LayerGroup.LOCAL: TierUsage(used=1, capacity=2, counts=TierCounts(3, 4, 5, 6))},
     nvme=COLD,
+    bounded=BoundUsage(tokens=256, counts=BoundCounts(left=51, returned=52, lost=53)),
     queues=dict.fromkeys(PriorityClass, EMPTY)
     | {PriorityClass.BATCH: QueueStatistics(4, 400, 1.5, 3, 0.75, (1, 0, 2, *[0] * (len(QUEUE_BUCKETS_S) - 2)))},
     requests=dict.fromkeys(FinishReason, 0) | {FinishReason.STOP: 9},
@@ -148,6 +151,10 @@ def test_every_number_of_the_statistics_is_on_the_page():
         ("wicore_tier_unmoved_blocks_total", "nvme", "global", "restore", "late"): 3,
         ("wicore_tier_unmoved_blocks_total", "nvme", "global", "restore", "closed"): 1,
         ("wicore_tier_unmoved_blocks_total", "nvme", "global", "restore", "corrupt"): 0,
+        ("wicore_bounded_kv_tokens",): 256,
+        ("wicore_bounded_kv_blocks_total", "left"): 51,
+        ("wicore_bounded_kv_blocks_total", "returned"): 52,
+        ("wicore_bounded_kv_blocks_total", "lost"): 53,
         ("wicore_tier_moving_bytes", "nvme", "spill"): 27,
         ("wicore_tier_moving_bytes", "nvme", "restore"): 28,
         ("wicore_tier_busy_seconds_total", "nvme", "spill"): 3.1,
@@ -177,12 +184,12 @@ def test_a_speed_that_was_never_measured_has_no_series():
     assert "wicore_tier_moving_bytes" in said
 
 
-def snapshot(lower: LowerTiers | None) -> EngineStatistics:
+def snapshot(lower: LowerTiers | None, budget: KVBudget | None = None) -> EngineStatistics:
     """Of an engine with blocks like those of the cold tier's tests, and that has done nothing."""
     layers, _, tokens, heads, dim = SHAPES[LayerGroup.LOCAL]
     groups = [LayerGroup.LOCAL] * layers + [LayerGroup.GLOBAL] * SHAPES[LayerGroup.GLOBAL][0]
     layout = KVLayout.of(groups, block_size=tokens, kv_heads=heads, head_dim=dim, window=16, bytes_per_value=2)
-    blocks = BlockManager(layout, dict.fromkeys(LayerGroup, 9), max_chunk=8, lower=lower)
+    blocks = BlockManager(layout, dict.fromkeys(LayerGroup, 9), max_chunk=8, lower=lower, budget=budget)
     scheduler = Scheduler(blocks, SchedulerLimits(max_batch_tokens=8, max_running=1), StepTimeModel())
     return StatisticsRecorder().snapshot(scheduler, blocks, now=0.0, unfinished=0)
 
@@ -205,6 +212,12 @@ def test_a_block_on_the_disk_is_in_the_statistics_and_on_the_page(tmp_path):
 def test_without_lower_tiers_the_statistics_have_none():
     statistics = snapshot(None)
     assert (statistics.host, statistics.nvme) == ({}, None)
+
+
+def test_lossy_answers_are_named_as_such_and_exact_ones_have_no_series():
+    assert not [name for name, *_ in page(snapshot(None)) if name.startswith("wicore_bounded")]
+    budget = KVBudget.of(110, block_size=SHAPES[LayerGroup.GLOBAL][2])
+    assert page(snapshot(None, budget))["wicore_bounded_kv_tokens",] == 104
 
 
 def test_queue_times_are_a_histogram_as_prometheus_has_them():

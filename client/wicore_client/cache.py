@@ -100,6 +100,10 @@ class CacheReport:
         Those that have occurred, in tokens first, the most frequent of a unit first.
     tiers
         Those that the server has, the fastest first.
+    bounded_tokens
+        The server is LOSSY if there is one: what an answer keeps of its layers with unlimited attention.
+    bounded_blocks
+        Blocks that left answers for that, by fate: "left", "returned", "lost".
     """
 
     model: str
@@ -109,6 +113,8 @@ class CacheReport:
     restored_tokens: int
     reasons: tuple[MissReason, ...]
     tiers: tuple[TierUsage, ...]
+    bounded_tokens: int | None
+    bounded_blocks: Mapping[str, int]
 
     def only(self, tier: str) -> Self:
         """The report with one of its tiers, or none if the server does not have that."""
@@ -175,6 +181,8 @@ def _report(model: str, metrics: Iterable[Metric]) -> CacheReport:
         restored_tokens=page.total("wicore_restored_tokens_total"),
         reasons=_reasons(page, tiers),
         tiers=tiers,
+        bounded_tokens=page.count("wicore_bounded_kv_tokens"),
+        bounded_blocks=page.by("fate", "wicore_bounded_kv_blocks_total"),
     )
 
 

@@ -27,6 +27,10 @@ def lines(report: CacheReport, *, seconds: float | None, every_tier: bool) -> It
         Name also the tiers that the server does not have, with what would give it one.
     """
     yield from _tokens(report)
+    if report.bounded_tokens is not None:
+        fates = ", ".join(f"{_count(count)} {one_line(fate)}" for fate, count in report.bounded_blocks.items())
+        yield f"LOSSY: an answer keeps {_count(report.bounded_tokens)} tokens (kv_budget_tokens)"
+        yield f"of the blocks of answers: {fates}"
     yield ""
     yield f"{'tier':{_TIER_WIDTH}}{'group':{_GROUP_WIDTH}}{_cells(_BLOCKS, _BLOCK_WIDTHS)}"
     for tier in report.tiers:

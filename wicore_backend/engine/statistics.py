@@ -12,6 +12,7 @@ from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import Coefficients, StepShape, StepTimeModel
 from wicore_backend.engine.waiting import Backlog
 from wicore_backend.hmt.blocks import BlockManager
+from wicore_backend.hmt.bounded_kv import BoundCounts
 from wicore_backend.hmt.cold_tier import ColdStatistics, ColdTier
 from wicore_backend.hmt.host_tier import HostTier, TierCounts
 from wicore_backend.hmt.layout import LayerGroup
@@ -41,6 +42,15 @@ class TierUsage:
     used: int
     capacity: int
     counts: TierCounts
+
+
+@dataclass(frozen=True, slots=True)
+class BoundUsage:
+    """What a KV budget does, which is lossy."""
+
+    tokens: int
+    """The most that a decoding sequence keeps of its global blocks."""
+    counts: BoundCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,8 @@ class EngineStatistics:
     """Empty without a host tier."""
     nvme: ColdStatistics | None
     """None without a cold tier."""
+    bounded: BoundUsage | None
+    """None for exact answers."""
     queues: Mapping[PriorityClass, QueueStatistics]
     requests: Mapping[FinishReason, int]
     rejected: Mapping[RejectReason, int]
@@ -183,6 +195,7 @@ class StatisticsRecorder:
             },
             host={} if blocks.lower is None else _usage(blocks.lower.host),
             nvme=None if blocks.lower is None else _cold(blocks.lower),
+            bounded=_bounded(blocks),
             queues=queues,
             requests=dict(self.requests),
             rejected=dict(self.rejected),
@@ -205,3 +218,9 @@ def _usage(tier: HostTier) -> dict[LayerGroup, TierUsage]:
 
 def _cold(lower: LowerTiers) -> ColdStatistics | None:
     return lower.cold.statistics() if isinstance(lower.cold, ColdTier) else None
+
+
+def _bounded(blocks: BlockManager) -> BoundUsage | None:
+    if blocks.budget is None:
+        return None
+    return BoundUsage(blocks.budget.blocks * blocks.block_size, replace(blocks.bound_counts))

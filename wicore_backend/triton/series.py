@@ -111,6 +111,10 @@ _NOT_RESTORED = (Outcome.MISSING, Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT,
 """Reasons that have a series before the first time, so that a rate over it sees that one."""
 
 
+def _bounded_blocks(statistics: EngineStatistics, _: Health) -> Samples:
+    return [] if statistics.bounded is None else _by("fate", asdict(statistics.bounded.counts))
+
+
 def _by_operation(
     spill: Callable[[ColdStatistics], float | None], restore: Callable[[ColdStatistics], float | None]
 ) -> Read:
@@ -411,6 +415,18 @@ FAMILIES = (
         "wicore_tier_unmoved_blocks_total",
         "KV blocks that were not stored, or not brought back, by tier, layer group, operation and reason",
         _unmoved,
+    ),
+    Family(
+        "gauge",
+        "wicore_bounded_kv_tokens",
+        "LOSSY: tokens that an answer keeps of its layers with unlimited attention; no series for exact answers",
+        lambda s, _: [] if s.bounded is None else _one(s.bounded.tokens),
+    ),
+    Family(
+        "counter",
+        "wicore_bounded_kv_blocks_total",
+        "KV blocks that left answers for the sake of that bound, came back, or were lost to them, by fate",
+        _bounded_blocks,
     ),
     Family(
         "gauge",
