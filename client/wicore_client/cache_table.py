@@ -64,8 +64,8 @@ def _tokens(report: CacheReport) -> Iterator[str]:
     share = f" ({_percent(report.found_tokens, prompts)})" if prompts else ""
     yield f"{_count(prompts)} prompt tokens, {_count(report.found_tokens)}{share} of them found in the cache"
     if report.restores:
-        times = "restore" if report.restores == 1 else "restores"
-        yield f"{_count(report.restored_tokens)} of these by {_count(report.restores)} {times} from the disk"
+        tokens = _count(report.restored_tokens)
+        yield f"{_count(report.restores)} times a prompt waited for the disk, for {tokens} tokens if all blocks came"
 
 
 def _of(group: GroupUsage) -> list[str]:
@@ -80,7 +80,8 @@ def _bytes_of(tier: TierUsage, seconds: float | None) -> list[str]:
         for size in (tier.stored_bytes, tier.loaded_bytes)
     ]
     speeds = ["" if s is None else _speed(s) for s in (tier.store_bytes_per_second, tier.load_bytes_per_second)]
-    delay = "" if tier.load_latency_s is None else _scaled(1e6 * tier.load_latency_s, 1000.0, _TIMES, " ")
+    # 0 is what the server says as long as it cannot tell delay and speed apart.
+    delay = "" if not tier.load_latency_s else _scaled(1e6 * tier.load_latency_s, 1000.0, _TIMES, " ")
     return ["" if tier.used_bytes is None else _size(tier.used_bytes), *moved, *speeds, delay]
 
 
