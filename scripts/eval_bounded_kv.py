@@ -1,7 +1,8 @@
 """Needles found by the engine when decodes keep part of their KV (`kv_budget_tokens`), by what says which part.
 
-    python -m scripts.eval_bounded_kv --seed 1 --json mass.json
-    python -m scripts.eval_bounded_kv --plot docs/benchmarks/bounded-kv.png RESULTS.json ...
+    python -m scripts.eval_bounded_kv --seed 1 --json 1.json
+    python -m scripts.eval_bounded_kv 1.json 2.json --plot docs/benchmarks/bounded-kv.png
+    python -m scripts.eval_bounded_kv --pace 5                milliseconds a token instead, medians of 5 answers
 
 Each question is asked of the engine itself, first with everything kept, then at each share of its prompt's blocks with
 each choice. All choices keep as many blocks, the first and the recent ones among them. Only the first time is the whole
@@ -100,8 +101,8 @@ class Results:
         figure.savefig(path, dpi=120)
 
 
-def evaluate(options: argparse.Namespace) -> Iterator[Answered]:
-    """Ask every question in every way."""
+def load(options: argparse.Namespace) -> Engine:
+    """An engine for the questions, on one thread."""
     config = EngineConfig(
         model=DEMO_MODEL,
         device="cpu",
@@ -111,7 +112,12 @@ def evaluate(options: argparse.Namespace) -> Iterator[Answered]:
         max_model_len=options.length + 1024,
         kv_budget_tokens=options.length,
     )
-    with Engine(config) as engine:
+    return Engine(config)
+
+
+def evaluate(options: argparse.Namespace) -> Iterator[Answered]:
+    """Ask every question in every way."""
+    with load(options) as engine:
         blocks = engine._model.blocks
         for case in needle_cases([options.length], options.depths, options.needles, seed=options.seed):
             messages: Any = case.messages
@@ -128,6 +134,23 @@ def evaluate(options: argparse.Namespace) -> Iterator[Answered]:
         print(f"{options.length:,} tokens, seed {options.seed}: {blocks.bound_counts}")
 
 
+def pace(options: argparse.Namespace) -> None:
+    """Print how long a token of one answer takes at each share, the shares taking turns."""
+    taken: dict[float, list[float]] = {share: [] for share in (1.0, *options.shares)}
+    params = SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True)
+    prompt = [2, *np.random.default_rng(options.seed).integers(300, 2000, options.length - 1).tolist()]
+    with load(options) as engine:
+        for round_ in range(options.pace + 1):
+            for share, times in taken.items():
+                budget = KVBudget.of(int(share * len(prompt)), BLOCK_SIZE)
+                engine._model.blocks.budget = budget if share < 1 else None
+                tpot_s = engine.generate(prompt, params).usage.tpot_s
+                if round_ and tpot_s is not None:
+                    times.append(1e3 * tpot_s)
+    print("| " + " | ".join(f"{share:.4g}" for share in taken) + " |\n" + "| --- " * len(taken) + "|")
+    print("| " + " | ".join(f"{np.median(times):.2f}" for times in taken.values()) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="of earlier runs, to be added up instead of another one")
@@ -138,8 +161,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--pace", type=int, metavar="ROUNDS")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.pace:
+        pace(options)
+        return
     if options.results:
         read = [json.loads(path.read_text()) for path in options.results]
         results = Results(Answered(*answer) for answers in read for answer in answers)
