@@ -15,6 +15,7 @@ from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import BlockNames, NameScheme
 from wicore_backend.hmt.policy import Policy
 from wicore_backend.hmt.policy.a2cr import A2CR
+from wicore_backend.hmt.policy.base import Access
 from wicore_backend.hmt.policy.lru import LRU
 
 L, G = LayerGroup.LOCAL, LayerGroup.GLOBAL
@@ -40,7 +41,7 @@ def compute(books: BlockManager, tokens=PROMPT) -> None:
     """Have a prompt go through the cache."""
     chain = names(tokens)
     if books.lower is not None:
-        books.lower.observe(chain.first(len(tokens) // SIZE), now=1.0)
+        books.lower.observe(Access(keys=chain.first(len(tokens) // SIZE)), now=1.0)
     blocks = books.open(
         chain, books.match(chain, (len(tokens) - 1) // SIZE), max_tokens=len(tokens), expected_tokens=len(tokens)
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from wicore_backend.engine.request import Deadlines
+from wicore_backend.engine.request import Deadlines, Retention
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.triton.wire import RequestOptions, arrival_of, prompt_from_tensors, prompt_source
 
@@ -44,6 +44,11 @@ def test_deadlines_are_milliseconds_outside_and_seconds_inside():
     assert given.serving.tenant == "a:b@c"
 
 
+def test_wishes_about_the_cache():
+    assert parse().serving.retention == Retention()
+    assert parse('{"retain_seconds": 60.5, "session_end": true}').serving.retention == Retention(60.5, True)
+
+
 def test_an_arrival_is_the_preprocessors_and_never_made_up_beyond_a_minute():
     def arrival(value: float) -> float:
         return arrival_of({"arrival": np.array([value])}, 1000.0)
@@ -76,6 +81,9 @@ def test_an_arrival_is_the_preprocessors_and_never_made_up_beyond_a_minute():
         ({"sampling_parameters": text(b'{"tenant": "a\\n"}')}, r"tenant = 'a\n'"),
         ({"sampling_parameters": text(b'{"tenant": "' + b"x" * 65 + b'"}')}, "tenant = 'xxx"),
         ({"sampling_parameters": text(b'{"queue_deadline_ms": 0}')}, "queue_deadline_ms = 0"),
+        ({"sampling_parameters": text(b'{"retain_seconds": -1}')}, "retain_seconds = -1"),
+        ({"sampling_parameters": text(b'{"retain_seconds": NaN}')}, "retain_seconds = nan"),
+        ({"sampling_parameters": text(b'{"session_end": 1}')}, "session_end = 1"),
         ({"sampling_parameters": text(b'{"first_token_deadline_ms": "1"}')}, "first_token_deadline_ms = '1'"),
     ],
 )

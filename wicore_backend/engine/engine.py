@@ -37,6 +37,7 @@ from wicore_backend.engine.request import (
     FinishReason,
     PriorityClass,
     Request,
+    Retention,
     Sequence,
     Sink,
     TokenLogprob,
@@ -120,6 +121,7 @@ class Engine:
         priority: int = PriorityClass.INTERACTIVE,
         tenant: str = "",
         deadlines: Deadlines | None = None,
+        retention: Retention | None = None,
         arrival: float | None = None,
     ) -> str:
         """Queue one request and return its id; `sink` gets its events, the last one a FinishedEvent.
@@ -134,6 +136,8 @@ class Engine:
             On whose account it runs: tenants who compete get equal service, and share no cached block.
         deadlines
             Times that the request may take, counted from its arrival.
+        retention
+            What it says of the worth of its cached blocks.
         arrival
             When the request came, as `time.monotonic` had it then; None is now.
 
@@ -158,6 +162,7 @@ class Engine:
             priority=priority,
             tenant=tenant,
             deadlines=deadlines or Deadlines(),
+            retention=retention or Retention(),
         )
         seed = secrets.randbits(63) if params.seed is None else params.seed
         job = Job(request, [self._generation(request, index, seed) for index in range(params.answers)])

@@ -83,6 +83,16 @@ class Deadlines:
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """What a request says of the worth of its cached blocks; policies of the colder tiers may heed it (a2cr does)."""
+
+    seconds: float | None = None
+    """For so long they are to leave after all that nobody wished to keep; None is no wish."""
+    session_end: bool = False
+    """No other request follows this one."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log-probability of a token, and those of the most likely alternatives at its place, best first."""
 
@@ -157,6 +167,7 @@ class Request:
     tenant: str = ""
     """On whose account it runs. Tenants of a priority get equal service, and share no cached block."""
     deadlines: Deadlines = Deadlines()
+    retention: Retention = Retention()
 
 
 @dataclass(eq=False, slots=True)

@@ -35,6 +35,7 @@ from wicore_backend.engine.turns import Turns
 from wicore_backend.engine.waiting import Backlog, Next, WaitingQueue
 from wicore_backend.hmt.blocks import BlockManager, PrefixMatch
 from wicore_backend.hmt.lower_tiers import Restore
+from wicore_backend.hmt.policy.base import Access
 
 _RETRY_PLANS = 8
 """While nobody leaves, room changes little: the head of the queue is looked at again after so many steps."""
@@ -114,7 +115,13 @@ class Scheduler:
         self._queue.push(sequence)
         if self._blocks.lower is not None and sequence.names is not None:
             count = self._most_blocks(sequence)
-            self._blocks.lower.observe(sequence.names.first(count)[:count], now)
+            retention = sequence.request.retention
+            access = Access(
+                keys=sequence.names.first(count)[:count],
+                retain_seconds=retention.seconds,
+                session_end=retention.session_end,
+            )
+            self._blocks.lower.observe(access, now)
         self._deadlines.add(sequence)
         self._rate.tick(now, queueing=True)
         return rejected

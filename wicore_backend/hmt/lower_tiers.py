@@ -17,11 +17,12 @@ from the moment `submit` hands them over:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from wicore_backend.hmt.block_pool import BlockAccountingError
-from wicore_backend.hmt.host_tier import HostTier, Key, SlotBlock
+from wicore_backend.hmt.host_tier import Key, SlotBlock
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.policy.base import Access
 
@@ -48,78 +49,14 @@ class ColdBlocks(Protocol):
     """The cold tier, as far as the books are concerned; `hmt/cold_tier` is one."""
 
     def holds(self, group: LayerGroup, name: bytes) -> bool: ...
-    def observe(self, access: Access) -> None: ...
-    def spill(self, blocks: Sequence[SlotBlock], after: Callable[[], None] | None = None) -> int: ...
-    def restore(self, blocks: Sequence[SlotBlock], deadline_s: float | None = None) -> Cancellable: ...
-    def restore_seconds(self, size: int) -> float | None: ...
-    def finished(self) -> Sequence[Reported]: ...
-
-
-class Restore:
-    """Blocks that are brought up for one sequence.
-
-    Attributes
-    ----------
-    keys
-        As they were asked for.
-    waiting
-        Those that have not come yet.
-    pinned
-        Those that are held for the sequence.
-    """
-
-    def __init__(self, keys: Iterable[Key]) -> None:
-        self.keys = frozenset(keys)
-        self.waiting: set[Key] = set()
-        self.pinned: set[Key] = set()
-
-    @property
-    def done(self) -> bool:
-        return not self.waiting
-
-
-class LowerTiers:
-    """See the module's docstring.
-
-    Parameters
-    ----------
-    threshold
-        Share of the host tier's slots above which blocks leave for the cold tier, ...
-    burst
-        ... or sooner, so that as many slots of each group are free, up to half of them: what the device may give up in
-        a step. What finds no free slot takes that of a block which is then in no tier.
-    restore_deadline_s
-        After which a block that is not there yet counts as missing.
-    """
-
-    def __init__(
-        self,
-        host: HostTier,
-        cold: ColdBlocks | None = None,
-        *,
-        threshold: float = 0.9,
-        burst: int = 0,
-        restore_deadline_s: float = 10.0,
-    ) -> None:
-        self.host = host
-        self.cold = cold
-        self._most = {
-            group: min(int(threshold * slots), max(slots // 2, slots - burst)) for group, slots in host.slots.items()
-        }
-        self._deadline_s = restore_deadline_s
-        self._arriving: dict[Key, list[Restore]] = {}
-        self._calls: dict[Key, Cancellable] = {}
-        self._asked: list[SlotBlock] = []
-        self._restores: set[Restore] = set()
-
-    def observe(self, names: Sequence[bytes], now: float) -> None:
-        """A prompt with these blocks has come; for the policies."""
+    def observe(self, access: Access, now: float) -> None:
+        """A prompt has come, its blocks by their names; for the policies."""
         self.host.advance(now)
-        access = Access(keys=names)
         for group in self.host.slots:
             self.host.observe(group, access)
         if self.cold is not None:
-            self.cold.observe(Access(keys=[(group, name) for name in names for group in self.host.slots]))
+            keys = [(group, name) for name in access.keys for group in self.host.slots]
+            self.cold.observe(replace(access, keys=keys))
 
     def reachable(self, group: LayerGroup, name: bytes) -> bool:
         """Whether a block is held here, or could be brought up."""

@@ -120,6 +120,7 @@ class TritonPythonModel:
             priority=options.serving.priority,
             tenant=options.serving.tenant,
             deadlines=options.serving.deadlines,
+            retention=options.serving.retention,
             arrival=arrival,
         )
         if isinstance(wire, EnsembleWire):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
-from wicore_backend.engine.request import Deadlines, PriorityClass, TokenLogprob, Usage
+from wicore_backend.engine.request import Deadlines, PriorityClass, Retention, TokenLogprob, Usage
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.processor.processor import PromptSource
@@ -62,6 +62,18 @@ class ServingOptions(Settings):
 
     deadline_ms: Milliseconds | None = None
     """Time from the request's arrival after which it ends, with what it has produced."""
+
+    retain_seconds: Annotated[float, Field(ge=0, le=10**6)] | None = None
+    """For so long the prompt's cached blocks are to leave host memory and disk after all others, as far as there is
+    room for such wishes."""
+
+    session_end: bool = False
+    """No request follows this one, so that its cached blocks may leave first."""
+
+    @property
+    def retention(self) -> Retention:
+        """The wishes about the cache."""
+        return Retention(self.retain_seconds, self.session_end)
 
     @property
     def deadlines(self) -> Deadlines:
