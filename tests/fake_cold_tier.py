@@ -58,6 +58,10 @@ class FakeColdTier:
     def observe(self, access: Access) -> None:
         del access
 
+    def room(self, group: LayerGroup) -> int:
+        del group
+        return max(0, self.backlog - sum(restore is None for _, restore in self._under_way))
+
     def spill(self, blocks: Sequence[SlotBlock], after: Callable[[], None] | None = None) -> int:
         del after
         self._check(blocks)

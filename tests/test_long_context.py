@@ -27,7 +27,7 @@ def test_a_sequence_of_128k_tokens_of_the_27b_takes_a_sixth_of_all_its_keys():
     all_keys = len(groups) * 2 * CONTEXT * 16 * 128 * 2
 
     def taken(size_of) -> float:
-        return sum(blocks.held(group) * size_of(group) for group in layout.groups) / all_keys
+        return float(sum(blocks.held(group) * size_of(group) for group in layout.groups) / all_keys)
 
     def fp8(group: LayerGroup) -> int:
         return make_codec("fp8", layout.block_shape(group), torch.bfloat16).encoded_bytes

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,8 +37,15 @@ def greedy(tokens=16, **params):
 def engine_on(directory, **settings):
     with Engine(config(nvme_cache_path=directory, **{"nvme_codec": "exact"} | settings)) as engine:
         yield engine
-        engine._scheduler.check_integrity()
-        engine._model.mover._cold.tier.check_integrity()
+        proved: Future[None] = Future()
+
+        def prove() -> None:  # On the thread that owns the books.
+            engine._scheduler.check_integrity()
+            engine._model.mover._cold.tier.check_integrity()
+            proved.set_result(None)
+
+        engine._inbox.put(prove)
+        proved.result(10)
 
 
 def talk(question="What is 12 + 7?"):

@@ -73,7 +73,7 @@ _EMPTY_STEP_S = 0.001
 """Longest pause after a plan of nothing, which means that everybody waits for memory, or for blocks from the disk."""
 
 _PERSIST_S = 4.0
-"""How long an engine that ends may take to store what it has cached. A server gives its models 8 s."""
+"""How long an engine that ends may take to store what it has cached. A server gives its models 8 s for everything."""
 
 _CLOSING_RETRY_S = 5.0
 """What a client of a closing engine is told to wait: time for another one to take its place."""
@@ -412,6 +412,7 @@ class Engine:
         sequence.blocks = self._model.blocks.open(None, PrefixMatch(), max_tokens=1, expected_tokens=1)
         try:
             self._model.blocks.extend(sequence.blocks, 0, 1)
+            self._model.mover.move()
             self._model.runner.run(StepPlan([], [Chunk(sequence, 0, 1)], StepShape(1, 1, 0, 0)))
             self._monitor.recovered()
         except Exception as error:

@@ -132,7 +132,8 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         {str(group): num_blocks[group] for group in layout.groups},
         {str(group): host_slots[group] for group in layout.groups},
     )
-    cold = _cold_storage(settings, layout, pools, woken)
+    defaults = generation_defaults(settings.model)
+    cold = _cold_storage(settings, layout, pools, woken)  # The last thing that can fail: it has threads and a lock.
     lower = None
     if pools.host:
         host = HostTier(host_slots, POLICIES[settings.hmt_policy])
@@ -154,7 +155,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         vocab_size=config.text.vocab_size,
         soft_tokens_per_image=image_tokens,
         eos_token_ids=frozenset(config.eos_token_ids),
-        generation_defaults=generation_defaults(settings.model),
+        generation_defaults=defaults,
     )
 
 

@@ -143,6 +143,6 @@ class SchedulerCounts:
     restores: int = 0
     """Times that a sequence had blocks brought up from the cold tier."""
     restored_tokens: int = 0
-    """Prompt tokens that it did not have to compute for that."""
+    """Prompt tokens from which such sequences went on: those that they did not have to compute for that."""
     restores_declined: int = 0
-    """Times that computing was thought to be faster, or that there was no room."""
+    """Sequences for which computing was thought to be faster, or for which there was no room in host memory."""

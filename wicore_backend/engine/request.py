@@ -201,6 +201,8 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     restore: Restore | None = None
     """Blocks that are brought up, or have been, from the cold tier for it."""
+    computes: bool = False
+    """It has been found that computing is faster than to wait for the cold tier."""
     preemptions: int = 0
     cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache, the first time."""

@@ -30,11 +30,11 @@ from wicore_backend.engine.plan import (
     StepPlan,
 )
 from wicore_backend.engine.request import DeadlineKind, Sequence
+from wicore_backend.engine.restoring import Decision, Restoring, most_blocks
 from wicore_backend.engine.step_time import StepShape, StepTimeModel
 from wicore_backend.engine.turns import Turns
 from wicore_backend.engine.waiting import Backlog, Next, WaitingQueue
 from wicore_backend.hmt.blocks import BlockManager, PrefixMatch
-from wicore_backend.hmt.lower_tiers import Restore
 from wicore_backend.hmt.policy.base import Access
 
 _RETRY_PLANS = 8
@@ -58,7 +58,7 @@ class Scheduler:
         self._prefilling: dict[Sequence, None] = {}
         self._leaders: dict[bytes, Sequence] = {}
         self._parked: dict[Sequence, None] = {}
-        self._restoring: dict[Sequence, Restore] = {}
+        self._restoring = Restoring(blocks, self.counts, match=self._match, prefill_seconds=self._prefill_seconds)
         self._preemptible: Counter[int] = Counter()  # running and not promoted, by priority
         self._deadlines = DeadlineHeap(self._matters)
         self._live: set[Sequence] = set()
@@ -114,7 +114,7 @@ class Scheduler:
         self._live.add(sequence)
         self._queue.push(sequence)
         if self._blocks.lower is not None and sequence.names is not None:
-            count = self._most_blocks(sequence)
+            count = most_blocks(sequence, self._blocks)
             retention = sequence.request.retention
             access = Access(
                 keys=sequence.names.first(count)[:count],
@@ -133,9 +133,9 @@ class Scheduler:
             self._stop(sequence)
         elif sequence.leader is not None:
             self._unpark(sequence)
-        elif self._restoring.pop(sequence, None) is None:
+        elif sequence not in self._restoring:
             self._queue.remove(sequence)
-        self._end_restore(sequence)
+        self._restoring.end(sequence)
 
     def finished(self, sequence: Sequence) -> None:
         """An answer has come to its own end: remove its sequence, and learn from it."""
@@ -167,7 +167,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """The next step, the blocks for it in place. Admits waiting sequences; preempts where it must."""
         self._plans += 1
-        self._take_restored()
+        for sequence in self._restoring.take_done(now):
+            self._queue.push(sequence, charged=True)
         self._place_decodes()
         chunks = self._plan_chunks(now)
         if not chunks and not self._decoding:
@@ -289,7 +290,13 @@ class Scheduler:
         """Take the head of the queue out of it, running now or parked. False if it has to wait."""
         sequence = ahead.item
         leader = self._leaders.get(sequence.twin_key) if sequence.twin_key and not sequence.answered else None
-        if leader is None and self._begin_restore(sequence):
+        if leader is None and self._stuck == self._situation(sequence):
+            return False
+        decision = Decision.START if leader else self._restoring.begin(sequence, now)
+        if decision is Decision.WAIT:
+            self._stuck = self._situation(sequence)
+            return False
+        if decision is Decision.RESTORE:
             self._queue.serve(sequence, now)
             return True
         match = None if leader else self._make_room(sequence, promoted=ahead.promoted)
@@ -301,6 +308,7 @@ class Scheduler:
             sequence.promoted = True
             self.counts.promotions += 1
         if leader is not None:
+            self._restoring.end(sequence)
             sequence.leader = leader
             leader.followers.append(sequence)
             self._parked[sequence] = None
@@ -309,15 +317,16 @@ class Scheduler:
         self._start(sequence, match)
         return True
 
+    def _situation(self, sequence: Sequence) -> tuple[Sequence, int, int]:
+        """What has to change for a sequence that could not start to be looked at again."""
+        return sequence, self._releases, self._plans // _RETRY_PLANS
+
     def _make_room(self, sequence: Sequence, *, promoted: bool) -> PrefixMatch | None:
         """What the sequence can start from now, after preempting those of lower classes if need be."""
-        now_stuck = (sequence, self._releases, self._plans // _RETRY_PLANS)
-        if self._stuck == now_stuck:
-            return None
         while (match := self._fits(sequence)) is None:
             victim = self._victim(sequence, promoted=promoted)
             if victim is None:
-                self._stuck = now_stuck
+                self._stuck = self._situation(sequence)
                 return None
             self._preempt(victim)
         return match
@@ -349,11 +358,7 @@ class Scheduler:
     def _match(self, sequence: Sequence) -> PrefixMatch:
         if sequence.names is None:
             return PrefixMatch()
-        return self._blocks.match(sequence.names, self._most_blocks(sequence))
-
-    def _most_blocks(self, sequence: Sequence) -> int:
-        """The last token has to be computed in any case: its output is the next one."""
-        return (len(sequence.tokens) - 1) // self._blocks.block_size
+        return self._blocks.match(sequence.names, most_blocks(sequence, self._blocks))
 
     def _start(self, sequence: Sequence, match: PrefixMatch) -> None:
         size = self._blocks.block_size
@@ -365,7 +370,9 @@ class Scheduler:
             tokens=len(sequence.tokens),
         )
         sequence.computed = match.resume * size
-        self._end_restore(sequence)
+        if sequence.restore is not None:
+            self.counts.restored_tokens += match.resume * size
+            self._restoring.end(sequence)
         self._count_running(sequence, 1)
         self._blocks.keep_window(sequence.blocks, (sequence.prompt_len - 1) // size)
         if not sequence.preemptions:
@@ -376,41 +383,6 @@ class Scheduler:
         self._prefilling[sequence] = None
         if sequence.twin_key and not sequence.answered:
             self._leaders[sequence.twin_key] = sequence
-
-    def _begin_restore(self, sequence: Sequence) -> bool:
-        """Whether it is worth while to wait for blocks from the cold tier; if so they are on their way."""
-        lower = self._blocks.lower
-        if lower is None or lower.cold is None or sequence.names is None or sequence.restore is not None:
-            return False
-        match = self._match(sequence)
-        resume, keys = self._blocks.restorable(sequence.names, self._most_blocks(sequence), match)
-        if resume == match.resume:
-            return False
-        seconds = lower.cold.restore_seconds(sum(self._blocks.layout.block_bytes(group) for group, _ in keys))
-        saved = self._prefill_seconds(sequence, match.resume) - self._prefill_seconds(sequence, resume)
-        worth = seconds is None or not self._step_time.ready or seconds < saved
-        restore = lower.restore(keys) if worth else None
-        if restore is None:
-            self.counts.restores_declined += 1
-            return False
-        self.counts.restores += 1
-        self.counts.restored_tokens += (resume - match.resume) * self._blocks.block_size
-        sequence.restore = self._restoring[sequence] = restore
-        return True
-
-    def _take_restored(self) -> None:
-        """Put those whose blocks have come, or will not, back into the queue, at their place."""
-        if self._blocks.lower is not None:
-            self._blocks.lower.collect()
-        for sequence in [sequence for sequence, restore in self._restoring.items() if restore.done]:
-            del self._restoring[sequence]
-            self._queue.push(sequence, charged=True)
-
-    def _end_restore(self, sequence: Sequence) -> None:
-        if sequence.restore is not None:
-            assert self._blocks.lower is not None
-            self._blocks.lower.end(sequence.restore)
-            sequence.restore = None
 
     def _fork_followers(self, leader: Sequence) -> Iterator[Fork]:
         """Let the sequences that waited for this prompt go on from it, as far as there is room."""
@@ -476,6 +448,7 @@ class Scheduler:
         self._blocks.close(sequence.running_blocks)
         sequence.blocks = None
         sequence.computed = 0
+        sequence.computes = False
         self._releases += 1
         self._lead_no_more(sequence)
         for follower in list(sequence.followers):
@@ -510,7 +483,11 @@ class Scheduler:
         if deadline is None:
             return None
         wait = (self._rate.seconds_for(work_before) or 0.0) if work_before else 0.0
-        expected = now - sequence.arrival + wait + self._prefill_seconds(sequence, self._match(sequence).resume)
+        match = self._match(sequence)
+        begun = now - sequence.arrival + wait
+        expected = begun + self._prefill_seconds(sequence, match.resume)
+        if expected > deadline and (restored := self._restoring.seconds(sequence, match)) is not None:
+            expected = min(expected, begun + restored)
         if expected <= deadline:
             return None
         return Rejected(sequence, RejectReason.TOO_LATE, self.retry_after(), expected)
@@ -543,8 +520,7 @@ class Scheduler:
         if sequence not in self._live:
             return False
         if kind is DeadlineKind.QUEUE:
-            waits = sequence.blocks is None and sequence.leader is None and sequence not in self._restoring
-            return waits and not sequence.preemptions
+            return sequence.blocks is None and sequence.leader is None and not sequence.preemptions
         return kind is DeadlineKind.TOTAL or not sequence.answered
 
     def check_integrity(self) -> None:
@@ -555,7 +531,7 @@ class Scheduler:
         assert set(places) == self._live, "a sequence is in a place though it is not live"
         assert all(s.blocks is None and s.leader is None and not s.computed for s in waiting), "one both waits and runs"
         assert all(s.leader and s in s.leader.followers for s in self._parked), "a parked sequence has no leader"
-        assert all(s.restore is r for s, r in self._restoring.items()), "one waits for a restore that is not its own"
+        self._restoring.check_integrity()
         assert not any(s.restore for s in self.running), "a running sequence keeps its restore"
         assert all(s.blocks is not None for s in self.running), "a running sequence has no blocks"
         assert all(s.uncomputed == 1 for s in self._decoding), "a decoding sequence has more than one token to compute"

@@ -15,6 +15,7 @@ from wicore_backend.hmt.policy import Policy
 from wicore_backend.hmt.pool import KVPools
 
 _POLL_S = 0.002
+_CLOSE_S = 1.0
 
 
 class ColdStorage:
@@ -58,8 +59,9 @@ class ColdStorage:
             raise
 
     def close(self) -> None:
-        self.tier.close()
-        self._store.close()
+        """End the threads, whatever the disk does, in little more than `_CLOSE_S`."""
+        self.tier.close(timeout_s=_CLOSE_S)
+        self._store.close(timeout_s=_CLOSE_S)
 
 
 class BlockMover:
@@ -88,17 +90,25 @@ class BlockMover:
         """Store what is cached for as long as `persist_s`, so that another engine finds it, and close the cold tier."""
         if self._cold is None:
             return
-        assert self._blocks.lower is not None
-        end = time.monotonic() + persist_s
+        try:
+            if persist_s:
+                self._persist(self._cold.tier, time.monotonic() + persist_s)
+        finally:
+            self._cold.close()
+
+    def _persist(self, cold: ColdTier, end: float) -> None:
         lower, layout = self._blocks.lower, self._blocks.layout
-        given_up = 1
-        while given_up and time.monotonic() < end:
-            lower.spill_all()
-            while self._cold.tier.busy and time.monotonic() < end:
+        assert lower is not None
+        self.move()
+        while time.monotonic() < end:
+            lower.spill_all(self._written)
+            while cold.busy and time.monotonic() < end:
                 time.sleep(_POLL_S)
                 lower.collect()
+            if any(lower.host.used(group) for group in lower.host.slots):
+                continue  # More than the cold tier takes at a time.
             # The device gives up whole windows, so that it may be one more than it was asked for.
-            room = min(lower.host.room(group) for group in lower.host.slots) - layout.blocks_for(layout.window)
-            given_up = self._blocks.give_up(max(1, room))
+            room = min(lower.host.free(group) for group in lower.host.slots) - layout.blocks_for(layout.window)
+            if not self._blocks.give_up(max(1, room)):
+                return
             self.move()
-        self._cold.close()

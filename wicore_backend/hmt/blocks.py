@@ -321,7 +321,7 @@ class BlockManager:
             (block,) = pool.take()
             blocks.tables[group][index] = block
             self._transfers.append(Transfer(Route.HOST_TO_DEVICE, group, slot, block))
-        for index, _ in missing:
+        for index, _ in reversed(missing):  # Deepest first, as policies want it.
             assert self.lower is not None
             self.lower.host.unpin(group, chain[index])
             self.lower.host.loaded(group, 1)

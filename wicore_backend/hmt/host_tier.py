@@ -92,7 +92,7 @@ class HostTier:
         return shelf is not None and name in shelf.slots
 
     def used(self, group: LayerGroup) -> int:
-        """Blocks held."""
+        """Slots that are not free."""
         shelf = self._shelves.get(group)
         return 0 if shelf is None else len(shelf.slots) + len(shelf.arriving)
 
@@ -120,7 +120,12 @@ class HostTier:
     def spill(self, group: LayerGroup, name: bytes) -> int | None:
         """The slot for a block that the device tier gives up; None if it needs no copying, or is not to be kept."""
         shelf = self._shelves.get(group)
-        if shelf is None or name in shelf.slots:
+        if shelf is None:
+            return None
+        if name in shelf.slots:
+            if shelf.idle(name):  # It has been of use on the device until now.
+                shelf.policy.use(name)
+                shelf.policy.add(name)
             return None
         if name in shelf.arriving or (not shelf.free and not shelf.policy.admit(name)) or not _make_room(shelf):
             shelf.counts.refused += 1
@@ -156,14 +161,14 @@ class HostTier:
 
     # Between here and a colder tier.
 
-    def leave(self, group: LayerGroup, *, beyond: int) -> list[SlotBlock]:
-        """What the policy would give up first, as many as are `beyond` that number of slots: they leave now."""
+    def leave(self, group: LayerGroup, *, beyond: int, most: int) -> list[SlotBlock]:
+        """What the policy would give up first, as many as are `beyond` that number of slots, or `most`: they leave."""
         shelf = self._shelves.get(group)
         chosen: list[SlotBlock] = []
         if shelf is None:
             return chosen
         excess = self.used(group) - len(shelf.leaving) - beyond
-        for _ in range(min(excess, len(shelf.policy))):
+        for _ in range(min(excess, most, len(shelf.policy))):
             name = _victim(shelf)
             shelf.leaving.add(name)
             chosen.append(SlotBlock(group, name, shelf.slots[name]))
@@ -184,18 +189,16 @@ class HostTier:
         if name not in shelf.pins:
             shelf.policy.add(name)
 
-    def room(self, group: LayerGroup) -> int:
-        """How many slots could be reserved."""
+    def free(self, group: LayerGroup) -> int:
+        """Slots that are free."""
         shelf = self._shelves.get(group)
-        return 0 if shelf is None else len(shelf.free) + len(shelf.policy)
+        return 0 if shelf is None else len(shelf.free)
 
     def reserve(self, group: LayerGroup, names: Sequence[bytes]) -> list[SlotBlock]:
-        """Slots for blocks that are neither held nor arriving, for which there is `room`. They are arriving."""
-        shelf = self._shelves[group]
+        """Free slots for blocks that are neither held nor arriving. They are arriving."""
         reserved = []
         for name in names:
-            if not _make_room(shelf):
-                raise BlockAccountingError(f"a {group} slot of the host tier was reserved where there is none")
+            shelf = self._shelves[group]
             slot = shelf.arriving[name] = shelf.free.pop()
             reserved.append(SlotBlock(group, name, slot))
         return reserved

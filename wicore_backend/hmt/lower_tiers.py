@@ -5,8 +5,9 @@ The device spills into host slots and loads from them; both are transfers, made 
 from the moment `submit` hands them over:
 
 1. What is above the host tier's threshold is *leaving*: it can be found and used until it is stored, and then goes.
-2. A *restore* brings blocks up for one sequence, which waits for it in nobody's way. Each block is *arriving* in a slot
-   of its own. Two restores that want the same block share it.
+2. A *restore* brings blocks up for one sequence, which waits for it in nobody's way. Its blocks are *asked* for until
+   there are free slots, for which others leave; nothing is thrown away for them. Then each is *arriving* in a slot of
+   its own. Two restores that want the same block share it.
 3. When a restore is done, its blocks are pinned for the sequence until `end`. What could not be read is missing: the
    sequence then goes on from a shorter prefix.
 4. Threads read and write slots outside the stream's order. So `submit` comes after the transfers of a step have been
@@ -17,17 +18,20 @@ from the moment `submit` hands them over:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from wicore_backend.hmt.block_pool import BlockAccountingError
-from wicore_backend.hmt.host_tier import Key, SlotBlock
+from wicore_backend.hmt.host_tier import HostTier, Key, SlotBlock
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.policy.base import Access
 
-PINNED_SHARE = 0.5
-"""Most of the host tier's slots of a group that restores may take up at a time: spills need the others."""
+RESTORE_SHARE = 0.5
+"""Most of a group's host slots that restores take together: spills need the others. One alone may take all."""
+
+Written = Callable[[], None] | None
+"""Returns once all transfers that have been issued are made, on any thread; None if they are."""
 
 
 class Cancellable(Protocol):
@@ -49,6 +53,72 @@ class ColdBlocks(Protocol):
     """The cold tier, as far as the books are concerned; `hmt/cold_tier` is one."""
 
     def holds(self, group: LayerGroup, name: bytes) -> bool: ...
+    def observe(self, access: Access) -> None: ...
+    def room(self, group: LayerGroup) -> int: ...
+    def spill(self, blocks: Sequence[SlotBlock], after: Written = None) -> int: ...
+    def restore(self, blocks: Sequence[SlotBlock], deadline_s: float | None = None) -> Cancellable: ...
+    def restore_seconds(self, size: int) -> float | None: ...
+    def finished(self) -> Sequence[Reported]: ...
+
+
+class Restore:
+    """Blocks that are brought up for one sequence.
+
+    Attributes
+    ----------
+    keys
+        As they were asked for, from the root on.
+    waiting
+        Those that have not come yet.
+    pinned
+        Those that are held for the sequence.
+    """
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self.keys = tuple(keys)
+        self.waiting: set[Key] = set()
+        self.pinned: set[Key] = set()
+
+    @property
+    def done(self) -> bool:
+        return not self.waiting
+
+
+class LowerTiers:
+    """See the module's docstring.
+
+    Parameters
+    ----------
+    threshold
+        Share of the host tier's slots above which blocks leave for the cold tier, ...
+    burst
+        ... or sooner, so that as many slots of each group are free, up to half of them: what the device may give up in
+        a step. What finds no free slot takes that of a block which is then in no tier.
+    restore_deadline_s
+        After which a block that is not there yet counts as missing.
+    """
+
+    def __init__(
+        self,
+        host: HostTier,
+        cold: ColdBlocks | None = None,
+        *,
+        threshold: float = 0.9,
+        burst: int = 0,
+        restore_deadline_s: float = 10.0,
+    ) -> None:
+        self.host = host
+        self.cold = cold
+        self.restore_deadline_s = restore_deadline_s
+        self._most = {
+            group: min(int(threshold * slots), max(slots // 2, slots - burst)) for group, slots in host.slots.items()
+        }
+        self._restores: set[Restore] = set()
+        self._wanted: dict[Key, list[Restore]] = {}  # what has not come, and who waits for it
+        self._asked: dict[Key, None] = {}  # of that, what has no slot yet
+        self._calls: dict[Key, Cancellable] = {}  # of that, what is arriving
+        self._cut: set[Key] = set()  # of that, what has been cancelled
+
     def observe(self, access: Access, now: float) -> None:
         """A prompt has come, its blocks by their names; for the policies."""
         self.host.advance(now)
@@ -62,89 +132,91 @@ class ColdBlocks(Protocol):
         """Whether a block is held here, or could be brought up."""
         return self.host.holds(group, name) or (self.cold is not None and self.cold.holds(group, name))
 
+    @property
+    def restoring(self) -> bool:
+        """Whether a restore is not done."""
+        return bool(self._wanted)
+
     def restore(self, keys: Sequence[Key]) -> Restore | None:
-        """Begin to bring up blocks that are all reachable; None if there is no room for them."""
-        wanted = {group: [n for g, n in keys if g is group and not self.host.holds(g, n)] for group in LayerGroup}
-        new = {
-            group: [name for name in names if (group, name) not in self._arriving] for group, names in wanted.items()
-        }
-        for group, names in new.items():
-            busy = sum(g is group for g, _ in self._arriving)
-            limit = int(PINNED_SHARE * self.host.slots.get(group, 0))
-            if names and (len(names) > self.host.room(group) or len(names) + busy > limit):
-                return None
+        """Begin to bring up blocks that are all reachable; None if there is no room beside other restores."""
+        if not self._has_room(keys):
+            return None
         restore = Restore(keys)
         self._restores.add(restore)
-        for key in keys:  # Before slots are reserved, for which others go.
+        for key in keys:
             if self.host.holds(*key):
                 self.host.pin(*key)
                 restore.pinned.add(key)
-        if any(len(names) > self.host.room(group) for group, names in new.items()):
-            self.end(restore)
-            return None
-        for group, names in new.items():
-            if names:
-                self._asked += self.host.reserve(group, names)
-        for group, names in wanted.items():
-            for name in names:
-                self._arriving.setdefault((group, name), []).append(restore)
-                restore.waiting.add((group, name))
+                continue
+            if key not in self._wanted:
+                self._wanted[key] = []
+                self._asked[key] = None
+            self._wanted[key].append(restore)
+            restore.waiting.add(key)
         return restore
 
     def end(self, restore: Restore) -> None:
-        """The sequence has been opened, or does not want its blocks any more."""
+        """The sequence has been opened, or does not want its blocks any more; once more does nothing."""
         self._restores.discard(restore)
-        for key in restore.pinned:
-            self.host.unpin(*key)
+        for key in reversed(restore.keys):  # Deepest first, as policies want it.
+            if key in restore.pinned:
+                self.host.unpin(*key)
         restore.pinned.clear()
-        alone = set()
+        given_up = set()
         for key in restore.waiting:
-            self._arriving[key].remove(restore)
-            if not self._arriving[key]:
-                alone.add(key)
+            self._wanted[key].remove(restore)
+            if not self._wanted[key]:
+                given_up.add(key)
         restore.waiting.clear()
-        for call in {id(call): call for key in alone if (call := self._calls.get(key)) is not None}.values():
-            if not any(self._arriving[key] for key, other in self._calls.items() if other is call):
-                call.cancel()
+        self._cancel(given_up)
 
-    def submit(self, written: Callable[[], None] | None) -> None:
-        """Hand over what is to move between the host tier and the cold one.
-
-        Parameters
-        ----------
-        written
-            Returns once all transfers listed so far have been made; None if they have.
-        """
+    def submit(self, written: Written) -> None:
+        """Hand over what is to move between the host tier and the cold one."""
         if self.cold is None:
             return
-        asked, self._asked = self._asked, []
-        wanted = [block for block in asked if self._arriving[block.key]]
-        if wanted:
+        for key in list(self._asked):
+            if not self._wanted[key]:  # Whoever wanted it has ended.
+                del self._asked[key], self._wanted[key]
+            elif self.host.holds(*key):  # The device has given it up meanwhile.
+                del self._asked[key]
+                self._come(key, there=True)
+        reserved: list[SlotBlock] = []
+        for group in self.host.slots:
+            names = [name for asked_group, name in self._asked if asked_group is group]
+            reserved += self.host.reserve(group, names[: self.host.free(group)])
+        if reserved:
             if written is not None:
                 written()
-            call = self.cold.restore(wanted, self._deadline_s)
-            self._calls |= dict.fromkeys((block.key for block in wanted), call)
-        for block in asked:
-            if not self._arriving[block.key]:  # Whoever wanted it has ended.
-                self._arrived(block.key, there=False)
-        for group in self.host.slots:
-            self._spill(self.host.leave(group, beyond=self._most[group]), written)
+            call = self.cold.restore(reserved, self.restore_deadline_s)
+            for block in reserved:
+                del self._asked[block.key]
+                self._calls[block.key] = call
+        for group, slots in self.host.slots.items():
+            still_asked = sum(asked_group is group for asked_group, _ in self._asked)
+            self._spill(group, min(self._most[group], max(0, slots - still_asked)), written)
 
-    def spill_all(self) -> None:
+    def spill_all(self, written: Written) -> None:
         """Have everything in the host tier leave, as far as the cold tier takes it, before the engine ends."""
         for group in self.host.slots:
-            self._spill(self.host.leave(group, beyond=0), None)
+            self._spill(group, 0, written)
 
     def collect(self) -> None:
         """Take note of what has moved."""
         if self.cold is None:
             return
         for reported in self.cold.finished():
+            key = reported.block.key
             if reported.restore is None:
-                self.host.left(*reported.block.key)
+                self.host.left(*key)
+                continue
+            del self._calls[key]
+            cut = key in self._cut
+            self._cut.discard(key)
+            self.host.arrived(*key, there=reported.there)
+            if cut and not reported.there and self._wanted[key]:
+                self._asked[key] = None  # Somebody has come who wants it after all.
             else:
-                del self._calls[reported.block.key]
-                self._arrived(reported.block.key, there=reported.there)
+                self._come(key, there=reported.there)
 
     def forget_all(self) -> None:
         """Hold nothing in the host tier that is not on its way. What the cold tier has is stored, and stays."""
@@ -159,19 +231,41 @@ class ColdBlocks(Protocol):
         if pins != self.host.pins():
             raise BlockAccountingError(f"blocks of the host tier are pinned, or not, that no restore holds: {pins}")
         waiting = {(key, restore) for restore in self._restores for key in restore.waiting}
-        if waiting != {(key, restore) for key, restores in self._arriving.items() for restore in restores}:
-            raise BlockAccountingError("restores wait for other blocks than those that arrive")
+        if waiting != {(key, restore) for key, restores in self._wanted.items() for restore in restores}:
+            raise BlockAccountingError("restores wait for other blocks than those that are to come")
+        if self._asked.keys() & self._calls.keys() or self._asked.keys() | self._calls.keys() != self._wanted.keys():
+            raise BlockAccountingError("a block that is to come is neither asked for nor arriving, or both")
 
-    def _arrived(self, key: Key, *, there: bool) -> None:
-        self.host.arrived(*key, there=there)
-        for restore in self._arriving.pop(key):
+    def _has_room(self, keys: Sequence[Key]) -> bool:
+        """Whether what restores hold and wait for, these keys with it, leaves enough to others."""
+        taken = {key for restore in self._restores for key in (*restore.pinned, *restore.waiting)} | self._wanted.keys()
+        for group, slots in self.host.slots.items():
+            others = sum(key[0] is group for key in taken)
+            new = sum(key[0] is group and key not in taken for key in keys)
+            if new and others + new > (RESTORE_SHARE * slots if others else slots):
+                return False
+        return True
+
+    def _cancel(self, keys: set[Key]) -> None:
+        """Cancel the calls for keys that nobody waits for, where all of a call's keys are such."""
+        for call in {id(call): call for key in keys if (call := self._calls.get(key)) is not None}.values():
+            of_call = {key for key, other in self._calls.items() if other is call}
+            if not any(self._wanted[key] for key in of_call):
+                self._cut |= of_call
+                call.cancel()
+
+    def _come(self, key: Key, *, there: bool) -> None:
+        """A block that was to come is held, or lost."""
+        for restore in self._wanted.pop(key):
             restore.waiting.remove(key)
             if there:
                 self.host.pin(*key)
                 restore.pinned.add(key)
 
-    def _spill(self, blocks: Sequence[SlotBlock], written: Callable[[], None] | None) -> None:
-        if self.cold is None or not blocks:
+    def _spill(self, group: LayerGroup, beyond: int, written: Written) -> None:
+        if self.cold is None:
             return
-        for block in blocks[self.cold.spill(blocks, written) :]:
-            self.host.stay(block.group, block.name)
+        blocks = self.host.leave(group, beyond=beyond, most=self.cold.room(group))
+        if blocks:
+            for block in blocks[self.cold.spill(blocks, written) :]:
+                self.host.stay(block.group, block.name)

@@ -135,6 +135,11 @@ class ColdTier:
         """
         self._books.observe(access)
 
+    def room(self, group: LayerGroup) -> int:
+        """How many blocks `spill` would take now."""
+        left = self._limits.backlog_bytes - self._spilling_bytes
+        return max(0 if self._spilling_bytes or self._closed else 1, left // self._block_bytes[group])
+
     def spill(self, blocks: Sequence[SlotBlock], after: Callable[[], None] | None = None) -> int:
         """Store blocks, whose bytes are in their slots once `after` has returned.
 

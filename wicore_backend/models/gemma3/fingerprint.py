@@ -11,10 +11,11 @@ _SAMPLES = 4096
 
 
 def checkpoint_fingerprint(directory: Path) -> bytes:
-    """32 bytes that differ between checkpoints whose keys and values differ.
+    """32 bytes that tell checkpoints apart whose keys and values differ.
 
     It covers the configuration, and of the weights their names, shapes, lengths, and samples all over them: training
-    changes every tensor everywhere, so another fine-tune of the same model has another fingerprint.
+    changes tensors everywhere, so another fine-tune of the same model has another fingerprint. A single number that is
+    changed by hand in a large file may escape it.
 
     Raises
     ------
@@ -23,6 +24,8 @@ def checkpoint_fingerprint(directory: Path) -> bytes:
     """
     digest = blake2b(digest_size=32)
     digest.update((directory / "config.json").read_bytes())
+    preprocessor = directory / "preprocessor_config.json"
+    digest.update(preprocessor.read_bytes() if preprocessor.exists() else b"")  # What pixels become before the tower.
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
             length = file.seek(0, 2)
