@@ -18,7 +18,7 @@ def test_the_environment_goes_before_the_models_parameters():
         {"WICORE_SETTINGS": '{"model": "/b", "limits": {"max_images": 2}}'},
     )
     assert (str(config.model), config.max_running, config.device) == ("/b", 8, "cpu")
-    assert config.block_size == 16
+    assert config.block_size == 32
     assert config.limits.max_images == 2
 
 
