@@ -58,6 +58,9 @@ class FakeColdTier:
     def observe(self, access: Access) -> None:
         del access
 
+    def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None:
+        assert len(keys) == len(masses)
+
     def room(self, group: LayerGroup) -> int:
         del group
         return max(0, self.backlog - sum(restore is None for _, restore in self._under_way))

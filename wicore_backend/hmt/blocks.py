@@ -514,9 +514,8 @@ class BlockManager:
         """Let the policy know what attention the sequence gave its blocks, each against the mean of them."""
         if blocks.mass is None or blocks.names is None or self.lower is None:
             return
-        host, chain = self.lower.host, blocks.names.first(blocks.full)
-        for name, mass in zip(chain, blocks.mass.relative()[: blocks.full].tolist(), strict=False):
-            host.attend(LayerGroup.GLOBAL, name, mass)
+        masses = blocks.mass.relative()[: blocks.full].tolist()
+        self.lower.attend(LayerGroup.GLOBAL, blocks.names.first(blocks.full)[: len(masses)], masses)
 
     def _count_missing(self, blocks: SequenceBlocks, sign: int) -> None:
         for group in self.pools:

@@ -54,6 +54,7 @@ class ColdBlocks(Protocol):
 
     def holds(self, group: LayerGroup, name: bytes) -> bool: ...
     def observe(self, access: Access) -> None: ...
+    def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None: ...
     def room(self, group: LayerGroup) -> int: ...
     def spill(self, blocks: Sequence[SlotBlock], after: Written = None) -> int: ...
     def restore(self, blocks: Sequence[SlotBlock], deadline_s: float | None = None) -> Cancellable: ...
@@ -127,6 +128,13 @@ class LowerTiers:
         if self.cold is not None:
             keys = [(group, name) for name in access.keys for group in self.host.slots]
             self.cold.observe(replace(access, keys=keys))
+
+    def attend(self, group: LayerGroup, names: Sequence[bytes], masses: Sequence[float]) -> None:
+        """A sequence gave blocks such attention, each against the mean of its blocks; for the policies."""
+        for name, mass in zip(names, masses, strict=True):
+            self.host.attend(group, name, mass)
+        if self.cold is not None:
+            self.cold.attend([(group, name) for name in names], masses)
 
     def reachable(self, group: LayerGroup, name: bytes) -> bool:
         """Whether a block is held here, or could be brought up."""

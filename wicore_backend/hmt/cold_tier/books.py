@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import islice
 from typing import cast
@@ -78,6 +78,12 @@ class ColdBooks:
         with self._lock:
             self._policy.advance(time.monotonic())
             self._policy.observe(access)
+
+    def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None:
+        """Tell the policy what attention blocks have had."""
+        with self._lock:
+            for key, mass in zip(keys, masses, strict=True):
+                self._policy.attend(key, mass)
 
     # Down.
 

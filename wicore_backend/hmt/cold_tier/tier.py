@@ -135,6 +135,10 @@ class ColdTier:
         """
         self._books.observe(access)
 
+    def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None:
+        """Decoding gave blocks, held or not, such attention; see Policy."""
+        self._books.attend(keys, masses)
+
     def room(self, group: LayerGroup) -> int:
         """How many blocks `spill` would take now."""
         left = self._limits.backlog_bytes - self._spilling_bytes
