@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fake_cold_tier import FakeColdTier
+from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.explain import CachedPrompt, CacheQuestion, Tier, explain
+from wicore_backend.errors import OverloadedError
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.host_tier import HostTier, SlotBlock
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
@@ -156,3 +159,22 @@ def test_a_question_is_answered_on_another_thread_and_its_error_is_the_askers():
     wrong.answer()
     with pytest.raises(Exception, match="pack"):
         wrong.result()
+
+
+def test_an_engine_explains_what_its_next_answer_then_finds():
+    model = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
+    settings = {"kv_cache_bytes": 9_000_000, "max_model_len": 1024, "max_running": 2, "host_cache_bytes": 50_000_000}
+    prompts = [[2, *range(300 + n, 1000 + n)] for n in range(3)]
+    once = SamplingParams(max_tokens=1, temperature=0.0)
+    with Engine(EngineConfig(model=model, device="cpu", dtype="float32", threads=1, **settings)) as engine:
+        for prompt in prompts:
+            engine.generate(prompt, once)
+        seen = set()
+        for prompt in [prompts[2], prompts[0], [2, *range(350, 1100)]]:
+            cached = engine.explain_cache(prompt)
+            seen |= {place.tiers for place in cached.blocks}
+            assert cached.resume_tokens == engine.generate(prompt, once).usage.cached_tokens
+        assert {(Tier.DEVICE,), (Tier.HOST,), ()} <= seen
+        assert engine.explain_cache(prompts[0], tenant="another").resume_tokens == 0
+    with pytest.raises(OverloadedError):
+        engine.explain_cache(prompts[0])

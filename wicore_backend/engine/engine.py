@@ -26,6 +26,7 @@ from torch import Tensor
 
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.computation import StepFailedError, compute
+from wicore_backend.engine.explain import CachedPrompt, CacheQuestion
 from wicore_backend.engine.generation import Generation
 from wicore_backend.engine.health import Health, HealthMonitor
 from wicore_backend.engine.job import Job
@@ -282,6 +283,18 @@ class Engine:
         return self._recorder.snapshot(
             self._scheduler, self._model.blocks, now=time.monotonic(), unfinished=self._unfinished
         )
+
+    def explain_cache(
+        self, prompt: PromptSource, *, images: Images | None = None, raw: bool = False, tenant: str = ""
+    ) -> CachedPrompt:
+        """Where the blocks of a prompt, given as for `generate`, are at this moment. Not to be called from a sink."""
+        processed = self.processor.process(prompt, images=images or (), raw=raw)
+        names = BlockNames(self._model.name_scheme, processed.token_ids.tolist(), processed.images, tenant)
+        question = CacheQuestion(self._model.blocks, names, len(processed))
+        with self._lock:
+            self._check_open()
+            self._inbox.put(question.answer)
+        return question.result()
 
     def health(self) -> Health:
         """Whether new requests are in good hands here."""
