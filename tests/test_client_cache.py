@@ -124,7 +124,7 @@ def test_the_table_fits_a_terminal(server, capsys):
     assert ["host", "global", "68", "100", "68%", "1,397", "23", "1,329", "0"] in rows
     assert ["all", "741", "4,852", "15%"] in rows
     assert "64,251 prompt tokens, 9,536 (15%) of them found in the cache" in out
-    assert "3 times a prompt waited for the disk, for 4,768 tokens if all blocks came\n" in out
+    assert "4,768 of these by prompts that waited for the disk, 3 times\n" in out
     assert re.search(r"nvme .* 256 MiB/s +1\.2 GiB/s +4\.7 ms\n", out)
     assert "nvme: blocks that were damaged on the disk" in out
 

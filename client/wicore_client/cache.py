@@ -95,7 +95,7 @@ class CacheReport:
     found_tokens, missed_tokens
         Of prompts, in all tiers together.
     restores, restored_tokens
-        How often a prompt waited for blocks from the disk, and the tokens that it found by that if all of them came.
+        How often a prompt waited for blocks from the disk, and the tokens that such prompts found in all.
     reasons
         Those that have occurred, in tokens first, the most frequent of a unit first.
     tiers

@@ -64,8 +64,8 @@ def _tokens(report: CacheReport) -> Iterator[str]:
     share = f" ({_percent(report.found_tokens, prompts)})" if prompts else ""
     yield f"{_count(prompts)} prompt tokens, {_count(report.found_tokens)}{share} of them found in the cache"
     if report.restores:
-        tokens = _count(report.restored_tokens)
-        yield f"{_count(report.restores)} times a prompt waited for the disk, for {tokens} tokens if all blocks came"
+        times = "once" if report.restores == 1 else f"{_count(report.restores)} times"
+        yield f"{_count(report.restored_tokens)} of these by prompts that waited for the disk, {times}"
 
 
 def _of(group: GroupUsage) -> list[str]:

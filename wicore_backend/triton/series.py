@@ -247,7 +247,7 @@ FAMILIES = (
     Family(
         "counter",
         "wicore_restored_tokens_total",
-        "Prompt tokens that it did not have to compute for that, if all blocks came",
+        "Prompt tokens that such requests found in the prefix cache",
         lambda s, _: _one(s.scheduler.restored_tokens),
     ),
     Family(
