@@ -38,6 +38,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt, those that the server had computed before."""
     queue_ms: float | None = None
     ttft_ms: float | None = None
     """Time to the first token."""
@@ -48,6 +50,7 @@ class Usage:
         return cls(
             prompt_tokens=values["prompt_tokens"],
             completion_tokens=values["completion_tokens"],
+            cached_tokens=values.get("cached_tokens", 0),
             queue_ms=values.get("queue_ms"),
             ttft_ms=values.get("ttft_ms"),
             total_ms=values.get("total_ms"),
