@@ -95,7 +95,8 @@ def test_a_report_says_what_the_engine_has_counted():
     assert (device.stored_bytes, host.stored_bytes) == (None, 1397 * 65536 + 196608)
     assert nvme.loaded_bytes == 9 * 65536 + 7 * 196608
     assert (nvme.store_bytes_per_second, nvme.load_latency_s) == (2.0**28, 0.0047)
-    assert nvme.errors == {"stores that took too long": 2, "blocks that were damaged on the disk": 3}
+    assert nvme.errors == {"the disk, or a quota of it, was full": 39}
+    assert (nvme.used_disk_bytes, nvme.disk_bytes, host.disk_bytes) == (37, 36, None)
     assert (report.found_tokens, report.missed_tokens) == (9_536, 54_715)
     assert (report.restores, report.restored_tokens) == (3, 4_768)
 
@@ -126,7 +127,7 @@ def test_the_table_fits_a_terminal(server, capsys):
     assert "64,251 prompt tokens, 9,536 (15%) of them found in the cache" in out
     assert "4,768 of these by prompts that waited for the disk, 3 times\n" in out
     assert re.search(r"nvme .* 256 MiB/s +1\.2 GiB/s +4\.7 ms\n", out)
-    assert "nvme: blocks that were damaged on the disk" in out
+    assert "39 times   nvme: the disk, or a quota of it, was full" in out
 
 
 def test_a_lossy_server_says_so_and_an_exact_one_does_not(server, capsys, monkeypatch):

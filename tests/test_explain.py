@@ -176,5 +176,7 @@ def test_an_engine_explains_what_its_next_answer_then_finds():
             assert cached.resume_tokens == engine.generate(prompt, once).usage.cached_tokens
         assert {(Tier.DEVICE,), (Tier.HOST,), ()} <= seen
         assert engine.explain_cache(prompts[0], tenant="another").resume_tokens == 0
+        known = [place for place in engine.explain_cache(prompts[0]).blocks if place.tiers]
+        assert all(place.score is not None for place in known)
     with pytest.raises(OverloadedError):
         engine.explain_cache(prompts[0])

@@ -25,7 +25,7 @@ from wicore_backend.hmt.cold_tier import ColdCounts, ColdStatistics
 from wicore_backend.hmt.host_tier import HostTier, TierCounts
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers
-from wicore_backend.hmt.nvme import Outcome
+from wicore_backend.hmt.nvme import NvmeStatistics, Outcome, Trouble
 from wicore_backend.hmt.policy.lru import LRU
 from wicore_backend.triton.series import FAMILIES
 
@@ -51,6 +51,18 @@ COLD = ColdStatistics(
     spill_bytes_per_second=33.0,
     restore_bytes_per_second=34.0,
     restore_latency_s=0.35,
+    store=NvmeStatistics(
+        capacity_bytes=36,
+        used_bytes=37,
+        records=38,
+        stores={},
+        fetches={},
+        troubles={Trouble.DISK_FULL: 39},
+        bytes_written=40,
+        bytes_read=41,
+        write_seconds=4.2,
+        read_seconds=4.3,
+    ),
 )
 STATISTICS = EngineStatistics(
     running=3,
@@ -162,6 +174,10 @@ def test_every_number_of_the_statistics_is_on_the_page():
         ("wicore_tier_bytes_per_second", "nvme", "spill"): 33.0,
         ("wicore_tier_bytes_per_second", "nvme", "restore"): 34.0,
         ("wicore_tier_latency_seconds", "nvme", "restore"): 0.35,
+        ("wicore_tier_troubles_total", "nvme", "disk_full"): 39,
+        ("wicore_tier_troubles_total", "nvme", "corrupt"): 0,
+        ("wicore_tier_disk_bytes_used", "nvme"): 37,
+        ("wicore_tier_disk_bytes", "nvme"): 36,
     }
     assert {series: said.get(series) for series in expected} == expected
     assert {name for name, *_ in said} == {family.name for family in FAMILIES}

@@ -12,14 +12,16 @@ from wicore_client.results import Metric
 TIERS = {"device": "kv_cache_bytes", "host": "host_cache_bytes", "nvme": "nvme_cache_path"}
 """From the fastest to the largest, each with the server's setting that gives it room."""
 
-_ERRORS = {
-    ("spill", "late"): "stores that took too long",
-    ("spill", "failed"): "stores that failed",
-    ("restore", "late"): "restores that took too long",
-    ("restore", "failed"): "restores that failed",
-    ("restore", "corrupt"): "blocks that were damaged on the disk",
+_TROUBLES = {
+    "disk_full": "the disk, or a quota of it, was full",
+    "permission": "no permission to write",
+    "read_error": "the disk reported an error to a read",
+    "write_error": "the disk reported an error to a write",
+    "slow_read": "reads that took longer than their deadline",
+    "slow_write": "writes that took longer than their deadline",
+    "corrupt": "damaged bytes; the blocks count as missing",
+    "files_lost": "its files were deleted; it is empty until a restart",
 }
-
 _NOT_RESTORED = {
     "missing": "gone when they were asked for",
     "late": "the disk was too slow",
@@ -62,8 +64,10 @@ class TierUsage:
     ----------
     store_bytes_per_second, load_bytes_per_second, load_latency_s
         As the server has measured lately; None if it has not.
+    used_disk_bytes, disk_bytes
+        What its blocks take on the disk, encoded, and what they may take; None for a tier in memory.
     errors
-        Blocks, by what went wrong with them.
+        What went wrong with the disk, and how often.
     """
 
     tier: str
@@ -74,6 +78,8 @@ class TierUsage:
     store_bytes_per_second: float | None
     load_bytes_per_second: float | None
     load_latency_s: float | None
+    used_disk_bytes: int | None
+    disk_bytes: int | None
     errors: Mapping[str, int]
 
 
@@ -203,13 +209,6 @@ def _tier(page: _Page, tier: str) -> TierUsage:
         for group in [*used, *(group for group in capacity if group not in used)]
     ]
     sizes = page.by("group", "wicore_kv_block_bytes")
-    errors = {
-        text: sum(
-            page.count("wicore_tier_unmoved_blocks_total", tier=tier, group=g, operation=operation, reason=why) or 0
-            for g in used
-        )
-        for (operation, why), text in _ERRORS.items()
-    }
     return TierUsage(
         tier=tier,
         groups=tuple(groups),
@@ -219,7 +218,13 @@ def _tier(page: _Page, tier: str) -> TierUsage:
         store_bytes_per_second=page.value("wicore_tier_bytes_per_second", tier=tier, operation="spill"),
         load_bytes_per_second=page.value("wicore_tier_bytes_per_second", tier=tier, operation="restore"),
         load_latency_s=page.value("wicore_tier_latency_seconds", tier=tier, operation="restore"),
-        errors={text: count for text, count in errors.items() if count},
+        used_disk_bytes=page.count("wicore_tier_disk_bytes_used", tier=tier),
+        disk_bytes=page.count("wicore_tier_disk_bytes", tier=tier),
+        errors={
+            _TROUBLES.get(kind, kind): count
+            for kind, count in page.by("kind", "wicore_tier_troubles_total", tier=tier).items()
+            if count
+        },
     )
 
 

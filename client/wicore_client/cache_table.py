@@ -9,11 +9,11 @@ from wicore_client.terminal import one_line
 
 _BLOCKS = ("blocks", "of", "full", "stored", "loaded", "evicted", "refused")
 _BLOCK_WIDTHS = (9, 9, 6, 10, 9, 9, 9)
-_BYTES = ("size", "stored", "loaded", "store speed", "load speed", "delay")
-_BYTE_WIDTHS = (10, 12, 12, 13, 13, 9)
+_BYTES = ("size", "on disk", "stored", "loaded", "store speed", "load speed", "delay")
+_BYTE_WIDTHS = (10, 10, 11, 11, 12, 12, 7)
 _TIMES = ("us", "ms", "s")
 _TIER_WIDTH, _GROUP_WIDTH = 8, 8
-_NARROW_TIER_WIDTH = 10
+_NARROW_TIER_WIDTH = 6
 
 
 def lines(report: CacheReport, *, seconds: float | None, every_tier: bool) -> Iterator[str]:
@@ -56,7 +56,7 @@ def lines(report: CacheReport, *, seconds: float | None, every_tier: bool) -> It
         yield ""
         yield "errors, of which the server's log has the first of each kind"
     for name, text, count in errors:
-        yield f"{_count(count):>9} blocks  {name}: {text}"
+        yield f"{_count(count):>9} times   {one_line(f'{name}: {text}')}"
 
 
 def _tokens(report: CacheReport) -> Iterator[str]:
@@ -82,7 +82,8 @@ def _bytes_of(tier: TierUsage, seconds: float | None) -> list[str]:
     speeds = ["" if s is None else _speed(s) for s in (tier.store_bytes_per_second, tier.load_bytes_per_second)]
     # 0 is what the server says as long as it cannot tell delay and speed apart.
     delay = "" if not tier.load_latency_s else _scaled(1e6 * tier.load_latency_s, 1000.0, _TIMES, " ")
-    return ["" if tier.used_bytes is None else _size(tier.used_bytes), *moved, *speeds, delay]
+    sizes = ["" if size is None else _size(size) for size in (tier.used_bytes, tier.used_disk_bytes)]
+    return [*sizes, *moved, *speeds, delay]
 
 
 def _cells(texts: Sequence[str], widths: Sequence[int]) -> str:

@@ -290,7 +290,8 @@ class Engine:
         """Where the blocks of a prompt, given as for `generate`, are at this moment. Not to be called from a sink."""
         processed = self.processor.process(prompt, images=images or (), raw=raw)
         names = BlockNames(self._model.name_scheme, processed.token_ids.tolist(), processed.images, tenant)
-        question = CacheQuestion(self._model.blocks, names, len(processed))
+        blocks, lower = self._model.blocks, self._model.blocks.lower
+        question = CacheQuestion(blocks, names, len(processed), None if lower is None else lower.host.explain)
         with self._lock:
             self._check_open()
             self._inbox.put(question.answer)

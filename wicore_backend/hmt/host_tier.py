@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeAlias
 
 from wicore_backend.hmt.block_pool import BlockAccountingError
 from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hmt.policy.a2cr import A2CR, ScoreTerms
 from wicore_backend.hmt.policy.base import Access, Policy
 
 Key: TypeAlias = tuple[LayerGroup, bytes]
@@ -114,6 +115,13 @@ class HostTier:
         """It is `now`, in seconds of a clock that never runs backwards."""
         for shelf in self._shelves.values():
             shelf.policy.advance(now)
+
+    def explain(self, group: LayerGroup, name: bytes) -> ScoreTerms | None:
+        """The score of a block, wherever it is, in its terms; None if the policy does not know it, or has no terms."""
+        shelf = self._shelves.get(group)
+        if shelf is None or not isinstance(shelf.policy, A2CR):
+            return None
+        return shelf.policy.explain(name)
 
     # Between the device and here.
 

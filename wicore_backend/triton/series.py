@@ -22,7 +22,7 @@ from wicore_backend.engine.statistics import (
 )
 from wicore_backend.hmt.cold_tier import ColdCounts, ColdStatistics
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hmt.nvme import Outcome
+from wicore_backend.hmt.nvme import NvmeStatistics, Outcome, Trouble
 
 Samples = Iterable[tuple[Mapping[str, str], float]]
 """Values of a family's series, by their labels."""
@@ -113,6 +113,16 @@ _NOT_RESTORED = (Outcome.MISSING, Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT,
 
 def _bounded_blocks(statistics: EngineStatistics, _: Health) -> Samples:
     return [] if statistics.bounded is None else _by("fate", asdict(statistics.bounded.counts))
+
+
+def _troubles(statistics: EngineStatistics, _: Health) -> Samples:
+    if statistics.nvme is not None:
+        for kind, count in (dict.fromkeys(Trouble, 0) | statistics.nvme.store.troubles).items():
+            yield {"tier": "nvme", "kind": str(kind)}, count
+
+
+def _of_disk(read: Callable[[NvmeStatistics], float]) -> Read:
+    return lambda s, _: [] if s.nvme is None else [({"tier": "nvme"}, read(s.nvme.store))]
 
 
 def _by_operation(
@@ -427,6 +437,24 @@ FAMILIES = (
         "wicore_bounded_kv_blocks_total",
         "KV blocks that left answers for the sake of that bound, came back, or were lost to them, by fate",
         _bounded_blocks,
+    ),
+    Family(
+        "counter",
+        "wicore_tier_troubles_total",
+        "Troubles with the disk, by tier and kind",
+        _troubles,
+    ),
+    Family(
+        "gauge",
+        "wicore_tier_disk_bytes_used",
+        "Bytes that a tier's blocks take on its disk, encoded, by tier",
+        _of_disk(lambda store: store.used_bytes),
+    ),
+    Family(
+        "gauge",
+        "wicore_tier_disk_bytes",
+        "Bytes that a tier has on its disk, by tier",
+        _of_disk(lambda store: store.capacity_bytes),
     ),
     Family(
         "gauge",

@@ -56,6 +56,7 @@ class ColdBooks:
         """For each held block how many restores pin it."""
         self._spilling: set[Key] = set()
         self._used_slots = 0
+        self._held_blocks = dict.fromkeys(self._slots, 0)
         self._counts = {group: ColdCounts() for group in self._slots}
         self._policy.advance(time.monotonic())
         for record in store.records():
@@ -185,8 +186,7 @@ class ColdBooks:
     def held(self) -> dict[LayerGroup, int]:
         """For each group how many blocks are held."""
         with self._lock:
-            counted = Counter(group for group, _ in self._held)
-            return {group: counted[group] for group in self._slots}
+            return dict(self._held_blocks)
 
     def check_integrity(self, spilling: set[Key], pins: Mapping[Key, int]) -> None:
         """Raise ColdAccountingError unless the books fit the store's and what is under way."""
@@ -198,6 +198,8 @@ class ColdBooks:
             used = sum(self._slots[group] for group, _ in [*self._held, *self._spilling])
             if len(self._policy) != evictable:
                 raise ColdAccountingError(f"{len(self._policy)} records are evictable to the policy, not {evictable}")
+            if Counter(self._held_blocks) != Counter(group for group, _ in self._held):
+                raise ColdAccountingError(f"{self._held_blocks} blocks are counted as held")
             if used != self._used_slots:
                 raise ColdAccountingError(f"{self._used_slots} slots are counted as used, {used} are")
             if not self._spilling <= spilling or self._spilling & self._held.keys():
@@ -215,11 +217,13 @@ class ColdBooks:
 
     def _hold(self, key: Key) -> None:
         self._held[key] = 0
+        self._held_blocks[key[0]] += 1
         self._used_slots += self._slots[key[0]]
         self._policy.add(key)
 
     def _drop(self, key: Key) -> None:
         del self._held[key]
+        self._held_blocks[key[0]] -= 1
         self._used_slots -= self._slots[key[0]]
 
     def _forget(self, key: Key) -> None:

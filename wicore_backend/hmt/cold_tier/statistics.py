@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hmt.nvme import Outcome
+from wicore_backend.hmt.nvme import NvmeStatistics, Outcome
 
 
 @dataclass(slots=True)
@@ -58,6 +58,8 @@ class ColdStatistics:
         As measured lately; None before the first.
     restore_latency_s
         What a restore takes apart from its bytes.
+    store
+        What the store under it says, its troubles with the disk among it.
     """
 
     groups: Mapping[LayerGroup, ColdCounts]
@@ -72,3 +74,4 @@ class ColdStatistics:
     spill_bytes_per_second: float | None
     restore_bytes_per_second: float | None
     restore_latency_s: float | None
+    store: NvmeStatistics

@@ -251,6 +251,7 @@ class ColdTier:
             spill_bytes_per_second=spill.bytes_per_second,
             restore_bytes_per_second=restore.bytes_per_second,
             restore_latency_s=None if restore.cost is None else restore.cost.latency_s,
+            store=self._store.statistics(),
         )
 
     def flush(self, timeout_s: float | None = None) -> bool:
