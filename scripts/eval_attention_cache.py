@@ -387,7 +387,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
             named = dict(zip(ARMS, found, strict=True))
             gain = 100 * (named[WITH] / named[WITHOUT] - 1)
             lines.append(
-                f"| {load} | {share:.0%} | {seed_name} | {' | '.join(f'{n:,}' for n in found)} | {gain:+.2f}% |"
+                f"| {load} | {100 * share:.4g}% | {seed_name} | {' | '.join(f'{n:,}' for n in found)} | {gain:+.2f}% |"
             )
     return "\n".join(lines)
 
