@@ -111,7 +111,7 @@ def test_a_closed_sequence_tells_what_each_full_block_got_of_the_mean_blocks_att
     with listening() as told:
         manager.close(blocks)
     assert [name for name, _ in told] == [*chain.first(3)[:3]], "the partial block has no name"
-    assert [mass for _, mass in told] == pytest.approx([2.0, 0.4, 0.8])
+    assert [mass for _, mass in told] == pytest.approx([1.875, 0.375, 0.75])
 
 
 def test_a_fork_goes_on_from_the_attention_of_the_first_one_and_each_has_its_own() -> None:

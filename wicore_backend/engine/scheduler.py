@@ -203,9 +203,15 @@ class Scheduler:
                     self._context -= self._visible(sequence)
                     self._blocks.bound(sequence.running_blocks, sequence.computed)
                     self._context += self._visible(sequence)
+        size = self._blocks.block_size
+        # Where there is plenty, two blocks at a time: to place one costs as much as to place two.
+        ahead = size if self._blocks.budget is None and self._blocks.plenty(2 * len(self._decoding)) else 0
         for sequence in self._at_block_end:
-            if sequence in self._decoding:  # It may have ended, or given way to one before it.
-                self._place(sequence, sequence.computed + 1, or_preempt=True)
+            if sequence not in self._decoding:  # It has ended, or given way to one before it.
+                continue
+            computed = sequence.computed
+            if computed >= sequence.running_blocks.stop * size:
+                self._place(sequence, min(computed + 1 + ahead, sequence.max_tokens), or_preempt=True)
         self._at_block_end.clear()
 
     def _decode(self, sequence: Sequence) -> None:

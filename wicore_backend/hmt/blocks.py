@@ -373,6 +373,10 @@ class BlockManager:
         blocks.stop = needed
         return True
 
+    def plenty(self, count: int) -> bool:
+        """Whether `count` blocks of each group could be taken though all that are open grow as expected."""
+        return all([pool.available - self._missing[group] >= count for group, pool in self.pools.items()])
+
     def note(self, blocks: SequenceBlocks, computed: int) -> None:
         """The first `computed` tokens have their keys now: blocks completed by that can be found from now on."""
         full = computed // self.block_size
@@ -439,8 +443,8 @@ class BlockManager:
         self._count_missing(blocks, -1)
         for group, pool in self.pools.items():
             # From the end: what is deeper in the prefix is of less use to others and recycled earlier.
-            held = blocks.tables[group][blocks.first[group] : blocks.stop][::-1]
-            pool.release(held[held != 0].tolist())
+            held = blocks.tables[group][blocks.first[group] : blocks.stop][::-1].tolist()
+            pool.release(filter(None, held) if blocks.holes else held)
 
     def bound(self, blocks: SequenceBlocks, computed: int) -> None:
         """Have the sequence keep what the budget allows when position `computed` is decoded. LOSSY.
@@ -514,8 +518,11 @@ class BlockManager:
         """Let the policy know what attention the sequence gave its blocks, each against the mean of them."""
         if blocks.mass is None or blocks.names is None or self.lower is None:
             return
-        masses = blocks.mass.relative()[: blocks.full].tolist()
-        self.lower.attend(LayerGroup.GLOBAL, blocks.names.first(blocks.full)[: len(masses)], masses)
+        # Against the mean of those that have names: the last block, partly filled, is where a question stands, and its
+        # share says how much of it stands there.
+        masses = blocks.mass.relative()[: blocks.full]
+        masses = masses / max(float(masses.mean()), 1e-9) if len(masses) else masses
+        self.lower.attend(LayerGroup.GLOBAL, blocks.names.first(blocks.full)[: len(masses)], masses.tolist())
 
     def _count_missing(self, blocks: SequenceBlocks, sign: int) -> None:
         for group in self.pools:
