@@ -270,11 +270,11 @@ class WindowPool(BlockPool):
     def _drop(self, run: CachedRun, given_up: GivenUp | None) -> None:
         del self._runs[run.name]
         self._victims.pop(run.name, None)
-        holders = self._holders
+        holders, unname = self._holders, self._unname
         for block in run.blocks:
             if len(holders[block]) == 1:
                 holders[block] = ()
-                self._unname(block, given_up)
+                unname(block, given_up)
             else:
                 holders[block] = tuple([held for held in holders[block] if held is not run])
 

@@ -145,6 +145,9 @@ class BlockManager:
         self.pools: dict[LayerGroup, BlockPool] = {
             group: kinds[group](num_blocks[group], self._spilling(group)) for group in layout.groups
         }
+        self._groups = tuple(self.pools.items())
+        self._pools = tuple(self.pools.values())
+        self._reach = layout.window - 1  # tokens before its own that a local layer's token sees
         self._transfers: list[Transfer] = []
         self._max_chunk = max_chunk
         self._open: set[SequenceBlocks] = set()
@@ -359,23 +362,25 @@ class BlockManager:
             return True
         self._release_behind(blocks, start)
         count = needed - stop
-        for pool in self.pools.values():
+        for pool in self._pools:
             if count > pool.available:
                 return False
-        for group, pool in self.pools.items():
+        for group, pool in self._groups:
             missing = blocks.missing(group)
             if missing:
                 self._missing[group] -= min(missing, count)
-            if count == 1:  # A decode's. To assign a slice takes ten times as long.
-                (blocks.tables[group][stop],) = pool.take()
+            table, taken = blocks.tables[group], pool.take(count)
+            if count <= 2:  # A decode's. To assign a slice takes ten times as long as one entry.
+                for index, block in enumerate(taken, stop):
+                    table[index] = block
             else:
-                blocks.tables[group][stop:needed] = pool.take(count)
+                table[stop:needed] = taken
         blocks.stop = needed
         return True
 
     def plenty(self, count: int) -> bool:
         """Whether `count` blocks of each group could be taken though all that are open grow as expected."""
-        return all([pool.available - self._missing[group] >= count for group, pool in self.pools.items()])
+        return all(pool.available - self._missing[group] >= count for group, pool in self._groups)
 
     def note(self, blocks: SequenceBlocks, computed: int) -> None:
         """The first `computed` tokens have their keys now: blocks completed by that can be found from now on."""
@@ -498,7 +503,8 @@ class BlockManager:
         """Release local blocks that neither the token at `start` sees, nor one after the full block before it."""
         if LayerGroup.LOCAL not in self.pools:
             return
-        first, behind = blocks.first[LayerGroup.LOCAL], min(self._window_start(start // self.block_size), blocks.stop)
+        first, size = blocks.first[LayerGroup.LOCAL], self.block_size
+        behind = min((start // size * size - self._reach) // size, blocks.stop)
         if behind > first:
             missing, table = blocks.missing(LayerGroup.LOCAL), blocks.tables[LayerGroup.LOCAL]
             self.pools[LayerGroup.LOCAL].release(table[first:behind].tolist())
