@@ -3,12 +3,15 @@
 import math
 import random
 from collections import OrderedDict
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wicore_backend.config import EngineConfig
+from wicore_backend.hmt.codecs.base import CodecName
 from wicore_backend.hmt.policy import POLICIES, Access, Key, Policy
 from wicore_backend.hmt.policy.a2cr import A2CR, A2CRSettings
 from wicore_backend.hmt.policy.a2cr_formula import FormulaSettings, ProductA2CR, WeightedA2CR
@@ -511,3 +514,11 @@ def test_the_forest_finds_the_feature_and_the_time_that_count():
     assert never is not None
     assert soon[0] == pytest.approx(1 / 20, rel=0.3)
     assert all(never[age_index(age)] < 0.4 * soon[age_index(age)] for age in (0.0, 5.0, 30.0))
+
+
+def test_the_settings_offer_every_policy_and_codec_there_is():
+    def offered(setting: str) -> set[str]:
+        return set(get_args(EngineConfig.model_fields[setting].annotation))
+
+    assert offered("hmt_policy") == set(POLICIES)
+    assert offered("nvme_codec") == set(get_args(CodecName))

@@ -4,12 +4,9 @@ import pytest
 
 from tests.fake_cold_tier import FakeColdTier
 from tests.test_scheduler import Bench, sequence
-from wicore_backend.engine.plan import SchedulerLimits
 from wicore_backend.engine.request import Deadlines
-from wicore_backend.engine.scheduler import Scheduler
-from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.host_tier import HostTier
-from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.policy import POLICIES
 from wicore_backend.hmt.policy.lru import LRU
@@ -20,16 +17,10 @@ G, L = LayerGroup.GLOBAL, LayerGroup.LOCAL
 class ColdBench(Bench):
     """A scheduler over three tiers, whose disk moves when told to."""
 
-    def __init__(
-        self, *, budget: int = 16, running: int = 4, blocks: int = 1000, host: int = 100, burst: int = 0, **limits
-    ) -> None:
-        layout = KVLayout.of([L, G], block_size=4, kv_heads=1, head_dim=4, window=8, bytes_per_value=4)
-        super().__init__(budget=budget, running=running, blocks=blocks, **limits)
+    def __init__(self, *, host: int = 100, burst: int = 0, **options) -> None:
         self.disk = FakeColdTier({g: [None] * host for g in (L, G)}, capacity=100_000, backlog=100_000)
         self.lower = LowerTiers(HostTier({L: host, G: host}, LRU), self.disk, burst=burst)
-        self.books = BlockManager(layout, dict.fromkeys(LayerGroup, blocks + 1), max_chunk=budget, lower=self.lower)
-        bounds = SchedulerLimits(max_batch_tokens=budget, max_running=running, **limits)
-        self.scheduler = Scheduler(self.books, bounds, self.step_time)
+        super().__init__(lower=self.lower, **options)
 
     def store(self, *sequences) -> None:
         """Have all that the sequences can start from on the disk."""

@@ -10,6 +10,7 @@ from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import StepShape, StepTimeModel
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import BlockNames, NameScheme
 from wicore_backend.processor.prompt import Prompt, PromptImage
 
@@ -44,10 +45,12 @@ def sequence(
 class Bench:
     """A scheduler, and a clock that a step moves by a second."""
 
-    def __init__(self, *, budget: int = 16, running: int = 4, blocks: int = 1000, **limits) -> None:
+    def __init__(
+        self, *, budget: int = 16, running: int = 4, blocks: int = 1000, lower: LowerTiers | None = None, **limits
+    ) -> None:
         groups = [LayerGroup.LOCAL, LayerGroup.GLOBAL]
         layout = KVLayout.of(groups, block_size=4, kv_heads=1, head_dim=4, window=8, bytes_per_value=4)
-        self.books = BlockManager(layout, dict.fromkeys(LayerGroup, blocks + 1), max_chunk=budget)
+        self.books = BlockManager(layout, dict.fromkeys(LayerGroup, blocks + 1), max_chunk=budget, lower=lower)
         self.step_time = StepTimeModel()
         self.now = 0.0
         self.scheduler = Scheduler(

@@ -79,7 +79,7 @@ def explain(blocks: BlockManager, names: BlockNames, tokens: int, terms: Terms |
         The host tier's policy, if it can say what its scores are made of.
     """
     size = blocks.block_size
-    limit = (tokens - 1) // size  # The last token is computed in any case.
+    limit = blocks.startable(tokens)
     match = blocks.match(names, limit)
     restorable, _ = blocks.restorable(names, limit, match)
     count = tokens // size

@@ -65,11 +65,11 @@ class Restoring:
     def begin(self, sequence: Sequence, now: float) -> Decision:
         """Have a sequence that could start wait for more of its prefix, if that is worth while."""
         lower = self._lower
-        if lower is None or sequence.names is None or sequence.restore is not None or sequence.computes:
+        if lower is None or sequence.restore is not None or sequence.computes:
             return Decision.START
         match = self._match(sequence)
-        resume, keys = self._blocks.restorable(sequence.names, most_blocks(sequence, self._blocks), match)
-        if resume == match.resume:
+        resume, keys = self._restorable(sequence, match)
+        if not keys:
             return Decision.START
         seconds = self._seconds(lower, keys)
         saved = self._prefill_seconds(sequence, match.resume) - self._prefill_seconds(sequence, resume)
@@ -115,10 +115,10 @@ class Restoring:
     def seconds(self, sequence: Sequence, match: PrefixMatch) -> float | None:
         """The least time to a first token by way of the cold tier; None if there is nothing for the sequence."""
         lower = self._lower
-        if lower is None or sequence.names is None:
+        if lower is None:
             return None
-        resume, keys = self._blocks.restorable(sequence.names, most_blocks(sequence, self._blocks), match)
-        if resume == match.resume:
+        resume, keys = self._restorable(sequence, match)
+        if not keys:
             return None
         return (self._seconds(lower, keys) or 0.0) + self._prefill_seconds(sequence, resume)
 
@@ -126,6 +126,12 @@ class Restoring:
     def _lower(self) -> LowerTiers | None:
         lower = self._blocks.lower
         return lower if lower is not None and lower.cold is not None else None
+
+    def _restorable(self, sequence: Sequence, match: PrefixMatch) -> tuple[int, Several[Key]]:
+        """Where a sequence could go on, past `match`, with blocks from the cold tier; and those, none if nowhere."""
+        if sequence.names is None:
+            return match.resume, ()
+        return self._blocks.restorable(sequence.names, self._blocks.startable(len(sequence.tokens)), match)
 
     def _seconds(self, lower: LowerTiers, keys: Several[Key]) -> float | None:
         """How long those take that host memory does not hold; None if that is not known."""
@@ -141,8 +147,3 @@ class Restoring:
             assert isinstance(sequence.restore, Restore), "one waits for a restore that it does not have"
             assert sequence.blocks is None, "one waits for a restore, and runs"
             assert sequence.leader is None, "one waits for a restore, and for a leader"
-
-
-def most_blocks(sequence: Sequence, blocks: BlockManager) -> int:
-    """How many of its blocks a sequence can start from: its last token has to be computed, its output is the next."""
-    return (len(sequence.tokens) - 1) // blocks.block_size

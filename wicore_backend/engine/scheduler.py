@@ -30,7 +30,7 @@ from wicore_backend.engine.plan import (
     StepPlan,
 )
 from wicore_backend.engine.request import DeadlineKind, Sequence
-from wicore_backend.engine.restoring import Decision, Restoring, most_blocks
+from wicore_backend.engine.restoring import Decision, Restoring
 from wicore_backend.engine.step_time import StepShape, StepTimeModel
 from wicore_backend.engine.turns import Turns
 from wicore_backend.engine.waiting import Backlog, Next, WaitingQueue
@@ -114,7 +114,7 @@ class Scheduler:
         self._live.add(sequence)
         self._queue.push(sequence)
         if self._blocks.lower is not None and sequence.names is not None:
-            count = most_blocks(sequence, self._blocks)
+            count = self._blocks.startable(len(sequence.tokens))
             retention = sequence.request.retention
             access = Access(
                 keys=sequence.names.first(count)[:count],
@@ -364,7 +364,7 @@ class Scheduler:
     def _match(self, sequence: Sequence) -> PrefixMatch:
         if sequence.names is None:
             return PrefixMatch()
-        return self._blocks.match(sequence.names, most_blocks(sequence, self._blocks))
+        return self._blocks.match(sequence.names, self._blocks.startable(len(sequence.tokens)))
 
     def _start(self, sequence: Sequence, match: PrefixMatch) -> None:
         size = self._blocks.block_size

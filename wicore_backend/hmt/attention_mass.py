@@ -64,9 +64,15 @@ class AttentionMass:
         average: Masses = self._sums / np.maximum(self._weights, np.finfo(np.float32).tiny)
         return average
 
-    def relative(self) -> Masses:
-        """float32 [blocks]: a block's average over that of the mean block, so that sequences can be compared."""
-        average = self.average()
+    def relative(self, count: int | None = None) -> Masses:
+        """float32 [blocks]: a block's average over that of the mean block, so that sequences can be compared.
+
+        Parameters
+        ----------
+        count
+            Of the first so many blocks alone; None is all.
+        """
+        average = self.average()[:count]
         total = average.sum()
         return average * (len(average) / total) if total else average
 

@@ -167,6 +167,10 @@ class BlockManager:
         """
         return self._match(names, limit, self._keeps)
 
+    def startable(self, tokens: int) -> int:
+        """How many blocks of so many tokens a sequence can start from: its last token has to be computed anyhow."""
+        return (tokens - 1) // self.block_size
+
     def restorable(self, names: BlockNames, limit: int, match: PrefixMatch) -> tuple[int, list[Key]]:
         """Where a sequence could go on, past `match`, if blocks were brought up from the cold tier; and which ones."""
         if self.lower is None or self.lower.cold is None:
@@ -526,8 +530,7 @@ class BlockManager:
             return
         # Against the mean of those that have names: the last block, partly filled, is where a question stands, and its
         # share says how much of it stands there.
-        masses = blocks.mass.relative()[: blocks.full]
-        masses = masses / max(float(masses.mean()), 1e-9) if len(masses) else masses
+        masses = blocks.mass.relative(blocks.full)
         self.lower.attend(LayerGroup.GLOBAL, blocks.names.first(blocks.full)[: len(masses)], masses.tolist())
 
     def _count_missing(self, blocks: SequenceBlocks, sign: int) -> None:

@@ -69,8 +69,9 @@ class _Shelf:
 class HostTier:
     """Which block is in which slot, and which leaves when room is needed.
 
-    A slot's bytes are written and read by the transfers that its calls lead to, and these are made in the order of the
-    calls: so a slot may be given to another block while a transfer that reads it is still outstanding.
+    Between device and slots bytes move by the transfers that its calls lead to, and these are made in the order of the
+    calls: so a slot may be given to another block while a transfer that reads it is still outstanding. What moves
+    between slots and a colder tier is in no such order; `hmt/lower_tiers.py` says what holds there.
 
     Parameters
     ----------
