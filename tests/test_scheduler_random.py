@@ -15,7 +15,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -242,9 +242,9 @@ class HandTurnedEngine(Engine):
 
     def turn(self) -> None:
         self._take_inbox()
-        self._expire()
+        self._ledger.expire(self._now)
         now = self._now
-        for job in self._jobs.values():
+        for job in self._ledger._jobs.values():
             total = job.request.deadlines.total_s
             assert total is None or job.request.arrival + total > now, "a request outlives its deadline"
         if self._scheduler.has_work:
@@ -505,8 +505,9 @@ class Interleaving(RuleBasedStateMachine):
     @initialize(setting=SETTINGS)
     def set_up(self, setting: Setting) -> None:
         self.clock = Clock()
-        self.patches = mock.patch("wicore_backend.engine.engine.time", self.clock)
-        self.patches.start()
+        self.patches = ExitStack()
+        for module in ("engine", "ledger", "emission"):
+            self.patches.enter_context(mock.patch(f"wicore_backend.engine.{module}.time", self.clock))
         LOGGER.setLevel(logging.CRITICAL)  # It tells of every fault.
         self.engine, self.runner = hand_turned(setting, self.clock)
         self.pace = setting.cold or 0
@@ -587,7 +588,7 @@ class Interleaving(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.002, 0.01, 0.1]))
     def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
-        self.engine._expire()
+        self.engine._ledger.expire(self.clock.now)
 
     @precondition(lambda self: self.engine.disk is not None)
     @rule(
@@ -624,7 +625,7 @@ class Interleaving(RuleBasedStateMachine):
 
     def _fail_one(self, culprit: Sequence, *, token: bool) -> None:
         """A step that cannot compute one sequence, or computes a token that cannot be taken."""
-        _, generation = self.engine._owners[culprit]
+        _, generation = self.engine._ledger.owner(culprit)
         self.engine.blamed.add(culprit.request.id)
         if token:
             with mock.patch.object(generation, "push", side_effect=RuntimeError("no such character")):
@@ -638,7 +639,7 @@ class Interleaving(RuleBasedStateMachine):
     @rule(really=st.sampled_from([False, False, False, True]))
     def end_all(self, really: bool) -> None:
         if really:
-            self.engine._finish_all("the engine is shutting down")
+            self.engine._ledger.finish_all("the engine is shutting down")
             TALLY["all ended at once"] += 1
 
     def _turn_broken(self, broken: Callable[[StepPlan], bool]) -> None:
@@ -667,7 +668,7 @@ class Interleaving(RuleBasedStateMachine):
         try:
             self._all_end_as_they_should()
         finally:
-            self.patches.stop()
+            self.patches.close()
             LOGGER.setLevel(logging.NOTSET)
             self.engine.close()
 
@@ -684,8 +685,8 @@ class Interleaving(RuleBasedStateMachine):
         for group, pool in engine._model.blocks.pools.items():
             assert pool.active == 0
             TALLY[f"{group} blocks recycled"] += pool.recycled
-        assert not engine._jobs
-        assert not engine._owners
+        assert not engine._ledger._jobs
+        assert not engine._ledger._owners
         assert engine._unfinished == 0
         assert not scheduler._leaders
         assert sum(engine._recorder.requests.values()) == len(self.callers)

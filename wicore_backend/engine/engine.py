@@ -11,10 +11,9 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -22,44 +21,26 @@ from typing import Any, Self, overload
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.computation import StepFailedError, compute
+from wicore_backend.engine.emission import Emitter
 from wicore_backend.engine.explain import CachedPrompt, CacheQuestion
 from wicore_backend.engine.generation import Generation
 from wicore_backend.engine.health import Health, HealthMonitor
 from wicore_backend.engine.job import Job
+from wicore_backend.engine.ledger import CLOSING_RETRY_S, RequestLedger
 from wicore_backend.engine.loading import LoadedModel, load_model
-from wicore_backend.engine.plan import Chunk, Rejected, RejectReason, SchedulerLimits, StepPlan
-from wicore_backend.engine.request import (
-    DeadlineKind,
-    Deadlines,
-    FinishReason,
-    PriorityClass,
-    Request,
-    Retention,
-    Sequence,
-    Sink,
-    TokenLogprob,
-)
+from wicore_backend.engine.plan import RejectReason, SchedulerLimits, StepPlan
+from wicore_backend.engine.probe import compute_for_nobody
+from wicore_backend.engine.request import Deadlines, PriorityClass, Request, Retention, Sequence, Sink
 from wicore_backend.engine.results import EventStream, Result
-from wicore_backend.engine.sampler import logprobs_of, sample
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.statistics import EngineStatistics, StatisticsRecorder
-from wicore_backend.engine.step_time import StepShape, StepTimeModel
-from wicore_backend.errors import (
-    CancelledError,
-    DeadlineExceededError,
-    EngineError,
-    InvalidArgumentError,
-    OverloadedError,
-    WicoreError,
-)
-from wicore_backend.hmt.blocks import PrefixMatch
+from wicore_backend.engine.step_time import StepTimeModel
+from wicore_backend.errors import EngineError, InvalidArgumentError, OverloadedError
 from wicore_backend.hmt.names import BlockNames
-from wicore_backend.observability.logfmt import logfmt
 from wicore_backend.processor.processor import ImageSource, PromptSource
 from wicore_backend.processor.prompt import Prompt
 
@@ -76,9 +57,6 @@ _EMPTY_STEP_S = 0.001
 _PERSIST_S = 4.0
 """How long an engine that ends may take to store what it has cached. A server gives its models 8 s for everything."""
 
-_CLOSING_RETRY_S = 5.0
-"""What a client of a closing engine is told to wait: time for another one to take its place."""
-
 
 class Engine:
     """Gemma-3 on one device.
@@ -93,8 +71,6 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self._jobs: dict[str, Job] = {}
-        self._owners: dict[Sequence, tuple[Job, Generation]] = {}
         self._recorder = StatisticsRecorder()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
@@ -170,7 +146,7 @@ class Engine:
         with self._lock:
             self._check_open()
             self._unfinished += 1
-            self._inbox.put(partial(self._add, job))
+            self._inbox.put(partial(self._ledger.add, job))
         return request.id
 
     def _generation(self, request: Request, index: int, seed: int) -> Generation:
@@ -191,7 +167,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """End a request, waiting or running, within one step. An id that is unknown, or ended, is no error."""
-        self._inbox.put(partial(self._cancel, request_id))
+        self._inbox.put(partial(self._ledger.cancel, request_id))
 
     @overload
     def generate(
@@ -314,7 +290,7 @@ class Engine:
             self._draining = True
             if self._emptied.wait_for(lambda: not self._unfinished, timeout=grace_s):
                 return
-        self._inbox.put(partial(self._finish_all, "the engine is shutting down"))
+        self._inbox.put(partial(self._ledger.finish_all, "the engine is shutting down"))
         with self._lock:
             self._emptied.wait_for(lambda: not self._unfinished or self._broken, timeout=self.config.step_timeout_s)
 
@@ -341,7 +317,7 @@ class Engine:
         if self._closed or self._draining:
             self._recorder.rejected[RejectReason.DRAINING] += 1
             raise OverloadedError(
-                "the engine is shutting down and takes no new requests", retry_after_s=_CLOSING_RETRY_S
+                "the engine is shutting down and takes no new requests", retry_after_s=CLOSING_RETRY_S
             )
 
     def _check(self, prompt: Prompt, params: SamplingParams) -> None:
@@ -379,6 +355,8 @@ class Engine:
         self._step_time = StepTimeModel()
         self._scheduler = Scheduler(self._model.blocks, SchedulerLimits.of(self.config), self._step_time)
         self._monitor = HealthMonitor(step_timeout_s=self.config.step_timeout_s)
+        self._ledger = RequestLedger(self._scheduler, self._recorder, self.config, self._one_ended)
+        self._emitter = Emitter(self._ledger)
         loaded.set_result(self._model)
         try:
             self._loop()
@@ -388,6 +366,11 @@ class Engine:
         finally:
             self._model.mover.close(persist_s=0.0 if self._broken else _PERSIST_S)
 
+    def _one_ended(self) -> None:
+        with self._lock:
+            self._unfinished -= 1
+            self._emptied.notify_all()
+
     def _wake(self) -> None:
         """Have the loop look around. On any thread."""
         self._inbox.put(lambda: None)
@@ -395,7 +378,7 @@ class Engine:
     def _loop(self) -> None:
         while not self._ended:
             self._take_inbox()
-            self._expire()
+            self._ledger.expire(time.monotonic())
             self._recorder.queued(self._scheduler.backlogs())
             if self._scheduler.has_work:
                 self._step()
@@ -415,24 +398,17 @@ class Engine:
             return
         self._scheduler.check_integrity()
         if self._monitor.in_trouble:
-            self._probe()  # Who is told to stay away will not come to show that all is well.
+            self._probe()
         else:
             self._inbox.get()()
 
     def _probe(self) -> None:
-        """Compute one token for nobody."""
-        prompt = Prompt(np.zeros(1, np.int32))
-        sequence = Sequence(Request("probe", prompt, SamplingParams(), lambda _: None, time.monotonic()), max_tokens=1)
-        sequence.blocks = self._model.blocks.open(None, PrefixMatch(), max_tokens=1, expected_tokens=1)
+        """See whether the engine can compute again: who is told to stay away will not come to show it."""
         try:
-            self._model.blocks.extend(sequence.blocks, 0, 1)
-            self._model.mover.move()
-            self._model.runner.run(StepPlan([], [Chunk(sequence, 0, 1)], StepShape(1, 1, 0, 0)))
+            compute_for_nobody(self._model)
             self._monitor.recovered()
         except Exception as error:
             self._monitor.trouble(f"the engine cannot compute: {error}")
-        finally:
-            self._model.blocks.close(sequence.blocks)
 
     def _step(self) -> None:
         self._monitor.step_begins()
@@ -444,7 +420,7 @@ class Engine:
             with suppress(Empty):
                 self._inbox.get(timeout=_EMPTY_STEP_S)()
             return
-        self._note_start((*plan.decodes, *(chunk.sequence for chunk in plan.chunks)), began)
+        self._ledger.note_start((*plan.decodes, *(chunk.sequence for chunk in plan.chunks)), began)
         try:
             computed = compute(self._model.runner, plan)
         except StepFailedError as error:
@@ -456,97 +432,25 @@ class Engine:
         for sequence, mass in computed.mass.items():
             sequence.running_blocks.attended(mass)
         forks = self._scheduler.complete(computed.plan)
-        self._note_start((fork.sequence for fork in forks), began)
+        self._ledger.note_start((fork.sequence for fork in forks), began)
         for sequence, logprobs in computed.prompt_logprobs.items():
-            self._owners[sequence][1].take_prompt_logprobs(logprobs)
+            self._ledger.owner(sequence)[1].take_prompt_logprobs(logprobs)
         if computed.logits is not None:
             rows = {sequence: row for row, sequence in enumerate(computed.ready)}
             rows |= {fork.sequence: rows[fork.source] for fork in forks}
-            self._emit(list(rows), computed.logits[list(rows.values())] if forks else computed.logits)
+            self._emitter.emit(list(rows), computed.logits[list(rows.values())] if forks else computed.logits)
         for sequence, fault in computed.failed.items():
-            self._fail(sequence, fault)
+            self._ledger.fail(sequence, fault)
         self._learn(plan, self._monitor.step_ends(), usual=not computed.retried)
-
-    def _note_start(self, sequences: Iterable[Sequence], now: float) -> None:
-        for sequence in sequences:
-            job = self._owners[sequence][0]
-            if job.start(now):
-                self._recorder.started(job.request, now)
 
     def _learn(self, plan: StepPlan, seconds: float, *, usual: bool) -> None:
         self._recorder.step(plan, seconds, self._step_time)
         if usual:
             self._step_time.observe(plan.shape, seconds)
 
-    def _emit(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Choose each sequence's next token from its row of `logits` [R, V] and tell its caller."""
-        chosen = self._choose(sequences, logits)
-        now = time.monotonic()
-        for sequence, (token, logprob) in chosen.items():
-            if sequence not in self._owners:  # Another answer of the same request has failed.
-                continue
-            job, generation = self._owners[sequence]
-            try:
-                job.push(generation, token, logprob, now)
-            except Exception as fault:
-                _log.exception("taking a token of request %s failed", job.request.id)
-                self._fail(sequence, fault)
-                continue
-            if generation.reason is not None:
-                self._end_answer(job, sequence)
-
-    def _choose(self, sequences: list[Sequence], logits: Tensor) -> dict[Sequence, tuple[int, TokenLogprob | None]]:
-        """Each sequence's next token; a sequence for which that fails ends, and is left out."""
-        generations = [self._owners[sequence][1] for sequence in sequences]
-        try:
-            return dict(zip(sequences, _sample(generations, logits), strict=True))
-        except Exception:
-            _log.exception("sampling %d tokens failed; trying one by one", len(sequences))
-        chosen = {}
-        for row, (sequence, generation) in enumerate(zip(sequences, generations, strict=True)):
-            try:
-                (chosen[sequence],) = _sample([generation], logits[row : row + 1].clone())
-            except Exception as fault:
-                self._fail(sequence, fault)
-        return chosen
-
-    def _end_answer(self, job: Job, sequence: Sequence) -> None:
-        """An answer has come to its own end; with the last of its request's, so has the request."""
-        self._scheduler.finished(sequence)
-        del self._owners[sequence]
-        if job.done:
-            reason = job.generations[0].reason
-            assert reason is not None
-            self._finish(job, reason)
-
-    def _add(self, job: Job) -> None:
-        request = job.request
-        if request.id in self._jobs:
-            error = InvalidArgumentError(f"a request with id {request.id!r} is already running; ids must differ")
-            self._conclude(job, FinishReason.ERROR, error)
-            return
-        self._jobs[request.id] = job
-        for generation in job.generations:
-            if request.id in self._jobs:  # Not yet rejected with an earlier answer.
-                self._owners[generation.sequence] = (job, generation)
-                self._reject(self._scheduler.add(generation.sequence, time.monotonic()))
-
-    def _cancel(self, request_id: str) -> None:
-        job = self._jobs.get(request_id)
-        if job is not None:
-            self._finish(job, FinishReason.CANCELLED, CancelledError("the request was cancelled"))
-
     def _end(self) -> None:
-        self._finish_all("the engine is closing")
+        self._ledger.finish_all("the engine is closing")
         self._ended = True
-
-    def _finish_all(self, why: str) -> None:
-        for job in list(self._jobs.values()):
-            if job.started is None:
-                self._recorder.rejected[RejectReason.DRAINING] += 1
-                self._finish(job, FinishReason.REJECTED, OverloadedError(why, retry_after_s=_CLOSING_RETRY_S))
-            else:
-                self._finish(job, FinishReason.CANCELLED, CancelledError(why))
 
     def _break_down(self, error: Exception) -> None:
         """End every request without touching the books, and take no more."""
@@ -556,41 +460,7 @@ class Engine:
         while not self._inbox.empty():
             with suppress(Exception):  # Requests on their way in, to end with the others, or on their way out.
                 self._inbox.get_nowait()()
-        for job in self._jobs.values():
-            self._conclude(job, FinishReason.ERROR, EngineError(message))
-        self._jobs.clear()
-        self._owners.clear()
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for sequence, kind in self._scheduler.expire(now):
-            job = self._owners[sequence][0]
-            if kind is DeadlineKind.QUEUE and job.started is not None:
-                continue  # Another of its answers has begun in time.
-            limit = dict(job.request.deadlines.items())[kind]
-            said = _MISSED[kind].format(limit)
-            self._finish(job, FinishReason.DEADLINE, DeadlineExceededError(said))
-        self._reject(self._scheduler.give_up(now))
-
-    def _reject(self, rejected: Iterable[Rejected]) -> None:
-        refused: dict[Job, Rejected] = {}  # Several answers of a request may be turned away at once.
-        for refusal in rejected:
-            job, _ = self._owners.pop(refusal.sequence)
-            refused.setdefault(job, refusal)
-        for job, refusal in refused.items():
-            error = _refusal(refusal, self.config)
-            if job.started is None:
-                self._recorder.rejected[refusal.reason] += 1
-                self._finish(job, FinishReason.REJECTED, error)
-            else:  # Another of its answers runs, or this one has been preempted.
-                late = refusal.reason is RejectReason.TOO_LATE
-                self._finish(job, FinishReason.DEADLINE if late else FinishReason.CANCELLED, error)
-
-    def _fail(self, sequence: Sequence, fault: Exception) -> None:
-        """End the request of a sequence that cannot be computed."""
-        if sequence in self._owners:
-            error = EngineError(f"the engine failed while it computed this request: {fault}")
-            self._finish(self._owners[sequence][0], FinishReason.ERROR, error)
+        self._ledger.abandon_all(EngineError(message))
 
     def _start_anew(self, error: StepFailedError) -> None:
         """Nothing can be computed, and nobody is known to be at fault: end who ran, and clear the pools."""
@@ -600,74 +470,10 @@ class Engine:
         self._monitor.trouble(f"a step failed ({error}), and the engine has not computed one since")
         self._recorder.restarts += 1
         for sequence in self._scheduler.running:
-            self._fail(sequence, error)
+            self._ledger.fail(sequence, error)
         self._scheduler.forget_cache()
         self._model.blocks.take_transfers()
         self._model.pools.clear()
-
-    def _finish(self, job: Job, reason: FinishReason, error: WicoreError | None = None) -> None:
-        del self._jobs[job.request.id]
-        try:
-            for generation in job.generations:
-                if self._owners.pop(generation.sequence, None) is not None:
-                    self._scheduler.remove(generation.sequence)
-        finally:
-            self._conclude(job, reason, error)
-
-    def _conclude(self, job: Job, reason: FinishReason, error: WicoreError | None) -> None:
-        event = job.finish(reason, time.monotonic(), error)
-        self._recorder.finished(event)
-        with self._lock:
-            self._unfinished -= 1
-            self._emptied.notify_all()
-        _log.info(
-            logfmt(
-                "request",
-                id=job.request.id,
-                tenant=job.request.tenant or None,
-                priority=job.request.priority,
-                reason=reason,
-                code=error and error.code,
-                images=len(job.request.prompt.images),
-                **asdict(event.usage),
-                tpot_s=event.usage.tpot_s,
-                preemptions=sum(g.sequence.preemptions for g in job.generations),
-                error=error,
-            )
-        )
-
-
-_MISSED = {
-    DeadlineKind.QUEUE: "the queue deadline of {:.3f} s has passed before the first step",
-    DeadlineKind.FIRST_TOKEN: "the first-token deadline of {:.3f} s has passed",
-    DeadlineKind.TOTAL: "the deadline of {:.3f} s has passed",
-}
-
-
-def _refusal(refusal: Rejected, config: EngineConfig) -> WicoreError:
-    match refusal.reason:
-        case RejectReason.TOO_LATE:
-            return DeadlineExceededError(
-                f"the first token would come {refusal.expected_s:.3f} s after the request, and it is due after "
-                f"{refusal.sequence.request.deadlines.first_token:.3f} s; allow more time, or retry later"
-            )
-        case RejectReason.QUEUE_TOKENS:
-            bound = f"max_waiting_tokens = {config.max_waiting_tokens:,}"
-        case _:
-            bound = f"max_waiting = {config.max_waiting:,}"
-    return OverloadedError(f"the queue is full ({bound})", retry_after_s=round(refusal.retry_after_s, 1))
-
-
-def _sample(generations: list[Generation], logits: Tensor) -> list[tuple[int, TokenLogprob | None]]:
-    """The next token of each row of `logits` [R, V], with its log-probability where it is wanted."""
-    wanted = [row for row, generation in enumerate(generations) if generation.logprobs is not None]
-    unchanged = logits[wanted]  # A copy: sampling writes penalties into its logits.
-    tokens = sample(logits, [generation.sampling_row for generation in generations])
-    logprobs: dict[int, TokenLogprob] = {}
-    if wanted:
-        tops = [generations[row].logprobs or 0 for row in wanted]
-        logprobs = dict(zip(wanted, logprobs_of(unchanged, [tokens[row] for row in wanted], tops), strict=True))
-    return [(token, logprobs.get(row)) for row, token in enumerate(tokens)]
 
 
 def _is_many(prompt: object) -> bool:
