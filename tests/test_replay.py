@@ -10,10 +10,11 @@ import pytest
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.policy import POLICIES
 from wicore_backend.hmt.replay.__main__ import main
-from wicore_backend.hmt.replay.furthest_next_use import FurthestNextUse
-from wicore_backend.hmt.replay.simulator import Tier, replay
-from wicore_backend.hmt.replay.tiers import CostModel, TierSpec
+from wicore_backend.hmt.replay.simulator import named, replay
+from wicore_backend.hmt.replay.tiers import CostModel, TierName, Tiers, TierSpec, make_policy
 from wicore_backend.hmt.replay.trace import TraceRequest, read_trace
+
+DEVICE, HOST, NVME = TierName
 
 
 def request(time: float, *blocks: int, tokens: int | None = None) -> TraceRequest:
@@ -21,8 +22,11 @@ def request(time: float, *blocks: int, tokens: int | None = None) -> TraceReques
     return TraceRequest(time, tokens, blocks, tokens // 512)
 
 
-def run(policy: str, capacity: int, requests: list[TraceRequest]):
-    return replay(requests, [Tier("device", POLICIES[policy](capacity))])
+def run(policy: str, capacity: int, requests: list[TraceRequest], *, device: int = 0, nvme: int = 0, costs=None):
+    names = named(requests)
+    paths = [chain.first(len(item.blocks)) for item, chain in zip(requests, names, strict=True)]
+    tiers = Tiers(device=device, host=capacity, nvme=nvme)
+    return replay(requests, names, tiers, lambda _, size: make_policy(policy, size, paths), costs or CostModel())
 
 
 def conversations(count: int, *, seed: int = 0) -> list[TraceRequest]:
@@ -54,8 +58,8 @@ def trace(tmp_path: Path) -> Path:
 def test_a_hit_is_the_unbroken_run_from_the_root():
     requests = [request(0, 1, 2, 3), request(1, 1, 2, 9), request(2, 7, 2, 3), request(3, 1, 2, 3)]
     result = run("lru", 100, requests)
-    assert result.halves[0].hit_blocks == [2]
-    assert result.halves[1].hit_blocks == [3]
+    assert result.halves[0].hit_blocks == {HOST: 2}
+    assert result.halves[1].hit_blocks == {HOST: 3}
     assert result.hit_rate == 5 / 12
 
 
@@ -77,7 +81,7 @@ def test_the_second_half_starts_warm():
 @pytest.mark.parametrize("capacity", [5, 20, 60])
 def test_nobody_beats_who_knows_the_future(capacity):
     requests = conversations(150)
-    best = replay(requests, [Tier("device", FurthestNextUse(capacity, requests))]).hit_rate
+    best = run("belady", capacity, requests).hit_rate
     rates = {name: run(name, capacity, requests).hit_rate for name in POLICIES}
     assert max(rates.values()) <= best
     assert min(rates.values()) > 0
@@ -127,28 +131,54 @@ def test_an_endless_cache_is_the_same_for_all():
     assert len({run(name, 10_000, requests).hit_rate for name in POLICIES}) == 1
 
 
-def test_a_colder_tier_catches_what_the_warm_one_gives_up():
-    requests = [request(0, 1, 2), request(1, 3, 4), request(2, 1, 2)]
-    tiers = [Tier("device", POLICIES["lru"](2)), Tier("host", POLICIES["lru"](2))]
-    result = replay(requests, tiers)
-    assert result.halves[1].hit_blocks == [0, 2]
-    assert result.restored == [0, 2]
-    assert result.stored == [4, 4]
+def test_host_memory_catches_what_the_device_gives_up():
+    result = run("lru", 2, [request(0, 1, 2), request(1, 3, 4), request(2, 1, 2)], device=2)
+    assert result.halves[1].hit_blocks == {HOST: 2}
+    assert result.stored == {DEVICE: 4, HOST: 4}
+    assert result.loaded == {HOST: 2}
+
+
+def test_what_the_device_kept_need_not_be_loaded():
+    result = run("lru", 10, [request(0, 1, 2, 3), request(1, 1, 2, 4)], device=3)
+    assert result.halves[1].hit_blocks == {DEVICE: 2}
+    assert result.loaded.total() == 0
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_two_lru_tiers_or_one_of_their_size_keep_the_books(name):
+def test_a_disk_catches_what_leaves_host_memory(name):
     requests = conversations(200)
-    two = replay(requests, [Tier("device", POLICIES[name](20)), Tier("host", POLICIES[name](60))])
-    one = run("lru", 80, requests)
-    assert 0 < two.hit_rate <= replay(requests, [Tier("device", FurthestNextUse(1000, requests))]).hit_rate
-    if name == "lru":
-        assert two.hit_rate == one.hit_rate
+    alone, with_disk = (run(name, 20, requests, nvme=nvme) for nvme in (0, 60))
+    assert with_disk.hit_rate > alone.hit_rate
+    assert with_disk.halves[1].hit_blocks[NVME] > 0
+    assert with_disk.loaded[NVME] >= sum(half.hit_blocks[NVME] for half in with_disk.halves)
+    assert with_disk.hit_rate <= run("lru", 1000, requests).hit_rate
 
 
-def test_time_saved_is_prefill_less_restores():
-    costs = CostModel(prefill_tokens_per_second=1000, block_bytes=10**9)
-    assert costs.seconds_saved(5000, [2], [TierSpec("host", 10, 4.0)]) == 5 - 0.5
+def test_a_disk_that_is_slower_than_computing_is_left_alone():
+    result = run("lru", 20, conversations(200), nvme=100, costs=CostModel(nvme_gigabytes_per_second=1e-6))
+    assert result.restores_declined > 0
+    assert result.loaded[NVME] == 0
+
+
+def test_a_prompt_longer_than_host_memory_keeps_its_beginning():
+    long = request(0, *range(50))
+    for name in ("a2cr", "belady"):
+        result = run(name, 10, [long, request(5, *range(50))])
+        assert result.halves[1].hit_blocks == {HOST: 10}
+
+
+def test_time_saved_is_prefill_less_what_blocks_take_to_come_up():
+    costs = CostModel(prefill_tokens_per_second=1000, block_bytes=10**9, nvme_gigabytes_per_second=4.0)
+    assert costs.seconds_saved(5000, {NVME: 2}) == 5 - 0.5
+
+
+def test_the_warmest_tier_is_the_device_if_host_memory_is_a_colder_one():
+    host, nvme = TierSpec.parse("host=30@55"), TierSpec.parse("nvme=90@3")
+    assert Tiers.of(5, []).blocks == {HOST: 5}
+    assert Tiers.of(5, [nvme]).blocks == {HOST: 5, NVME: 90}
+    assert Tiers.of(5, [nvme, host]).blocks == {DEVICE: 5, HOST: 30, NVME: 90}
+    with pytest.raises(InvalidArgumentError, match="once"):
+        Tiers.of(5, [host, host])
 
 
 @pytest.mark.parametrize(
@@ -188,9 +218,9 @@ def test_requests_are_put_in_order_of_time(tmp_path):
     assert read_trace(path)[0].full_blocks == 1
 
 
-@pytest.mark.parametrize("text", ["host", "host=0@5", "host=5@0", "Host=5@5", "host=5@x", "host=-1@5"])
+@pytest.mark.parametrize("text", ["host", "host=0@5", "host=5@0", "Host=5@5", "host=5@x", "host=-1@5", "tape=5@5"])
 def test_a_bad_tier_is_refused(text):
-    with pytest.raises(InvalidArgumentError, match="NAME=BLOCKS@GBPS"):
+    with pytest.raises(InvalidArgumentError, match="host=BLOCKS@GBPS"):
         TierSpec.parse(text)
 
 

@@ -11,19 +11,41 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import islice
-from typing import cast
+from typing import Protocol, cast
 
 from wicore_backend.hmt.cold_tier.records import key_of, record_name
 from wicore_backend.hmt.cold_tier.statistics import ColdCounts
 from wicore_backend.hmt.host_tier import Key
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hmt.nvme import NvmeStore, Outcome, Trouble
+from wicore_backend.hmt.nvme import HeldRecord, Outcome
 from wicore_backend.hmt.nvme.record import slots_for
 from wicore_backend.hmt.policy.base import Access, Policy
 
 
 class ColdAccountingError(AssertionError):
     """The books contradict themselves: a bug here, never a user's fault."""
+
+
+class StoreShape(Protocol):
+    """How many slots a store has, and of what size."""
+
+    @property
+    def slots(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+
+
+class RecordNames(Protocol):
+    """A store of records, as far as the books are concerned: `hmt/nvme` is one."""
+
+    @property
+    def config(self) -> StoreShape: ...
+    @property
+    def lost(self) -> bool: ...
+    def __contains__(self, name: bytes) -> bool: ...
+    def records(self) -> Sequence[HeldRecord]: ...
+    def delete(self, name: bytes) -> bool: ...
+    def check_integrity(self) -> None: ...
 
 
 class ColdBooks:
@@ -40,13 +62,21 @@ class ColdBooks:
         Of a record of each group. Records of another length, or of no known name, are deleted.
     policy
         Makes the policy from the capacity in records.
+    clock
+        Of the policy, in seconds.
     """
 
     def __init__(
-        self, store: NvmeStore, encoded_bytes: Mapping[LayerGroup, int], policy: Callable[[int], Policy]
+        self,
+        store: RecordNames,
+        encoded_bytes: Mapping[LayerGroup, int],
+        policy: Callable[[int], Policy],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         slot_bytes = store.config.slot_bytes
         self._store = store
+        self._clock = clock
         self._slots = {group: slots_for(size, slot_bytes) for group, size in encoded_bytes.items()}
         self.capacity = max(1, store.config.slots * len(self._slots) // sum(self._slots.values()))
         self._policy = policy(self.capacity)
@@ -58,7 +88,7 @@ class ColdBooks:
         self._used_slots = 0
         self._held_blocks = dict.fromkeys(self._slots, 0)
         self._counts = {group: ColdCounts() for group in self._slots}
-        self._policy.advance(time.monotonic())
+        self._policy.advance(self._clock())
         for record in store.records():
             key = key_of(record.name)
             if key is None or encoded_bytes.get(key[0]) != record.payload_bytes:
@@ -77,7 +107,7 @@ class ColdBooks:
     def observe(self, access: Access) -> None:
         """Tell the policy of a prompt."""
         with self._lock:
-            self._policy.advance(time.monotonic())
+            self._policy.advance(self._clock())
             self._policy.observe(access)
 
     def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None:
@@ -110,7 +140,7 @@ class ColdBooks:
             self._used_slots -= self._slots[key[0]]
             self._counts[key[0]].spills[outcome] += 1
             if outcome is Outcome.DONE:
-                self._policy.advance(time.monotonic())
+                self._policy.advance(self._clock())
                 self._hold(key)
             self._settled.notify_all()
 
@@ -125,7 +155,7 @@ class ColdBooks:
         any_deleted = False
         while missing > 0:
             with self._lock:
-                self._policy.advance(time.monotonic())
+                self._policy.advance(self._clock())
                 if not len(self._policy):
                     break
                 victim = cast(Key, self._policy.evict())
@@ -152,7 +182,7 @@ class ColdBooks:
                 self._counts[key[0]].restores[Outcome.MISSING] += 1
                 return False
             if not pins:
-                self._policy.advance(time.monotonic())
+                self._policy.advance(self._clock())
                 self._policy.use(key)
             self._held[key] = pins + 1
             return True
@@ -193,7 +223,6 @@ class ColdBooks:
         with self._lock:
             self._store.check_integrity()
             in_store = {key_of(record.name) for record in self._store.records()}
-            lost_files = Trouble.FILES_LOST in self._store.statistics().troubles
             evictable = sum(not count for count in self._held.values())
             used = sum(self._slots[group] for group, _ in [*self._held, *self._spilling])
             if len(self._policy) != evictable:
@@ -208,11 +237,11 @@ class ColdBooks:
                 raise ColdAccountingError("records are pinned that nobody restores")
             if not in_store <= self._held.keys() | self._spilling:
                 raise ColdAccountingError("the store has records that the books do not know")
-            if not lost_files and any(key not in in_store for key, count in self._held.items() if not count):
+            if not self._store.lost and any(key not in in_store for key, count in self._held.items() if not count):
                 raise ColdAccountingError("records are held that the store does not have")
 
     def _admits(self, key: Key) -> bool:
-        self._policy.advance(time.monotonic())
+        self._policy.advance(self._clock())
         return self._policy.admit(key)
 
     def _hold(self, key: Key) -> None:

@@ -195,6 +195,11 @@ class NvmeStore:
         with self._lock:
             return [HeldRecord(record.name, record.payload_bytes) for record in self._index.held]
 
+    @property
+    def lost(self) -> bool:
+        """Whether the files have been deleted, and every record with them."""
+        return self._lost
+
     def statistics(self) -> NvmeStatistics:
         """A consistent copy of the counters."""
         with self._lock:

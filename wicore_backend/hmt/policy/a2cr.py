@@ -187,12 +187,15 @@ class A2CR(Policy):
             self._leave(key)
 
     def admit(self, key: Key) -> bool:
-        """Whether the block's score is above that of the block that would leave for it."""
+        """Whether the block's score is above that of the block that would leave for it, or that one is of its run.
+
+        Of a run the deepest block leaves first, for one nearer to the root.
+        """
         self._follow_changes()
         record, lowest = self._history.get(key), self._scores.peek()
         if len(self) < self.capacity or lowest is None:
             return True
-        return record is not None and self._score(record.run) > lowest[0]
+        return record is not None and (record.run is lowest[1] or self._score(record.run) > lowest[0])
 
     def explain(self, key: Key) -> ScoreTerms | None:
         """The block's score and what it is made of, or None if nothing is known of the block."""

@@ -7,25 +7,29 @@ from collections.abc import Sequence
 
 from wicore_backend.hmt.policy.base import Access, Key, Policy, no_victim
 from wicore_backend.hmt.policy.victim_heap import VictimHeap
-from wicore_backend.hmt.replay.trace import TraceRequest
 
 
 class FurthestNextUse(Policy):
     """The block whose next use is furthest away leaves first (Belady 1966); among equals, the deepest.
 
     It is no bound for a cache that only counts unbroken prefixes, but nothing that does not know the future comes
-    near. It must observe exactly `requests`, in order.
+    near. It must observe exactly `prompts`, in order.
+
+    Parameters
+    ----------
+    prompts
+        For each prompt its blocks, root first.
     """
 
-    def __init__(self, capacity: int, requests: Sequence[TraceRequest]) -> None:
+    def __init__(self, capacity: int, prompts: Sequence[Sequence[Key]]) -> None:
         super().__init__(capacity)
         self._heap: VictimHeap[Key] = VictimHeap()
         self._seen = 0
         self._rank: dict[Key, tuple[float, int]] = {}
         self._next: list[list[float]] = []
-        upcoming: dict[int, float] = {}
-        for index in range(len(requests) - 1, -1, -1):
-            blocks = requests[index].blocks
+        upcoming: dict[Key, float] = {}
+        for index in range(len(prompts) - 1, -1, -1):
+            blocks = prompts[index]
             self._next.append([upcoming.get(block, math.inf) for block in blocks])
             upcoming.update(dict.fromkeys(blocks, float(index)))
         self._next.reverse()
@@ -37,6 +41,11 @@ class FurthestNextUse(Policy):
         for depth, (key, when) in enumerate(zip(access.keys, self._next[self._seen], strict=True)):
             self._rank[key] = (-when, -depth)
         self._seen += 1
+
+    def admit(self, key: Key) -> bool:
+        """Whether the block's next use is no later than that of the one that would leave for it."""
+        lowest = self._heap.peek()
+        return len(self) < self.capacity or lowest is None or self._rank[key] > lowest[0]
 
     def add(self, key: Key) -> None:
         self._heap.push(key, self._rank[key])

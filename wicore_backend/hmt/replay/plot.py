@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from wicore_backend.errors import InvalidArgumentError
+
+
+def check_plotting() -> None:
+    """Raise InvalidArgumentError if matplotlib is not installed: better before a long replay than after it."""
+    if find_spec("matplotlib") is None:
+        raise InvalidArgumentError("--plot needs matplotlib; pip install 'wicore[plot]'")
 
 
 def plot_hit_rates(curves: Mapping[str, Mapping[int, float]], path: Path, *, title: str) -> None:
@@ -14,12 +21,10 @@ def plot_hit_rates(curves: Mapping[str, Mapping[int, float]], path: Path, *, tit
     Raises
     ------
     InvalidArgumentError
-        If matplotlib is not installed or the file cannot be written.
+        If the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise InvalidArgumentError("--plot needs matplotlib; pip install 'wicore[plot]'") from None
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
