@@ -72,8 +72,10 @@ class FakeColdTier:
         self._under_way += [(block, None) for block in blocks[:taken]]
         return taken
 
-    def restore(self, blocks: Sequence[SlotBlock], deadline_s: float | None = None) -> FakeRestore:
-        del deadline_s
+    def restore(
+        self, blocks: Sequence[SlotBlock], deadline_s: float | None = None, after: Callable[[], None] | None = None
+    ) -> FakeRestore:
+        del deadline_s, after
         self._check(blocks)
         restore = FakeRestore()
         for block in blocks:

@@ -23,6 +23,7 @@ from wicore_backend.hmt.cold_tier import (
     Finished,
     Restore,
     store_config,
+    workers,
 )
 from wicore_backend.hmt.cold_tier.pace import Pace
 from wicore_backend.hmt.cold_tier.records import key_of, record_name
@@ -264,6 +265,65 @@ def test_a_codec_that_fails_is_a_failure_of_its_batch(tmp_path, monkeypatch):
         monkeypatch.undo()
         assert bench.restore([SlotBlock(GLOBAL, name(1), 3)]) == [Outcome.DONE]
         bench.tier.check_integrity()
+
+
+# Bugs.
+
+
+@pytest.mark.parametrize("failing", ["add", "use", "evict", "admit", "observe", "attend"])
+def test_a_policy_that_raises_gives_way_to_a_plain_one_and_no_block_is_lost(tmp_path, failing, caplog):
+    class Broken(LRU):
+        calls = 0
+
+        def __getattribute__(self, item):
+            if item == failing and type(self).calls > 2:
+                raise RuntimeError("a bug")
+            type(self).calls += item == failing
+            return super().__getattribute__(item)
+
+    with Bench(tmp_path, capacity_bytes=200_000, policy=Broken) as bench:
+        for _ in range(4):
+            bench.tier.observe(Access(keys=[(GLOBAL, name(1))]))
+            bench.tier.attend([(GLOBAL, name(1))], [1.0])
+        assert set(bench.spill_numbers(GLOBAL, range(60))) <= {Outcome.DONE, Outcome.HELD}
+        held = [number for number in range(60) if bench.tier.holds(GLOBAL, name(number))]
+        assert len(held) > 10
+        assert (
+            bench.restore([SlotBlock(GLOBAL, name(n), slot) for slot, n in enumerate(held[:8])]) == [Outcome.DONE] * 8
+        )
+        bench.tier.check_integrity()
+    assert [record.message for record in caplog.records] == ["cold_tier_policy_failed"]
+
+
+@pytest.mark.parametrize("where", ["spill", "restore"])
+@pytest.mark.parametrize("step", ["names", "store", "landing", "books"])
+def test_a_bug_amid_a_batch_loses_its_blocks_and_each_is_reported_once(tmp_path, monkeypatch, where, step):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    with Bench(tmp_path) as bench:
+        bench.spill_numbers(GLOBAL, range(6))
+        if step == "names":
+            monkeypatch.setattr(workers, "record_name", fail)
+        elif step == "store":
+            monkeypatch.setattr(bench.store, "store_all" if where == "spill" else "fetch", fail)
+        elif step == "landing":
+            monkeypatch.setattr(workers.SpillWorker, "_measure", fail)
+            monkeypatch.setattr(workers.RestoreWorker, "_teaches", fail)
+        else:
+            method = "stored" if where == "spill" else "unpin"
+            noted = getattr(bench.tier._books, method)
+            monkeypatch.setattr(bench.tier._books, method, lambda *what: fail(noted(*what)))
+        if where == "spill":
+            bench.tier.spill([bench.put(GLOBAL, number, number) for number in range(10, 16)])
+        else:
+            bench.tier.restore([SlotBlock(GLOBAL, name(number), number) for number in range(6)])
+        reports = bench.wait(6)
+        assert len({report.block for report in reports}) == 6
+        assert step == "landing" or {report.outcome for report in reports} == {Outcome.FAILED}
+        monkeypatch.undo()
+        assert bench.spill([bench.put(LOCAL, 1, 0)]) == [Outcome.DONE]
+        assert bench.restore([SlotBlock(LOCAL, name(1), 5)]) == [Outcome.DONE]
 
 
 # Mistakes of the caller.

@@ -1,8 +1,8 @@
 """What lies below the device tier: the host tier, and a cold tier below that. Books only: no tensors, no clock.
 
-The device spills into host slots and loads from them; both are transfers, made in order on the device's stream
-(`hmt/transfers.py`). Between the host tier and the cold tier blocks move beside the steps, on threads of the cold tier,
-from the moment `submit` hands them over:
+The device spills into host slots and loads from them; both are transfers, made as if in order (`hmt/transfers.py`).
+Between the host tier and the cold tier blocks move beside the steps, on threads of the cold tier, from the moment
+`submit` hands them over:
 
 1. What is above the host tier's threshold is *leaving*: it can be found and used until it is stored, and then goes.
 2. A *restore* brings blocks up for one sequence, which waits for it in nobody's way. Its blocks are *asked* for until
@@ -10,9 +10,9 @@ from the moment `submit` hands them over:
    its own. Two restores that want the same block share it.
 3. When a restore is done, its blocks are pinned for the sequence until `end`. What could not be read is missing: the
    sequence then goes on from a shorter prefix.
-4. Threads read and write slots outside the stream's order. So `submit` comes after the transfers of a step have been
-   issued, with a call that waits for them: the threads make it before they read a slot, and `submit` itself before it
-   gives away a slot to write to.
+4. Threads read and write slots outside the order of transfers. So `submit` comes after the transfers of a step have
+   been issued, with a call that waits for them: the threads make it before they read or write a slot, and nobody else
+   waits.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class ColdBlocks(Protocol):
     def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None: ...
     def room(self, group: LayerGroup) -> int: ...
     def spill(self, blocks: Sequence[SlotBlock], after: Written = None) -> int: ...
-    def restore(self, blocks: Sequence[SlotBlock], deadline_s: float | None = None) -> Cancellable: ...
+    def restore(
+        self, blocks: Sequence[SlotBlock], deadline_s: float | None = None, after: Written = None
+    ) -> Cancellable: ...
     def restore_seconds(self, size: int) -> float | None: ...
     def finished(self) -> Sequence[Reported]: ...
 
@@ -193,9 +195,7 @@ class LowerTiers:
             names = [name for asked_group, name in self._asked if asked_group is group]
             reserved += self.host.reserve(group, names[: self.host.free(group)])
         if reserved:
-            if written is not None:
-                written()
-            call = self.cold.restore(reserved, self.restore_deadline_s)
+            call = self.cold.restore(reserved, self.restore_deadline_s, written)
             for block in reserved:
                 del self._asked[block.key]
                 self._calls[block.key] = call

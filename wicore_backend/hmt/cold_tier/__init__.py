@@ -9,8 +9,9 @@ The *loop thread* is the one that makes the calls, owns the slots' books and mus
    its block: a spilled one is read (before that others may read it too, but nobody may write to it), a restored one is
    written to (nobody else may read it). Reported, it is the caller's, and is touched no more. A slot has at most one
    block under way; a second one is the caller's mistake and raises ValueError, with nothing taken.
-3. **What comes before a spill.** `after` is called on the spilling thread before any slot of its call is read: there a
-   GPU's copy into the slots is waited for. Until it returns, later spills wait; restores do not.
+3. **What comes before.** `after` is called on the direction's thread before any slot of the call is read or written to:
+   there a GPU's copies into the slots, and out of them, are waited for. Until it returns, later calls of that direction
+   wait; those of the other do not.
 4. **What a name stands for.** One name, one content. So a spill of a block that is held, or on its way, needs no work
    and is reported as `HELD` at once. A block can be restored from the moment `holds` says so: when its store is done,
    and not when it is spilled.
@@ -32,7 +33,8 @@ The *loop thread* is the one that makes the calls, owns the slots' books and mus
 10. **Trouble.** A full or failing disk, lost permissions, deleted files: spills end as `FAILED`, `REFUSED` or `LATE`,
     restores as misses, each counted; the store logs one line for each kind. Nothing raises on the loop thread, nothing
     stalls it. A damaged record is a miss once and then gone. A slow disk raises `restore_seconds`, by which the caller
-    computes instead; the tier goes on to measure by itself, so that it is asked again once it is well.
+    computes instead; the tier goes on to measure by itself, so that it is asked again once it is well. A bug costs the
+    blocks of the batch that it met, which are reported as `FAILED`, and a policy that raises its place: LRU takes it.
 
 Modules: `tier` (the interface), `workers` (the two threads), `staging` (slots to records and back), `books` (what is
 held), `pace` (how long transfers take), `requests` (what is asked and reported), `records` (names on the disk, and the

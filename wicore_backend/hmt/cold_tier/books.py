@@ -5,13 +5,14 @@ The lock is held for microseconds, and never while the disk is waited for.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import islice
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 from wicore_backend.hmt.cold_tier.records import key_of, record_name
 from wicore_backend.hmt.cold_tier.statistics import ColdCounts
@@ -20,6 +21,11 @@ from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import HeldRecord, Outcome
 from wicore_backend.hmt.nvme.record import slots_for
 from wicore_backend.hmt.policy.base import Access, Policy
+from wicore_backend.hmt.policy.lru import LRU
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ColdAccountingError(AssertionError):
@@ -88,7 +94,6 @@ class ColdBooks:
         self._used_slots = 0
         self._held_blocks = dict.fromkeys(self._slots, 0)
         self._counts = {group: ColdCounts() for group in self._slots}
-        self._policy.advance(self._clock())
         for record in store.records():
             key = key_of(record.name)
             if key is None or encoded_bytes.get(key[0]) != record.payload_bytes:
@@ -107,14 +112,12 @@ class ColdBooks:
     def observe(self, access: Access) -> None:
         """Tell the policy of a prompt."""
         with self._lock:
-            self._policy.advance(self._clock())
-            self._policy.observe(access)
+            self._ask(lambda policy: policy.observe(access))
 
     def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None:
         """Tell the policy what attention blocks have had."""
         with self._lock:
-            for key, mass in zip(keys, masses, strict=True):
-                self._policy.attend(key, mass)
+            self._ask(lambda policy: _attend(policy, keys, masses))
 
     # Down.
 
@@ -140,7 +143,6 @@ class ColdBooks:
             self._used_slots -= self._slots[key[0]]
             self._counts[key[0]].spills[outcome] += 1
             if outcome is Outcome.DONE:
-                self._policy.advance(self._clock())
                 self._hold(key)
             self._settled.notify_all()
 
@@ -155,10 +157,9 @@ class ColdBooks:
         any_deleted = False
         while missing > 0:
             with self._lock:
-                self._policy.advance(self._clock())
-                if not len(self._policy):
+                if not self._ask(len):
                     break
-                victim = cast(Key, self._policy.evict())
+                victim = cast(Key, self._ask(lambda policy: policy.evict()))
                 self._drop(victim)
                 self._store.delete(record_name(victim))
                 self._counts[victim[0]].evicted += 1
@@ -182,8 +183,7 @@ class ColdBooks:
                 self._counts[key[0]].restores[Outcome.MISSING] += 1
                 return False
             if not pins:
-                self._policy.advance(self._clock())
-                self._policy.use(key)
+                self._ask(lambda policy: policy.use(key))
             self._held[key] = pins + 1
             return True
 
@@ -199,7 +199,7 @@ class ColdBooks:
                 return
             self._held[key] = pins - 1
             if pins == 1:
-                self._policy.add(key)
+                self._ask(lambda policy: policy.add(key))
 
     def look(self, key: Key) -> None:
         """Forget the block if the store has lost it."""
@@ -241,14 +241,13 @@ class ColdBooks:
                 raise ColdAccountingError("records are held that the store does not have")
 
     def _admits(self, key: Key) -> bool:
-        self._policy.advance(self._clock())
-        return self._policy.admit(key)
+        return self._ask(lambda policy: policy.admit(key))
 
     def _hold(self, key: Key) -> None:
         self._held[key] = 0
         self._held_blocks[key[0]] += 1
         self._used_slots += self._slots[key[0]]
-        self._policy.add(key)
+        self._ask(lambda policy: policy.add(key))
 
     def _drop(self, key: Key) -> None:
         del self._held[key]
@@ -256,6 +255,24 @@ class ColdBooks:
         self._used_slots -= self._slots[key[0]]
 
     def _forget(self, key: Key) -> None:
-        self._policy.discard(key)
+        self._ask(lambda policy: policy.discard(key))
         self._drop(key)
         self._counts[key[0]].lost += 1
+
+    def _ask(self, question: Callable[[Policy], T]) -> T:
+        """What the policy says now. One that fails, which is a bug, gives way to the plainest there is."""
+        try:
+            self._policy.advance(self._clock())
+            return question(self._policy)
+        except Exception:
+            _log.exception("cold_tier_policy_failed")
+            self._policy = LRU(self.capacity)
+            for key, pins in self._held.items():
+                if not pins:
+                    self._policy.add(key)
+            return question(self._policy)
+
+
+def _attend(policy: Policy, keys: Sequence[Key], masses: Sequence[float]) -> None:
+    for key, mass in zip(keys, masses, strict=True):
+        policy.attend(key, mass)

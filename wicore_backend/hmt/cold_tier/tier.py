@@ -175,8 +175,12 @@ class ColdTier:
         self._report(at_once)
         return count
 
-    def restore(self, blocks: Sequence[SlotBlock], deadline_s: float | None = None) -> Restore:
-        """Bring blocks up into their slots; what is not there within `deadline_s`, from now, is a miss.
+    def restore(
+        self, blocks: Sequence[SlotBlock], deadline_s: float | None = None, after: Callable[[], None] | None = None
+    ) -> Restore:
+        """Bring blocks up into their slots, which may be written to once `after` has returned.
+
+        What is not there within `deadline_s`, from now, is a miss.
 
         Raises
         ------
@@ -198,7 +202,7 @@ class ColdTier:
             else:
                 at_once.append(Finished(block, Outcome.MISSING, restore))
         if work:
-            self._up.restore(restore, work)
+            self._up.restore(restore, work, after)
         self._report(at_once)
         return restore
 

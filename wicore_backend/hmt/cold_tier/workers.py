@@ -60,15 +60,22 @@ class Desk:
 
 @dataclass(eq=False, kw_only=True)
 class _Batch:
-    """Blocks that share a tray, in the order of their records."""
+    """Blocks that share a tray, in the order of their records.
+
+    Attributes
+    ----------
+    outcomes
+        Of each block, as far as that is known.
+    """
 
     blocks: Sequence[SlotBlock]
     tray: Tray
-    parts: Sequence[Part]
-    views: Sequence[memoryview]
-    names: Sequence[bytes]
     started: float
     first: bool
+    outcomes: list[Outcome]
+    parts: Sequence[Part] = ()
+    views: Sequence[memoryview] = ()
+    names: Sequence[bytes] = ()
     ticket: Ticket | None = None
 
     @property
@@ -78,8 +85,7 @@ class _Batch:
 
 @dataclass(eq=False, kw_only=True)
 class _SpillBatch(_Batch):
-    outcomes: list[Outcome]
-    moving: list[int]
+    moving: Sequence[int] = ()
     """Which of its records the ticket under way is about."""
 
 
@@ -171,6 +177,47 @@ class Worker(ABC, Generic[B]):
         except Exception:
             _log.exception("cold_tier_bug")
 
+    def _take(self, queue: deque[SlotBlock], tray: Tray, batch_of: Callable[..., B]) -> B:
+        """Take from the queue what goes on a tray: a batch, which is under way from now on."""
+        started = time.monotonic()
+        blocks = self._fill(queue, tray)
+        outcomes = [Outcome.FAILED] * len(blocks)
+        batch = batch_of(blocks=blocks, tray=tray, started=started, first=not self._under_way, outcomes=outcomes)
+        self._under_way.add(batch)
+        return batch
+
+    def _do(self, batch: B, step: Callable[[], None]) -> None:
+        """Do a batch's next step. If that fails, which is a bug, the batch ends: nobody waits for its blocks."""
+        try:
+            step()
+        except Exception:
+            _log.exception("cold_tier_bug")
+            if batch in self._under_way:
+                self._over(batch)
+
+    def _lay_out(self, batch: B) -> None:
+        batch.parts, batch.views = laid_out(batch.tray, [self._stages[block.group] for block in batch.blocks])
+        batch.names = [record_name(block.key) for block in batch.blocks]
+
+    def _over(self, batch: B) -> None:
+        """A batch has ended as its outcomes say."""
+        self._under_way.remove(batch)
+        self._free.append(batch.tray)
+        self._end_batch(batch)
+
+    @abstractmethod
+    def _end_batch(self, batch: B) -> None:
+        """Settle and report the blocks of a batch, whatever happens."""
+
+    def _settled(self, settle: Callable[[], None], outcome: Outcome) -> Outcome:
+        """Have a block's outcome taken into the books; if that fails, which is a bug, the block is lost."""
+        try:
+            settle()
+        except Exception:
+            _log.exception("cold_tier_bug")
+            return Outcome.FAILED
+        return outcome
+
     def _fill(self, queue: deque[SlotBlock], tray: Tray) -> list[SlotBlock]:
         """Take from the queue what goes on a tray; by group, else in order, since policies make something of that."""
         room = tray.size
@@ -232,60 +279,44 @@ class SpillWorker(Worker[_SpillBatch]):
             self._start(self._free.pop())
 
     def _start(self, tray: Tray) -> None:
-        started = time.monotonic()
-        blocks = self._fill(self._queue, tray)
-        parts, views = laid_out(tray, [self._stages[block.group] for block in blocks])
-        batch = _SpillBatch(
-            blocks=blocks,
-            tray=tray,
-            parts=parts,
-            views=views,
-            names=[record_name(block.key) for block in blocks],
-            started=started,
-            first=not self._under_way,
-            outcomes=[Outcome.FAILED] * len(blocks),
-            moving=list(range(len(blocks))),
-        )
-        self._under_way.add(batch)
-        try:
-            for part in parts:
-                slots = [block.slot for block in blocks[part.first : part.first + len(part.records)]]
-                part.stage.encode(slots, part.records)
-        except Exception:
-            _log.exception("cold_tier_encode_failed")
-            self._over(batch)
-        else:
-            self._store_moving(batch)
-        self._resting_until = time.monotonic() + _REST_S * len(blocks)
+        batch = self._take(self._queue, tray, _SpillBatch)
+        self._do(batch, lambda: self._encode(batch))
+        self._resting_until = time.monotonic() + _REST_S * len(batch.blocks)
 
-    def _store_moving(self, batch: _SpillBatch) -> None:
+    def _encode(self, batch: _SpillBatch) -> None:
+        self._lay_out(batch)
+        for part in batch.parts:
+            slots = [block.slot for block in batch.blocks[part.first : part.first + len(part.records)]]
+            part.stage.encode(slots, part.records)
+        self._store_records(batch, range(len(batch.blocks)))
+
+    def _store_records(self, batch: _SpillBatch, indices: Sequence[int]) -> None:
+        batch.moving = indices
         batch.ticket = self._store.store_all(
-            [batch.names[index] for index in batch.moving],
-            [batch.views[index] for index in batch.moving],
-            done=lambda ticket: self.post(partial(self._landed, batch, ticket)),
+            [batch.names[index] for index in indices],
+            [batch.views[index] for index in indices],
+            done=lambda ticket: self.post(partial(self._do, batch, partial(self._landed, batch, ticket))),
         )
 
     def _landed(self, batch: _SpillBatch, ticket: Ticket) -> None:
         for index, outcome in zip(batch.moving, ticket.outcomes, strict=True):
             batch.outcomes[index] = outcome or Outcome.FAILED
-        batch.moving = [index for index in batch.moving if batch.outcomes[index] is Outcome.FULL]
-        if batch.moving and self._books.make_room(batch.blocks[index].key for index in batch.moving):
-            self._store_moving(batch)
+        full = [index for index in batch.moving if batch.outcomes[index] is Outcome.FULL]
+        if full and self._books.make_room(batch.blocks[index].key for index in full):
+            self._store_records(batch, full)
         else:
             if set(batch.outcomes) == {Outcome.DONE}:
                 self._measure(batch)
             self._over(batch)
 
-    def _over(self, batch: _SpillBatch) -> None:
-        self._under_way.remove(batch)
-        self._free.append(batch.tray)
+    def _end_batch(self, batch: _SpillBatch) -> None:
         self._end(zip(batch.blocks, batch.outcomes, strict=True))
 
     def _end(self, ends: Iterable[tuple[SlotBlock, Outcome]]) -> None:
         finished = []
         for block, outcome in ends:
-            self._books.stored(block.key, outcome)
-            finished.append(Finished(block, outcome, None))
+            settled = self._settled(partial(self._books.stored, block.key, outcome), outcome)
+            finished.append(Finished(block, settled, None))
         self._report(finished)
 
 
@@ -306,9 +337,9 @@ class RestoreWorker(Worker[_RestoreBatch]):
         largest = max(stage.codec.encoded_bytes for stage in desk.stages.values())
         self._measured_blocks = 2 * min(self._most_blocks, desk.trays[0].size // largest)
 
-    def restore(self, restore: Restore, blocks: Sequence[SlotBlock]) -> None:
-        """Bring up the restore's pinned blocks. Safe on any thread."""
-        self.post(partial(self._queue.append, _Job(deque(blocks), restore.deadline, restore)))
+    def restore(self, restore: Restore, blocks: Sequence[SlotBlock], after: Callable[[], None] | None) -> None:
+        """Bring up the restore's pinned blocks, once `after` has returned. Safe on any thread."""
+        self.post(partial(self._begin, _Job(deque(blocks), restore.deadline, restore), after))
 
     def cancel(self, restore: Restore) -> None:
         """See to a restore that is cancelled now. Safe on any thread."""
@@ -330,6 +361,16 @@ class RestoreWorker(Worker[_RestoreBatch]):
     @property
     def _measure_due(self) -> float:
         return max(self._measured_at, self.pace.measured_at or -inf) + self._measure_s
+
+    def _begin(self, job: _Job, after: Callable[[], None] | None) -> None:
+        try:
+            if after is not None:
+                after()
+        except Exception:
+            _log.exception("cold_tier_restore_not_ready")
+            self._end(job, [(block, Outcome.FAILED) for block in job.waiting])
+        else:
+            self._queue.append(job)
 
     def _cancel(self, restore: Restore) -> None:
         for batch in self._under_way:
@@ -365,25 +406,17 @@ class RestoreWorker(Worker[_RestoreBatch]):
             self._cut()
 
     def _start(self, job: _Job, tray: Tray) -> None:
-        started = time.monotonic()
-        blocks = self._fill(job.waiting, tray)
-        parts, views = laid_out(tray, [self._stages[block.group] for block in blocks])
-        batch = _RestoreBatch(
-            blocks=blocks,
-            tray=tray,
-            parts=parts,
-            views=views,
-            names=[record_name(block.key) for block in blocks],
-            started=started,
-            first=not self._under_way,
-            job=job,
-        )
-        self._under_way.add(batch)
+        batch = self._take(job.waiting, tray, partial(_RestoreBatch, job=job))
+        self._do(batch, lambda: self._fetch(batch))
+
+    def _fetch(self, batch: _RestoreBatch) -> None:
+        self._lay_out(batch)
+        deadline = batch.job.deadline
         batch.ticket = self._store.fetch(
             batch.names,
-            views,
-            deadline_s=None if job.deadline == inf else max(0.0, job.deadline - started),
-            done=lambda ticket: self.post(partial(self._landed, batch, ticket)),
+            batch.views,
+            deadline_s=None if deadline == inf else max(0.0, deadline - batch.started),
+            done=lambda ticket: self.post(partial(self._do, batch, partial(self._landed, batch, ticket))),
         )
 
     def _landed(self, batch: _RestoreBatch, ticket: Ticket) -> None:
@@ -392,11 +425,13 @@ class RestoreWorker(Worker[_RestoreBatch]):
             outcomes = [Outcome.CANCELLED] * len(outcomes)
         for part in batch.parts:
             self._decode(batch, part, outcomes)
+        batch.outcomes = outcomes
         if self._teaches(batch, outcomes):
             self._measure(batch)
-        self._under_way.remove(batch)
-        self._free.append(batch.tray)
-        self._end(batch.job, list(zip(batch.blocks, outcomes, strict=True)))
+        self._over(batch)
+
+    def _end_batch(self, batch: _RestoreBatch) -> None:
+        self._end(batch.job, list(zip(batch.blocks, batch.outcomes, strict=True)))
 
     def _teaches(self, batch: _RestoreBatch, outcomes: Sequence[Outcome]) -> bool:
         """Whether the time that the batch took says something of the disk: not if the store gave up at once."""
@@ -424,13 +459,13 @@ class RestoreWorker(Worker[_RestoreBatch]):
 
     def _end(self, job: _Job, ends: Sequence[tuple[SlotBlock, Outcome]]) -> None:
         if job.restore is None:
-            for block, _ in ends:
-                self._books.look(block.key)
+            for block, outcome in ends:
+                self._settled(partial(self._books.look, block.key), outcome)
             return
         finished = []
         for block, outcome in ends:
-            self._books.unpin(block.key, outcome)
-            finished.append(Finished(block, outcome, job.restore))
+            settled = self._settled(partial(self._books.unpin, block.key, outcome), outcome)
+            finished.append(Finished(block, settled, job.restore))
         self._report(finished)
 
 

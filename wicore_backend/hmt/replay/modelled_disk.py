@@ -102,8 +102,8 @@ class ModelledDisk:
             self._finished.append(Finished(block, outcome, None))
         return len(blocks)
 
-    def restore(self, blocks: Sequence[SlotBlock], deadline_s: float | None = None) -> Restore:
-        del deadline_s
+    def restore(self, blocks: Sequence[SlotBlock], deadline_s: float | None = None, after: Written = None) -> Restore:
+        del deadline_s, after
         restore = Restore(blocks, 0.0, lambda _: None)
         for block in blocks:
             there = self._books.pin(block.key)
