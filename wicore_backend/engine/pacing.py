@@ -55,12 +55,14 @@ class Pacer:
         """
         if self._limit is None:
             return most
-        so_far = self._model.predict(shape)
+        model = self._model
+        so_far = model.predict(shape)
         left = share * (self._limit - so_far)
-        tokens = min(most, self._model.prefill_tokens(shape, so_far + left, context))
-        if tokens < most and left < 2 * (self._model.predict(shape.with_prefill(1, context)) - so_far):
+        if model.predict(shape.with_prefill(most, context)) - so_far <= left:
+            return most
+        if left < 2 * (model.predict(shape.with_prefill(1, context)) - so_far):
             return 0
-        return tokens
+        return min(most, model.prefill_tokens(shape, so_far + left, context))
 
     def end(self, *, mixed: bool, held_back: bool) -> None:
         """The step is planned: it has decodes and prompts (`mixed`), or prompts wait for more time (`held_back`)."""

@@ -37,6 +37,9 @@ from wicore_backend.engine.waiting import Backlog, Next, WaitingQueue
 from wicore_backend.hmt.blocks import BlockManager, PrefixMatch
 from wicore_backend.hmt.policy.base import Access
 
+_MOST_AHEAD = 4
+"""Blocks that a decode gets at once where there is plenty: to place one costs almost as much as to place several."""
+
 _RETRY_PLANS = 8
 """While nobody leaves, room changes little: the head of the queue is looked at again after so many steps."""
 
@@ -100,7 +103,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence, now: float) -> list[Rejected]:
         """Put a new sequence into the queue. Returns those that are turned away for it: itself, or lower classes."""
-        sequence.cost = len(sequence.tokens) + self._expected_answer(sequence)
+        sequence.cost = self._expected_tokens(sequence)
         late = self._too_late(sequence, now, self._work_before(sequence))
         if late is not None:
             return [late]
@@ -140,7 +143,7 @@ class Scheduler:
     def finished(self, sequence: Sequence) -> None:
         """An answer has come to its own end: remove its sequence, and learn from it."""
         self._answers.observe(sequence.answered)
-        self._queue.charge(sequence.priority, sequence.tenant, sequence.prompt_len + sequence.answered - sequence.cost)
+        self._queue.charge(sequence.priority, sequence.tenant, len(sequence.tokens) - sequence.cost)
         self.remove(sequence)
 
     def expire(self, now: float) -> Iterator[tuple[Sequence, DeadlineKind]]:
@@ -203,16 +206,17 @@ class Scheduler:
                     self._context -= self._visible(sequence)
                     self._blocks.bound(sequence.running_blocks, sequence.computed)
                     self._context += self._visible(sequence)
-        size = self._blocks.block_size
-        # Where there is plenty, two blocks at a time: to place one costs as much as to place two.
-        ahead = size if self._blocks.budget is None and self._blocks.plenty(2 * len(self._decoding)) else 0
-        for sequence in self._at_block_end:
-            if sequence not in self._decoding:  # It has ended, or given way to one before it.
-                continue
-            computed = sequence.computed
-            if computed >= sequence.running_blocks.stop * size:
-                self._place(sequence, min(computed + 1 + ahead, sequence.max_tokens), or_preempt=True)
+        size, decoding = self._blocks.block_size, self._decoding
+        ends = [s for s in self._at_block_end if s in decoding and s.computed >= s.running_blocks.stop * size]
         self._at_block_end.clear()
+        ahead = 0 if self._blocks.budget or not ends else min(_MOST_AHEAD, self._blocks.spare // len(decoding))
+        if ahead > 0:
+            long = [(s.running_blocks, s.computed) for s in ends if s.max_tokens - s.computed >= ahead * size]
+            self._blocks.extend_all(long, ahead)
+            ends = [s for s in ends if s.max_tokens - s.computed < ahead * size]
+        for sequence in ends:
+            if sequence in decoding:  # It may have given way to one before it.
+                self._place(sequence, sequence.computed + 1, or_preempt=True)
 
     def _decode(self, sequence: Sequence) -> None:
         """From now on the sequence is decoded."""
@@ -251,7 +255,6 @@ class Scheduler:
                     turns.started(sequence)
                 # If someone with a chunk gave way, nobody comes back in the same step: it would have two.
                 blocked = any(chunk.sequence.blocks is None for chunk in chunks)
-                ahead = None if blocked else self._peek(now)
             elif turns:
                 sequence = turns.pop()
             else:
@@ -260,7 +263,12 @@ class Scheduler:
                 continue
             if not self._decoding:  # Those there were have given way: there is no pace to be kept.
                 self._pacer.begin(self._shape())
-            end = self._chunk_end(sequence, shape, tokens_left, turns.share(sequence, ahead))
+            end = self._chunk_end(sequence, shape, tokens_left)
+            if end < len(sequence.tokens):
+                share = turns.share(sequence, None if blocked else self._peek(now))
+                part = self._chunk_end(sequence, shape, tokens_left, share=share)
+                # A share that holds no image, or is not worth it, would leave nothing to the others either.
+                end = part if part > sequence.computed else end
             if end == sequence.computed:
                 held_back = not chunks
                 break
@@ -275,15 +283,10 @@ class Scheduler:
         self._pacer.end(mixed=bool(chunks and self._decoding), held_back=held_back)
         return [chunk for chunk in chunks if chunk.sequence.blocks is not None]
 
-    def _chunk_end(self, sequence: Sequence, shape: StepShape, tokens_left: int, share: float) -> int:
-        """Where the chunk beside `shape` ends: it may take a share of what is left, or all if that ends the prompt."""
-        context, most = sequence.computed, min(sequence.uncomputed, tokens_left)
-        tokens = self._pacer.tokens(shape, context=context, most=most)
-        if share < 1 and tokens < sequence.uncomputed:
-            part = self._pacer.tokens(shape, context=context, most=min(most, int(share * tokens_left)), share=share)
-            # A share that holds no image, or is not worth it, would leave nothing to the others either.
-            if (end := _unsplit_end(sequence, part)) > context:
-                return end
+    def _chunk_end(self, sequence: Sequence, shape: StepShape, tokens_left: int, *, share: float = 1.0) -> int:
+        """Where the chunk beside `shape` ends if it may take a share of the tokens and of the time that are left."""
+        most = min(sequence.uncomputed, int(share * tokens_left))
+        tokens = self._pacer.tokens(shape, context=sequence.computed, most=most, share=share)
         return _unsplit_end(sequence, tokens)
 
     # Admission.
@@ -449,9 +452,10 @@ class Scheduler:
             del self._decoding[sequence]
             self._context -= self._visible(sequence)
         self._count_running(sequence, -1)
+        blocks = sequence.running_blocks
         # What is decoded is noted at once here: it is of use to those who come after the answer.
-        self._blocks.note(sequence.running_blocks, sequence.computed)
-        self._blocks.close(sequence.running_blocks)
+        self._blocks.note(blocks, sequence.computed)
+        self._blocks.close(blocks)
         sequence.blocks = None
         sequence.computed = 0
         sequence.computes = False
@@ -462,10 +466,12 @@ class Scheduler:
             self._queue.push(follower, charged=True)
 
     def _count_running(self, sequence: Sequence, change: int) -> None:
-        if not sequence.promoted:
-            self._preemptible[sequence.priority] += change
-            if not self._preemptible[sequence.priority]:
-                del self._preemptible[sequence.priority]
+        if sequence.promoted:
+            return
+        priority = sequence.priority
+        count = self._preemptible[priority] = self._preemptible[priority] + change
+        if not count:
+            del self._preemptible[priority]
 
     def _lead_no_more(self, sequence: Sequence) -> None:
         if sequence.twin_key and self._leaders.get(sequence.twin_key) is sequence:
@@ -473,11 +479,10 @@ class Scheduler:
 
     # Expectations.
 
-    def _expected_answer(self, sequence: Sequence) -> int:
-        return self._answers.expected(sequence.answered, sequence.max_tokens - sequence.prompt_len)
-
     def _expected_tokens(self, sequence: Sequence) -> int:
-        return sequence.prompt_len + self._expected_answer(sequence)
+        """Prompt and answer together."""
+        prompt = sequence.prompt_len
+        return prompt + self._answers.expected(len(sequence.tokens) - prompt, sequence.max_tokens - prompt)
 
     def _work_before(self, sequence: Sequence) -> int:
         """Tokens of work in the queue that go before a new sequence."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 
 from wicore_backend.engine.request import Sequence
@@ -30,10 +30,15 @@ class Turns:
     """
 
     def __init__(self, prefilling: Iterable[Sequence]) -> None:
-        line = sorted(prefilling, key=_length)
-        self._under_way = Counter(s.priority for s in line)
-        self._first = min(line, key=lambda s: s.rank, default=None)
-        self._line = deque(sorted(line, key=lambda s: s is not self._first))
+        line = deque(sorted(prefilling, key=_length))
+        self._under_way: defaultdict[int, int] = defaultdict(int)
+        for sequence in line:
+            self._under_way[sequence.priority] += 1
+        self._first = min(line, key=_rank, default=None)
+        if self._first is not None:
+            line.remove(self._first)
+            line.appendleft(self._first)
+        self._line = line
 
     def admit(self, ahead: Next[Sequence]) -> bool:
         """Whether the next turn is for the head of the queue, and not for one whose prompt is under way."""
@@ -70,7 +75,7 @@ class Turns:
 
         `ahead` is the head of the queue, if it can be admitted in this step.
         """
-        rivals = list(self._line)[:1]
+        rivals = [self._line[0]] if self._line else []
         if ahead and self._has_place(ahead.item) and not _are_twins(ahead.item, sequence):
             rivals.append(ahead.item)
         rivals = [r for r in rivals if sequence.promoted or r.priority <= sequence.priority]
@@ -82,6 +87,10 @@ class Turns:
 
     def _has_place(self, sequence: Sequence) -> bool:
         return self._under_way[sequence.priority] < _AT_ONCE
+
+
+def _rank(sequence: Sequence) -> tuple[bool, int, float, int]:
+    return sequence.rank
 
 
 def _length(sequence: Sequence) -> tuple[int, int]:

@@ -70,10 +70,11 @@ class BlockPool(ABC):
     def take(self, count: int = 1) -> list[int]:
         """Blocks for one user to write to; there must be as many `available`."""
         free, users = self._free, self._users
-        while len(free) < count:
-            self._recycle_next()
-        taken = free[-count:]
-        del free[-count:]
+        if len(free) < count:
+            self._recycle(count - len(free))
+        kept = len(free) - count
+        taken = free[kept:]
+        del free[kept:]
         for block in taken:
             users[block] = 1
         self._active += count
@@ -88,16 +89,14 @@ class BlockPool(ABC):
 
     def release(self, blocks: Iterable[int]) -> None:
         """A sequence has the blocks in its table no more. Of those that are kept, the first is recycled first."""
-        users, names = self._users, self._names
+        users, names, free = self._users, self._names, self._free
+        kept, before = [], len(free)
         for block in blocks:
             left = users[block] = users[block] - 1
-            if left:
-                continue
-            self._active -= 1
-            if names[block] is None:
-                self._free.append(block)
-            else:
-                self._let_go(block)
+            if not left:
+                (free if names[block] is None else kept).append(block)
+        self._active -= len(free) - before + len(kept)
+        self._let_go(kept)
 
     def find(self, name: bytes) -> int | None:
         """The kept block of this name."""
@@ -106,8 +105,7 @@ class BlockPool(ABC):
     def give_up(self, count: int) -> int:
         """Recycle `count` cached blocks or so, or all if there are fewer; how many it was."""
         before = len(self._free)
-        while self.cached and len(self._free) < before + count:
-            self._recycle_next()
+        self._recycle(min(count, self.cached))
         return len(self._free) - before
 
     @abstractmethod
@@ -123,25 +121,29 @@ class BlockPool(ABC):
         """A cached block has become active."""
 
     @abstractmethod
-    def _let_go(self, block: int) -> None:
-        """A kept block has become cached."""
+    def _let_go(self, blocks: Sequence[int]) -> None:
+        """Kept blocks have become cached."""
 
     @abstractmethod
-    def _recycle_next(self) -> None:
-        """Give up what has been unused longest. Raises BlockAccountingError if nothing is cached."""
+    def _recycle(self, count: int) -> None:
+        """Give up what has been unused longest, `count` blocks or a few more. Raises BlockAccountingError if fewer are
+        cached."""
 
-    def _unname(self, block: int, given_up: GivenUp | None) -> None:
-        """The block is kept no more: it is free, unless someone uses it."""
-        name = self._names[block]
-        assert name is not None
-        self._names[block] = None
-        if self._named.get(name) == block:
-            del self._named[name]
-        if not self._users[block]:
-            if given_up is not None:
-                given_up(name, block)
-            self._free.append(block)
-            self.recycled += 1
+    def _unname(self, blocks: Iterable[int], given_up: GivenUp | None) -> None:
+        """The blocks are kept no more: they are free, unless someone uses them."""
+        names, named, users, free = self._names, self._named, self._users, self._free
+        before = len(free)
+        for block in blocks:
+            name = names[block]
+            assert name is not None
+            names[block] = None
+            if named.get(name) == block:
+                del named[name]
+            if not users[block]:
+                if given_up is not None:
+                    given_up(name, block)
+                free.append(block)
+        self.recycled += len(free) - before
 
     def check_integrity(self, tables: Iterable[int]) -> None:
         """Raise BlockAccountingError unless the books follow from `tables`, the blocks in all tables, and the names."""
@@ -185,20 +187,21 @@ class SingleBlockPool(BlockPool):
     def drop_all(self) -> None:
         """See BlockPool."""
         self._cached.clear()
-        for block in list(self._named.values()):
-            self._unname(block, None)
+        self._unname(list(self._named.values()), None)
 
     def _taken_up(self, block: int) -> None:
         del self._cached[block]
 
-    def _let_go(self, block: int) -> None:
-        self._cached[block] = None
+    def _let_go(self, blocks: Sequence[int]) -> None:
+        cached = self._cached
+        for block in blocks:
+            cached[block] = None
 
-    def _recycle_next(self) -> None:
-        if not self._cached:
+    def _recycle(self, count: int) -> None:
+        if count > len(self._cached):
             raise _nothing_cached()
-        block, _ = self._cached.popitem(last=False)
-        self._unname(block, self._given_up)
+        take = self._cached.popitem
+        self._unname([take(last=False)[0] for _ in range(count)], self._given_up)
 
     def _check_kept(self, kept: set[int], cached: set[int]) -> None:
         if kept != set(self._named.values()) or self._cached.keys() != cached:
@@ -257,26 +260,34 @@ class WindowPool(BlockPool):
             if not run.idle:
                 del self._victims[run.name]
 
-    def _let_go(self, block: int) -> None:
-        for run in self._holders[block]:
-            run.idle += 1
-            self._victims[run.name] = run
+    def _let_go(self, blocks: Sequence[int]) -> None:
+        holders, victims = self._holders, self._victims
+        for block in blocks:
+            for run in holders[block]:
+                if not run.idle:
+                    victims[run.name] = run
+                run.idle += 1
 
-    def _recycle_next(self) -> None:
-        if not self._victims:
-            raise _nothing_cached()
-        self._drop(next(iter(self._victims.values())), self._given_up)
+    def _recycle(self, count: int) -> None:
+        enough = len(self._free) + count
+        while len(self._free) < enough:
+            if not self._victims:
+                raise _nothing_cached()
+            self._drop(next(iter(self._victims.values())), self._given_up)
 
     def _drop(self, run: CachedRun, given_up: GivenUp | None) -> None:
         del self._runs[run.name]
         self._victims.pop(run.name, None)
-        holders, unname = self._holders, self._unname
+        holders = self._holders
+        unheld = []
         for block in run.blocks:
-            if len(holders[block]) == 1:
+            held = holders[block]
+            if len(held) == 1:
                 holders[block] = ()
-                unname(block, given_up)
+                unheld.append(block)
             else:
-                holders[block] = tuple([held for held in holders[block] if held is not run])
+                holders[block] = tuple([other for other in held if other is not run])
+        self._unname(unheld, given_up)
 
     def _check_kept(self, kept: set[int], cached: set[int]) -> None:
         held = Counter(block for run in self._runs.values() for block in run.blocks)

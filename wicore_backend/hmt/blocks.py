@@ -149,7 +149,8 @@ class BlockManager:
         self._pools = tuple(self.pools.values())
         self._reach = layout.window - 1  # tokens before its own that a local layer's token sees
         self._transfers: list[Transfer] = []
-        self._max_chunk = max_chunk
+        self._window_blocks = layout.blocks_for(layout.window) + 2  # that a decode is likely to hold at most
+        self._max_chunk_blocks = layout.blocks_for(max_chunk)
         self._open: set[SequenceBlocks] = set()
         self._missing = dict.fromkeys(self.pools, 0)
 
@@ -235,7 +236,7 @@ class BlockManager:
                 shared = sum(block is not None and pool.is_active(block) for block in kept)
             spare = pool.available - self._missing[group] + shared
             if group is LayerGroup.LOCAL:  # A chunk of a prompt holds more than its window, while it is computed.
-                spare -= self.layout.blocks_for(self._max_chunk)
+                spare -= self._max_chunk_blocks
             left[group] = spare - self._expected(group, tokens, expected_tokens)
         return left
 
@@ -243,7 +244,7 @@ class BlockManager:
         """The most blocks that a sequence is likely to hold that has `tokens` to compute before its next decode."""
         blocks = self.layout.blocks_for(max(tokens, expected_tokens))
         if group is LayerGroup.LOCAL:
-            return min(blocks, self.layout.blocks_for(self.layout.window) + 2)
+            return min(blocks, self._window_blocks)
         return blocks if self.budget is None else max(self.layout.blocks_for(tokens), min(blocks, self.budget.blocks))
 
     def visible(self, tokens: int) -> int:
@@ -270,9 +271,10 @@ class BlockManager:
         tokens
             Those that it has now: all of them are computed before the first decode.
         """
+        most = self.layout.blocks_for(max_tokens)
         blocks = SequenceBlocks(
             names=names,
-            tables={group: np.zeros(self.layout.blocks_for(max_tokens), np.int32) for group in self.pools},
+            tables={group: np.zeros(most, np.int32) for group in self.pools},
             first=dict.fromkeys(self.pools, 0),
             stop=match.resume,
             full=match.resume,
@@ -373,18 +375,30 @@ class BlockManager:
             missing = blocks.missing(group)
             if missing:
                 self._missing[group] -= min(missing, count)
-            table, taken = blocks.tables[group], pool.take(count)
-            if count <= 2:  # A decode's. To assign a slice takes ten times as long as one entry.
-                for index, block in enumerate(taken, stop):
-                    table[index] = block
-            else:
-                table[stop:needed] = taken
+            blocks.tables[group][stop:needed] = pool.take(count)
         blocks.stop = needed
         return True
 
-    def plenty(self, count: int) -> bool:
-        """Whether `count` blocks of each group could be taken though all that are open grow as expected."""
-        return all(pool.available - self._missing[group] >= count for group, pool in self._groups)
+    def extend_all(self, growing: Sequence[tuple[SequenceBlocks, int]], count: int) -> None:
+        """Give several sequences `count` more blocks each, which is quicker than one by one; so many are `spare`.
+
+        Of each it is told how many tokens have been computed.
+        """
+        for blocks, computed in growing:
+            self._release_behind(blocks, computed)
+        for group, pool in self._groups:
+            taken, less = pool.take(count * len(growing)), 0
+            for (blocks, _), end in zip(growing, range(count, len(taken) + 1, count), strict=True):
+                blocks.tables[group][blocks.stop : blocks.stop + count] = taken[end - count : end]
+                less += min(count, blocks.missing(group))
+            self._missing[group] -= less
+        for blocks, _ in growing:
+            blocks.stop += count
+
+    @property
+    def spare(self) -> int:
+        """Blocks of each group that are left if all that are open grow as expected; negative if there are too few."""
+        return min(pool.available - self._missing[group] for group, pool in self._groups)
 
     def note(self, blocks: SequenceBlocks, computed: int) -> None:
         """The first `computed` tokens have their keys now: blocks completed by that can be found from now on."""

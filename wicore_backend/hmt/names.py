@@ -67,9 +67,14 @@ class BlockNames:
 
     def first(self, count: int) -> Sequence[bytes]:
         """The names of at least the first `count` blocks, whose tokens must all be there."""
-        for index in range(len(self._names), count):
-            self._names.append(self._name(index * self._size, (index + 1) * self._size))
-        return self._names
+        size, names = self._size, self._names
+        if (known := len(names)) < count:
+            packed = _packed(self._tokens[known * size : count * size])  # One by one takes a third longer.
+            step = len(packed) // (count - known)
+            for index in range(known, count):
+                offset = (index - known) * step
+                names.append(self._name(packed[offset : offset + step], index * size, (index + 1) * size))
+        return names
 
     def resumable(self, count: int) -> int:
         """The most blocks, of at most `count`, that end inside no image: an image is computed at once."""
@@ -82,17 +87,22 @@ class BlockNames:
         """A name of the first `length` tokens, whether or not a block ends there."""
         full = length // self._size
         self.first(full)
-        return _hash(self._name(full * self._size, length), b"end")
+        start = full * self._size
+        return _hash(self._name(_packed(self._tokens[start:length]), start, length), b"end")
 
-    def _name(self, start: int, end: int) -> bytes:
+    def _name(self, content: bytes, start: int, end: int) -> bytes:
+        """The name of a block that holds tokens `start` to `end` - 1; they are `content`."""
         index = start // self._size
         hashed = _HASHER.copy()
-        hashed.update(self._names[index - 1] if index else self._root)
-        hashed.update(pack(f"{end - start}i", *self._tokens[start:end]))
+        hashed.update((self._names[index - 1] if index else self._root) + content)
         for image in self._images:
             if image.start < end and start < image.end:
                 hashed.update(_with_length(image.digest) + pack("2i", image.start - start, image.end - start))
         return hashed.digest()
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    return pack(f"{len(tokens)}i", *tokens)
 
 
 def _hash(*parts: bytes) -> bytes:
