@@ -55,9 +55,11 @@ class Scheduler:
         self._queue: WaitingQueue[Sequence] = WaitingQueue(
             ageing_s=limits.ageing_s, aged_share=limits.aged_share, weights=limits.tenant_weights
         )
-        self._decoding: dict[Sequence, None] = {}
+        self._steps = 0
+        self._decoding: dict[Sequence, int] = {}  # each with the step, modulo a block's size, that begins a block of it
+        self._beginning: list[dict[Sequence, None]] = [{} for _ in range(blocks.block_size)]  # the other way around
+        self._begun: list[Sequence] = []  # who decodes for the first time; kept if they may have too many blocks
         self._context = 0  # keys that those who decode see
-        self._at_block_end: list[Sequence] = []  # of those who decode, who needs another block, or has too many
         self._prefilling: dict[Sequence, None] = {}
         self._leaders: dict[bytes, Sequence] = {}
         self._parked: dict[Sequence, None] = {}
@@ -182,12 +184,10 @@ class Scheduler:
 
     def complete(self, plan: StepPlan) -> list[Fork]:
         """Note that a step has been computed. Returns sequences that now go on from prompts that it completed."""
-        size = self._blocks.block_size
+        self._steps += 1
         self._context += len(plan.decodes)
         for sequence in plan.decodes:
-            computed = sequence.computed = sequence.computed + 1
-            if computed % size == 0:
-                self._at_block_end.append(sequence)
+            sequence.computed += 1
         forks: list[Fork] = []
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -200,15 +200,16 @@ class Scheduler:
         return forks
 
     def _place_decodes(self) -> None:
+        size, decoding = self._blocks.block_size, self._decoding
+        beginning = self._beginning[self._steps % size]
         if self._blocks.budget is not None:
-            for sequence in self._at_block_end:
-                if sequence in self._decoding:
+            for sequence in dict.fromkeys((*beginning, *self._begun)):
+                if sequence in decoding:
                     self._context -= self._visible(sequence)
                     self._blocks.bound(sequence.running_blocks, sequence.computed)
                     self._context += self._visible(sequence)
-        size, decoding = self._blocks.block_size, self._decoding
-        ends = [s for s in self._at_block_end if s in decoding and s.computed >= s.running_blocks.stop * size]
-        self._at_block_end.clear()
+            self._begun.clear()
+        ends = [s for s in beginning if s.computed >= s.running_blocks.stop * size]
         ahead = 0 if self._blocks.budget or not ends else min(_MOST_AHEAD, self._blocks.spare // len(decoding))
         if ahead > 0:
             long = [(s.running_blocks, s.computed) for s in ends if s.max_tokens - s.computed >= ahead * size]
@@ -220,10 +221,12 @@ class Scheduler:
 
     def _decode(self, sequence: Sequence) -> None:
         """From now on the sequence is decoded."""
-        self._decoding[sequence] = None
+        # All decodes advance together, so that the steps which begin a block of one are known from now on.
+        begins = self._decoding[sequence] = (self._steps - sequence.computed) % self._blocks.block_size
+        self._beginning[begins][sequence] = None
         self._context += self._visible(sequence)
-        if self._blocks.budget is not None or sequence.computed % self._blocks.block_size == 0:
-            self._at_block_end.append(sequence)
+        if self._blocks.budget is not None:
+            self._begun.append(sequence)
 
     def _visible(self, sequence: Sequence) -> int:
         """Keys that a decode of a running sequence sees in the global group."""
@@ -449,7 +452,7 @@ class Scheduler:
         if sequence in self._prefilling:
             del self._prefilling[sequence]
         else:
-            del self._decoding[sequence]
+            del self._beginning[self._decoding.pop(sequence)][sequence]
             self._context -= self._visible(sequence)
         self._count_running(sequence, -1)
         blocks = sequence.running_blocks
@@ -547,6 +550,10 @@ class Scheduler:
         assert all(s.blocks is not None for s in self.running), "a running sequence has no blocks"
         assert all(s.uncomputed == 1 for s in self._decoding), "a decoding sequence has more than one token to compute"
         assert self._context == sum(map(self._visible, self._decoding)), "the decodes' context is miscounted"
+        for begins, sequences in enumerate(self._beginning):
+            assert all(self._decoding.get(s) == begins for s in sequences), "one begins a block though it does not decode"
+            assert all((s.computed + begins - self._steps) % self._blocks.block_size == 0 for s in sequences), "or not now"
+        assert sum(map(len, self._beginning)) == len(self._decoding), "nobody knows when one begins a block"
         assert self._preemptible == Counter(s.priority for s in self.running if not s.promoted), "who may be preempted"
         assert all(leader in self._prefilling for leader in self._leaders.values()), "a leader does not compute"
         self._blocks.check_integrity()
