@@ -1,0 +1,159 @@
+"""The kernels of the dense segments against their plain twins: on the GPU, or under the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.gemma3_random import write_random_checkpoint
+from wicore_backend.executor.cuda_executor import CudaExecutor
+from wicore_backend.executor.kernels.products import Tile, product
+from wicore_backend.executor.kernels.small import add_norm, embed, gated, norm, qk_norm_rope
+from wicore_backend.executor.matrix import TILES
+from wicore_backend.executor.torch_executor import TorchExecutor
+from wicore_backend.models.gemma3.checkpoint import load_weights
+from wicore_backend.models.gemma3.config import Gemma3Config
+
+EPS = 1e-6
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def relative_error(ours, theirs):
+    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+
+
+def rms_norm(x, weight):
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+
+
+@every_dtype
+def test_embedding(dtype, kernel_device):
+    table = torch.randn(20, 48, device=kernel_device).to(dtype)
+    ids = torch.tensor([3, 19, 0], device=kernel_device)
+    assert relative_error(embed(ids, table, 7.0), table[ids].float() * 7) < TOLERANCE[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [48, 256])
+def test_norms(dtype, size, kernel_device):
+    x, residual = (torch.randn(3, size, device=kernel_device).to(dtype) for _ in range(2))
+    weight, next_weight = (torch.rand(size, device=kernel_device) + 0.5 for _ in range(2))
+    assert relative_error(norm(x, weight, EPS), rms_norm(x, weight)) < TOLERANCE[dtype]
+    before = residual.clone()
+    summed, normed = add_norm(x, residual, weight, next_weight, EPS)
+    theirs = rms_norm(x, weight) + residual.float()
+    assert relative_error(summed, theirs) < TOLERANCE[dtype]
+    assert relative_error(normed, rms_norm(theirs, next_weight)) < TOLERANCE[dtype]
+    assert torch.equal(residual, before)
+
+
+@every_dtype
+def test_a_norm_sums_the_parts_of_a_product(dtype, kernel_device):
+    parts, residual = torch.randn(4, 3, 48, device=kernel_device), torch.randn(3, 48, device=kernel_device).to(dtype)
+    weight = torch.rand(48, device=kernel_device) + 0.5
+    summed, _ = add_norm(parts, residual, weight, weight, EPS)
+    assert relative_error(summed, rms_norm(parts.sum(0), weight) + residual.float()) < TOLERANCE[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(4, 2, 16), (9, 3, 24), (1, 1, 8)])
+def test_queries_and_keys_are_normed_and_rotated_in_place(dtype, q_heads, kv_heads, head_dim, kernel_device):
+    heads, qk = q_heads + 2 * kv_heads, q_heads + kv_heads
+    product = torch.randn(3, heads * head_dim, device=kernel_device).to(dtype)
+    weight = torch.rand(qk, head_dim, device=kernel_device) + 0.5
+    angles = torch.randn(3, 1, head_dim // 2, device=kernel_device).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    expected = product.clone().view(3, heads, head_dim).float()
+    x = rms_norm(expected[:, :qk], weight)
+    turned = torch.cat((-x[..., head_dim // 2 :], x[..., : head_dim // 2]), -1)
+    expected[:, :qk] = x * cos.float() + turned * sin.float()
+
+    values = product.view(3, heads, head_dim)[:, qk:].clone()
+    qk_norm_rope(product, weight, cos.squeeze(1), sin.squeeze(1), EPS)
+    ours = product.view(3, heads, head_dim)
+    assert relative_error(ours, expected) < TOLERANCE[dtype]
+    assert torch.equal(ours[:, qk:], values)
+
+
+@every_dtype
+def test_gated_gelu(dtype, kernel_device):
+    gate_up = torch.randn(3, 96, device=kernel_device).mul_(4).to(dtype)
+    gate_up[0, 0] = -100  # Whose exponential overflows.
+    gate, up = gate_up.float().chunk(2, -1)
+    assert relative_error(gated(gate_up), F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_of_few_rows(dtype, rows, splits, kernel_device):
+    if rows > 1 and dtype is torch.bfloat16 and kernel_device.type == "cpu":
+        pytest.skip("the interpreter multiplies bfloat16 matrices as if their bits were integers")
+    x = torch.randn(rows, 2 * 128, device=kernel_device).to(dtype)[:, ::2].contiguous()
+    wide = torch.randn(rows, 160, device=kernel_device).to(dtype)
+    weight = torch.randn(64, 128, device=kernel_device).to(dtype)
+    tile = Tile(16, 16, 3, 32, splits=splits, dot=rows > 1)
+    assert tile.fits(weight)
+    for of in (x, wide[:, :128]):  # A view, rows apart by more than they are long.
+        ours = product(of, weight, tile)
+        assert ours.shape == ((splits, rows, 64) if splits > 1 else (rows, 64))
+        whole = ours.sum(0) if splits > 1 else ours
+        assert relative_error(whole, of.float() @ weight.float().T) < TOLERANCE[dtype]
+    if splits == 1:
+        gate, up = (x.float() @ weight.float().T).chunk(2, -1)
+        ours = product(x, weight, tile, gated=True)
+        assert relative_error(ours, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("columns", "depth"), [(8192, 5376), (5376, 4096), (43008, 5376), (5376, 21504), (262_208, 5376)]
+)
+def test_every_matrix_of_the_27b_model_has_a_tiling_for_one_row(columns, depth):
+    weight = torch.empty(columns, depth, device="meta", dtype=torch.bfloat16)
+    for use in ("gated",) if columns == 43008 else ("parts",) if columns == 5376 else ("whole",):
+        assert any(tile.fits(weight, gated=use == "gated") for tile in TILES[use, 1])
+
+
+@pytest.mark.parametrize(
+    "text", [{}, {"attention_bias": True, "final_logit_softcapping": 2.0, "head_dim": 24}], ids=["plain", "biases"]
+)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_executor_computes_what_its_plain_twin_does(text, rows, tmp_path, kernel_device):
+    write_random_checkpoint(tmp_path, text=text)
+    config = Gemma3Config.from_checkpoint(tmp_path)
+    weights = load_weights(tmp_path, config, device=kernel_device, dtype=torch.float32)
+    ours, theirs = (segments(executor(config, weights), rows, config) for executor in (CudaExecutor, TorchExecutor))
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@torch.inference_mode()
+def segments(executor, rows, config):
+    """All that the segments of `executor` give, on the same inputs; attention is some function of q, k, v."""
+    torch.manual_seed(1)
+    device, text = executor.device, config.text
+    angles = torch.randn(rows, text.head_dim // 2).repeat(1, 2).to(device)
+    soft = torch.randn(1, text.hidden_size).to(device) if rows > 1 else None
+    hidden = executor.embed(
+        torch.randint(text.vocab_size, (rows,)).to(device), soft, None if soft is None else torch.tensor([2]).to(device)
+    )
+    seen = [hidden]
+    q, k, v = executor.first(hidden, angles.cos(), angles.sin())
+    for layer in range(text.num_layers):
+        seen += [q.clone(), k.clone(), v.clone()]
+        groups = text.num_heads // text.num_kv_heads
+        attention = (q + k.repeat_interleave(groups, 1) * v.repeat_interleave(groups, 1)).flatten(1)
+        if layer == text.num_layers - 1:
+            return [*seen, executor.last(hidden, attention, torch.tensor([rows - 1, 0], device=device))]
+        hidden, (q, k, v) = executor.mid(layer, hidden, attention, angles.cos(), angles.sin())
+        seen.append(hidden)
+    raise AssertionError("a model has layers")

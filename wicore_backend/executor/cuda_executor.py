@@ -1,0 +1,94 @@
+"""Dense segments on a GPU: fused small kernels in OpenAI Triton, matrices by cuBLAS or, for few rows, streamed.
+
+`TorchExecutor` is the plain twin. Here a layer is five kernels around its four products: the norm at the end of a part
+also adds the residual and norms for the next part, queries and keys are normalised and rotated in place in the QKV
+product, GELU is taken where gate and up are computed. Nothing waits for the device, so a step can be captured.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wicore_backend.executor.base import QKV
+from wicore_backend.executor.kernels.small import add_norm, embed, norm, qk_norm_rope
+from wicore_backend.executor.matrix import Matrix
+from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.vision import encode_images
+from wicore_backend.models.gemma3.weights import Gemma3Weights, LayerWeights
+
+
+class CudaExecutor:
+    """`Executor` on a GPU, in the type of `weights`. To be used under `torch.inference_mode()`."""
+
+    def __init__(self, config: Gemma3Config, weights: Gemma3Weights) -> None:
+        text = weights.text
+        self.device = text.embedding.device
+        self.dtype = text.embedding.dtype
+        self._config = config
+        self._vision = weights.vision
+        self._embedding = text.embedding
+        # transformers rounds the scale to the model's type: sqrt(3072) = 55.4256 becomes 55.5 in bfloat16.
+        self._embedding_scale = torch.tensor(config.text.hidden_size**0.5, dtype=self.dtype).item()
+        self._layers = tuple(_Layer(config, layer) for layer in text.layers)
+        self._norm = text.norm
+        self._eps = config.text.rms_norm_eps
+        self._head = Matrix(text.head)
+        self._softcap = config.text.final_logit_softcapping
+
+    def embed(self, ids: Tensor, soft_tokens: Tensor | None, soft_rows: Tensor | None) -> Tensor:
+        if soft_tokens is None or soft_rows is None:
+            return embed(ids, self._embedding, self._embedding_scale)
+        # The placeholder's id may lie beyond the vocabulary.
+        hidden = embed(ids.index_fill(0, soft_rows, 0), self._embedding, self._embedding_scale)
+        return hidden.index_copy_(0, soft_rows, soft_tokens)
+
+    def first(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> QKV:
+        layer = self._layers[0]
+        return layer.before_attention(norm(hidden, layer.input_norm, self._eps), cos, sin)
+
+    def mid(self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, QKV]:
+        following = self._layers[layer + 1]
+        hidden, normed = self._layers[layer].after_attention(hidden, attention, following.input_norm)
+        return hidden, following.before_attention(normed, cos, sin)
+
+    def last(self, hidden: Tensor, attention: Tensor, rows: Tensor) -> Tensor:
+        hidden, attention = hidden.index_select(0, rows), attention.index_select(0, rows)
+        _, normed = self._layers[-1].after_attention(hidden, attention, self._norm)
+        logits = self._head(normed).float()
+        return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
+
+    def vision(self, pixels: Tensor) -> Tensor:
+        assert self._vision is not None, "a text-only model sees no pictures"
+        return encode_images(pixels, self._vision, self._config)
+
+
+class _Layer:
+    """One decoder layer, cut at its attention."""
+
+    def __init__(self, config: Gemma3Config, weights: LayerWeights) -> None:
+        text = config.text
+        self._heads_shape = (-1, text.qkv_heads, text.head_dim)
+        self._heads = [text.num_heads, text.num_kv_heads, text.num_kv_heads]
+        self._eps = text.rms_norm_eps
+        self._weights = weights
+        self.input_norm = weights.input_norm
+        self._qkv = Matrix(weights.qkv, weights.qkv_bias)
+        self._out = Matrix(weights.out, weights.out_bias, use="parts")
+        self._gate_up = Matrix(weights.gate_up, use="gated")
+        self._down = Matrix(weights.down, use="parts")
+
+    def before_attention(self, normed: Tensor, cos: Tensor, sin: Tensor) -> QKV:
+        """`normed` is the layer's input after its norm."""
+        product = self._qkv(normed)
+        qk_norm_rope(product, self._weights.qk_norm, cos, sin, self._eps)
+        return QKV(*torch.split(product.view(self._heads_shape), self._heads, 1))
+
+    def after_attention(self, hidden: Tensor, attention: Tensor, next_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after the layer, and its norm by `next_norm`, which is read next."""
+        weights = self._weights
+        hidden, normed = add_norm(
+            self._out(attention), hidden, weights.post_attention_norm, weights.pre_feedforward_norm, self._eps
+        )
+        fed = self._down(self._gate_up(normed))
+        return add_norm(fed, hidden, weights.post_feedforward_norm, next_norm, self._eps)
