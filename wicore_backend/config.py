@@ -78,6 +78,12 @@ class EngineConfig(Settings):
     """Host memory that keeps what the device's cache gives up. None takes 4 GiB on CUDA, and on the CPU none, but
     256 MiB if there is a `nvme_cache_path`."""
 
+    host_cache_codec: Literal["exact", "fp8", "q8", "q4"] = "exact"
+    """How blocks are kept there. All but exact are LOSSY: a prompt whose beginning comes back from host memory is
+    answered from keys and values that were rounded, as with `nvme_codec`. q8 and fp8 hold twice as many blocks of a
+    16-bit type, and move them twice as fast; q4 nearly four times. The disk then takes the same bytes, so `nvme_codec`
+    has to be the same."""
+
     hmt_cpu_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of that host memory above which blocks leave for `nvme_cache_path`."""
 
@@ -92,7 +98,8 @@ class EngineConfig(Settings):
     """All that its files may take; taken at once."""
 
     nvme_codec: Literal["exact", "fp8", "q8", "q4"] = "q8"
-    """How blocks are stored there: exact keeps every bit, q8 and fp8 take half of a 16-bit type, q4 a quarter."""
+    """How blocks are stored there: exact keeps every bit, q8 and fp8 take half of a 16-bit type, q4 a quarter. All but
+    exact are lossy: what comes back from the disk was rounded, once."""
 
     kv_budget_tokens: Positive | None = None
     """LOSSY. Tokens that an answer's sequence keeps on the device while it is decoded, of its layers with unlimited

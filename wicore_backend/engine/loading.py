@@ -26,7 +26,7 @@ from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import NameScheme
 from wicore_backend.hmt.policy import POLICIES
-from wicore_backend.hmt.pool import KVPools
+from wicore_backend.hmt.pool import KVPools, slot_bytes, staging_bytes
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
@@ -106,13 +106,17 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         _log.warning("kv_budget_tokens = %d: answers of longer sequences are lossy", settings.kv_budget_tokens)
     num_blocks = divide_memory(
         layout,
-        memory_bytes=settings.kv_cache_bytes or _free_memory(device, settings.hmt_gpu_threshold),
+        memory_bytes=settings.kv_cache_bytes or _free_memory(settings, device),
         max_sequences=settings.max_running,
         max_tokens=max_model_len,
         max_chunk=settings.max_batch_tokens,
     )
-    host_slots = divide_host_memory(layout, num_blocks, _host_cache_bytes(settings, device))
-    pools = KVPools.allocate(layout, num_blocks, host_slots, device=device, dtype=dtype)
+    host_slots = divide_host_memory(
+        num_blocks, slot_bytes(layout, settings.host_cache_codec, dtype), _host_cache_bytes(settings, device)
+    )
+    pools = KVPools.allocate(
+        layout, num_blocks, host_slots, device=device, dtype=dtype, host_codec=settings.host_cache_codec
+    )
     runner = ModelRunner(
         executor=TorchExecutor(config, weights),
         attention=TorchPagedAttention(
@@ -134,7 +138,11 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         {str(group): host_slots[group] for group in layout.groups},
     )
     defaults = generation_defaults(settings.model)
-    cold = _cold_storage(settings, layout, pools, woken)  # The last thing that can fail: it has threads and a lock.
+    try:
+        cold = _cold_storage(settings, layout, pools, woken)  # The last thing that can fail: it has threads and a lock.
+    except BaseException:
+        pools.close()
+        raise
     lower = None
     if pools.host:
         host = HostTier(host_slots, POLICIES[settings.hmt_policy])
@@ -198,6 +206,11 @@ def _cold_storage(
             f"host_cache_bytes = {settings.host_cache_bytes}: nvme_cache_path needs host memory for blocks on their "
             "way to the disk and back; raise it, or leave it at its default"
         )
+    if settings.host_cache_codec not in ("exact", settings.nvme_codec):
+        raise InvalidArgumentError(
+            f"nvme_codec = {settings.nvme_codec!r}: the disk takes blocks as host memory keeps them, and "
+            f"host_cache_codec = {settings.host_cache_codec!r}; set both to the same, or host_cache_codec to 'exact'"
+        )
     return ColdStorage(
         directory,
         capacity_bytes=settings.nvme_cache_bytes,
@@ -210,8 +223,9 @@ def _cold_storage(
     )
 
 
-def _free_memory(device: torch.device, share: float) -> int:
+def _free_memory(settings: EngineConfig, device: torch.device) -> int:
     """Bytes for the KV cache where no setting says how many."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * share)
-    return _CPU_KV_CACHE_BYTES
+    if device.type != "cuda":
+        return _CPU_KV_CACHE_BYTES
+    share = int(torch.cuda.mem_get_info(device)[0] * settings.hmt_gpu_threshold)
+    return share - staging_bytes(share) if _host_cache_bytes(settings, device) else share

@@ -87,14 +87,16 @@ class BlockMover:
             self.move()
 
     def close(self, *, persist_s: float) -> None:
-        """Store what is cached for as long as `persist_s`, so that another engine finds it, and close the cold tier."""
-        if self._cold is None:
-            return
+        """Store what is cached for as long as `persist_s`, so that another engine finds it, and close all tiers."""
         try:
-            if persist_s:
-                self._persist(self._cold.tier, time.monotonic() + persist_s)
+            if self._cold is not None:
+                try:
+                    if persist_s:
+                        self._persist(self._cold.tier, time.monotonic() + persist_s)
+                finally:
+                    self._cold.close()
         finally:
-            self._cold.close()
+            self._pools.close()
 
     def _persist(self, cold: ColdTier, end: float) -> None:
         lower, layout = self._blocks.lower, self._blocks.layout

@@ -41,8 +41,14 @@ def divide_memory(
 
 
 def divide_host_memory(
-    layout: KVLayout, device_blocks: Mapping[LayerGroup, int], memory_bytes: int
+    device_blocks: Mapping[LayerGroup, int], slot_bytes: Mapping[LayerGroup, int], memory_bytes: int
 ) -> Mapping[LayerGroup, int]:
-    """Slots of the host tier for each group, in the ratio of the device's blocks, in up to `memory_bytes`."""
-    device_bytes = sum(device_blocks[group] * layout.block_bytes(group) for group in layout.groups)
-    return {group: int(device_blocks[group] * memory_bytes / device_bytes) for group in layout.groups}
+    """Slots of the host tier for each group, in the ratio of the device's blocks, in up to `memory_bytes`.
+
+    Parameters
+    ----------
+    slot_bytes
+        Of a slot of each group that has layers: a block as the host tier's codec writes it.
+    """
+    device_bytes = sum(device_blocks[group] * size for group, size in slot_bytes.items())
+    return {group: int(device_blocks[group] * memory_bytes / device_bytes) for group in slot_bytes}

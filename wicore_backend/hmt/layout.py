@@ -17,6 +17,26 @@ class LayerGroup(StrEnum):
     """A sliding window; blocks wholly behind it are freed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Layers of blocks that are copied together.
+
+    Attributes
+    ----------
+    first_layer
+        The first of the model's layers that is in it.
+    spans
+        For each of its groups the layers, counted within the group.
+    """
+
+    first_layer: int
+    spans: Mapping[LayerGroup, range]
+
+
+_PART_LAYERS = 8
+"""Most layers of a part, so that a model with one group has several, too."""
+
+
 @dataclass(frozen=True)
 class KVLayout:
     """Shape of the KV cache of one model.
@@ -66,6 +86,23 @@ class KVLayout:
     def groups(self) -> tuple[LayerGroup, ...]:
         """The groups that have layers."""
         return tuple(group for group, count in self.layers_in.items() if count)
+
+    @cached_property
+    def whole(self) -> Part:
+        """All layers."""
+        return Part(0, {group: range(self.layers_in[group]) for group in self.groups})
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """All layers in their order, cut wherever the group changes: what a step needs first is in the first ones."""
+        parts: list[Part] = []
+        for layer, (group, index) in enumerate(self.layers):
+            span = parts[-1].spans.get(group) if parts else None
+            if span is None or len(span) == _PART_LAYERS:
+                parts.append(Part(layer, {group: range(index, index + 1)}))
+            else:
+                parts[-1] = Part(parts[-1].first_layer, {group: range(span.start, index + 1)})
+        return tuple(parts)
 
     def blocks_held(self, group: LayerGroup, tokens: int, max_chunk: int) -> int:
         """The most blocks that a sequence of `tokens` tokens, computed by up to `max_chunk`, holds at once."""

@@ -1,17 +1,45 @@
-"""Copies of blocks that the books ask for. `KVPools.apply` makes them.
+"""Copies of blocks that the books ask for: what they list, and what holds while the copies are made.
 
-1. The books list transfers in the order in which they decide them. They are made in that order, on the stream on which
-   the steps run, before any kernel of the next step. So a block or a slot may change its owner in the books at once:
-   whatever reads its old bytes was listed before whatever writes new ones.
-2. A block that is being loaded is active, and can be found under its name at once: whoever finds it reads it in the
-   next step at the earliest.
-3. A sequence that is cancelled gives its blocks back like any other; its transfers are still made, and harm nobody.
+`KVPools.apply` takes the list. On a CPU it makes the copies before it returns, in the order of the list. On CUDA it
+issues them (`hmt/streamed_copies.py`), and they are made beside the steps, on three streams of their own, with the same
+bytes as a result as if each had been made in order, between the step before and the step after. For that:
+
+1. **Commitment.** What `apply` has taken will be made; nothing cuts it. A sequence that is cancelled gives its blocks
+   back like any other, and its copies harm nobody. So a block or a slot may change its owner in the books as soon as a
+   transfer is listed: whatever reads its old bytes was listed before whatever writes new ones. If `apply` itself
+   raises, the books and the bytes differ: the engine ends.
+2. **Who may read a loaded block.** It is active, and can be found under its name, at once. Whoever finds it reads it in
+   the next step at the earliest, and that step, before the attention of a layer, calls `KVPools.wait(layer)`.
+3. **Streams.** STEP runs the model. SWAP is the only other one that reads or writes device blocks. FILL reads slots
+   into trays on the device, DRAIN writes trays into slots; nothing else touches slots but the cold tier's threads.
+   STEP and SWAP depend on each other alone, through two events:
+   SWAP waits for what STEP had been given when `apply` was called: so the steps before have written what leaves, and
+   have read what is overwritten.
+   STEP waits, in `wait(layer)`, for SWAP's copies of the part of the blocks that has the layer. What has been given up
+   in that part has then been read into a tray, what is loaded has been written, forks have been made.
+4. **Trays.** SWAP reads a block into a tray only when DRAIN has emptied it; if all are full, SWAP waits, and the step
+   with it. DRAIN empties it after SWAP's event. FILL fills a tray when SWAP has emptied it, and SWAP empties it
+   after FILL's event. FILL waits for no step: loads are under way while the step before still runs.
+5. **Slots.** FILL reads a slot after DRAIN's event for whatever was spilled into it before. DRAIN writes a slot after
+   an event of SWAP that comes, on SWAP, after the emptying of the trays of all loads that were listed before: FILL has
+   read their slots by then.
+6. **Order on SWAP.** Transfers that do not touch the same block or slot may be made in any order. The list is cut into
+   rounds (`in_rounds`): in each all spills, then all forks, then all loads are made. Large lists are made part by
+   part, each part's rounds after those of the part before: layers do not overlap in memory, so each part is a
+   list of its own.
+7. **The cold tier's threads** stand outside all streams. `apply` returns a call that returns once FILL and DRAIN have
+   done all of this list's, and all before; they make it before they read or write a slot that they have been given.
+8. **Failure of a step.** What a step has waited for stays waited for, since a retry follows on the same stream; what it
+   has not come to is waited for by the retry, or by whatever step comes next. The next `apply` needs no step to have
+   ended well: SWAP keeps its own order. `KVPools.clear` waits for all that SWAP has, so that no late copy follows it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from wicore_backend.hmt.layout import LayerGroup
 
@@ -32,3 +60,71 @@ class Transfer:
     group: LayerGroup
     source: int
     target: int
+
+
+class Pair(NamedTuple):
+    """Of a transfer."""
+
+    source: int
+    target: int
+
+
+@dataclass(eq=False, slots=True)
+class Round:
+    """Transfers of one group that give the same as listed if they are made by route: first all spills, then all forks,
+    then all loads, each route's in any order or at once."""
+
+    spills: list[Pair] = field(default_factory=list)
+    forks: list[Pair] = field(default_factory=list)
+    loads: list[Pair] = field(default_factory=list)
+    _spilled_into: set[int] = field(default_factory=set)
+    _loaded_from: set[int] = field(default_factory=set)
+    _fork_sources: set[int] = field(default_factory=set)
+    _fork_targets: set[int] = field(default_factory=set)
+    _loaded_into: set[int] = field(default_factory=set)
+
+    def add(self, transfer: Transfer) -> bool:
+        """Put the next transfer of the list into the round; False if it does not fit there."""
+        pair = Pair(transfer.source, transfer.target)
+        source, target = pair
+        match transfer.route:
+            case Route.DEVICE_TO_HOST:
+                if (
+                    source in self._fork_targets
+                    or source in self._loaded_into
+                    or target in self._spilled_into
+                    or target in self._loaded_from
+                ):
+                    return False
+                self.spills.append(pair)
+                self._spilled_into.add(target)
+            case Route.WITHIN_DEVICE:
+                if (
+                    source in self._fork_targets
+                    or source in self._loaded_into
+                    or target in self._fork_targets
+                    or target in self._fork_sources
+                    or target in self._loaded_into
+                ):
+                    return False
+                self.forks.append(pair)
+                self._fork_sources.add(source)
+                self._fork_targets.add(target)
+            case Route.HOST_TO_DEVICE:
+                if target in self._loaded_into:
+                    return False
+                self.loads.append(pair)
+                self._loaded_from.add(source)
+                self._loaded_into.add(target)
+        return True
+
+
+def in_rounds(transfers: Iterable[Transfer]) -> dict[LayerGroup, list[Round]]:
+    """The list cut into rounds, for each group by itself: groups share neither blocks nor slots."""
+    rounds: dict[LayerGroup, list[Round]] = {}
+    for transfer in transfers:
+        of_group = rounds.setdefault(transfer.group, [Round()])
+        if not of_group[-1].add(transfer):
+            of_group.append(Round())
+            of_group[-1].add(transfer)
+    return rounds

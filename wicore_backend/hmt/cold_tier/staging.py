@@ -25,24 +25,37 @@ class Stage:
     Parameters
     ----------
     slots
-        [slots, *codec.shape], on the CPU.
+        On the CPU: [slots, *codec.shape], or uint8 [slots, codec.encoded_bytes] if blocks lie there encoded already;
+        then their bytes are the records.
+
+    Attributes
+    ----------
+    block_bytes
+        Of a block that is not encoded.
     """
 
     def __init__(self, codec: Codec, slots: Tensor) -> None:
-        if slots.shape[1:] != codec.shape or slots.dtype != codec.dtype or slots.device.type != "cpu":
+        self._opaque = slots.dtype == torch.uint8
+        shape = (codec.encoded_bytes,) if self._opaque else codec.shape
+        dtype = torch.uint8 if self._opaque else codec.dtype
+        if slots.shape[1:] != shape or slots.dtype != dtype or slots.device.type != "cpu":
             raise InvalidArgumentError(
                 f"slots are {slots.dtype} {list(slots.shape)} on {slots.device}; "
-                f"{codec.name} takes {codec.dtype} [slots, {', '.join(map(str, codec.shape))}] on the CPU"
+                f"{codec.name} takes {codec.dtype} [slots, {', '.join(map(str, codec.shape))}] on the CPU, "
+                f"or torch.uint8 [slots, {codec.encoded_bytes}] of encoded blocks"
             )
         if not slots.is_contiguous():
             raise InvalidArgumentError(f"slots have strides {slots.stride()}; pass them contiguous")
         self.slots = slots
         self.codec = codec
         self.block_bytes = prod(codec.shape) * codec.dtype.itemsize
-        self._staged = torch.empty(max(1, _STAGED_BYTES // self.block_bytes), *codec.shape, dtype=codec.dtype)
+        self._staged = torch.empty(max(1, _STAGED_BYTES // self.block_bytes), *shape, dtype=dtype)
 
     def encode(self, slots: Sequence[int], records: Tensor) -> None:
         """Encode the blocks in `slots` into uint8 [len(slots), encoded_bytes]."""
+        if self._opaque:
+            torch.index_select(self.slots, 0, torch.tensor(slots), out=records)
+            return
         for start in range(0, len(slots), len(self._staged)):
             part = slots[start : start + len(self._staged)]
             if _consecutive(part):
@@ -54,6 +67,9 @@ class Stage:
 
     def decode(self, records: Tensor, slots: Sequence[int]) -> None:
         """Decode uint8 [len(slots), encoded_bytes] into `slots`."""
+        if self._opaque:
+            self.slots.index_copy_(0, torch.tensor(slots), records)
+            return
         for start in range(0, len(slots), len(self._staged)):
             part = slots[start : start + len(self._staged)]
             encoded = records[start : start + len(part)]
@@ -67,7 +83,10 @@ class Stage:
         """Take the time of decoding uint8 [records, encoded_bytes]."""
         for start in range(0, len(records), len(self._staged)):
             encoded = records[start : start + len(self._staged)]
-            self.codec.decode(encoded, out=self._staged[: len(encoded)])
+            if self._opaque:
+                self._staged[: len(encoded)].copy_(encoded)
+            else:
+                self.codec.decode(encoded, out=self._staged[: len(encoded)])
 
 
 class Tray:

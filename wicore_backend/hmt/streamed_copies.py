@@ -1,0 +1,313 @@
+"""Makes transfers on streams beside the steps. What holds while it does is in `hmt/transfers.py`, by number."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wicore_backend.hmt.codecs import Codec, make_codec
+from wicore_backend.hmt.layout import KVLayout, LayerGroup, Part
+from wicore_backend.hmt.streams import Event, Stream, Streams
+from wicore_backend.hmt.transfers import Pair, Round, Transfer, in_rounds
+
+_FILL_TRAYS = 4
+_DRAIN_TRAYS = 12
+TRAYS = _FILL_TRAYS + _DRAIN_TRAYS
+LARGE_BYTES = 128 << 20
+"""Loads of so many bytes, over 2 ms, are made part by part, so that the step begins before all have come. Each part
+costs 0.1 to 0.2 ms of the host's time."""
+
+
+class CopyRows(Protocol):
+    """`row_copies.copy_rows`, or its twin."""
+
+    def __call__(
+        self,
+        source: Tensor,
+        target: Tensor,
+        count: int,
+        *,
+        sources: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None: ...
+
+
+class _Moves(NamedTuple):
+    """Transfers of one group and route, with their two sides on the device: int64 [n]."""
+
+    pairs: Sequence[Pair]
+    sources: Tensor
+    targets: Tensor
+
+    def batches(self, most: int) -> Iterator[_Moves]:
+        for start in range(0, len(self.pairs), most):
+            part = slice(start, start + most)
+            yield _Moves(self.pairs[part], self.sources[part], self.targets[part])
+
+
+class _Drained(NamedTuple):
+    """A batch of spills that DRAIN has done at its event; they are done in the order of their numbers."""
+
+    number: int
+    event: Event
+
+
+@dataclass(eq=False, slots=True)
+class _Tray:
+    """Memory on the device that records pass through: uint8 [size]. Empty after the event."""
+
+    memory: Tensor
+    emptied: Event | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Span:
+    """Layers of a group, as rows of words: blocks of the pool, and their records, in slots and in trays."""
+
+    group: LayerGroup
+    blocks: Tensor
+    slots: Tensor | None
+    codec: Codec | None
+    """None where records are the blocks' own bytes."""
+
+    @property
+    def record_bytes(self) -> int:
+        assert self.slots is not None
+        return self.slots.shape[1] * self.slots.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        return self.blocks.shape[1] * self.blocks.itemsize
+
+
+class StreamedCopies:
+    """See the module's docstring.
+
+    Parameters
+    ----------
+    pools
+        For each group the device's blocks [blocks, *layout.block_shape(group)].
+    slots
+        For each group of the host tier its slots, uint8 [slots, bytes of a record].
+    codecs
+        How blocks are written there; none for a group whose records are the blocks themselves.
+    staging_bytes
+        Memory on the device for records on their way.
+    large_bytes
+        Loads, or spills, of so many bytes are made part by part.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        pools: Mapping[LayerGroup, Tensor],
+        slots: Mapping[LayerGroup, Tensor],
+        codecs: Mapping[LayerGroup, Codec],
+        *,
+        streams: Streams,
+        copy_rows: CopyRows,
+        staging_bytes: int,
+        large_bytes: int = LARGE_BYTES,
+    ) -> None:
+        self._layout = layout
+        self._streams = streams
+        self._copy_rows = copy_rows
+        self._large_bytes = large_bytes
+        self._whole = self._spans(layout.whole, pools, slots, codecs)
+        self._parts = [(part.first_layer, self._spans(part, pools, slots, codecs)) for part in layout.parts]
+        records = [span.record_bytes for span in self._whole if span.slots is not None]
+        tray_bytes = max([staging_bytes // TRAYS, *records]) if records else 0
+        device = next(iter(pools.values())).device
+        trays = deque(_Tray(torch.empty(tray_bytes, dtype=torch.uint8, device=device)) for _ in range(TRAYS))
+        self._fill_trays = deque(trays.popleft() for _ in range(_FILL_TRAYS))
+        self._drain_trays = trays
+        raw = [tray_bytes // span.record_bytes * span.block_bytes for span in self._whole if span.codec is not None]
+        self._raw = torch.empty(max(raw, default=0), dtype=torch.uint8, device=device)  # For SWAP alone.
+        self._drained: dict[tuple[LayerGroup, int], _Drained] = {}  # by slot, the last spill into it
+        self._drains = 0
+        self._filled_after = 0  # FILL has waited for that batch of spills, and all before.
+        self._arriving: deque[tuple[int, Event]] = deque()  # by first layer, what STEP has not waited for
+
+    def warm_up(self) -> None:
+        """Make each kind of copy once, of no block: compiling its kernel would hold up a step for a second."""
+        nothing = self._streams.upload(np.zeros(1, np.int64))
+        for span in [*self._whole, *(span for _, spans in self._parts for span in spans)]:
+            rows = [(span.blocks, span.blocks)]
+            if span.slots is not None:
+                records = self._records(span, self._fill_trays[0], 1)
+                raw = records if span.codec is None else self._raw_rows(span, 1)
+                rows += [(span.blocks, raw), (raw, span.blocks), (span.slots, records), (records, span.slots)]
+            for source, target in rows:
+                sources = nothing if source in (span.blocks, span.slots) else None
+                targets = nothing if target in (span.blocks, span.slots) else None
+                copy = partial(self._copy_rows, source, target, 0, sources=sources, targets=targets)
+                self._streams.run(Stream.SWAP, copy)
+
+    def apply(self, transfers: Iterable[Transfer]) -> Callable[[], None]:
+        """Issue copies; see `KVPools.apply`."""
+        rounds = {
+            group: [self._upload(round) for round in of_group] for group, of_group in in_rounds(transfers).items()
+        }
+        self._streams.wait(Stream.SWAP, self._streams.record(Stream.STEP))
+        self._arriving.clear()  # What comes on SWAP from now on comes after all of that.
+        for first_layer, spans in self._parts if self._large(rounds) else [(0, self._whole)]:
+            for span in spans:
+                for spills, forks, loads in rounds.get(span.group, ()):
+                    self._spill(span, spills)
+                    self._fork(span, forks)
+                    self._load(span, loads)
+            self._arriving.append((first_layer, self._streams.record(Stream.SWAP)))
+        filled, drained = self._streams.record(Stream.FILL), self._streams.record(Stream.DRAIN)
+
+        def written() -> None:
+            filled.synchronize()
+            drained.synchronize()
+
+        return written
+
+    def wait(self, layer: int | None) -> None:
+        """Have STEP wait for a layer's part, or all; see `KVPools.wait`."""
+        while self._arriving and (layer is None or self._arriving[0][0] <= layer):
+            _, event = self._arriving.popleft()
+            self._streams.wait(Stream.STEP, event)
+
+    def _spans(
+        self,
+        part: Part,
+        pools: Mapping[LayerGroup, Tensor],
+        slots: Mapping[LayerGroup, Tensor],
+        codecs: Mapping[LayerGroup, Codec],
+    ) -> list[_Span]:
+        spans = []
+        for group, layers in part.spans.items():
+            of_slots, codec = slots.get(group), codecs.get(group)
+            if codec is not None:
+                codec = make_codec(codec.name, (len(layers), *codec.shape[1:]), codec.dtype)
+            blocks = pools[group].flatten(1).view(torch.uint8)
+            spans.append(
+                _Span(
+                    group=group,
+                    blocks=self._columns(group, blocks, layers),
+                    slots=None if of_slots is None else self._columns(group, of_slots, layers),
+                    codec=codec,
+                )
+            )
+        return spans
+
+    def _columns(self, group: LayerGroup, rows: Tensor, layers: range) -> Tensor:
+        """The part of uint8 rows [n, bytes of all layers] that holds these layers, in the largest words that fit."""
+        size = rows.shape[1] // self._layout.layers_in[group]
+        words = rows.view(_word(size))
+        size //= words.itemsize
+        return words[:, layers.start * size : layers.stop * size]
+
+    def _upload(self, moves: Round) -> tuple[_Moves, _Moves, _Moves]:
+        routes = (moves.spills, moves.forks, moves.loads)
+        table = self._streams.upload(np.array([*moves.spills, *moves.forks, *moves.loads], np.int64).T.copy())
+        columns = table.split_with_sizes([len(pairs) for pairs in routes], 1)
+        spills, forks, loads = (_Moves(pairs, *rows.unbind()) for pairs, rows in zip(routes, columns, strict=True))
+        return spills, forks, loads
+
+    def _large(self, rounds: Mapping[LayerGroup, Sequence[tuple[_Moves, _Moves, _Moves]]]) -> bool:
+        """Whether the loads, or the spills, are worth being made part by part."""
+        up = down = 0
+        for span in self._whole:
+            for spills, _, loads in rounds.get(span.group, ()):
+                if span.slots is not None:
+                    up += len(loads.pairs) * span.record_bytes
+                    down += len(spills.pairs) * span.record_bytes
+        return max(up, down) >= self._large_bytes
+
+    def _spill(self, span: _Span, moves: _Moves) -> None:
+        if not moves.pairs:
+            return
+        assert span.slots is not None, "spilled to a host tier that is not there"
+        streams, trays = self._streams, self._drain_trays
+        for batch in moves.batches(len(trays[0].memory) // span.record_bytes):
+            tray = trays[0]
+            trays.rotate(-1)
+            if tray.emptied is not None:
+                streams.wait(Stream.SWAP, tray.emptied)
+            streams.run(Stream.SWAP, partial(self._encode, span, batch, tray))
+            streams.wait(Stream.DRAIN, streams.record(Stream.SWAP))
+            records = self._records(span, tray, len(batch.pairs))
+            copy = partial(self._copy_rows, records, span.slots, len(batch.pairs), targets=batch.targets)
+            streams.run(Stream.DRAIN, copy)
+            tray.emptied = streams.record(Stream.DRAIN)
+            self._drains += 1
+            drained = _Drained(self._drains, tray.emptied)
+            self._drained.update(((span.group, pair.target), drained) for pair in batch.pairs)
+
+    def _fork(self, span: _Span, moves: _Moves) -> None:
+        if moves.pairs:
+            blocks, count = span.blocks, len(moves.pairs)
+            copy = partial(self._copy_rows, blocks, blocks, count, sources=moves.sources, targets=moves.targets)
+            self._streams.run(Stream.SWAP, copy)
+
+    def _load(self, span: _Span, moves: _Moves) -> None:
+        if not moves.pairs:
+            return
+        assert span.slots is not None, "loaded from a host tier that is not there"
+        streams, trays = self._streams, self._fill_trays
+        for batch in moves.batches(len(trays[0].memory) // span.record_bytes):
+            tray = trays[0]
+            trays.rotate(-1)
+            if tray.emptied is not None:
+                streams.wait(Stream.FILL, tray.emptied)
+            self._fill_after_spills(span.group, batch.pairs)
+            records = self._records(span, tray, len(batch.pairs))
+            copy = partial(self._copy_rows, span.slots, records, len(batch.pairs), sources=batch.sources)
+            streams.run(Stream.FILL, copy)
+            streams.wait(Stream.SWAP, streams.record(Stream.FILL))
+            streams.run(Stream.SWAP, partial(self._decode, span, batch, tray))
+            tray.emptied = streams.record(Stream.SWAP)
+
+    def _fill_after_spills(self, group: LayerGroup, loads: Sequence[Pair]) -> None:
+        """Have FILL wait for what has been spilled into these slots."""
+        spills = [drained for pair in loads if (drained := self._drained.pop((group, pair.source), None)) is not None]
+        last = max(spills, key=lambda drained: drained.number, default=None)
+        if last is not None and last.number > self._filled_after:
+            self._streams.wait(Stream.FILL, last.event)
+            self._filled_after = last.number
+
+    def _encode(self, span: _Span, batch: _Moves, tray: _Tray) -> None:
+        """On SWAP: blocks into a tray."""
+        records, count = self._records(span, tray, len(batch.pairs)), len(batch.pairs)
+        if span.codec is None:
+            self._copy_rows(span.blocks, records, count, sources=batch.sources)
+        else:
+            raw = self._raw_rows(span, count)
+            self._copy_rows(span.blocks, raw, count, sources=batch.sources)
+            blocks = raw.view(span.codec.dtype).view(count, *span.codec.shape)
+            span.codec.encode(blocks, out=records.view(torch.uint8))
+
+    def _decode(self, span: _Span, batch: _Moves, tray: _Tray) -> None:
+        """On SWAP: a tray into blocks."""
+        records, count = self._records(span, tray, len(batch.pairs)), len(batch.pairs)
+        if span.codec is None:
+            self._copy_rows(records, span.blocks, count, targets=batch.targets)
+        else:
+            raw = self._raw_rows(span, count)
+            blocks = raw.view(span.codec.dtype).view(count, *span.codec.shape)
+            span.codec.decode(records.view(torch.uint8), out=blocks)
+            self._copy_rows(raw, span.blocks, count, targets=batch.targets)
+
+    def _records(self, span: _Span, tray: _Tray, count: int) -> Tensor:
+        """The first records of a tray as rows of the words that slots are seen as."""
+        assert span.slots is not None
+        return tray.memory[: count * span.record_bytes].view(span.slots.dtype).view(count, -1)
+
+    def _raw_rows(self, span: _Span, count: int) -> Tensor:
+        return self._raw[: count * span.block_bytes].view(span.blocks.dtype).view(count, -1)
+
+
+def _word(size: int) -> torch.dtype:
+    """The widest type of which `size` bytes are a whole number."""
+    return next(dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8) if size % dtype.itemsize == 0)
