@@ -40,6 +40,7 @@ def tell(seed: int, *, codec="exact", parts=True, broken=None, length=40) -> Non
         staging_bytes=0,
         large_bytes=0 if parts else 2**40,
     )
+    copies.warm_up()
     story = Story(rng, pools, slots, codecs, copies, lambda work: streams.run(Stream.STEP, work))
     for _ in range(length):
         story.go_on()

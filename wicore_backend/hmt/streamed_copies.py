@@ -136,19 +136,24 @@ class StreamedCopies:
         self._arriving: deque[tuple[int, Event]] = deque()  # by first layer, what STEP has not waited for
 
     def warm_up(self) -> None:
-        """Make each kind of copy once, of no block: compiling its kernel would hold up a step for a second."""
-        nothing = self._streams.upload(np.zeros(1, np.int64))
+        """Make each kind of copy once, of no row: compiling its kernel would hold up a step for a second."""
+        no_rows = self._streams.upload(np.zeros(1, np.int64))
+
+        def from_listed(source: Tensor, target: Tensor) -> None:
+            self._streams.run(Stream.SWAP, partial(self._copy_rows, source, target, 0, sources=no_rows))
+
+        def to_listed(source: Tensor, target: Tensor) -> None:
+            self._streams.run(Stream.SWAP, partial(self._copy_rows, source, target, 0, targets=no_rows))
+
         for span in [*self._whole, *(span for _, spans in self._parts for span in spans)]:
-            rows = [(span.blocks, span.blocks)]
+            self._fork(span, _Moves((), no_rows, no_rows))
             if span.slots is not None:
                 records = self._records(span, self._fill_trays[0], 1)
                 raw = records if span.codec is None else self._raw_rows(span, 1)
-                rows += [(span.blocks, raw), (raw, span.blocks), (span.slots, records), (records, span.slots)]
-            for source, target in rows:
-                sources = nothing if source in (span.blocks, span.slots) else None
-                targets = nothing if target in (span.blocks, span.slots) else None
-                copy = partial(self._copy_rows, source, target, 0, sources=sources, targets=targets)
-                self._streams.run(Stream.SWAP, copy)
+                from_listed(span.blocks, raw)
+                to_listed(raw, span.blocks)
+                from_listed(span.slots, records)
+                to_listed(records, span.slots)
 
     def apply(self, transfers: Iterable[Transfer]) -> Callable[[], None]:
         """Issue copies; see `KVPools.apply`."""
@@ -160,9 +165,12 @@ class StreamedCopies:
         for first_layer, spans in self._parts if self._large(rounds) else [(0, self._whole)]:
             for span in spans:
                 for spills, forks, loads in rounds.get(span.group, ()):
-                    self._spill(span, spills)
-                    self._fork(span, forks)
-                    self._load(span, loads)
+                    if spills.pairs:
+                        self._spill(span, spills)
+                    if forks.pairs:
+                        self._fork(span, forks)
+                    if loads.pairs:
+                        self._load(span, loads)
             self._arriving.append((first_layer, self._streams.record(Stream.SWAP)))
         filled, drained = self._streams.record(Stream.FILL), self._streams.record(Stream.DRAIN)
 
@@ -226,8 +234,6 @@ class StreamedCopies:
         return max(up, down) >= self._large_bytes
 
     def _spill(self, span: _Span, moves: _Moves) -> None:
-        if not moves.pairs:
-            return
         assert span.slots is not None, "spilled to a host tier that is not there"
         streams, trays = self._streams, self._drain_trays
         for batch in moves.batches(len(trays[0].memory) // span.record_bytes):
@@ -246,14 +252,11 @@ class StreamedCopies:
             self._drained.update(((span.group, pair.target), drained) for pair in batch.pairs)
 
     def _fork(self, span: _Span, moves: _Moves) -> None:
-        if moves.pairs:
-            blocks, count = span.blocks, len(moves.pairs)
-            copy = partial(self._copy_rows, blocks, blocks, count, sources=moves.sources, targets=moves.targets)
-            self._streams.run(Stream.SWAP, copy)
+        blocks, count = span.blocks, len(moves.pairs)
+        copy = partial(self._copy_rows, blocks, blocks, count, sources=moves.sources, targets=moves.targets)
+        self._streams.run(Stream.SWAP, copy)
 
     def _load(self, span: _Span, moves: _Moves) -> None:
-        if not moves.pairs:
-            return
         assert span.slots is not None, "loaded from a host tier that is not there"
         streams, trays = self._streams, self._fill_trays
         for batch in moves.batches(len(trays[0].memory) // span.record_bytes):
