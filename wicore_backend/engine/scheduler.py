@@ -550,10 +550,11 @@ class Scheduler:
         assert all(s.blocks is not None for s in self.running), "a running sequence has no blocks"
         assert all(s.uncomputed == 1 for s in self._decoding), "a decoding sequence has more than one token to compute"
         assert self._context == sum(map(self._visible, self._decoding)), "the decodes' context is miscounted"
-        for begins, sequences in enumerate(self._beginning):
-            assert all(self._decoding.get(s) == begins for s in sequences), "one begins a block though it does not decode"
-            assert all((s.computed + begins - self._steps) % self._blocks.block_size == 0 for s in sequences), "or not now"
-        assert sum(map(len, self._beginning)) == len(self._decoding), "nobody knows when one begins a block"
+        assert all(
+            s in self._beginning[begins] and (self._steps - s.computed - begins) % self._blocks.block_size == 0
+            for s, begins in self._decoding.items()
+        ), "a decode begins its blocks in other steps than it is said to"
+        assert sum(map(len, self._beginning)) == len(self._decoding), "one is to begin a block, and does not decode"
         assert self._preemptible == Counter(s.priority for s in self.running if not s.promoted), "who may be preempted"
         assert all(leader in self._prefilling for leader in self._leaders.values()), "a leader does not compute"
         self._blocks.check_integrity()

@@ -70,10 +70,10 @@ class BlockNames:
         size, names = self._size, self._names
         if (known := len(names)) < count:
             packed = _packed(self._tokens[known * size : count * size])  # One by one takes a third longer.
-            step = len(packed) // (count - known)
-            for index in range(known, count):
-                offset = (index - known) * step
-                names.append(self._name(packed[offset : offset + step], index * size, (index + 1) * size))
+            previous, step = names[-1] if names else self._root, len(packed) // (count - known)
+            for offset, start in zip(range(0, len(packed), step), range(known * size, count * size, size), strict=True):
+                previous = self._name(previous, packed[offset : offset + step], start, start + size)
+                names.append(previous)
         return names
 
     def resumable(self, count: int) -> int:
@@ -86,15 +86,14 @@ class BlockNames:
     def whole(self, length: int) -> bytes:
         """A name of the first `length` tokens, whether or not a block ends there."""
         full = length // self._size
-        self.first(full)
+        previous = self.first(full)[full - 1] if full else self._root
         start = full * self._size
-        return _hash(self._name(_packed(self._tokens[start:length]), start, length), b"end")
+        return _hash(self._name(previous, _packed(self._tokens[start:length]), start, length), b"end")
 
-    def _name(self, content: bytes, start: int, end: int) -> bytes:
-        """The name of a block that holds tokens `start` to `end` - 1; they are `content`."""
-        index = start // self._size
+    def _name(self, previous: bytes, content: bytes, start: int, end: int) -> bytes:
+        """The name of the block after `previous`, which holds tokens `start` to `end` - 1: `content`."""
         hashed = _HASHER.copy()
-        hashed.update((self._names[index - 1] if index else self._root) + content)
+        hashed.update(previous + content)
         for image in self._images:
             if image.start < end and start < image.end:
                 hashed.update(_with_length(image.digest) + pack("2i", image.start - start, image.end - start))
