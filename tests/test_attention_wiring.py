@@ -54,7 +54,7 @@ class Runner:
     def __init__(self, measured: set[Sequence], broken: set[Sequence]) -> None:
         self._measured, self._broken = measured, broken
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, _ahead: torch.Tensor | None = None) -> StepOutput:
         sequences = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
         if self._broken & {*sequences}:
             raise RuntimeError("no")
@@ -80,7 +80,7 @@ def test_a_steps_masses_are_told_by_sequence_also_of_one_that_falls_apart(broken
     measured = {sequences[0], sequences[3], sequences[4]}
     failing = set() if broken is None else {sequences[broken]}
     computed = compute(Runner(measured, failing), plan)  # type: ignore[arg-type]
-    assert {s: mass.tolist() for s, mass in computed.mass.items()} == {
+    assert {s: mass.tolist() for s, mass in computed.mass().items()} == {
         s: [float(s.request.id)] for s in measured - failing
     }
     assert computed.failed.keys() == failing

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scripts.eval_demo import Case, needle_cases
 from wicore_backend import Engine, EngineConfig, SamplingParams
@@ -400,10 +401,10 @@ def test_a_fifth_of_the_blocks_is_enough_for_an_answer_if_attention_chooses_them
         blocks, runner, held = engine._model.blocks, engine._model.runner, Counter[int]()
         assert blocks.budget is not None
 
-        def run(plan: StepPlan) -> StepOutput:
+        def run(plan: StepPlan, ahead: Tensor | None = None) -> StepOutput:
             for sequence in plan.decodes:
                 held[int(np.count_nonzero(sequence.running_blocks.tables[G]))] += 1
-            return type(runner).run(runner, plan)
+            return type(runner).run(runner, plan, ahead)
 
         with mock.patch.object(runner, "run", run):
             assert engine.generate(messages, SamplingParams(max_tokens=16, temperature=0.0)).text == needle.answer

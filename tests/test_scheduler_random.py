@@ -134,7 +134,8 @@ class Runner:
         self.wrong: list[str] = []
         self.broken: Callable[[StepPlan], bool] = lambda _: False
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, ahead: torch.Tensor | None = None) -> StepOutput:
+        self._ahead = ahead
         chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
         lengths = [c.end - c.start for c in chunks]
         self._clock.now += 0.001 + 0.0001 * sum(lengths)
@@ -154,7 +155,11 @@ class Runner:
 
     def _keys_of(self, sequence: Sequence) -> list[int]:
         keys = self._keys.setdefault(sequence, [])
-        return keys_of(sequence.tokens, sequence.request.prompt.images, sequence.tenant, keys)
+        tokens = sequence.tokens
+        if sequence.ahead is not None:
+            assert self._ahead is not None
+            tokens = [*tokens, int(self._ahead[sequence.ahead])]
+        return keys_of(tokens, sequence.request.prompt.images, sequence.tenant, keys)
 
     def _check_plan(self, chunks: list[Chunk]) -> None:
         self._expect(chunks != [], "a step computes nothing")
@@ -162,7 +167,7 @@ class Runner:
         self._expect(sum(c.end - c.start for c in chunks) <= self._max_tokens, "a step has too many tokens")
         for c in chunks:
             self._expect(c.start == c.sequence.computed, "a chunk does not go on where its sequence stands")
-            self._expect(c.start < c.end <= len(c.sequence.tokens), "a chunk is empty, or beyond its sequence")
+            self._expect(c.start < c.end <= c.start + c.sequence.uncomputed, "a chunk is empty, or beyond its sequence")
             for image in c.sequence.request.prompt.images:
                 self._expect(not (image.start < c.start < image.end or image.start < c.end < image.end), "a cut image")
 
@@ -193,7 +198,8 @@ class Runner:
 def next_token(key: int, temperature: float, seed: int, place: int) -> tuple[int, float]:
     """What the model says after the token of this key, and its log-probability."""
     logits = LOGITS[key % len(LOGITS)]
-    (token,) = sample(logits[None].clone(), [SamplingRow(SamplingParams(temperature=temperature), seed, place)])
+    row = SamplingRow(SamplingParams(temperature=temperature), seed, place)
+    token = int(sample(logits[None].clone(), [row]))
     return token, float(logits.log_softmax(-1)[token])
 
 
@@ -250,6 +256,8 @@ class HandTurnedEngine(Engine):
         if self._scheduler.has_work:
             self._step()
             TALLY["steps"] += 1
+        elif self._untold:
+            self._tell()
         assert self._scheduler.num_running <= self.config.max_running
         self._scheduler.check_integrity()
 
@@ -287,6 +295,8 @@ class Setting:
     """What answers have been like, for the scheduler to expect; None leaves it at its first guess."""
     taught: bool
     """Whether the step-time model has learnt the machine already."""
+    overlaps: bool = False
+    """Whether tokens are read one step late."""
 
 
 SETTINGS = st.builds(
@@ -306,6 +316,7 @@ SETTINGS = st.builds(
     prefix_cache=st.sampled_from([True, True, True, False]),
     expected_answer=st.sampled_from([1, 3, None]),
     taught=st.booleans(),
+    overlaps=st.booleans(),
 )
 
 
@@ -355,6 +366,7 @@ def hand_turned(setting: Setting, clock: Clock) -> tuple[HandTurnedEngine, Runne
         soft_tokens_per_image=IMAGE,
         eos_token_ids=frozenset([EOS]),
         generation_defaults={},
+        overlaps=setting.overlaps,
     )
     monitor = partial(HealthMonitor, clock=clock.monotonic)
     with mock.patch.multiple("wicore_backend.engine.engine", load_model=lambda *_: model, HealthMonitor=monitor):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.engine.request import Sequence, TokenLogprob
 from wicore_backend.engine.runner import ModelRunner, StepOutput
 from wicore_backend.engine.sampler import logprobs_of
+
+Masses = Callable[[], Mapping[int, NDArray[np.float32]]]
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +42,9 @@ class Computed:
     prompt_logprobs
         Of the chunks' prompts, where asked for.
     mass
-        The attention masses [blocks] that were measured: see `Attention.mass`.
+        Gives the attention masses [blocks] that were measured: see `Attention.mass`. It waits for the device.
+    done
+        Waits until the device is done with it.
     failed
         Sequences whose part fails, whatever is tried.
     retried
@@ -50,14 +55,28 @@ class Computed:
     ready: list[Sequence]
     logits: Tensor | None
     prompt_logprobs: dict[Sequence, list[TokenLogprob | None]]
-    mass: dict[Sequence, NDArray[np.float32]] = field(default_factory=dict)
+    mass: Callable[[], dict[Sequence, NDArray[np.float32]]] = dict
+    done: Callable[[], None] = lambda: None
     failed: dict[Sequence, Exception] = field(default_factory=dict)
     retried: bool = False
 
+    def leave_out(self, gone: Callable[[Sequence], bool]) -> None:
+        """Drop what was computed for sequences whose requests have ended meanwhile."""
+        self.failed = {s: fault for s, fault in self.failed.items() if not gone(s)}
+        self.prompt_logprobs = {s: logprobs for s, logprobs in self.prompt_logprobs.items() if not gone(s)}
+        rows = [row for row, sequence in enumerate(self.ready) if not gone(sequence)]
+        if len(rows) < len(self.ready):
+            assert self.logits is not None
+            self.ready, self.logits = [self.ready[row] for row in rows], self.logits[rows]
+        decodes = [s for s in self.plan.decodes if not gone(s)]
+        chunks = [c for c in self.plan.chunks if not gone(c.sequence)]
+        self.plan = replace(self.plan, decodes=decodes, chunks=chunks)
 
-def compute(runner: ModelRunner, plan: StepPlan) -> Computed:
-    """Compute a step. A failure is tried again once as a whole, then sequence by sequence to find whose fault it is.
 
+def compute(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None = None) -> Computed:
+    """Compute a step; `ahead` as for `ModelRunner.run`.
+
+    A failure is tried again once as a whole, then sequence by sequence to find whose fault it is.
     Computing a step twice does no harm: it writes the same keys to the same places.
 
     Raises
@@ -66,19 +85,19 @@ def compute(runner: ModelRunner, plan: StepPlan) -> Computed:
         If nothing of it can be computed.
     """
     try:
-        return _compute(runner, plan)
+        return _compute(runner, plan, ahead)
     except Exception:
         _log.exception("a step of %d decodes and %d chunks failed; trying again", len(plan.decodes), len(plan.chunks))
     try:
-        computed = _compute(runner, plan)
+        computed = _compute(runner, plan, ahead)
     except Exception as error:
-        computed = _one_by_one(runner, plan, error)
+        computed = _one_by_one(runner, plan, ahead, error)
     computed.retried = True
     return computed
 
 
-def _compute(runner: ModelRunner, plan: StepPlan) -> Computed:
-    output = runner.run(plan)
+def _compute(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None) -> Computed:
+    output = runner.run(plan, ahead)
     offsets = output.offsets[len(plan.decodes) :]
     # Rows of sequences that are complete so far; the other chunks are the first parts of long prompts.
     ready = [*plan.decodes, *(c.sequence for c in plan.chunks if c.completes)]
@@ -92,9 +111,11 @@ def _compute(runner: ModelRunner, plan: StepPlan) -> Computed:
         if chunk.sequence.request.params.prompt_logprobs is not None
     }
     logits = output.logits(rows) if rows else None
-    # Last, since it waits for the device; and here, where what fails can be tried again.
-    mass = {_sequence(plan, row): measured for row, measured in output.mass().items()}
-    return Computed(plan, ready, logits, prompt_logprobs, mass)
+    return Computed(plan, ready, logits, prompt_logprobs, partial(_by_sequence, plan, output.mass), output.done)
+
+
+def _by_sequence(plan: StepPlan, mass: Masses) -> dict[Sequence, NDArray[np.float32]]:
+    return {_sequence(plan, number): measured for number, measured in mass().items()}
 
 
 def _sequence(plan: StepPlan, number: int) -> Sequence:
@@ -103,13 +124,13 @@ def _sequence(plan: StepPlan, number: int) -> Sequence:
     return plan.decodes[number] if number < decodes else plan.chunks[number - decodes].sequence
 
 
-def _one_by_one(runner: ModelRunner, plan: StepPlan, error: Exception) -> Computed:
+def _one_by_one(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None, error: Exception) -> Computed:
     parts = [StepPlan([s], [], plan.shape) for s in plan.decodes] + [StepPlan([], [c], plan.shape) for c in plan.chunks]
     done: list[Computed] = []
     failed: dict[Sequence, Exception] = {}
     for part in parts:
         try:
-            done.append(_compute(runner, part))
+            done.append(_compute(runner, part, ahead))
         except Exception as fault:
             failed[part.decodes[0] if part.decodes else part.chunks[0].sequence] = fault
     if not done:
@@ -120,7 +141,8 @@ def _one_by_one(runner: ModelRunner, plan: StepPlan, error: Exception) -> Comput
         [s for d in done for s in d.ready],
         torch.cat(logits) if logits else None,
         {s: logprobs for d in done for s, logprobs in d.prompt_logprobs.items()},
-        {s: mass for d in done for s, mass in d.mass.items()},
+        lambda: {s: mass for d in done for s, mass in d.mass().items()},
+        done[-1].done,
         failed,
     )
 

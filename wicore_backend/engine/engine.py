@@ -2,6 +2,10 @@
 
     take new and cancelled requests -> expire -> schedule -> run -> sample -> emit
 
+Where the device computes beside the host (CUDA), a step is scheduled and given to it before the tokens of the one
+before have been read: those are told while the device computes. A sequence that ends with such a token has then been
+decoded once in vain, and nobody hears of it.
+
 Other threads reach the loop through one queue, and hear from it through each request's sink.
 """
 
@@ -14,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -23,8 +28,8 @@ import numpy as np
 import torch
 
 from wicore_backend.config import EngineConfig
-from wicore_backend.engine.computation import StepFailedError, compute
-from wicore_backend.engine.emission import Emitter
+from wicore_backend.engine.computation import Computed, StepFailedError, compute
+from wicore_backend.engine.emission import Choice, Emitter
 from wicore_backend.engine.explain import CachedPrompt, CacheQuestion
 from wicore_backend.engine.generation import Generation
 from wicore_backend.engine.health import Health, HealthMonitor
@@ -58,6 +63,16 @@ _PERSIST_S = 4.0
 """How long an engine that ends may take to store what it has cached. A server gives its models 8 s for everything."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Untold:
+    """A step that the device has been given, whose tokens nobody has been told."""
+
+    plan: StepPlan
+    began: float
+    computed: Computed
+    choice: Choice | None
+
+
 class Engine:
     """Gemma-3 on one device.
 
@@ -78,6 +93,8 @@ class Engine:
         self._broken = False  # The loop has ended on its own.
         self._ended = False  # Every request has had its last event; the loop's own.
         self._draining = False
+        self._untold: _Untold | None = None
+        self._told = 0.0  # When it last told what a step gave.
         self._unfinished = 0
         self._emptied = threading.Condition(self._lock)
         loaded: Future[LoadedModel] = Future()
@@ -382,6 +399,8 @@ class Engine:
             self._recorder.queued(self._scheduler.backlogs())
             if self._scheduler.has_work:
                 self._step()
+            elif self._untold:
+                self._tell()
             elif not self._ended:
                 self._idle()
 
@@ -415,33 +434,75 @@ class Engine:
         began = time.monotonic()
         plan = self._scheduler.plan(began)
         self._model.mover.move()
+        if plan:
+            self._ledger.note_start((*plan.decodes, *(chunk.sequence for chunk in plan.chunks)), began)
+            self._compute(plan, began)
+        elif self._untold:
+            self._tell()
+        self._monitor.step_ends()
         if not plan:
-            self._monitor.step_ends()
             with suppress(Empty):
                 self._inbox.get(timeout=_EMPTY_STEP_S)()
-            return
-        self._ledger.note_start((*plan.decodes, *(chunk.sequence for chunk in plan.chunks)), began)
+
+    def _compute(self, plan: StepPlan, began: float) -> None:
+        """Compute a step, and tell the tokens of the one before while the device is at it; or at once its own."""
+        before = None if self._untold is None else self._untold.choice
         try:
-            computed = compute(self._model.runner, plan)
+            computed = compute(self._model.runner, plan, None if before is None else before.tokens)
         except StepFailedError as error:
+            self._tell()
             self._start_anew(error)
-            self._monitor.step_ends()
             return
         self._monitor.recovered()
         self._recorder.retried += computed.retried
-        for sequence, mass in computed.mass.items():
-            sequence.running_blocks.attended(mass)
+        if self._untold:
+            self._tell()
+            computed.leave_out(lambda sequence: sequence not in self._ledger)
+        choice = self._complete(computed, began)
+        self._untold = _Untold(plan, began, computed, choice)
+        if not self._model.overlaps:
+            self._tell()
+
+    def _complete(self, computed: Computed, began: float) -> Choice | None:
+        """Note what has been computed, and have the next tokens chosen."""
         forks = self._scheduler.complete(computed.plan)
         self._ledger.note_start((fork.sequence for fork in forks), began)
         for sequence, logprobs in computed.prompt_logprobs.items():
             self._ledger.owner(sequence)[1].take_prompt_logprobs(logprobs)
-        if computed.logits is not None:
+        choice = None
+        if computed.ready:
             rows = {sequence: row for row, sequence in enumerate(computed.ready)}
             rows |= {fork.sequence: rows[fork.source] for fork in forks}
-            self._emitter.emit(list(rows), computed.logits[list(rows.values())] if forks else computed.logits)
+            logits = computed.logits
+            assert logits is not None
+            choice = self._emitter.choose(list(rows), logits[list(rows.values())] if forks else logits)
         for sequence, fault in computed.failed.items():
             self._ledger.fail(sequence, fault)
-        self._learn(plan, self._monitor.step_ends(), usual=not computed.retried)
+        return choice
+
+    def _tell(self) -> None:
+        """Tell what the latest step gave, if that has not been told, and learn from the step."""
+        untold, self._untold = self._untold, None
+        if untold is None:
+            return
+        self._wait_for(untold.computed)
+        if untold.choice is not None:
+            self._emitter.tell(untold.choice)
+        now = time.monotonic()
+        seconds, self._told = now - max(untold.began, self._told), now
+        self._learn(untold.plan, seconds, usual=seconds > 0 and not untold.computed.retried)
+
+    def _wait_for(self, computed: Computed) -> None:
+        """Wait until a step has been computed, and take note of where its attention fell."""
+        try:
+            computed.done()
+            masses = computed.mass()
+        except Exception:
+            _log.exception("where attention fell in a step cannot be told")
+            return
+        for sequence, mass in masses.items():
+            if sequence.blocks is not None:
+                sequence.blocks.attended(mass)
 
     def _learn(self, plan: StepPlan, seconds: float, *, usual: bool) -> None:
         self._recorder.step(plan, seconds, self._step_time)

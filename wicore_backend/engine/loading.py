@@ -56,6 +56,8 @@ class LoadedModel:
     """0 for a model without vision."""
     eos_token_ids: frozenset[int]
     generation_defaults: Mapping[str, Any]
+    overlaps: bool = False
+    """The device computes while the host goes on."""
 
 
 def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel:
@@ -165,6 +167,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         soft_tokens_per_image=image_tokens,
         eos_token_ids=frozenset(config.eos_token_ids),
         generation_defaults=defaults,
+        overlaps=device.type == "cuda",
     )
 
 

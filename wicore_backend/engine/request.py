@@ -191,6 +191,8 @@ class Sequence:
     index: int = 0
     """Which of the request's answers this is."""
     tokens: list[int] = field(init=False)
+    ahead: int | None = None
+    """While its next token has been chosen and nobody has read it from the device yet: its row among those chosen."""
     computed: int = 0
     blocks: SequenceBlocks | None = None
     cost: int = 0
@@ -229,7 +231,7 @@ class Sequence:
 
     @property
     def uncomputed(self) -> int:
-        return len(self.tokens) - self.computed
+        return len(self.tokens) + (self.ahead is not None) - self.computed
 
     @property
     def running_blocks(self) -> SequenceBlocks:

@@ -38,6 +38,8 @@ class StepOutput:
     mass: Callable[[], Mapping[int, NDArray[np.float32]]] = dict
     """The attention masses [blocks] measured in this step, by number of the decode, or of decodes plus that of the
     chunk: see `Attention.mass`. It waits for the device, so call it when the step's tokens are there."""
+    done: Callable[[], None] = lambda: None
+    """Waits until the device has computed the step, though not for what it was given later."""
 
     def logits(self, rows: Rows[int]) -> Tensor:
         """float32 [R, V] of the given rows."""
@@ -77,20 +79,24 @@ class ModelRunner:
         self.sampling = sampling
         self._arrive = arrive
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, ahead: Tensor | None = None) -> StepOutput:
         """Compute a step, whose blocks are in place, and write its keys and values to the pools.
 
         Running the same plan again computes and writes the same.
+
+        Parameters
+        ----------
+        ahead
+            int64 [R] on the device: the tokens of the decodes whose `Sequence.ahead` is a row of it.
         """
         executor, attention, layers = self._executor, self._attention, self._layout.layers
         chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
         step = self._pack(chunks, decodes=len(plan.decodes), measured=self._measured(plan))
         work = attention.plan(step)
         rope = self._rotary.lookup(torch.from_numpy(step.positions).to(executor.device))
-        ids = np.fromiter(chain.from_iterable(c.sequence.tokens[c.start : c.end] for c in chunks), np.int64)
         offsets = np.concatenate([[0], step.query_lens.cumsum()]).tolist()
 
-        hidden = executor.embed(torch.from_numpy(ids).to(executor.device), *self._soft_tokens(chunks, offsets))
+        hidden = executor.embed(self._ids(plan, ahead), *self._soft_tokens(chunks, offsets))
         q, k, v = executor.first(hidden, *rope[layers[0][0]])
         for layer, (_, (next_group, _)) in enumerate(pairwise(layers)):
             self._arrive(layer)
@@ -98,7 +104,20 @@ class ModelRunner:
             hidden, (q, k, v) = executor.mid(layer, hidden, attended, *rope[next_group])
         self._arrive(len(layers) - 1)
         attended = attention.attend(work, len(layers) - 1, q, k, v)
-        return StepOutput(executor, hidden, attended, tuple(offsets), partial(attention.mass, work))
+        mass, done = partial(attention.mass, work), _when_done(executor.device)
+        return StepOutput(executor, hidden, attended, tuple(offsets), mass, done)
+
+    def _ids(self, plan: StepPlan, ahead: Tensor | None) -> Tensor:
+        """int64 [T], the step's tokens."""
+        decodes = (s.tokens[-1] if s.ahead is None else 0 for s in plan.decodes)
+        chunks = chain.from_iterable(c.sequence.tokens[c.start : c.end] for c in plan.chunks)
+        ids = torch.from_numpy(np.fromiter(chain(decodes, chunks), np.int64)).to(self._executor.device)
+        places = [(place, s.ahead) for place, s in enumerate(plan.decodes) if s.ahead is not None]
+        if places:
+            assert ahead is not None, "tokens are on the device, and nobody said where"
+            to, rows = torch.tensor(places).to(ids.device).unbind(1)
+            ids.index_copy_(0, to, ahead.index_select(0, rows))
+        return ids
 
     def _measured(self, plan: StepPlan) -> Mapping[int, Rows[int]]:
         if self.sampling is None:
@@ -143,3 +162,12 @@ class ModelRunner:
         normalised = torch.from_numpy(self._normalization.apply(np.stack(pixels)))
         soft = executor.vision(normalised.to(executor.device, executor.dtype)).flatten(0, 1)
         return soft, torch.from_numpy(np.concatenate(rows)).to(executor.device)
+
+
+def _when_done(device: torch.device) -> Callable[[], None]:
+    """A call that waits for all that the device has been given until now."""
+    if device.type != "cuda":
+        return lambda: None
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+    return done.synchronize

@@ -26,10 +26,10 @@ class SamplingRow:
     """Tokens so far; needed, like the prompt's, only where a penalty looks at them."""
 
 
-def sample(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
-    """The next token of each row of `logits` float32 [R, V], which may be overwritten.
+def sample(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
+    """The next token of each row of `logits` float32 [R, V], which may be overwritten: int64 [R], on its device.
 
-    The order of operations is that of `SamplingParams`.
+    The order of operations is that of `SamplingParams`. The device is not waited for.
     """
     for row, r in enumerate(rows):
         if r.params.repetition_penalty != 1:
@@ -38,12 +38,12 @@ def sample(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
             counts = Counter(r.answer)
             drops = [r.params.presence_penalty + r.params.frequency_penalty * n for n in counts.values()]
             logits[row, list(counts)] -= torch.tensor(drops, device=logits.device)
-    tokens: list[int] = logits.argmax(-1).tolist()
     drawn = [row for row, r in enumerate(rows) if r.params.temperature > 0]
+    if len(drawn) == len(rows):
+        return _draw(logits, rows)
+    tokens = logits.argmax(-1)
     if drawn:
-        chosen = _draw(logits[drawn], [rows[row] for row in drawn])
-        for row, token in zip(drawn, chosen, strict=True):
-            tokens[row] = token
+        tokens[drawn] = _draw(logits[drawn], [rows[row] for row in drawn])
     return tokens
 
 
@@ -66,8 +66,8 @@ def _penalise_repetition(logits: Tensor, seen: list[int], penalty: float) -> Non
     logits[index] = torch.where(values > 0, values / penalty, values * penalty)
 
 
-def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
-    """A token of each row, drawn from its distribution.
+def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
+    """A token of each row int64 [R], drawn from its distribution.
 
     The likeliest token after each has raced an exponential clock of its own (Gumbel-max). Unlike a walk along the
     cumulated probabilities, the outcome does not hang on the last bits of all logits, which differ between batches.
@@ -81,8 +81,7 @@ def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
     for clock, row in zip(clocks, rows, strict=True):
         generator = torch.Generator(logits.device).manual_seed(_mix(row.seed, row.place))
         clock.exponential_(generator=generator)
-    tokens: list[int] = (logits - clocks.log_()).argmax(-1).tolist()
-    return tokens
+    return (logits - clocks.log_()).argmax(-1)
 
 
 def _cutoffs(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:

@@ -155,7 +155,8 @@ class Scheduler:
     def give_up(self, now: float) -> Iterator[Rejected]:
         """Turn away the heads of the queue for which it is too late to begin."""
         while (ahead := self._queue.peek(now)) is not None:
-            late = None if ahead.item.answered else self._too_late(ahead.item, now, 0)
+            begun = ahead.item.answered or ahead.item.ahead is not None
+            late = None if begun else self._too_late(ahead.item, now, 0)
             if late is None:
                 return
             self.remove(late.sequence)
@@ -301,6 +302,8 @@ class Scheduler:
     def _admit(self, ahead: Next[Sequence], now: float) -> bool:
         """Take the head of the queue out of it, running now or parked. False if it has to wait."""
         sequence = ahead.item
+        if sequence.ahead is not None:  # It gave way in this very step, and its last token is to be read first.
+            return False
         leader = self._leaders.get(sequence.twin_key) if sequence.twin_key and not sequence.answered else None
         if leader is None and self._stuck == self._situation(sequence):
             return False
