@@ -194,7 +194,7 @@ class Story:
     ) -> None:
         def work() -> None:
             pool = self._pools[group]
-            pool[block, index] = values.to(pool.device)
+            pool[block, index] = values if pool.device.type == "cpu" else _uploaded(values, pool.device)
             self._read.append((what, pool[read, index].clone(), expected))
 
         self._step(work)
@@ -213,6 +213,11 @@ class Story:
             other = torch.randn(mine.shape, generator=self._values)
         mine.copy_(other)
         model.copy_(other)
+
+
+def _uploaded(values: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for anything."""
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def obey_all_but(edge: tuple[Stream, Stream] | None) -> Hook:

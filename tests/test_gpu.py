@@ -1,11 +1,18 @@
-"""The engine on a CUDA device: the answers of the CPU in float32."""
+"""The engine on a CUDA device: the answers of the CPU in float32, also where blocks come and go between the tiers."""
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.copy_interleavings import BLOCKS, EDGES, LAYOUT, SLOTS, G, L, Story, obey_all_but
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.hmt.codecs import make_codec
+from wicore_backend.hmt.host_memory import HostMemory
+from wicore_backend.hmt.row_copies import copy_rows
+from wicore_backend.hmt.streamed_copies import StreamedCopies
+from wicore_backend.hmt.streams import CudaStreams, Stream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,3 +65,142 @@ def test_the_cache_takes_its_share_of_the_free_memory():
         taken = free - torch.cuda.mem_get_info()[0]
         assert len(engine.generate("hello", SamplingParams(max_tokens=3)).token_ids) <= 3
     assert 0 < taken <= 0.07 * free
+
+
+class UnevenStreams(CudaStreams):
+    """Each stream now and then rests before it goes on, some longer than others, and one may not wait as it should."""
+
+    def __init__(self, rng, obey) -> None:
+        super().__init__(torch.device("cuda", 0))
+        self._rng = rng
+        self._obey = obey
+        self._of = {}  # which stream an event is of
+        self._most = {stream: rng.choice([0, 20_000, 2_000_000]) for stream in Stream}  # clock cycles
+
+    def rest(self, stream: Stream) -> None:
+        if (most := self._most[stream]) and self._rng.random() < 0.5:
+            with torch.cuda.stream(self._stream(stream)):
+                torch.cuda._sleep(self._rng.randrange(most))
+
+    def run(self, stream: Stream, work) -> None:
+        self.rest(stream)
+        super().run(stream, work)
+
+    def wait(self, stream: Stream, event) -> None:
+        if self._obey(stream, self._of[event]):
+            super().wait(stream, event)
+
+    def record(self, stream: Stream):
+        event = super().record(stream)
+        self._of[event] = stream
+        return event
+
+
+def tell(seed: int, *, codec="exact", parts=True, broken=None, length=25) -> None:
+    """A story of so many events over pools on the device."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    streams = UnevenStreams(rng, obey_all_but(broken))
+    pools = {group: torch.randn(BLOCKS, *LAYOUT.block_shape(group), device="cuda") for group in (G, L)}
+    codecs = {group: make_codec(codec, LAYOUT.block_shape(group), torch.float32) for group in (G, L)}
+    memory = {group: HostMemory(SLOTS * codecs[group].encoded_bytes, locked=True) for group in (G, L)}
+    records = {group: memory[group].tensor.view(SLOTS, -1) for group in (G, L)}
+    for group in (G, L):
+        codecs[group].encode(torch.randn(SLOTS, *LAYOUT.block_shape(group)), out=records[group])
+    slots = records
+    if codec == "exact":
+        codecs, slots = (
+            {},
+            {g: rows.view(torch.float32).view(-1, *LAYOUT.block_shape(g)) for g, rows in records.items()},
+        )
+    copies = StreamedCopies(
+        LAYOUT,
+        pools,
+        records,
+        codecs,
+        streams=streams,
+        copy_rows=copy_rows,
+        staging_bytes=0,
+        large_bytes=0 if parts else 2**40,
+    )
+    copies.warm_up()
+
+    def step(work) -> None:
+        streams.rest(Stream.STEP)
+        work()
+
+    story = Story(rng, pools, slots, codecs, copies, step)
+    try:
+        for _ in range(length):
+            story.go_on()
+        torch.cuda.synchronize()
+        story.compare()
+    finally:
+        torch.cuda.synchronize()
+        for locked in memory.values():
+            locked.close()
+
+
+@pytest.mark.parametrize("codec", ["exact", "q8"])
+@pytest.mark.parametrize("parts", [True, False])
+def test_copies_beside_steps_give_the_bytes_of_copies_in_order(codec, parts):
+    for seed in range(6):
+        tell(seed, codec=codec, parts=parts)
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: f"{edge[0].name}-waits-for-{edge[1].name}")
+def test_a_wait_that_is_missing_shows(edge):
+    def tell_many() -> None:
+        for seed in range(30):
+            tell(seed, broken=edge)
+
+    with pytest.raises(AssertionError, match=r"layer|slot|blocks"):
+        tell_many()
+
+
+def test_host_memory_is_locked_as_large_as_it_was_asked_for():
+    memory = HostMemory(5 << 20, locked=True)
+    assert memory.tensor.is_pinned()
+    assert memory.tensor.nbytes == 5 << 20
+    memory.close()
+    assert not memory.tensor.is_pinned()
+
+
+LONG_PROMPTS = [[2, *random.Random(n).choices(range(300, 1500), k=800)] for n in range(8)]
+
+
+def answers_of_small_tiers(directory, **settings):
+    """Each prompt three times in turn, and what of it was found in the cache."""
+    config = EngineConfig(
+        model=ROOT / "models" / "wicore-demo",
+        dtype="float32",
+        kv_cache_bytes=9_000_000,
+        max_model_len=1024,
+        max_running=2,
+        **{"nvme_cache_path": directory, "nvme_cache_bytes": 100_000_000} | settings,
+    )
+    with Engine(config) as engine:
+        if directory is not None:
+            engine._model.mover._cold.tier.restore_seconds = lambda _: 0.0
+        params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+        results = [engine.generate(prompt, params) for _ in range(3 if directory else 1) for prompt in LONG_PROMPTS]
+        engine._model.blocks.check_integrity()
+    return [result.token_ids for result in results], sum(result.usage.cached_tokens for result in results)
+
+
+@pytest.fixture(scope="module")
+def long_answers_of_the_cpu():
+    return answers_of_small_tiers(None, device="cpu", prefix_cache=False)[0]
+
+
+@pytest.mark.parametrize("large_bytes", [0, 2**40])
+@pytest.mark.parametrize("codec", ["exact", "q8"])
+def test_a_device_far_too_small_gives_the_same_tokens(
+    tmp_path, monkeypatch, long_answers_of_the_cpu, codec, large_bytes
+):
+    monkeypatch.setattr("wicore_backend.hmt.streamed_copies.LARGE_BYTES", large_bytes)
+    settings = {"host_cache_bytes": 12_000_000, "host_cache_codec": codec, "nvme_codec": codec, "hmt_policy": "lru"}
+    tokens, cached = answers_of_small_tiers(tmp_path, device="cuda", **settings)
+    same = sum(a == b for a, b in zip(tokens, long_answers_of_the_cpu * 3, strict=True))
+    assert same == 24 if codec == "exact" else same >= 20
+    assert cached > 0.7 * 2 * 8 * 800

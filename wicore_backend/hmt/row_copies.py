@@ -50,7 +50,7 @@ def copy_rows(
     """Copy `count` rows: row `sources[i]` of `source` [n, width] to row `targets[i]` of `target` [m, width].
 
     On the current stream. Each tensor is on the device or in page-locked memory; rows are contiguous. The lists, int64
-    on the device, stand for 0, 1, 2, ... where they are left out; no target occurs twice.
+    on the device, may be longer, and stand for 0, 1, 2, ... where they are left out; no target occurs twice.
     """
     anything = source if sources is None else sources  # For a pointer that is not followed.
     over_pcie = source.device.type == "cpu" or target.device.type == "cpu"
@@ -77,4 +77,4 @@ def copy_rows_plainly(
 ) -> None:
     """The plain twin of `copy_rows`, for memory that PyTorch reaches on one device."""
     rows = torch.arange(count, device=source.device)
-    target[rows if targets is None else targets] = source[rows if sources is None else sources]
+    target[rows if targets is None else targets[:count]] = source[rows if sources is None else sources[:count]]

@@ -114,7 +114,7 @@ class StreamedCopies:
         streams: Streams,
         copy_rows: CopyRows,
         staging_bytes: int,
-        large_bytes: int = LARGE_BYTES,
+        large_bytes: int,
     ) -> None:
         self._layout = layout
         self._streams = streams
