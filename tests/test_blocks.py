@@ -116,6 +116,39 @@ def test_what_does_not_fit_is_not_placed_and_nothing_is_lost_by_it():
     books.check_integrity()
 
 
+def test_several_sequences_are_extended_at_once_as_they_are_one_by_one():
+    one_by_one, at_once = manager(blocks=81), manager(blocks=81)
+    opened = [
+        [books.open(None, NOTHING, max_tokens=96, expected_tokens=n) for n in (30, 60, 0)]
+        for books in (one_by_one, at_once)
+    ]
+    for books, running in ((one_by_one, opened[0]), (at_once, opened[1])):
+        assert all(
+            books.extend(blocks, start, end)
+            for start, end in ((0, 8), (8, 16), (16, 24), (24, 32))
+            for blocks in running
+        )
+    at_once.extend_all([(blocks, 32) for blocks in opened[1]], 3)
+    assert all(one_by_one.extend(blocks, 32, 44) for blocks in opened[0])
+    for books in (one_by_one, at_once):
+        books.check_integrity()
+    assert at_once.spare == one_by_one.spare
+    for alone, together in zip(*opened, strict=True):
+        for group in (L, G):
+            assert together.tables[group].nonzero()[0].tolist() == alone.tables[group].nonzero()[0].tolist()
+            assert together.held(group) == alone.held(group)
+
+
+def test_what_is_spare_is_what_is_not_expected_to_be_taken():
+    books = manager(blocks=41)
+    assert books.spare == 40
+    blocks = books.open(None, NOTHING, max_tokens=96, expected_tokens=48)
+    assert books.spare == 40 - 12
+    for start in range(0, 56, 8):
+        assert books.extend(blocks, start, start + 8)
+    assert books.spare == 40 - 14, "it has grown longer than expected"
+
+
 def test_room_counts_what_those_that_run_are_expected_to_take():
     books = manager(blocks=41)
     assert books.room_for(None, NOTHING, tokens=10, expected_tokens=80)[G] == 20
@@ -189,6 +222,16 @@ def test_another_token_picture_or_tenant_is_another_block():
     assert len(seen) == 7 * 3
     assert names(range(8)).first(2) == names(range(8)).first(2)
     assert NameScheme(4, b"weights").root("") != NameScheme(4).root("")
+
+
+@given(counts=st.lists(st.integers(0, 12), min_size=1, max_size=5), start=st.integers(0, 40), length=st.integers(1, 20))
+def test_a_name_does_not_depend_on_how_many_are_asked_for_at_once(counts, start, length):
+    images = (Image(start, start + length),)
+    chain = names(range(51), images)
+    for count in counts:
+        assert len(chain.first(count)) >= count
+    assert chain.whole(50) == names(range(51), images).whole(50)
+    assert [*chain.first(12)] == [names(range(4 * n), images).first(n)[-1] for n in range(1, 13)]
 
 
 def test_a_name_covers_a_picture_that_ends_after_the_block():
@@ -377,7 +420,20 @@ def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, si
                 assert block
                 assert written[group, block, position % size] == content(tokens, position)
 
+    def grow(count):
+        """Give whoever has no block left `count` of them, as decodes get them."""
+        ends = [
+            (blocks, progress[slot])
+            for slot, (blocks, _, _) in running.items()
+            if progress[slot] == blocks.stop * size and blocks.stop + count <= len(blocks.tables[G])
+        ]
+        if books.spare >= count * len(ends):
+            books.extend_all(ends, count)
+            books.check_integrity()
+
     for slot, chunk, length, branch, common in steps:
+        if chunk % 4 == 0:
+            grow(branch + 1)
         if slot not in running:
             tokens = [*range(min(common, length)), *range(1000 * branch, 1000 * branch + length)][:length]
             chain = names(tokens, size=size)

@@ -285,6 +285,33 @@ def test_more_is_admitted_than_the_longest_answers_would_allow_and_memory_runs_o
     assert all(s.answered == 60 for s in sequences)
 
 
+@pytest.mark.parametrize(("blocks", "at_once"), [(1000, 4), (21, 4), (20, 3), (18, 1), (17, 1)])
+def test_a_decode_gets_several_blocks_at_once_where_more_are_spare_than_all_will_need(blocks, at_once):
+    b, a = Bench(blocks=blocks), sequence(6, 60)
+    b.add(a)
+    held = [b.step() and a.blocks.stop for _ in range(3)]
+    assert held == [2, 2, 2]
+    b.step()
+    assert a.blocks.stop == 2 + at_once
+
+
+def test_a_decode_gets_no_block_beyond_its_longest_answer():
+    b, a = Bench(), sequence(6, 11)
+    b.add(a)
+    while b.scheduler.has_work:
+        assert a.blocks is None or a.blocks.stop <= len(a.blocks.tables[LayerGroup.GLOBAL]) == 5
+        b.step()
+
+
+def test_decodes_that_begin_at_different_times_get_their_blocks_when_they_need_them():
+    b = Bench(running=8)
+    for n in range(8):
+        b.add(sequence(3 + n, 30 + 3 * n, first=1000 * n))
+        b.step()
+    b.run()  # check_integrity holds who begins a block against what has been computed.
+    assert b.books.pools[LayerGroup.GLOBAL].active == 0
+
+
 def test_expectations_grow_with_the_answers_seen():
     b = Bench(running=8, blocks=40, budget=32)
     for _ in range(64):

@@ -58,7 +58,7 @@ class Scheduler:
         self._steps = 0
         self._decoding: dict[Sequence, int] = {}  # each with the step, modulo a block's size, that begins a block of it
         self._beginning: list[dict[Sequence, None]] = [{} for _ in range(blocks.block_size)]  # the other way around
-        self._begun: list[Sequence] = []  # who decodes for the first time; kept if they may have too many blocks
+        self._begun: list[Sequence] = []  # with a budget, who has begun to decode and may have too many blocks
         self._context = 0  # keys that those who decode see
         self._prefilling: dict[Sequence, None] = {}
         self._leaders: dict[bytes, Sequence] = {}
@@ -204,21 +204,25 @@ class Scheduler:
         size, decoding = self._blocks.block_size, self._decoding
         beginning = self._beginning[self._steps % size]
         if self._blocks.budget is not None:
-            for sequence in dict.fromkeys((*beginning, *self._begun)):
-                if sequence in decoding:
-                    self._context -= self._visible(sequence)
-                    self._blocks.bound(sequence.running_blocks, sequence.computed)
-                    self._context += self._visible(sequence)
-            self._begun.clear()
+            self._bound(beginning)
         ends = [s for s in beginning if s.computed >= s.running_blocks.stop * size]
-        ahead = 0 if self._blocks.budget or not ends else min(_MOST_AHEAD, self._blocks.spare // len(decoding))
-        if ahead > 0:
+        ahead = min(_MOST_AHEAD, self._blocks.spare // len(decoding)) if ends else 0
+        if ahead > 0 and self._blocks.budget is None:
             long = [(s.running_blocks, s.computed) for s in ends if s.max_tokens - s.computed >= ahead * size]
             self._blocks.extend_all(long, ahead)
             ends = [s for s in ends if s.max_tokens - s.computed < ahead * size]
         for sequence in ends:
             if sequence in decoding:  # It may have given way to one before it.
                 self._place(sequence, sequence.computed + 1, or_preempt=True)
+
+    def _bound(self, beginning: Iterable[Sequence]) -> None:
+        """Have those who begin a block, or to decode, keep what the budget allows."""
+        for sequence in dict.fromkeys((*beginning, *self._begun)):
+            if sequence in self._decoding:
+                self._context -= self._visible(sequence)
+                self._blocks.bound(sequence.running_blocks, sequence.computed)
+                self._context += self._visible(sequence)
+        self._begun.clear()
 
     def _decode(self, sequence: Sequence) -> None:
         """From now on the sequence is decoded."""
