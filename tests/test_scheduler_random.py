@@ -124,6 +124,9 @@ class Memory:
         for blocks in self.keys.values():
             blocks[:] = [[None] * self._size for _ in blocks]
 
+    def close(self) -> None:
+        """There is nothing to give back."""
+
 
 class Runner:
     """Stands in for the model. What it finds wrong goes into `wrong`: the engine would take an error for a fault."""
