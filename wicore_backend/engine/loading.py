@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from wicore_backend.attention.mass_sampling import MassSampling
-from wicore_backend.attention.torch_paged import TorchPagedAttention
 from wicore_backend.config import EngineConfig
+from wicore_backend.engine.assembly import make_runner
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampling_params import generation_defaults
 from wicore_backend.engine.tiers import BlockMover, ColdStorage
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
-from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.bounded_kv import KVBudget
 from wicore_backend.hmt.budget import divide_host_memory, divide_memory
@@ -30,7 +29,6 @@ from wicore_backend.hmt.pool import KVPools, slot_bytes, staging_bytes
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
-from wicore_backend.models.gemma3.rope import RotaryTables
 from wicore_backend.processor.processor import Processor
 
 _log = logging.getLogger(__name__)
@@ -119,19 +117,14 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
     pools = KVPools.allocate(
         layout, num_blocks, host_slots, device=device, dtype=dtype, host_codec=settings.host_cache_codec
     )
-    runner = ModelRunner(
-        executor=TorchExecutor(config, weights),
-        attention=TorchPagedAttention(
-            pools,
-            scale=config.text.attention_scale,
-            window=config.text.window,
-            softcap=config.text.attn_logit_softcapping,
-        ),
-        rotary=RotaryTables(config, max_positions=max_model_len, device=device, dtype=dtype),
+    runner = make_runner(
+        config,
+        weights,
+        pools,
         normalization=processor.normalization,
-        layout=layout,
+        max_model_len=max_model_len,
+        max_running=settings.max_running,
         sampling=MassSampling.of(layout) if pools.host or budget else None,
-        arrive=pools.wait,
     )
     _log.info(
         "%s ready on %s in %s after %.1f s: context %d, KV blocks %s, and in host memory %s",

@@ -7,18 +7,19 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wicore_backend.attention.base import Attention, PackedStep
+from wicore_backend.attention.base import Attention, PackedStep, PlanT
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.executor.base import Executor
-from wicore_backend.hmt.layout import KVLayout
+from wicore_backend.executor.upload import to_device
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.models.gemma3.rope import RotaryTables
 from wicore_backend.processor.images import PixelNormalization
 
@@ -40,11 +41,45 @@ class StepOutput:
     chunk: see `Attention.mass`. It waits for the device, so call it when the step's tokens are there."""
     done: Callable[[], None] = lambda: None
     """Waits until the device has computed the step, though not for what it was given later."""
+    computed: Tensor | None = None
+    """The logits of the step's rows, where they come with it; the next such step overwrites them."""
 
     def logits(self, rows: Rows[int]) -> Tensor:
         """float32 [R, V] of the given rows."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.hidden.device)
+        if self.computed is not None and list(rows) == list(range(len(rows))):
+            return self.computed[: len(rows)]
+        index = to_device(np.array(rows, np.int64), self.hidden.device)
         return self.executor.last(self.hidden, self.attention, index)
+
+
+class DecodeReplay(Protocol):
+    """A quicker way to run steps of decodes alone: see `engine/graphs.py`."""
+
+    def run(self, step: PackedStep, ids: Tensor) -> StepOutput | None:
+        """What `step` gives for the tokens `ids` int64 [T]; None for a step that has to be run layer by layer."""
+
+
+def run_layers(
+    executor: Executor,
+    attention: Attention[PlanT],
+    work: PlanT,
+    layers: Rows[tuple[LayerGroup, int]],
+    hidden: Tensor,
+    rope: Mapping[LayerGroup, tuple[Tensor, Tensor]],
+    arrive: Callable[[int], None] = lambda _: None,
+) -> tuple[Tensor, Tensor]:
+    """Hidden states [T, D] before the end of the last layer, and its attention [T, query heads * d].
+
+    `hidden` are the embeddings, `rope` the cosines and sines of the tokens' positions. `arrive` is called with each
+    layer before its attention.
+    """
+    q, k, v = executor.first(hidden, *rope[layers[0][0]])
+    for layer, (_, (next_group, _)) in enumerate(pairwise(layers)):
+        arrive(layer)
+        attended = attention.attend(work, layer, q, k, v)
+        hidden, (q, k, v) = executor.mid(layer, hidden, attended, *rope[next_group])
+    arrive(len(layers) - 1)
+    return hidden, attention.attend(work, len(layers) - 1, q, k, v)
 
 
 class ModelRunner:
@@ -57,7 +92,10 @@ class ModelRunner:
     sampling
         Whose attention mass to measure, and when; None measures none. May be changed between steps.
     arrive
-        Called before each layer's attention: its blocks may still be on their way (`KVPools.wait`).
+        Called before each layer's attention, or with None before all: its blocks may still be on their way
+        (`KVPools.wait`).
+    replay
+        What runs the steps of decodes alone that it can.
     """
 
     def __init__(
@@ -69,7 +107,8 @@ class ModelRunner:
         normalization: PixelNormalization,
         layout: KVLayout,
         sampling: MassSampling | None = None,
-        arrive: Callable[[int], None] = lambda _: None,
+        arrive: Callable[[int | None], None] = lambda _: None,
+        replay: DecodeReplay | None = None,
     ) -> None:
         self._executor = executor
         self._attention = attention
@@ -78,6 +117,7 @@ class ModelRunner:
         self._layout = layout
         self.sampling = sampling
         self._arrive = arrive
+        self._replay = replay
 
     def run(self, plan: StepPlan, ahead: Tensor | None = None) -> StepOutput:
         """Compute a step, whose blocks are in place, and write its keys and values to the pools.
@@ -89,33 +129,32 @@ class ModelRunner:
         ahead
             int64 [R] on the device: the tokens of the decodes whose `Sequence.ahead` is a row of it.
         """
-        executor, attention, layers = self._executor, self._attention, self._layout.layers
+        executor, attention = self._executor, self._attention
         chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
         step = self._pack(chunks, decodes=len(plan.decodes), measured=self._measured(plan))
+        ids = self._ids(plan, ahead)
+        if self._replay is not None and not plan.chunks:
+            self._arrive(None)
+            output = self._replay.run(step, ids)
+            if output is not None:
+                return output
         work = attention.plan(step)
-        rope = self._rotary.lookup(torch.from_numpy(step.positions).to(executor.device))
+        rope = self._rotary.lookup(to_device(step.positions, executor.device))
         offsets = np.concatenate([[0], step.query_lens.cumsum()]).tolist()
-
-        hidden = executor.embed(self._ids(plan, ahead), *self._soft_tokens(chunks, offsets))
-        q, k, v = executor.first(hidden, *rope[layers[0][0]])
-        for layer, (_, (next_group, _)) in enumerate(pairwise(layers)):
-            self._arrive(layer)
-            attended = attention.attend(work, layer, q, k, v)
-            hidden, (q, k, v) = executor.mid(layer, hidden, attended, *rope[next_group])
-        self._arrive(len(layers) - 1)
-        attended = attention.attend(work, len(layers) - 1, q, k, v)
-        mass, done = partial(attention.mass, work), _when_done(executor.device)
+        hidden = executor.embed(ids, *self._soft_tokens(chunks, offsets))
+        hidden, attended = run_layers(executor, attention, work, self._layout.layers, hidden, rope, self._arrive)
+        mass, done = partial(attention.mass, work), when_done(executor.device)
         return StepOutput(executor, hidden, attended, tuple(offsets), mass, done)
 
     def _ids(self, plan: StepPlan, ahead: Tensor | None) -> Tensor:
         """int64 [T], the step's tokens."""
         decodes = (s.tokens[-1] if s.ahead is None else 0 for s in plan.decodes)
         chunks = chain.from_iterable(c.sequence.tokens[c.start : c.end] for c in plan.chunks)
-        ids = torch.from_numpy(np.fromiter(chain(decodes, chunks), np.int64)).to(self._executor.device)
+        ids = to_device(np.fromiter(chain(decodes, chunks), np.int64), self._executor.device)
         places = [(place, s.ahead) for place, s in enumerate(plan.decodes) if s.ahead is not None]
         if places:
             assert ahead is not None, "tokens are on the device, and nobody said where"
-            to, rows = torch.tensor(places).to(ids.device).unbind(1)
+            to, rows = to_device(np.array(places, np.int64).T.copy(), ids.device).unbind()
             ids.index_copy_(0, to, ahead.index_select(0, rows))
         return ids
 
@@ -164,7 +203,7 @@ class ModelRunner:
         return soft, torch.from_numpy(np.concatenate(rows)).to(executor.device)
 
 
-def _when_done(device: torch.device) -> Callable[[], None]:
+def when_done(device: torch.device) -> Callable[[], None]:
     """A call that waits for all that the device has been given until now."""
     if device.type != "cuda":
         return lambda: None

@@ -1,0 +1,84 @@
+"""Weights and pools to a runner: the fastest executor and attention that the device has."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+from wicore_backend.attention.mass_sampling import MassSampling
+from wicore_backend.attention.torch_paged import TorchPagedAttention
+from wicore_backend.engine.runner import ModelRunner
+from wicore_backend.executor.torch_executor import TorchExecutor
+from wicore_backend.hmt.pool import KVPools
+from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.rope import RotaryTables
+from wicore_backend.models.gemma3.weights import Gemma3Weights
+from wicore_backend.processor.images import PixelNormalization
+
+_log = logging.getLogger(__name__)
+
+
+def make_runner(
+    config: Gemma3Config,
+    weights: Gemma3Weights,
+    pools: KVPools,
+    *,
+    normalization: PixelNormalization,
+    max_model_len: int,
+    max_running: int,
+    sampling: MassSampling | None,
+) -> ModelRunner:
+    """A runner over `pools`, on the device and in the type of `weights`.
+
+    On a GPU with OpenAI Triton it computes by kernels of its own and replays steps of decodes as CUDA graphs; elsewhere
+    by PyTorch's.
+    """
+    text, embedding = config.text, weights.text.embedding
+    rotary = RotaryTables(config, max_positions=max_model_len, device=embedding.device, dtype=embedding.dtype)
+    if embedding.is_cuda and find_spec("triton") is None:
+        _log.warning(
+            "no OpenAI Triton (pip install triton): computing by PyTorch's own kernels, at a fraction of speed"
+        )
+    elif embedding.is_cuda:
+        # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
+        from wicore_backend.attention.gpu.paged import GpuPagedAttention
+        from wicore_backend.engine.graphs import DecodeGraphs
+        from wicore_backend.executor.cuda_executor import CudaExecutor
+
+        executor = CudaExecutor(config, weights)
+        attention = GpuPagedAttention(
+            pools,
+            query_heads=text.num_heads,
+            scale=text.attention_scale,
+            window=text.window,
+            softcap=text.attn_logit_softcapping,
+        )
+        return ModelRunner(
+            executor=executor,
+            attention=attention,
+            rotary=rotary,
+            normalization=normalization,
+            layout=pools.layout,
+            sampling=sampling,
+            arrive=pools.wait,
+            replay=DecodeGraphs(
+                executor=executor,
+                attention=attention,
+                rotary=rotary,
+                layout=pools.layout,
+                max_sequences=max_running,
+                max_keys=max_model_len,
+                measures=sampling is not None,
+            ),
+        )
+    return ModelRunner(
+        executor=TorchExecutor(config, weights),
+        attention=TorchPagedAttention(
+            pools, scale=text.attention_scale, window=text.window, softcap=text.attn_logit_softcapping
+        ),
+        rotary=rotary,
+        normalization=normalization,
+        layout=pools.layout,
+        sampling=sampling,
+        arrive=pools.wait,
+    )
