@@ -286,7 +286,8 @@ class WindowPool(BlockPool):
                 holders[block] = ()
                 unheld.append(block)
             else:
-                holders[block] = tuple([other for other in held if other is not run])
+                at = held.index(run)
+                holders[block] = held[:at] + held[at + 1 :]
         self._unname(unheld, given_up)
 
     def _check_kept(self, kept: set[int], cached: set[int]) -> None:
