@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from math import prod
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from wicore_backend.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from wicore_backend.hmt.codecs.kernels.launching import Blocks
 
 CodecName = Literal["exact", "fp8", "q8", "q4"]
 BlockShape = tuple[int, int, int, int, int]
@@ -22,10 +27,29 @@ LEAST = 2.0**-149
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CHUNK_VALUES = 2**19
 """Worked on at once: 2 MiB in float32. With q8 at 2**17, calling operators takes a third of the time."""
+_DEVICE_CHUNK_VALUES = 2**24
+"""The same on a GPU without kernels, where launching operators takes as long as their work on 2**21 values."""
+_ALIGNMENT = 16
+"""Bytes: what kernels are compiled for."""
+
+
+class BlockKernels(Protocol):
+    """What does a codec's work in one launch each way."""
+
+    def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
+        """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
+
+    def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
+        """Write the blocks, those in `rows` int64 [N] if given, of the records [N, ...]."""
 
 
 class Codec(ABC):
     """Encodes blocks of one shape and dtype, on the device where they are.
+
+    On a CUDA device that takes one kernel launch, which neither allocates nor waits, where OpenAI Triton is installed
+    and the shape is one that models have (powers of two of tokens a block and of channels a head); otherwise PyTorch's
+    operators. There, records may also lie in page-locked memory of the host; whoever reads or writes them on the host
+    minds the stream.
 
     Attributes
     ----------
@@ -70,13 +94,9 @@ class Codec(ABC):
         InvalidArgumentError
             If a tensor is not contiguous, or of another shape, dtype or device.
         """
-        self._check("blocks", blocks, self.shape, self.dtype, blocks)
-        if out is None:
-            out = torch.empty(len(blocks), self.encoded_bytes, dtype=torch.uint8, device=blocks.device)
-        self._check("out", out, (self.encoded_bytes,), torch.uint8, blocks)
-        with torch.inference_mode():
-            for layers, records, scratch in self._chunks(blocks, out):
-                self._pack(layers, records, scratch)
+        self._check_blocks("blocks", blocks)
+        out = self._check_records("out", out, len(blocks), blocks.device)
+        self._encode(blocks, None, out)
         return out
 
     def decode(self, encoded: Tensor, *, out: Tensor) -> None:
@@ -89,11 +109,111 @@ class Codec(ABC):
         InvalidArgumentError
             If a tensor is not contiguous, or of another shape, dtype or device.
         """
-        self._check("encoded", encoded, (self.encoded_bytes,), torch.uint8, out)
-        self._check("out", out, self.shape, self.dtype, encoded)
-        with torch.inference_mode():
-            for layers, records, scratch in self._chunks(out, encoded):
-                self._unpack(records, layers, scratch)
+        self._check_blocks("out", out)
+        self._check_records("encoded", encoded, len(out), out.device)
+        self._decode(encoded, out, None)
+
+    def encode_rows(self, pool: Tensor, rows: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Encode those blocks of a pool [P, *shape] that `rows` int64 [N] names, wherever they lie, from 0 to P - 1.
+
+        What `encode(pool[rows], out=out)` gives, without the copy. On a CUDA device the rows are there too, and not
+        checked: looking at them would mean waiting.
+
+        Returns
+        -------
+        uint8 [N, encoded_bytes], which is `out` if that is given.
+
+        Raises
+        ------
+        InvalidArgumentError
+            As `encode`.
+        """
+        self._check_blocks("pool", pool)
+        self._check_rows(rows, pool.device)
+        out = self._check_records("out", out, len(rows), pool.device)
+        self._encode(pool, rows, out)
+        return out
+
+    def decode_rows(self, encoded: Tensor, *, pool: Tensor, rows: Tensor) -> None:
+        """Decode uint8 [N, encoded_bytes] into those blocks of a pool [P, *shape] that `rows` int64 [N] names.
+
+        No row may be named twice. The rest is as with `encode_rows` and `decode`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            As `decode`.
+        """
+        self._check_blocks("pool", pool)
+        self._check_rows(rows, pool.device)
+        self._check_records("encoded", encoded, len(rows), pool.device)
+        self._decode(encoded, pool, rows)
+
+    def prepare(self, device: torch.device) -> None:
+        """Compile the kernels for a device now, all four ways, for the first use of each takes a second."""
+        if device.type == "cuda" and self._kernels is not None:
+            pool = torch.zeros(1, *self.shape, dtype=self.dtype, device=device)
+            rows = torch.zeros(1, dtype=torch.int64, device=device)
+            self.decode(self.encode(pool), out=pool)
+            self.decode_rows(self.encode_rows(pool, rows), pool=pool, rows=rows)
+
+    def _encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
+        if (kernels := self._kernels_for(blocks, records)) is not None:
+            kernels.encode(blocks, rows, records)
+        else:
+            self._encode_plain(blocks, rows, records)
+
+    def _decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
+        if (kernels := self._kernels_for(blocks, records)) is not None:
+            kernels.decode(records, blocks, rows)
+        else:
+            self._decode_plain(records, blocks, rows)
+
+    @torch.inference_mode()
+    def _encode_plain(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
+        if records.device != blocks.device:
+            near = torch.empty_like(records, device=blocks.device)
+            self._encode_plain(blocks, rows, near)
+            records.copy_(near, non_blocking=True)
+        elif rows is not None:
+            for some, gathered, part in self._gathering(blocks, rows, records):
+                torch.index_select(blocks, 0, some, out=gathered)
+                self._encode_plain(gathered, None, part)
+        else:
+            for layers, part, scratch in self._chunks(blocks, records):
+                self._pack(layers, part, scratch)
+
+    @torch.inference_mode()
+    def _decode_plain(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
+        if records.device != blocks.device:
+            self._decode_plain(records.to(blocks.device, non_blocking=True), blocks, rows)
+        elif rows is not None:
+            for some, gathered, part in self._gathering(blocks, rows, records):
+                self._decode_plain(part, gathered, None)
+                blocks.index_copy_(0, some, gathered)
+        else:
+            for layers, part, scratch in self._chunks(blocks, records):
+                self._unpack(part, layers, scratch)
+
+    def _kernels_for(self, blocks: Tensor, records: Tensor) -> BlockKernels | None:
+        aligned = (blocks.data_ptr() | records.data_ptr()) % _ALIGNMENT == 0
+        return self._kernels if blocks.is_cuda and aligned and len(records) else None
+
+    @cached_property
+    def _kernels(self) -> BlockKernels | None:
+        if importlib.util.find_spec("triton") is None:
+            return None
+        from wicore_backend.hmt.codecs.kernels.launching import Blocks
+
+        return self._make_kernels(Blocks(self.shape, self.dtype, self._layer_bytes()))
+
+    def _gathering(self, blocks: Tensor, rows: Tensor, records: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Some rows [n], room for as many blocks [n, *shape], and their records."""
+        step = max(1, _chunk_values(blocks.device) // prod(self.shape))
+        room = torch.empty(min(step, len(rows)), *self.shape, dtype=self.dtype, device=blocks.device)
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            yield some, room[: len(some)], records[start : start + step]
 
     def _chunks(self, blocks: Tensor, encoded: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Layers [n, 2, block_size, heads, d], their records [n, bytes of one] and scratch float32 [2, like layers].
@@ -102,22 +222,42 @@ class Codec(ABC):
         page, which takes longer than the work on it.
         """
         count = len(blocks) * self.shape[0]
-        size = min(count, max(1, _CHUNK_VALUES // prod(self.shape[1:])))
+        size = min(count, max(1, _chunk_values(blocks.device) // prod(self.shape[1:])))
         scratch = torch.empty(2, size, *self.shape[1:], dtype=torch.float32, device=blocks.device)
         layers, records = blocks.view(count, *self.shape[1:]), encoded.view(count, self._layer_bytes())
         for start in range(0, count, size or 1):
             part = slice(start, start + size)
             yield layers[part], records[part], scratch[:, : min(size, count - start)]
 
-    def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, peer: Tensor) -> None:
-        wanted = (len(peer), *shape)
-        if tensor.shape != wanted or tensor.dtype != dtype or tensor.device != peer.device:
+    def _check_blocks(self, name: str, blocks: Tensor) -> None:
+        if blocks.shape[1:] != self.shape or blocks.dtype != self.dtype:
             raise InvalidArgumentError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-                f"{self.name} takes {dtype} {list(wanted)} on {peer.device}"
+                f"{name} is {blocks.dtype} {list(blocks.shape)}; {self.name} takes {self.dtype} [N, "
+                f"{', '.join(map(str, self.shape))}]"
             )
-        if not tensor.is_contiguous():
-            raise InvalidArgumentError(f"{name} has strides {tensor.stride()}; pass it contiguous")
+        _check_contiguous(name, blocks)
+
+    def _check_rows(self, rows: Tensor, device: torch.device) -> None:
+        if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != device:
+            raise InvalidArgumentError(
+                f"rows is {rows.dtype} {list(rows.shape)} on {rows.device}; "
+                f"{self.name} takes torch.int64 [N] on {device}"
+            )
+        _check_contiguous("rows", rows)
+
+    def _check_records(self, name: str, records: Tensor | None, count: int, device: torch.device) -> Tensor:
+        """The records, or room for them."""
+        if records is None:
+            return torch.empty(count, self.encoded_bytes, dtype=torch.uint8, device=device)
+        near = records.device == device or (device.type == "cuda" and records.is_pinned())
+        if records.shape != (count, self.encoded_bytes) or records.dtype != torch.uint8 or not near:
+            raise InvalidArgumentError(
+                f"{name} is {records.dtype} {list(records.shape)} on {records.device}; "
+                f"{self.name} takes torch.uint8 {[count, self.encoded_bytes]} on {device}"
+                f"{' or in page-locked memory' if device.type == 'cuda' else ''}"
+            )
+        _check_contiguous(name, records)
+        return records
 
     @abstractmethod
     def _layer_bytes(self) -> int:
@@ -130,6 +270,19 @@ class Codec(ABC):
     @abstractmethod
     def _unpack(self, records: Tensor, layers: Tensor, scratch: Tensor) -> None:
         """Write what `records` hold to `layers`."""
+
+    @abstractmethod
+    def _make_kernels(self, blocks: Blocks) -> BlockKernels | None:
+        """Kernels that do the same; none for shapes that they are not for. Imports triton."""
+
+
+def _chunk_values(device: torch.device) -> int:
+    return _CHUNK_VALUES if device.type == "cpu" else _DEVICE_CHUNK_VALUES
+
+
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise InvalidArgumentError(f"{name} has strides {tensor.stride()}; pass it contiguous")
 
 
 def copy_finite(layers: Tensor, values: Tensor) -> Tensor:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from wicore_backend.hmt.codecs.base import Codec
+from wicore_backend.hmt.codecs.base import BlockKernels, Codec
+
+if TYPE_CHECKING:
+    from wicore_backend.hmt.codecs.kernels.launching import Blocks
 
 
 class ExactCodec(Codec):
@@ -23,3 +27,8 @@ class ExactCodec(Codec):
 
     def _unpack(self, records: Tensor, layers: Tensor, _scratch: Tensor) -> None:
         layers.view(len(layers), -1).view(torch.uint8).copy_(records)
+
+    def _make_kernels(self, blocks: Blocks) -> BlockKernels | None:
+        from wicore_backend.hmt.codecs.kernels.exact import ExactKernels
+
+        return ExactKernels.for_blocks(blocks)

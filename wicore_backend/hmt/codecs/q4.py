@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from wicore_backend.hmt.codecs.base import LEAST, BlockShape, Codec, bytes_of, copy_finite, divisor_up_to, numbers_of
+from wicore_backend.hmt.codecs.base import (
+    LEAST,
+    BlockKernels,
+    BlockShape,
+    Codec,
+    bytes_of,
+    copy_finite,
+    divisor_up_to,
+    numbers_of,
+)
+
+if TYPE_CHECKING:
+    from wicore_backend.hmt.codecs.kernels.launching import Blocks
 
 _KEY_TOKENS = 16
 _VALUE_GROUP = 128
@@ -83,6 +96,13 @@ class Q4Codec(Codec):
         places = work[1].view(-1, *self._values)
         _load_nibbles(value_codes, work[1]).div_(15)
         layers[:, 1].view(-1, *self._values).copy_(torch.lerp(least, most, places, out=places))
+
+    def _make_kernels(self, blocks: Blocks) -> BlockKernels | None:
+        from wicore_backend.hmt.codecs.kernels.q4 import Q4Kernels
+
+        _, run, _, _ = self._keys
+        _, rows, _, _, width = self._values
+        return Q4Kernels.for_blocks(blocks, sections=self._sections(), run=run, group=(rows, width), largest=_MAX)
 
 
 def _position(values: Tensor, low: Tensor, high: Tensor, *, out: Tensor | None = None) -> Tensor:

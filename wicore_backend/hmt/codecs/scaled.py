@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from math import prod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from wicore_backend.hmt.codecs.base import LEAST, Codec, bytes_of, copy_finite, divisor_up_to, numbers_of
+from wicore_backend.hmt.codecs.base import (
+    LEAST,
+    BlockKernels,
+    Codec,
+    bytes_of,
+    copy_finite,
+    divisor_up_to,
+    numbers_of,
+)
+
+if TYPE_CHECKING:
+    from wicore_backend.hmt.codecs.kernels.launching import Blocks
 
 _FP8_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
 _Q8_GROUP = 64
@@ -82,6 +93,11 @@ class Fp8Codec(_ScaledCodec):
     def _load(self, codes: Tensor, units: Tensor) -> None:
         units.copy_(codes.view(torch.float8_e4m3fn)).div_(_FP8_MAX)
 
+    def _make_kernels(self, blocks: Blocks) -> BlockKernels | None:
+        from wicore_backend.hmt.codecs.kernels.scaled import Fp8Kernels
+
+        return Fp8Kernels.for_blocks(blocks)
+
 
 class Q8Codec(_ScaledCodec):
     """Error of a value in a group whose largest magnitude is m: at most m / 254 and half a unit in the dtype's last
@@ -99,3 +115,8 @@ class Q8Codec(_ScaledCodec):
 
     def _load(self, codes: Tensor, units: Tensor) -> None:
         units.copy_(codes.view(torch.int8)).div_(127)
+
+    def _make_kernels(self, blocks: Blocks) -> BlockKernels | None:
+        from wicore_backend.hmt.codecs.kernels.scaled import Q8Kernels
+
+        return Q8Kernels.for_blocks(blocks)

@@ -1,0 +1,66 @@
+"""Kernels of the codec that loses nothing: copies of blocks that need not lie together."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wicore_backend.hmt.codecs.kernels.addressing import layer_of
+from wicore_backend.hmt.codecs.kernels.launching import Blocks, largest_power_dividing, on_device, warps
+
+_WORD = 8
+"""Bytes; a thread takes several."""
+_WORDS = 2048
+"""Of a program."""
+
+
+class ExactKernels:
+    """A program takes consecutive words of a layer."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        words = largest_power_dividing(blocks.record // _WORD, _WORDS)
+        self._programs = blocks.shape[0] * (blocks.record // _WORD // words)
+        self._sizes = {
+            "LAYERS": blocks.shape[0],
+            "LAYER": blocks.record // _WORD,
+            "WORDS": words,
+            "num_warps": warps(4 * words),
+        }
+
+    @classmethod
+    def for_blocks(cls, blocks: Blocks) -> ExactKernels | None:
+        """Kernels for layers of whole words that are not too few at a time."""
+        fits = blocks.record % _WORD == 0 and largest_power_dividing(blocks.record // _WORD, _WORDS) >= 64
+        return cls(blocks) if fits else None
+
+    def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
+        """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
+        with on_device(blocks):
+            _encode[(len(records) * self._programs,)](_words(blocks), rows, _words(records), **self._sizes)
+
+    def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
+        """Write the blocks, those in `rows` int64 [N] if given, of the records [N, ...]."""
+        with on_device(blocks):
+            _decode[(len(records) * self._programs,)](_words(records), _words(blocks), rows, **self._sizes)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    return tensor.view(len(tensor), -1).view(torch.int64)
+
+
+@triton.jit
+def _encode(blocks, rows, records, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr):
+    offsets = tl.program_id(0) % (LAYER // WORDS) * WORDS + tl.arange(0, WORDS)
+    layer = tl.program_id(0) // (LAYER // WORDS)
+    source, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, LAYER)
+    tl.store(record + offsets, tl.load(source + offsets))
+
+
+@triton.jit
+def _decode(records, blocks, rows, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr):
+    offsets = tl.program_id(0) % (LAYER // WORDS) * WORDS + tl.arange(0, WORDS)
+    layer = tl.program_id(0) // (LAYER // WORDS)
+    target, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, LAYER)
+    tl.store(target + offsets, tl.load(record + offsets))

@@ -1,0 +1,61 @@
+"""What the launchers of all kernels have in common."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from wicore_backend.hmt.codecs.base import BlockShape
+
+_VALUES_OF_A_THREAD = 32
+_MOST_VALUES = 2**15
+"""Of a program: more do not fit into its registers."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks that a kernel is compiled for.
+
+    Attributes
+    ----------
+    record
+        Bytes of a layer's record.
+    """
+
+    shape: BlockShape
+    dtype: torch.dtype
+    record: int
+
+    @property
+    def layer(self) -> int:
+        """Values of a layer, keys and values."""
+        return prod(self.shape[1:])
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether a program can take a head's keys or values: a power of two of tokens and of channels."""
+        _, _, tokens, _, dim = self.shape
+        return _power_of_two(tokens) and _power_of_two(dim) and dim >= 16 and tokens * dim <= _MOST_VALUES
+
+
+def largest_power_dividing(number: int, limit: int) -> int:
+    """The largest power of two up to `limit` that divides `number`."""
+    return min(number & -number, limit)
+
+
+def warps(values: int) -> int:
+    """How many of them a program that holds so many values gets."""
+    return min(max(values // (32 * _VALUES_OF_A_THREAD), 1), 8)
+
+
+def on_device(blocks: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device, which need not be that of the blocks."""
+    return torch.cuda.device(blocks.device) if blocks.is_cuda else nullcontext()
+
+
+def _power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
