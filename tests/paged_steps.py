@@ -84,7 +84,7 @@ def check(
     pools = KVPools.allocate(layout, dict.fromkeys(LayerGroup, blocks), device=torch.device("cpu"), dtype=shape.dtype)
     for pool in pools.tensors.values():
         pool.fill_(RUBBISH)
-    step = _step(shape, parts, counts, blocks, np.random.default_rng(seed), measured or {})
+    step = step_of(shape, parts, counts, blocks, np.random.default_rng(seed), measured or {})
     attention = TorchPagedAttention(pools, scale=SCALE, window=shape.window, softcap=shape.softcap)
     plan = attention.plan(step)
     tokens = int(step.query_lens.sum())
@@ -96,10 +96,10 @@ def check(
         k, v = random(tokens, 2 * shape.kv_heads, HEAD_DIM).split(shape.kv_heads, 1)
         past = [random(2, part.past, shape.kv_heads, HEAD_DIM) for part in parts]
         expected_pool = pools.tensors[group]
-        _store(expected_pool, index, step.block_tables[group], past, [0] * len(parts))
+        store(expected_pool, index, step.block_tables[group], past, [0] * len(parts))
         expected_pool = expected_pool.clone()
         new = torch.stack((k, v)).split(step.query_lens.tolist(), 1)
-        _store(expected_pool, index, step.block_tables[group], new, [part.past for part in parts])
+        store(expected_pool, index, step.block_tables[group], new, [part.past for part in parts])
 
         attended = attention.attend(plan, layer, q, k, v)
 
@@ -118,7 +118,7 @@ def check(
     return checked
 
 
-def _step(
+def step_of(
     shape: Shape,
     parts: list[Part],
     counts: list[int],
@@ -126,6 +126,7 @@ def _step(
     rng: np.random.Generator,
     measured: Mapping[int, Sequence[int]],
 ) -> PackedStep:
+    """The step of the `parts`, of `counts` blocks each, which lie anywhere in a pool of `blocks`."""
     positions, limits = [], []
     for part in parts:
         position = np.arange(part.past, part.past + part.new, dtype=np.int32)
@@ -155,13 +156,17 @@ def _step(
     )
 
 
-def _store(pool: Tensor, layer: int, table: Any, keys_values: Any, starts: list[int]) -> None:
-    """Write keys and values [2, tokens, heads, d] of each sequence by its block table, token by token."""
+def store(pool: Tensor, layer: int, table: Any, keys_values: Any, starts: list[int]) -> None:
+    """Write keys and values [2, tokens, heads, d] of each sequence by its block table."""
     size = pool.shape[3]
     for row, kv, start in zip(table, keys_values, starts, strict=True):
-        for i in range(kv.shape[1]):
-            if block := row[(start + i) // size]:  # Behind the window there is no block any more.
-                pool[int(block), layer, :, (start + i) % size] = kv[:, i]
+        positions = np.arange(start, start + kv.shape[1])
+        blocks = row[positions // size]
+        held = blocks.nonzero()[0]  # Behind the window there is no block any more.
+        blocks, places, held = (
+            torch.from_numpy(x).to(pool.device) for x in (blocks[held], positions[held] % size, held)
+        )
+        pool[blocks.long(), layer, :, places] = kv[:, held].transpose(0, 1).to(pool.dtype)
 
 
 def _dense(

@@ -24,6 +24,13 @@ class ClosedUp:
     held: NDArray[np.bool_]
     """[B, N], which of the sequences' blocks are there; False past their ends."""
 
+    def spread(self, sequence: int, mass: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`mass` of the blocks that the shorter sequence sees, with 0 for those between them that have left."""
+        places = self.held[sequence].nonzero()[0][: len(mass)]
+        spread = np.zeros(places[-1] + 1, np.float32)
+        spread[places] = mass
+        return spread
+
 
 def close_up(step: PackedStep, block_size: int) -> ClosedUp | None:
     """The step without the global blocks that have left; None if none has.

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wicore_backend.attention.base import MEASURED_QUERIES, PackedStep
-from wicore_backend.attention.closing_up import close_up
+from wicore_backend.attention.closing_up import ClosedUp, close_up
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
@@ -95,8 +95,8 @@ class Plan:
     measurements: Mapping[tuple[int, _Piece], Sequence[_Measurement]]
     """By layer and piece."""
     measured: list[tuple[_Measurement, Tensor]]
-    held: NDArray[np.bool_] | None
-    """[B, N], the global blocks that are there; None if none has left."""
+    closed_up: ClosedUp | None
+    """The step as the global layers see it; None if no block has left."""
 
 
 class TorchPagedAttention:
@@ -134,7 +134,7 @@ class TorchPagedAttention:
             for group in self._layout.groups
         }
         measurements = self._plan_measurements(in_global, groups) if step.measured else {}
-        return Plan(groups, measurements, [], None if closed_up is None else closed_up.held)
+        return Plan(groups, measurements, [], closed_up)
 
     def attend(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group, index = self._layout.layers[layer]
@@ -162,9 +162,9 @@ class TorchPagedAttention:
             longer, shorter = (mass, before) if len(mass) > len(before) else (before, mass)
             longer[: len(shorter)] += shorter
             masses[wanted.sequence] = longer
-        if plan.held is None:
+        if plan.closed_up is None:
             return masses
-        return {sequence: _spread(mass, plan.held[sequence]) for sequence, mass in masses.items()}
+        return {sequence: plan.closed_up.spread(sequence, mass) for sequence, mass in masses.items()}
 
     def _measure(self, plan: Plan, layer: int, piece: _Piece, q: Tensor) -> None:
         """Measure what is asked of the piece, whose keys have just been gathered, by its `q` [queries, heads, d]."""
@@ -377,11 +377,3 @@ class TorchPagedAttention:
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._scratch.device)
-
-
-def _spread(mass: NDArray[np.float32], held: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """`mass` of the blocks held, with 0 for those between them that are not."""
-    places = held.nonzero()[0][: len(mass)]
-    spread = np.zeros(places[-1] + 1, np.float32)
-    spread[places] = mass
-    return spread

@@ -1,0 +1,297 @@
+"""Speed of paged attention on a GPU, for the layers of Gemma-3-27B: 32 query and 16 KV heads of 128, blocks of 32.
+
+    python -m scripts.benchmark_attention_gpu decode      a layer's decode: us, and keys' and values' bytes a second
+    python -m scripts.benchmark_attention_gpu prefill     a layer's prefill of a chunk after a prefix: TFLOP/s
+    python -m scripts.benchmark_attention_gpu variants    the shapes of tiles that attention/gpu/tuning.py chooses from
+
+Decode layers are timed as they are served: replays of a CUDA graph over layers whose keys and values do not fit
+the card's cache together. The read limit and PyTorch's attention on contiguous tensors are from the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu.paged import GpuPagedAttention
+from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.pool import KVPools
+
+QUERY_HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW = 32, 16, 128, 32, 1024
+SCALE = 168**-0.5
+DEVICE = torch.device("cuda")
+_TOKEN_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
+_MOST_BYTES = 20 * 2**30
+_COLD_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Load:
+    """Decodes of `batch` sequences, or a prefill of `new` tokens, after `past` tokens."""
+
+    group: LayerGroup
+    past: int
+    batch: int = 1
+    new: int = 1
+
+    @property
+    def keys(self) -> int:
+        """That the last token sees."""
+        keys = self.past + self.new
+        return min(keys, WINDOW) if self.group is LayerGroup.LOCAL else keys
+
+    @property
+    def bytes_read(self) -> int:
+        """Keys and values that one layer's decode has to read."""
+        return self.batch * self.keys * _TOKEN_BYTES
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of one layer's prefill: two products over the visible pairs."""
+        positions = np.arange(self.past, self.past + self.new, dtype=np.float64)
+        seen = positions + 1
+        if self.group is LayerGroup.LOCAL:
+            seen = np.minimum(seen, WINDOW)
+        return float(4 * HEAD_DIM * QUERY_HEADS * seen.sum())
+
+
+class Bench:
+    """Layers of one group over a pool of random keys and values, and a step for them."""
+
+    def __init__(self, load: Load, memory: Tensor, tuning: Tuning | None = None) -> None:
+        self.load = load
+        span = min(load.keys + load.new + BLOCK_SIZE, load.past + load.new)
+        held = -(-span // BLOCK_SIZE) + 1
+        total = -(-(load.past + load.new) // BLOCK_SIZE)
+        held = min(held, total)
+        blocks = load.batch * held + 1
+        layer_bytes = blocks * BLOCK_SIZE * _TOKEN_BYTES
+        self.layers = int(max(1, min(10, _COLD_BYTES // layer_bytes + 1, memory.nbytes // layer_bytes)))
+        layout = KVLayout.of(
+            [load.group] * self.layers,
+            block_size=BLOCK_SIZE,
+            kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            window=WINDOW,
+            bytes_per_value=2,
+        )
+        shape = (blocks, *layout.block_shape(load.group))
+        pool = memory[: int(np.prod(shape))].view(shape)
+        self.attention = GpuPagedAttention(
+            KVPools(layout, {load.group: pool}),
+            query_heads=QUERY_HEADS,
+            scale=SCALE,
+            window=WINDOW,
+            softcap=None,
+            tuning=tuning,
+        )
+        table = np.zeros((load.batch, total), np.int32)
+        table[:, total - held :] = 1 + np.random.default_rng(0).permutation(load.batch * held).reshape(load.batch, held)
+        positions = np.tile(np.arange(load.past, load.past + load.new, dtype=np.int32), load.batch)
+        self.step = PackedStep(
+            positions=positions,
+            attend_limits=positions,
+            query_lens=np.full(load.batch, load.new, np.int32),
+            decodes=load.batch if load.new == 1 else 0,
+            block_tables={load.group: table},
+        )
+        qkv = torch.randn(len(positions), QUERY_HEADS + 2 * KV_HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+        self.qkv = torch.split(qkv, [QUERY_HEADS, KV_HEADS, KV_HEADS], 1)
+
+    def decode_graph(self) -> torch.cuda.CUDAGraph:
+        """All layers' decodes, captured."""
+        bucket = self.attention.decode_bucket(sequences=self.load.batch, max_keys=self.load.past + 1, measures=False)
+        plan = self.attention.refresh(bucket, self.step)
+        self.keep = bucket
+        return captured(lambda: [self.attention.attend(plan, layer, *self.qkv) for layer in range(self.layers)])
+
+    def prefill(self) -> Callable[[], None]:
+        """All layers' prefills."""
+        plan = self.attention.plan(self.step)
+
+        def run() -> None:
+            for layer in range(self.layers):
+                self.attention.attend(plan, layer, *self.qkv)
+
+        return run
+
+
+def captured(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A graph of `work`, which has run before."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def milliseconds(work: Callable[[], Any], *, repeats: int) -> float:
+    """Median time on the device."""
+    work()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def read_limit(memory: Tensor) -> float:
+    """Bytes a second that a plain sum reads."""
+    values = memory[: 2**32 // memory.itemsize].view(torch.int64)
+    return values.nbytes / milliseconds(lambda: values.max(), repeats=10) * 1e3
+
+
+def decode_loads() -> Iterator[Load]:
+    for group in (LayerGroup.GLOBAL, LayerGroup.LOCAL):
+        for context in (576, 8192, 32768, 130_000):
+            if group is LayerGroup.LOCAL and context > 8192:
+                continue
+            for batch in (1, 16, 64, 128):
+                load = Load(group, context - 1, batch)
+                if load.bytes_read < _MOST_BYTES * 0.95:
+                    yield load
+
+
+def measure_decode(load: Load, memory: Tensor, limit: float, tuning: Tuning | None = None) -> dict[str, Any]:
+    bench = Bench(load, memory, tuning)
+    graph = bench.decode_graph()
+    repeats = 30 if load.bytes_read < 2**31 else 8
+    us = milliseconds(graph.replay, repeats=repeats) * 1e3 / bench.layers
+    return {
+        "group": str(load.group),
+        "context": load.past + 1,
+        "batch": load.batch,
+        "us": round(us, 2),
+        "TB/s": round(load.bytes_read / us / 1e6, 3),
+        "of the limit": round(load.bytes_read / us * 1e6 / limit, 3),
+    }
+
+
+def measure_prefill(load: Load, memory: Tensor, tuning: Tuning | None = None) -> dict[str, Any]:
+    bench = Bench(load, memory, tuning)
+    ms = milliseconds(bench.prefill(), repeats=5) / bench.layers
+    return {
+        "group": str(load.group),
+        "prefix": load.past,
+        "chunk": load.new,
+        "batch": load.batch,
+        "ms": round(ms, 3),
+        "TFLOP/s": round(load.operations * load.batch / ms / 1e9, 1),
+    }
+
+
+def yardsticks(memory: Tensor) -> Iterator[dict[str, Any]]:
+    """PyTorch's attention over contiguous keys and values."""
+    for past in (0, 32768):
+        q = torch.randn(1, QUERY_HEADS, 8192, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+        k, v = (
+            memory[i * (past + 8192) * KV_HEADS * HEAD_DIM :][: (past + 8192) * KV_HEADS * HEAD_DIM]
+            .view(1, KV_HEADS, past + 8192, HEAD_DIM)
+            .repeat_interleave(QUERY_HEADS // KV_HEADS, 1)
+            for i in range(2)
+        )
+        causal = past == 0
+        for backend in (torch.nn.attention.SDPBackend.FLASH_ATTENTION, torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            with torch.nn.attention.sdpa_kernel(backend):
+                attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal, scale=SCALE)
+                ms = milliseconds(attend, repeats=5)
+            pairs = 8192 * 8193 / 2 if causal else 8192 * (past + 8192)
+            tflops = 4 * HEAD_DIM * QUERY_HEADS * pairs / ms / 1e9
+            yield {"torch": backend.name, "prefix": past, "chunk": 8192, "causal": causal, "TFLOP/s": round(tflops, 1)}
+
+
+def decode_variants() -> Iterator[Launch]:
+    for keys, warps, stages in ((32, 4, 3), (32, 4, 5), (32, 4, 7), (64, 4, 3), (64, 4, 5), (32, 2, 5), (64, 8, 5)):
+        yield Launch(keys, warps, stages, 4)
+    yield Launch(32, 4, 5, 2)
+    yield Launch(32, 4, 5, 8)
+
+
+def prefill_variants() -> Iterator[PrefillLaunch]:
+    for rows, keys, warps, stages in (
+        (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 5), (64, 64, 4, 2),
+        (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 8, 3),
+    ):  # fmt: skip
+        yield PrefillLaunch(keys, warps, stages, 1, rows=rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=("decode", "prefill", "variants", "yardsticks", "compile"))
+    parser.add_argument("--json", type=Path, help="where to write the results, too")
+    parser.add_argument("--nth", default="0/1", help="of compile: which of how many shares of the variants")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+
+    def report(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    torch.manual_seed(0)
+    small = "compile" in arguments.what
+    memory = torch.empty(2**28 if small else _MOST_BYTES // 2, device=DEVICE, dtype=torch.bfloat16).normal_()
+    chosen = Tuning.of(HEAD_DIM, torch.bfloat16)
+    if small:
+        nth, of = map(int, arguments.nth.split("/"))
+        decodes = [replace(chosen, decode=launch) for launch in decode_variants()]
+        prefills = [replace(chosen, prefill=launch) for launch in prefill_variants()]
+        for tuning in decodes[nth::of]:
+            Bench(Load(LayerGroup.GLOBAL, 575), memory, tuning).decode_graph()
+        for tuning in prefills[nth::of]:
+            for load in (Load(LayerGroup.GLOBAL, 0, 1, 8192), Load(LayerGroup.GLOBAL, 4096, 1, 64)):
+                Bench(load, memory, tuning).prefill()()
+        torch.cuda.synchronize()
+        return
+    limit = read_limit(memory)
+    report({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "read TB/s": round(limit / 1e12, 3)})
+    if "variants" in arguments.what:
+        loads = [Load(LayerGroup.GLOBAL, 575), Load(LayerGroup.GLOBAL, 575, 64), Load(LayerGroup.LOCAL, 8191, 16)]
+        loads += [Load(LayerGroup.GLOBAL, 129_999), Load(LayerGroup.GLOBAL, 32767, 16)]
+        for launch in decode_variants():
+            us = [measure_decode(load, memory, limit, replace(chosen, decode=launch))["us"] for load in loads]
+            report({"decode": str(launch), "us": us})
+        chunks = [Load(LayerGroup.GLOBAL, 0, 1, 8192), Load(LayerGroup.GLOBAL, 32768, 1, 8192)]
+        chunks.append(Load(LayerGroup.LOCAL, 8192, 1, 8192))
+        for launch in prefill_variants():
+            tflops = [measure_prefill(load, memory, replace(chosen, prefill=launch))["TFLOP/s"] for load in chunks]
+            report({"prefill": str(launch), "TFLOP/s": tflops})
+    if "yardsticks" in arguments.what:
+        for row in yardsticks(memory):
+            report(row)
+    if "decode" in arguments.what:
+        for load in decode_loads():
+            report(measure_decode(load, memory, limit))
+    if "prefill" in arguments.what:
+        for past in (0, 32768, 131_072):
+            report(measure_prefill(Load(LayerGroup.GLOBAL, past, 1, 8192), memory))
+        report(measure_prefill(Load(LayerGroup.LOCAL, 8192, 1, 8192), memory))
+        report(measure_prefill(Load(LayerGroup.GLOBAL, 0, 1, 512), memory))
+        report(measure_prefill(Load(LayerGroup.LOCAL, 0, 1, 512), memory))
+        report(measure_prefill(Load(LayerGroup.GLOBAL, 131_072, 1, 32), memory))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

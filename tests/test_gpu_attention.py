@@ -1,0 +1,275 @@
+"""The GPU's paged attention against its plain twin, on random steps over a pool that is NaN wherever nothing is.
+
+Where there is no GPU, the kernels run on the CPU under OpenAI Triton's interpreter, on small shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tests.paged_steps import DECODES, LAYERS, PREFILLS, SCALE, Part, Shape, step_of, store
+from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu.paged import GpuPagedAttention
+from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
+from wicore_backend.attention.torch_paged import TorchPagedAttention
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.pool import KVPools
+
+SMALL = Tuning(Launch(16, 4, 2, 1), PrefillLaunch(16, 4, 1, 1, rows=16, least_keys=16))
+"""Small tiles, so that short sequences have several."""
+
+
+@dataclass
+class Bench:
+    """The GPU's attention and its twin over pools with the same keys and values."""
+
+    shape: Shape
+    parts: list[Part]
+    device: torch.device
+    head_dim: int = 16
+    tuning: Tuning | None = SMALL
+    processors: int | None = 4
+    layers: Sequence[LayerGroup] = LAYERS
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.layout = KVLayout.of(
+            self.layers,
+            block_size=self.shape.block_size,
+            kv_heads=self.shape.kv_heads,
+            head_dim=self.head_dim,
+            window=self.shape.window,
+            bytes_per_value=self.shape.dtype.itemsize,
+        )
+        self.counts = [-(-(part.past + part.new) // self.shape.block_size) for part in self.parts]
+        self.blocks = sum(self.counts) + 3
+        self.expected_pools, self.pools = self._pools(torch.float32), self._pools(self.shape.dtype)
+        for pool in self.pools.tensors.values():
+            pool.fill_(torch.nan)
+        settings: dict[str, Any] = {"scale": SCALE, "window": self.shape.window, "softcap": self.shape.softcap}
+        self.twin = TorchPagedAttention(self.expected_pools, **settings)
+        self.attention = GpuPagedAttention(
+            self.pools,
+            query_heads=self.shape.kv_heads * self.shape.group_size,
+            tuning=self.tuning,
+            processors=self.processors,
+            **settings,
+        )
+
+    def _pools(self, dtype: torch.dtype) -> KVPools:
+        return KVPools.allocate(self.layout, dict.fromkeys(LayerGroup, self.blocks), device=self.device, dtype=dtype)
+
+    def random(self, *size: int) -> Tensor:
+        random = torch.randn(*size, generator=self.generator, device=self.device)
+        return random.to(self.shape.dtype)
+
+    def step(self, measured: Mapping[int, Sequence[int]] | None = None, *, seed: int = 0) -> PackedStep:
+        """The parts' step, over whose past the pools are filled."""
+        step = step_of(self.shape, self.parts, self.counts, self.blocks, np.random.default_rng(seed), measured or {})
+        for group, index in self.layout.layers:
+            if group not in self.layout.groups:
+                continue
+            past = [self.random(2, part.past, self.shape.kv_heads, self.head_dim) for part in self.parts]
+            for pools in (self.expected_pools, self.pools):
+                store(pools.tensors[group], index, step.block_tables[group], past, [0] * len(past))
+        return step
+
+    def qkv(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As an executor makes them: parts of one tensor."""
+        heads = self.shape.kv_heads
+        fused = self.random(tokens, heads * (self.shape.group_size + 2), self.head_dim)
+        queries = heads * self.shape.group_size
+        return fused[:, :queries], fused[:, queries:-heads], fused[:, -heads:]
+
+    def check(self, step: PackedStep, plan, *, rows: int | None = None) -> list[Tensor]:
+        """Attend in all layers, by `plan`, of which the step's rows are the first; returns each layer's result."""
+        tokens = len(step.positions)
+        expected_plan = self.twin.plan(step)
+        results = []
+        for layer, (group, _) in enumerate(self.layout.layers):
+            q, k, v = self.qkv(rows or tokens)
+            attended = self.attention.attend(plan, layer, q, k, v)
+            expected = self.twin.attend(expected_plan, layer, *(x[:tokens].float() for x in (q, k, v)))
+            error = (attended[:tokens].float() - expected).norm() / expected.norm()
+            assert error <= (1e-5 if self.shape.dtype is torch.float32 else 1e-2), f"layer {layer}: {error}"
+            assert attended.isfinite().all()
+            pool, expected_pool = self.pools.tensors[group], self.expected_pools.tensors[group]
+            written = ~pool.isnan()
+            assert torch.equal(pool[written].float(), expected_pool[written])
+            assert (expected_pool[~written] == 0).all(), "keys or values have not been written"
+            results.append(attended.clone())
+        self.check_mass(self.attention.mass(plan), self.twin.mass(expected_plan))
+        return results
+
+    def check_mass(
+        self, masses: Mapping[int, NDArray[np.float32]], expected: Mapping[int, NDArray[np.float32]]
+    ) -> None:
+        assert masses.keys() == expected.keys()
+        for sequence, mass in masses.items():
+            assert mass.dtype == np.float32
+            np.testing.assert_allclose(
+                mass, expected[sequence], atol=1e-5 if self.shape.dtype is torch.float32 else 1e-2
+            )
+            assert mass.sum() == pytest.approx(1, abs=1e-4 if self.shape.dtype is torch.float32 else 1e-2)
+
+
+def check(
+    shape: Shape, parts: list[Part], device: torch.device, measured: Mapping[int, Sequence[int]] | None = None, **rest
+) -> list[Tensor]:
+    bench = Bench(shape, parts, device, **rest)
+    step = bench.step(measured)
+    return bench.check(step, bench.attention.plan(step))
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("heads", [(1, 3), (2, 2)], ids=lambda heads: f"{heads[0]}x{heads[1]}")
+@pytest.mark.parametrize("parts", [DECODES, PREFILLS, DECODES + PREFILLS], ids=["decodes", "prefills", "both"])
+def test_a_step_equals_the_twin(parts, heads, softcap, kernel_device):
+    measured = {1: range(len(parts)), 3: [0]}
+    check(Shape(kv_heads=heads[0], group_size=heads[1], softcap=softcap), parts, kernel_device, measured)
+
+
+@pytest.mark.parametrize("block_size", [3, 8, 32, 64])
+def test_blocks_of_any_size(block_size, kernel_device):
+    parts = [DECODES[3], DECODES[4], PREFILLS[2]]
+    check(Shape(block_size=block_size, kv_heads=1, window=17), parts, kernel_device, {3: [0, 1, 2]}, head_dim=8)
+
+
+def test_long_prefixes_are_shared_out_among_programs(kernel_device):
+    parts = [Part(150, 1), Part(90, 5), Part(170, 20)]
+    check(Shape(kv_heads=1, window=100), parts, kernel_device, {1: [0, 1, 2]}, processors=32)
+
+
+HOLES = [
+    Part(31, 1, gone=frozenset({2, 3, 5})),
+    Part(33, 1),
+    Part(100, 1, gone=frozenset(range(1, 24))),
+    Part(64, 1, gone=frozenset(range(16))),
+    Part(32, 9, gone=frozenset(range(8))),
+    Part(25, 12, image=(2, 6), gone=frozenset({1, 4})),
+]
+
+
+def test_blocks_that_have_left_are_invisible(kernel_device):
+    check(Shape(), HOLES, kernel_device, {1: range(6), 3: [1, 4]})
+
+
+def test_half_precision_is_near_the_twin(kernel_device):
+    # Of the two types, the interpreter multiplies matrices of this one only.
+    check(Shape(kv_heads=1, dtype=torch.float16), [DECODES[2], DECODES[4], PREFILLS[1]], kernel_device, {1: [0, 2]})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_steps_equal_the_twin(seed, kernel_device):
+    rng = np.random.default_rng(seed)
+    decodes = [Part(int(past), 1) for past in rng.integers(0, 60, rng.integers(0, 4))]
+    prefills = [
+        Part(int(past), int(new), image=(int(new) // 3, int(new) // 2))
+        for past, new in zip(rng.integers(0, 40, 2), rng.integers(2, 30, 2), strict=True)
+    ]
+    parts = [
+        replace(part, gone=frozenset(rng.integers(0, 12, 3).tolist() if rng.random() < 0.5 else []))
+        for part in decodes + prefills
+    ]
+    shape = Shape(int(rng.choice([4, 16])), 1, int(rng.integers(1, 4)), int(rng.integers(1, 50)))
+    check(shape, parts, kernel_device, {3: range(len(parts))}, processors=int(rng.integers(1, 20)))
+
+
+# A plan that serves many steps.
+
+
+def test_a_bucket_serves_whatever_fits_it_at_the_same_addresses(kernel_device):
+    steps = [
+        (DECODES, {1: [0, 4], 3: [2]}),
+        (HOLES[:4], {3: [0, 1]}),
+        ([Part(7, 1)], {}),
+    ]
+    bench = Bench(Shape(kv_heads=1), DECODES, kernel_device)
+    bucket = bench.attention.decode_bucket(sequences=6, max_keys=120)
+    before = [result.data_ptr() for result in (bucket.plan.out, bucket.plan.decodes[LayerGroup.GLOBAL].items)]
+    for parts, measured in steps:
+        other = Bench(Shape(kv_heads=1), parts, kernel_device)
+        other.attention._pools = other.pools.tensors
+        step = other.step(measured)
+        bench.attention._pools = other.attention._pools
+        other.attention = bench.attention
+        other.check(step, bench.attention.refresh(bucket, step), rows=6)
+    assert before == [result.data_ptr() for result in (bucket.plan.out, bucket.plan.decodes[LayerGroup.GLOBAL].items)]
+
+
+# The real thing.
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+]
+
+
+class TestOnTheDevice:
+    pytestmark = gpu
+    PARTS: Sequence[Part] = (
+        *(Part(past, 1) for past in (0, 575, 1023, 8191, 20_000)),
+        Part(4000, 700),
+        Part(0, 900, image=(300, 256)),
+        Part(9000, 40),
+        Part(1000, 300, gone=frozenset(range(3, 20))),
+    )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize(("heads", "head_dim"), [((16, 2), 128), ((2, 2), 64), ((4, 2), 256), ((1, 4), 256)])
+    def test_real_shapes(self, heads, head_dim, dtype):
+        shape = Shape(32, *heads, 1024, dtype=dtype)
+        measured = {1: range(len(self.PARTS))}
+        layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
+        device = torch.device("cuda")
+        check(shape, [*self.PARTS], device, measured, head_dim=head_dim, tuning=None, processors=None, layers=layers)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_a_captured_graph_serves_other_steps(self, dtype):
+        shape, device = Shape(32, 4, 2, 1024, dtype=dtype), torch.device("cuda")
+        layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
+        lengths = [[5, 700, 1500, 9000], [9001, 30], [8000, 8000, 8000, 8000], [0]]
+        bench = Bench(shape, [Part(9000, 1)] * 4, device, head_dim=128, tuning=None, processors=None, layers=layers)
+        bucket = bench.attention.decode_bucket(sequences=4, max_keys=9100)
+        qkv = [tuple(x.clone() for x in bench.qkv(4)) for _ in layers]
+        results = [torch.empty_like(bucket.plan.out) for _ in layers]
+
+        def run():
+            for layer, result in enumerate(results):
+                result.copy_(bench.attention.attend(bucket.plan, layer, *qkv[layer]))
+
+        bench.attention.refresh(bucket, bench.step())
+        with torch.cuda.stream(torch.cuda.Stream()):
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        for past in lengths:
+            bench.parts = [Part(length, 1) for length in past]
+            bench.counts = [-(-(part.past + 1) // 32) for part in bench.parts]
+            bench.shape = shape
+            step = bench.step({1: range(len(past))})
+            for layer, (q, k, v) in enumerate(bench.qkv(4) for _ in layers):
+                for static, new in zip(qkv[layer], (q, k, v), strict=True):
+                    static.copy_(new)
+            bench.attention.refresh(bucket, step)
+            later = None
+            for _ in range(3):  # The counters have to be back at zero.
+                graph.replay()
+                later = bench.attention.collect(bucket.plan)
+            expected_plan = bench.twin.plan(step)
+            for layer, result in enumerate(results):
+                q, k, v = (x[: len(past)].float() for x in qkv[layer])
+                expected = bench.twin.attend(expected_plan, layer, q, k, v)
+                error = (result[: len(past)].float() - expected).norm() / expected.norm()
+                assert error <= (1e-5 if dtype is torch.float32 else 1e-2)
+            bench.check_mass(later(), bench.twin.mass(expected_plan))

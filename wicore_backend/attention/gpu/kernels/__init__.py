@@ -1,0 +1,1 @@
+"""The OpenAI Triton kernels of paged attention. Importing a module of this package imports `triton`."""

@@ -1,0 +1,219 @@
+"""How a step's attention is shared out among programs: books, without tensors.
+
+All positions here count from where a sequence's table in the plan begins: the first block that is visible. So a local
+group's sequences are short, and one with blocks that have left (`closing_up.py`) is no special case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wicore_backend.attention.base import PackedStep
+from wicore_backend.hmt.layout import LayerGroup
+
+ITEM_FIELDS = 8
+"""Of a decode's work item: see `kernels/decode.py`."""
+TILE_FIELDS = 10
+"""Of a prefill's work item: see `kernels/prefill.py`."""
+
+Ints = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """A step's sequences as one group of layers sees them.
+
+    Attributes
+    ----------
+    table
+        int32, the sequences' visible blocks, one after the other.
+    table_at
+        Where each one's begin in it.
+    shift
+        The position at which each one's table begins.
+    """
+
+    table: Ints
+    table_at: Ints
+    shift: Ints
+
+    @classmethod
+    def of(cls, step: PackedStep, group: LayerGroup, *, block_size: int, window: int) -> Sequences:
+        ends = step.query_lens.cumsum()
+        first = step.positions[ends - step.query_lens].astype(np.int64)
+        last = np.maximum.reduceat(step.attend_limits, ends - step.query_lens).astype(np.int64)
+        lowest = np.maximum(first - window + 1, 0) if group is LayerGroup.LOCAL else np.zeros_like(first)
+        first_block = lowest // block_size
+        counts = last // block_size + 1 - first_block
+        table_at = counts.cumsum() - counts
+        column = np.arange(counts.sum()) - np.repeat(table_at - first_block, counts)
+        table = step.block_tables[group][np.repeat(np.arange(len(counts)), counts), column]
+        return cls(table, table_at, first_block * block_size)
+
+
+def most_items(sequences: int, items: int) -> int:
+    """How many work items `decode_items` may make of so many sequences, where `items` fill the card.
+
+    Programs that all fit the card at once read at its full speed and end together; a few more would run alone after
+    them. Where there are too many sequences for that, some are left to be shared out, for those that are much longer.
+    """
+    return max(items, sequences + sequences // 2)
+
+
+def decode_capacity(*, sequences: int, most_keys: int, keys: int, items: int) -> int:
+    """The most work items that `decode_items` makes of up to so many sequences of up to `most_keys` visible keys."""
+    # Keys need not begin where a tile does, so that they may lie in one more than they fill.
+    return min(most_items(sequences, items), sequences * (-(-most_keys // keys) + 1))
+
+
+def decode_items(
+    step: PackedStep, group: LayerGroup, of_group: Sequences, *, window: int, keys: int, items: int
+) -> Ints:
+    """Work items int32 [n, ITEM_FIELDS] of the step's decodes, as equal and as many as `most_items` lets them be.
+
+    Parameters
+    ----------
+    keys
+        Of a tile, of which an item takes a whole number.
+    """
+    count = step.decodes
+    new = step.positions[:count] - of_group.shift[:count]
+    lowest = np.maximum(new - window + 1, 0) if group is LayerGroup.LOCAL else np.zeros_like(new)
+    start = lowest // keys * keys
+    tiles = new // keys + 1 - start // keys
+    parts = -(-tiles // _tiles_an_item(tiles, most_items(count, items)))
+    first_item = parts.cumsum() - parts
+    sequence = np.repeat(np.arange(count), parts)
+    nth = np.arange(len(sequence)) - first_item[sequence]
+    # A sequence's items are as long as each other, give or take a tile.
+    begin = start[sequence] + tiles[sequence] * nth // parts[sequence] * keys
+    end = start[sequence] + tiles[sequence] * (nth + 1) // parts[sequence] * keys
+    of_new = new[sequence]
+    fields = (
+        sequence,
+        begin,
+        np.minimum(end, of_new + 1),
+        lowest[sequence],
+        of_new,
+        of_group.table_at[sequence],
+        first_item[sequence],
+        parts[sequence],
+    )
+    records: Ints = np.stack(fields, 1).astype(np.int32)
+    return records
+
+
+def _tiles_an_item(tiles: Ints, most: int) -> int:
+    """The fewest tiles that an item can have if there may be `most` items, at least as many as sequences."""
+    low, high = max(1, -(-int(tiles.sum()) // most)), int(tiles.max())
+    while low < high:
+        middle = (low + high) // 2
+        if int((-(-tiles // middle)).sum()) <= most:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefillTiles:
+    """Work items of a step's prefills in one group of layers; rows are counted from the first prefill's first token.
+
+    Attributes
+    ----------
+    items
+        int32 [n, TILE_FIELDS], the longest first.
+    tiles
+        How many tiles of queries they are made of; fewer than the items if some are split.
+    lowers, uppers, slots
+        int32 [T], of each token: the first and the last key that it sees, and where its own goes in the pool, in
+        tokens.
+    """
+
+    items: Ints
+    tiles: int
+    lowers: Ints
+    uppers: Ints
+    slots: Ints
+
+    def arrays(self) -> dict[str, Ints]:
+        """What the kernels need, by name."""
+        return {"tiles": self.items, "lowers": self.lowers, "uppers": self.uppers, "slots": self.slots}
+
+
+def prefill_tiles(
+    step: PackedStep,
+    group: LayerGroup,
+    of_group: Sequences,
+    *,
+    block_size: int,
+    window: int,
+    tokens: int,
+    keys: int,
+    items: int,
+    least_keys: int,
+) -> PrefillTiles:
+    """Share out the prefills.
+
+    Parameters
+    ----------
+    tokens
+        Of a tile of queries.
+    keys
+        Of a tile of keys.
+    items
+        How many fill the card: if there are fewer tiles of queries, their keys are shared out.
+    least_keys
+        Of an item, where keys are shared out.
+    """
+    lens = step.query_lens[step.decodes :]
+    sequence = np.repeat(np.arange(step.decodes, len(step.query_lens)), lens)
+    positions = step.positions[step.decodes :] - of_group.shift[sequence]
+    uppers = step.attend_limits[step.decodes :] - of_group.shift[sequence]
+    lowers = np.maximum(positions - window + 1, 0) if group is LayerGroup.LOCAL else np.zeros_like(positions)
+    slots = of_group.table[of_group.table_at[sequence] + positions // block_size] * block_size + positions % block_size
+
+    of_sequence = -(-lens // tokens)
+    nth = np.arange(of_sequence.sum()) - np.repeat(of_sequence.cumsum() - of_sequence, of_sequence)
+    rows = np.repeat(lens.cumsum() - lens, of_sequence) + nth * tokens
+    num_tokens = np.minimum(np.repeat(lens, of_sequence) - nth * tokens, tokens)
+    start = lowers[rows] // keys * keys
+    end = np.maximum.reduceat(uppers, rows) + 1
+    # What all of a tile's tokens see, in whole tiles of keys.
+    full_from = -(-lowers[rows + num_tokens - 1] // keys) * keys
+    full_to = (np.minimum.reduceat(uppers, rows) + 1) // keys * keys
+
+    lengths = -(-(end - start) // keys)
+    each = int(lengths.max())
+    if len(rows) < items:
+        each = max(-(-least_keys // keys), -(-int(lengths.sum()) // items))
+    parts = -(-lengths // each)
+    tile = np.repeat(np.arange(len(rows)), parts)
+    part = np.arange(len(tile)) - np.repeat(parts.cumsum() - parts, parts)
+    begin = start[tile] + lengths[tile] * part // parts[tile] * keys
+    finish = np.minimum(start[tile] + lengths[tile] * (part + 1) // parts[tile] * keys, end[tile])
+    full_begin = np.clip(full_from[tile], begin, finish // keys * keys)
+    full_finish = np.clip(full_to[tile], full_begin, finish // keys * keys)
+    # With nothing in full, all tiles of keys are at the edges.
+    none = full_begin >= full_finish
+    fields = (
+        rows[tile],
+        num_tokens[tile],
+        begin,
+        finish,
+        np.where(none, begin, full_begin),
+        np.where(none, begin, full_finish),
+        of_group.table_at[sequence[rows[tile]]],
+        np.repeat(parts.cumsum() - parts, parts),
+        parts[tile],
+        tile,
+    )
+    records = np.stack(fields, 1).astype(np.int32)
+    if len(tile) == len(rows):
+        records = records[np.argsort(begin - finish, kind="stable")]
+    per_token = (array.astype(np.int32) for array in (lowers, uppers, slots))
+    return PrefillTiles(records, len(rows), *per_token)
