@@ -31,6 +31,7 @@ from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore, Outcome, StoreFiles
 from wicore_backend.hmt.policy import POLICIES, Access
+from wicore_backend.hmt.policy.a2cr import A2CR
 from wicore_backend.hmt.policy.lru import LRU
 
 GLOBAL, LOCAL = LayerGroup.GLOBAL, LayerGroup.LOCAL
@@ -324,6 +325,31 @@ def test_a_bug_amid_a_batch_loses_its_blocks_and_each_is_reported_once(tmp_path,
         monkeypatch.undo()
         assert bench.spill([bench.put(LOCAL, 1, 0)]) == [Outcome.DONE]
         assert bench.restore([SlotBlock(LOCAL, name(1), 5)]) == [Outcome.DONE]
+
+
+def test_a_long_prompt_holds_the_books_lock_a_part_at_a_time(tmp_path):
+    keys = [(group, name(number)) for number in range(4096) for group in (GLOBAL, LOCAL)]
+    policy = A2CR(100)
+    with Bench(tmp_path, policy=lambda _: policy) as bench:
+        bench.tier.close()  # So that nobody else listens.
+        bench.tier.observe(Access(keys=keys))
+        assert policy.explain(keys[0]) is None, "not on the caller's thread"
+        parts = 0
+        while bench.tier._books.listen():
+            parts += 1
+        assert parts > 16
+        assert policy.explain(keys[-1]) is not None
+
+
+def test_the_policy_hears_of_prompts_on_the_tiers_thread(tmp_path):
+    policy = A2CR(100)
+    with Bench(tmp_path, policy=lambda _: policy) as bench:
+        bench.tier.observe(Access(keys=[(GLOBAL, name(1))]))
+        bench.tier.attend([(GLOBAL, name(1))], [1.0])
+        end = time.monotonic() + 10
+        while policy.explain((GLOBAL, name(1))) is None and time.monotonic() < end:
+            time.sleep(0.001)
+        assert policy.explain((GLOBAL, name(1))) is not None
 
 
 # Mistakes of the caller.
@@ -833,21 +859,6 @@ def test_a_disk_that_was_slow_is_found_to_be_well_again(tmp_path):
 # The end.
 
 
-def test_flushed_blocks_are_stored(tmp_path):
-    with Bench(tmp_path) as bench:
-        bench.tier.spill([bench.put(GLOBAL, slot, slot) for slot in range(SLOTS)])
-        assert bench.tier.flush(10)
-        assert all(bench.tier.holds(GLOBAL, name(number)) for number in range(SLOTS))
-        bench.wait(SLOTS)
-
-
-def test_a_flush_gives_up_in_time(tmp_path):
-    with Bench(tmp_path, open_files=FaultyFiles) as bench:
-        bench.files[0].blocked.add("write")
-        bench.tier.spill([bench.put(GLOBAL, 1, 1)])
-        assert not bench.tier.flush(0.05)
-
-
 def test_closing_under_load_finishes_what_is_under_way_and_takes_no_more(tmp_path):
     with Bench(tmp_path) as bench:
         bench.spill_numbers(LOCAL, range(SLOTS))
@@ -946,7 +957,6 @@ def test_any_order_of_calls_gives_right_bytes_or_misses_and_balanced_books(tmp_p
                     tier.holds(GLOBAL, name(3))
                     tier.statistics()
                     tier.restore_seconds(1000)
-                    tier.flush(0.05)
             except BaseException as error:
                 errors.append(error)
 

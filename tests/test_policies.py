@@ -16,6 +16,7 @@ from wicore_backend.hmt.policy import POLICIES, Access, Key, Policy
 from wicore_backend.hmt.policy.a2cr import A2CR, A2CRSettings
 from wicore_backend.hmt.policy.a2cr_formula import FormulaSettings, ProductA2CR, WeightedA2CR
 from wicore_backend.hmt.policy.arc import ARC
+from wicore_backend.hmt.policy.history import BLOCKS_AT_ONCE
 from wicore_backend.hmt.policy.lfu import LFU
 from wicore_backend.hmt.policy.reuse_forest import AGES, ForestSettings, ReuseForest, age_index, worth_by_age
 from wicore_backend.hmt.policy.s3fifo import S3FIFO
@@ -514,6 +515,35 @@ def test_the_forest_finds_the_feature_and_the_time_that_count():
     assert never is not None
     assert soon[0] == pytest.approx(1 / 20, rel=0.3)
     assert all(never[age_index(age)] < 0.4 * soon[age_index(age)] for age in (0.0, 5.0, 30.0))
+
+
+def test_a_tree_is_learnt_in_parts_each_much_smaller_than_a_tree():
+    draw = np.random.default_rng(1)
+    forest = ReuseForest(10, ForestSettings())
+    for number in range(16_384):
+        features = draw.integers(0, 24, 10).tolist()
+        sample = forest.begin(features, 1, float(number))
+        if features[0] < 12:
+            forest.end(sample, number + float(draw.exponential(20)), hit=True)
+    parts = 0
+    while forest.learn(20_000.0):
+        parts += 1
+    assert forest.fits == 1
+    assert parts > 10
+    assert not forest.learn(20_000.0), "nothing is new"
+
+
+def test_a_long_prompt_is_heard_in_parts_and_to_the_same_end():
+    keys = list(range(4096))
+    at_once, in_parts = A2CR(5_000), A2CR(5_000)
+    for turn in range(3):
+        access = Access(keys=keys[: 2_000 + 1_000 * turn], session_end=turn == 2)
+        for policy in (at_once, in_parts):
+            policy.advance(10.0 * turn)
+        at_once.observe(access)
+        parts = sum(1 for _ in in_parts.observing(access))
+        assert parts > len(access.keys) // BLOCKS_AT_ONCE
+    assert [at_once.explain(key) for key in keys] == [in_parts.explain(key) for key in keys]
 
 
 def test_the_settings_offer_every_policy_and_codec_there_is():

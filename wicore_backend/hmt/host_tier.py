@@ -12,8 +12,8 @@ A slot is in one state:
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -38,6 +38,9 @@ class SlotBlock(NamedTuple):
         return self.group, self.name
 
 
+_HEARD = object()
+
+
 @dataclass(slots=True)
 class TierCounts:
     """What happened in one group's part of a tier since the start, in blocks."""
@@ -60,6 +63,16 @@ class _Shelf:
     leaving: set[bytes] = field(default_factory=set)
     arriving: dict[bytes, int] = field(default_factory=dict)
     counts: TierCounts = field(default_factory=TierCounts)
+    unheard: deque[Iterator[None]] = field(default_factory=deque)
+    """Prompts that the policy has heard the beginning of, or nothing."""
+
+    def go_on(self) -> bool:
+        """Let the policy hear, or think, a bit more; whether there was anything."""
+        if not self.unheard:
+            return self.policy.think()
+        if next(self.unheard[0], _HEARD) is _HEARD:
+            self.unheard.popleft()
+        return True
 
     def idle(self, name: bytes) -> bool:
         """Whether the policy may choose a block that is held."""
@@ -103,9 +116,14 @@ class HostTier:
         return TierCounts() if shelf is None else shelf.counts
 
     def observe(self, group: LayerGroup, access: Access) -> None:
-        """A prompt has come; see Policy."""
+        """A prompt has come; see Policy. Of a long one the policy hears the rest in `go_on`."""
         if (shelf := self._shelves.get(group)) is not None:
-            shelf.policy.observe(access)
+            shelf.unheard.append(shelf.policy.observing(access))
+            shelf.go_on()
+
+    def go_on(self) -> None:
+        """Let the policies do a part of what they have to do, a millisecond or so: once a step."""
+        any(shelf.go_on() for shelf in self._shelves.values())
 
     def attend(self, group: LayerGroup, name: bytes, mass: float) -> None:
         """Decoding gave a block, wherever it is, this share of its attention; see Policy."""

@@ -181,7 +181,8 @@ class LowerTiers:
         self._cancel(given_up)
 
     def submit(self, written: Written) -> None:
-        """Hand over what is to move between the host tier and the cold one."""
+        """Hand over what is to move between the host tier and the cold one. Once a step."""
+        self.host.go_on()
         if self.cold is None:
             return
         for key in list(self._asked):

@@ -3,8 +3,9 @@
 The *loop thread* is the one that makes the calls, owns the slots' books and must not wait. What this package promises:
 
 1. **Which thread.** `spill`, `restore`, `Restore.cancel`, `finished`, `check_integrity` and `close` are the loop
-   thread's. `holds`, `observe`, `statistics`, `restore_seconds` and `flush` may be called on any. Only `flush` and
-   `close` wait for anything. `woken` is called on any thread, and must not wait either.
+   thread's. `holds`, `observe`, `attend`, `statistics` and `restore_seconds` may be called on any. Only `close` waits.
+   What is observed the policy hears of on the spilling thread, in parts of a millisecond. `woken` is called on any
+   thread, and must not wait either.
 2. **Who reads or writes a slot when.** A slot is the tier's from the call that names it until `finished` has reported
    its block: a spilled one is read (before that others may read it too, but nobody may write to it), a restored one is
    written to (nobody else may read it). Reported, it is the caller's, and is touched no more. A slot has at most one
@@ -28,8 +29,8 @@ The *loop thread* is the one that makes the calls, owns the slots' books and mus
    rest to the caller: a slow disk makes spills fewer, not memory larger. Memory is that of the trays. The disk's bound
    is the store's: when it says `FULL`, the policy's victims are deleted until the record fits. A record that is being
    restored is never a victim.
-9. **Crash.** Costs what was under way, and if power fails what was stored after the last `flush`. Another opening finds
-   every other record, in the order of storing, if fingerprint, codecs and shapes are the same.
+9. **Crash.** Costs what was under way, and if power fails the latest records. Another opening finds every other record,
+   in the order of storing, if fingerprint, codecs and shapes are the same.
 10. **Trouble.** A full or failing disk, lost permissions, deleted files: spills end as `FAILED`, `REFUSED` or `LATE`,
     restores as misses, each counted; the store logs one line for each kind. Nothing raises on the loop thread, nothing
     stalls it. A damaged record is a miss once and then gone. A slow disk raises `restore_seconds`, by which the caller

@@ -1,6 +1,6 @@
 """What the cold tier holds, and which records leave for others. Safe on any thread; no tensors.
 
-The lock is held for microseconds, and never while the disk is waited for.
+The lock is held for microseconds, by `listen` for a millisecond, and never while the disk is waited for.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import islice
 from typing import Protocol, TypeVar, cast
@@ -21,9 +21,12 @@ from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import HeldRecord, Outcome
 from wicore_backend.hmt.nvme.record import slots_for
 from wicore_backend.hmt.policy.base import Access, Policy
+from wicore_backend.hmt.policy.history import BLOCKS_AT_ONCE
 from wicore_backend.hmt.policy.lru import LRU
 
 _log = logging.getLogger(__name__)
+
+_HEARD = object()
 
 T = TypeVar("T")
 
@@ -86,8 +89,9 @@ class ColdBooks:
         self._slots = {group: slots_for(size, slot_bytes) for group, size in encoded_bytes.items()}
         self.capacity = max(1, store.config.slots * len(self._slots) // sum(self._slots.values()))
         self._policy = policy(self.capacity)
+        self._news: deque[Callable[[Policy], Iterator[None]]] = deque()
+        self._hearing: Iterator[None] | None = None
         self._lock = threading.Lock()
-        self._settled = threading.Condition(self._lock)
         self._held: dict[Key, int] = {}
         """For each held block how many restores pin it."""
         self._spilling: set[Key] = set()
@@ -110,14 +114,24 @@ class ColdBooks:
             return list(islice(reversed(self._held), count))
 
     def observe(self, access: Access) -> None:
-        """Tell the policy of a prompt."""
-        with self._lock:
-            self._ask(lambda policy: policy.observe(access))
+        """The policy is to hear of a prompt; see `listen`."""
+        self._news.append(lambda policy: policy.observing(access))
 
     def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None:
-        """Tell the policy what attention blocks have had."""
+        """The policy is to hear what attention blocks have had; see `listen`."""
+        self._news.append(lambda policy: _attend(policy, keys, masses))
+
+    def listen(self) -> bool:
+        """Let the policy hear, or think, a bit more; whether there was anything."""
         with self._lock:
-            self._ask(lambda policy: _attend(policy, keys, masses))
+            if self._hearing is None:
+                if not self._news:
+                    return self._ask(lambda policy: policy.think())
+                self._hearing = self._news.popleft()(self._policy)
+            hearing = self._hearing
+            if self._ask(lambda _: next(hearing, _HEARD)) is _HEARD:
+                self._hearing = None
+            return True
 
     # Down.
 
@@ -144,7 +158,6 @@ class ColdBooks:
             self._counts[key[0]].spills[outcome] += 1
             if outcome is Outcome.DONE:
                 self._hold(key)
-            self._settled.notify_all()
 
     def leave(self, group: LayerGroup, blocks: int) -> None:
         """So many were left to the caller."""
@@ -166,12 +179,6 @@ class ColdBooks:
             missing -= self._slots[victim[0]]
             any_deleted = True
         return any_deleted
-
-    def wait_stored(self, timeout_s: float | None) -> bool:
-        """Wait until what is spilling now is not any more; whether it is so."""
-        with self._lock:
-            waiting = set(self._spilling)
-            return self._settled.wait_for(lambda: waiting.isdisjoint(self._spilling), timeout_s)
 
     # Up.
 
@@ -273,6 +280,8 @@ class ColdBooks:
             return question(self._policy)
 
 
-def _attend(policy: Policy, keys: Sequence[Key], masses: Sequence[float]) -> None:
-    for key, mass in zip(keys, masses, strict=True):
+def _attend(policy: Policy, keys: Sequence[Key], masses: Sequence[float]) -> Iterator[None]:
+    for count, (key, mass) in enumerate(zip(keys, masses, strict=True), start=1):
         policy.attend(key, mass)
+        if count % BLOCKS_AT_ONCE == 0:
+            yield

@@ -134,10 +134,12 @@ class ColdTier:
         not heard of.
         """
         self._books.observe(access)
+        self._down.listen()
 
     def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None:
         """Decoding gave blocks, held or not, such attention; see Policy."""
         self._books.attend(keys, masses)
+        self._down.listen()
 
     def room(self, group: LayerGroup) -> int:
         """How many blocks `spill` would take now."""
@@ -257,13 +259,6 @@ class ColdTier:
             restore_latency_s=None if restore.cost is None else restore.cost.latency_s,
             store=self._store.statistics(),
         )
-
-    def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until what is spilled by now survives a loss of power; False if that is not so after `timeout_s`."""
-        if not self._books.wait_stored(timeout_s):
-            return False
-        self._store.flush()
-        return True
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Take nothing more, end what is under way and the threads, and flush.

@@ -253,6 +253,14 @@ class SpillWorker(Worker[_SpillBatch]):
         """Queue blocks whose bytes are there once `after` has returned. Safe on any thread."""
         self.post(partial(self._begin, blocks, after))
 
+    def listen(self) -> None:
+        """There is something for the policy to hear. Safe on any thread."""
+        self.post(self._listen)
+
+    def _listen(self) -> None:
+        if self._books.listen() and not self._stopping:
+            self.post(self._listen)  # Behind what came meanwhile.
+
     @property
     def _waiting(self) -> bool:
         return bool(self._queue)

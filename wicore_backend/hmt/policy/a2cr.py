@@ -15,11 +15,20 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from wicore_backend.hmt.policy.base import Access, Key, Policy, no_victim
-from wicore_backend.hmt.policy.history import ATTENTION, FEATURES, PARTIAL, History, Prompt, Run, attention_level
+from wicore_backend.hmt.policy.history import (
+    ATTENTION,
+    BLOCKS_AT_ONCE,
+    FEATURES,
+    PARTIAL,
+    History,
+    Prompt,
+    Run,
+    attention_level,
+)
 from wicore_backend.hmt.policy.reuse_forest import AGES, ForestSettings, ReuseForest, age_index
 from wicore_backend.hmt.policy.victim_heap import VictimHeap
 
@@ -109,10 +118,23 @@ class A2CR(Policy):
         return len(self._home)
 
     def observe(self, access: Access) -> None:
-        self._forest.learn(self.now)
+        self.think()
+        for _ in self.observing(access):
+            pass
+
+    def think(self) -> bool:
+        """Learn from what has been observed."""
+        return self._forest.learn(self.now)
+
+    def observing(self, access: Access) -> Iterator[None]:
+        """See Policy."""
         prompt, spans = self._history.read(access, self.now)
         retain_until = self._retain(access)
-        for start, stop, features in spans:
+        for span in spans:
+            if span is None:
+                yield
+                continue
+            start, stop, features = span
             run = Run(
                 prompt=prompt,
                 features=features,
@@ -123,7 +145,9 @@ class A2CR(Policy):
                 touched=self.now,
                 retain_until=retain_until,
             )
-            for key in access.keys[start:stop]:
+            for count, key in enumerate(access.keys[start:stop], start=1):
+                if count % BLOCKS_AT_ONCE == 0:
+                    yield
                 former = self._history.touch(key, run, self.now)
                 if former is not None:
                     run.retain_until = max(run.retain_until, former.retain_until)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -79,6 +79,15 @@ class Policy(ABC):
     def observe(self, access: Access) -> None:
         """A prompt with these blocks has arrived. Peers that learn from hits alone need not listen."""
         del access
+
+    def observing(self, access: Access) -> Iterator[None]:
+        """`observe` in parts, each a millisecond or so however long the prompt is. Other calls may come in between."""
+        self.observe(access)
+        yield
+
+    def think(self) -> bool:
+        """Do a part of what need not be done at once, a millisecond or so; whether there was something to do."""
+        return False
 
     def attend(self, key: Key, mass: float) -> None:
         """Decoding gave `key` this share of its attention (0 to 1). Only policies that weigh attention listen."""

@@ -32,6 +32,9 @@ KNOWN, FRESH, PARTIAL = 0, 1, 2
 
 _TOP = FEATURE_LEVELS - 1
 
+BLOCKS_AT_ONCE = 512
+"""Of a prompt, between two breaths: about a millisecond's work."""
+
 
 def level(value: float, *, per_octave: int = 2) -> int:
     """A feature's level for a count or a ratio: steps of an octave's part, 0 for 0, bounded."""
@@ -146,8 +149,8 @@ class History:
         """The block's record, or None if it was never seen or is forgotten."""
         return self._records.get(key)
 
-    def read(self, access: Access, now: float) -> tuple[Prompt, list[Span]]:
-        """What the past says about a prompt that arrives now."""
+    def read(self, access: Access, now: float) -> tuple[Prompt, Iterator[Span | None]]:
+        """What the past says about a prompt that arrives now: None in between is a breath."""
         records = [self._records.get(key) for key in access.keys]
         known = next((index for index, record in enumerate(records) if record is None), len(records))
         total = len(records)
@@ -162,22 +165,28 @@ class History:
             if known >= max(2, former.full_blocks):
                 prompt.turn = former.turn + 1
         common = [level(total - known), level(known), level(total), min(prompt.turn, _TOP), _gap_level(gap)]
-        return prompt, list(self._spans(records, known, access.partial_from, common, now))
+        return prompt, self._spans(records, known, access.partial_from, common, now)
 
     def _spans(
         self, records: list[Record | None], known: int, partial_from: int, common: list[int], now: float
-    ) -> Iterator[Span]:
+    ) -> Iterator[Span | None]:
         rate = -1 / (2.5 * self.typical_gap)
         start = 0
         current: list[int] = []
+        before: tuple[int, float, float] | None = None
         for index, record in enumerate(records):
+            if index % BLOCKS_AT_ONCE == BLOCKS_AT_ONCE - 1:
+                yield None
             role = PARTIAL if index >= partial_from else KNOWN if index < known else FRESH
-            if record is None:
+            past = None if record is None else (record.uses, record.recent, record.time)
+            if index and past == before and role == current[0]:
+                continue  # As most are: what was touched together has one past.
+            before = past
+            if past is None:
                 own = [role, 0, 0, 0]
             else:
-                gap = now - record.time
-                recent = record.recent * math.exp(rate * gap)
-                own = [role, level(record.uses), level(4 * recent), _gap_level(gap)]
+                uses, recent, time = past
+                own = [role, level(uses), level(4 * recent * math.exp(rate * (now - time))), _gap_level(now - time)]
             if own != current:
                 if index:
                     yield Span(start, index, [*current, 0, *common])

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,21 @@ from numpy.typing import NDArray
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 
+T = TypeVar("T")
+Work: TypeAlias = Generator[int, None, T]
+"""Something that is done in parts: yields how much work each was, and returns what came of it."""
+
 FEATURE_LEVELS = 24
 """Features are integers from 0 to this, exclusive."""
+
+_PART = 16_384
+"""Of a fit, without a breath: samples times features that are looked at."""
+
+_WORK_AT_ONCE = 24_576
+"""The same, in a call: with the part that goes beyond it, less than 2 ms."""
+
+_LEAST_WORK = 2048
+"""What a look at few samples costs in the same terms."""
 
 AGES: Floats = np.concatenate([[0.0], 0.5 * 1.35 ** np.arange(41)])
 """Edges of the age grid in seconds, 0.5 s to about a day; the last interval is open."""
@@ -122,7 +135,7 @@ class ReuseForest:
     def __init__(self, features: int, settings: ForestSettings) -> None:
         self._settings = settings
         size = settings.samples
-        self._features = np.zeros((size, features), np.int64)
+        self._features = np.zeros((features, size), np.int64)
         self._weight = np.zeros(size)
         self._start = np.zeros(size)
         self._end = np.full(size, math.nan)
@@ -131,13 +144,14 @@ class ReuseForest:
         self._next_fit = 5 * settings.min_samples
         self._trees: list[_Tree] = []
         self._curves: dict[tuple[int, ...], list[float]] = {}
+        self._fitting: Work[None] | None = None
         self.fits = 0
 
     def begin(self, features: Sequence[int], blocks: int, now: float) -> int:
         """A run of `blocks` blocks was touched; the answer names the sample in the calls below."""
         sample = self._count
         slot = sample % self._settings.samples
-        self._features[slot] = features
+        self._features[:, slot] = features
         # Blocks of a run share their fate, so a run of n is more than one witness and less than n.
         self._weight[slot] = math.sqrt(blocks)
         self._start[slot] = now
@@ -150,7 +164,7 @@ class ReuseForest:
         """More is known of a sample, whose age counts from now."""
         if self._count - sample <= self._settings.samples:
             slot = sample % self._settings.samples
-            self._features[slot] = features
+            self._features[:, slot] = features
             self._start[slot] = now
 
     def end(self, sample: int, now: float, *, hit: bool) -> None:
@@ -171,19 +185,36 @@ class ReuseForest:
             curve = self._curves[leaves] = worth_by_age(np.mean(hazards, axis=0))
         return curve
 
-    def learn(self, now: float) -> None:
-        """Replace the oldest tree if enough is new; short of that it costs nothing."""
-        if self._count < self._next_fit:
-            return
+    def learn(self, now: float) -> bool:
+        """Do the next part of learning, a millisecond's work and not a tree's; whether there was something to learn."""
+        if self._fitting is None:
+            if self._count < self._next_fit:
+                return False
+            self._fitting = self._fit(now)
+        work = 0
+        for part in self._fitting:
+            work += part
+            if work >= _WORK_AT_ONCE:
+                return True
+        self._fitting = None
+        return True
+
+    def _fit(self, now: float) -> Work[None]:
+        """Replace the oldest tree by one of the samples that there are now."""
         settings = self._settings
         kept = min(self._count, settings.samples)
         self._next_fit = self._count + max(settings.min_samples, round(settings.refit_share * kept))
-        end, hit = self._end[:kept], self._hit[:kept]
-        age = np.maximum(np.where(np.isnan(end), now, end) - self._start[:kept], 0.0)
+        hit = self._hit[:kept].copy()
         if np.count_nonzero(hit) < settings.min_samples:
             return
+        end = self._end[:kept]
+        age = np.maximum(np.where(np.isnan(end), now, end) - self._start[:kept], 0.0)
         weight = self._weight[:kept] / self._weight[:kept].mean()
-        tree = _Fit(self._features[:kept], age, hit, weight, settings).tree()
+        features = self._features[:, :kept].copy()
+        yield kept
+        fit = _Fit(features, age, hit, weight, settings)
+        yield kept
+        tree = yield from fit.tree()
         self._trees = [*self._trees[-(settings.trees - 1) :], tree] if settings.trees > 1 else [tree]
         self._curves.clear()
         self.fits += 1
@@ -201,13 +232,16 @@ class _Exposure:
         self._rest = weight * (age - edges[self.index])
 
     def sums(self, chosen: Ints, code: Ints, groups: int) -> tuple[Floats, Floats]:
-        """Hits and seconds at risk of the samples `chosen`, each [groups, K]; `code` is group times K plus interval."""
+        """Hits and seconds at risk of the samples `chosen`, each [groups, K].
+
+        `code`, [n] or [columns, n] for n samples, is group times K plus interval.
+        """
         size = groups * self.intervals
-        per_sample = code.shape[1] if code.ndim == 2 else 1
+        columns = 1 if code.ndim == 1 else len(code)
         flat = code.ravel()
 
         def total(values: Floats) -> Floats:
-            summed = np.bincount(flat, np.repeat(values[chosen], per_sample), size).astype(np.float64)
+            summed = np.bincount(flat, np.tile(values[chosen], columns), size).astype(np.float64)
             return summed.reshape(groups, self.intervals)
 
         hits, rest, weight = total(self._hit), total(self._rest), total(self._weight)
@@ -217,7 +251,7 @@ class _Exposure:
 
 
 class _Fit:
-    """One tree, grown best split first."""
+    """One tree, grown best split first, from samples whose features are [features, samples]."""
 
     _COARSE = 7
 
@@ -229,13 +263,12 @@ class _Fit:
         inner = np.unique(np.quantile(age[hit], np.linspace(0, 1, self._COARSE + 1)[1:-1]))
         self._coarse = _Exposure(np.concatenate([[0.0], inner[inner > 0]]), age, hit, weight)
         self._fine = _Exposure(AGES, age, hit, weight)
-        columns = np.arange(features.shape[1]) * FEATURE_LEVELS
-        self._code = (columns + features) * self._coarse.intervals + self._coarse.index[:, None]
 
-    def tree(self) -> _Tree:
+    def tree(self) -> Work[_Tree]:
         tree = _Tree([], [], [], [], [])
-        everything = np.arange(len(self._features))
-        open_nodes = [(self._best_split(everything), self._grow(tree, everything, None), everything)]
+        everything = np.arange(self._features.shape[1])
+        split = yield from self._best_split(everything)
+        open_nodes = [(split, self._grow(tree, everything, None), everything)]
         leaves = 1
         while leaves < self._settings.leaves:
             best = max(range(len(open_nodes)), key=lambda index: open_nodes[index][0][0])
@@ -243,11 +276,12 @@ class _Fit:
             if gain < self._settings.min_gain:
                 break
             open_nodes.pop(best)
-            goes_left = self._features[chosen, feature] <= threshold
+            goes_left = self._features[feature, chosen] <= threshold
             tree.feature[node], tree.threshold[node] = feature, threshold
             for side, part in ((tree.left, chosen[goes_left]), (tree.right, chosen[~goes_left])):
                 side[node] = self._grow(tree, part, tree.hazard[node])
-                open_nodes.append((self._best_split(part), side[node], part))
+                split = yield from self._best_split(part)
+                open_nodes.append((split, side[node], part))
             leaves += 1
         return tree
 
@@ -264,15 +298,22 @@ class _Fit:
         tree.hazard.append((hits + prior) / (risk + prior / parent))
         return len(tree.feature) - 1
 
-    def _best_split(self, chosen: Ints) -> tuple[float, int, int]:
+    def _best_split(self, chosen: Ints) -> Work[tuple[float, int, int]]:
         """Gain, feature, and the highest level that goes left; a gain of 0 where no split is allowed."""
-        columns = self._features.shape[1]
-        hits, risk = self._coarse.sums(chosen, self._code[chosen], columns * FEATURE_LEVELS)
-        shape = (columns, FEATURE_LEVELS, self._coarse.intervals)
-        hits, risk = hits.reshape(shape).cumsum(axis=1), risk.reshape(shape).cumsum(axis=1)
-        offsets = np.arange(columns) * FEATURE_LEVELS
-        counts = np.bincount((offsets + self._features[chosen]).ravel(), minlength=columns * FEATURE_LEVELS)
-        left = counts.reshape(columns, FEATURE_LEVELS).cumsum(axis=1)
+        columns, intervals = len(self._features), self._coarse.intervals
+        hits, risk = np.empty((2, columns, FEATURE_LEVELS, intervals))
+        left = np.empty((columns, FEATURE_LEVELS), np.int64)
+        at_once = max(1, _PART // len(chosen))
+        for first in range(0, columns, at_once):
+            some = slice(first, min(columns, first + at_once))
+            count = some.stop - first
+            levels = self._features[some, chosen] + FEATURE_LEVELS * np.arange(count)[:, None]
+            code = levels * intervals + self._coarse.index[chosen]
+            sums = self._coarse.sums(chosen, code, count * FEATURE_LEVELS)
+            hits[some], risk[some] = (part.reshape(count, FEATURE_LEVELS, intervals) for part in sums)
+            left[some] = np.bincount(levels.ravel(), minlength=count * FEATURE_LEVELS).reshape(count, FEATURE_LEVELS)
+            yield count * len(chosen) + _LEAST_WORK
+        hits, risk, left = hits.cumsum(axis=1), risk.cumsum(axis=1), left.cumsum(axis=1)
         fewest = self._settings.min_samples
         allowed = (left >= fewest) & (len(chosen) - left >= fewest)
         if not allowed.any():

@@ -84,9 +84,11 @@ class ModelledDisk:
 
     def observe(self, access: Access) -> None:
         self._books.observe(access)
+        self._listen()
 
     def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None:
         self._books.attend(keys, masses)
+        self._listen()
 
     def room(self, group: LayerGroup) -> int:
         del group
@@ -126,6 +128,10 @@ class ModelledDisk:
     def check_integrity(self) -> None:
         """Raise ColdAccountingError unless the books balance."""
         self._books.check_integrity(set(), {})
+
+    def _listen(self) -> None:
+        while self._books.listen():
+            pass
 
     def _store(self, key: Key) -> Outcome:
         while not self._names.add(record_name(key)):
