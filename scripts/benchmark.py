@@ -1,6 +1,7 @@
 """Measures Wicore and prints one JSON object.
 
-    python -m scripts.benchmark engine    the engine in this process against transformers' generate, same weights
+    python -m scripts.benchmark engine    the engine in this process against transformers' generate, same weights;
+                                          with --shape, its speed at a published shape with random weights
     python -m scripts.benchmark serving   the same load in this process and through a real server's gRPC ensemble
     python -m scripts.benchmark scheduler what planning takes of a step; no model
 
@@ -28,8 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from wicore_client import AsyncClient
 
+from scripts.benchmark_shape import benchmark_shape
+from scripts.random_gemma3 import SHAPES
 from scripts.scheduling_cost import benchmark_scheduler
 from scripts.serving import Installation, ServerOptions, TritonServer
 from wicore_backend import Engine, EngineConfig, SamplingParams
@@ -196,6 +198,7 @@ def tree(pid: int) -> list[int]:
 
 def run_through_server(url: str, texts: Sequence[str], new_tokens: int) -> int:
     """All requests as concurrent streams on one event loop; returns how many responses carried them."""
+    from wicore_client import AsyncClient  # What measures the engine alone needs no client.
 
     async def stream(async_client: AsyncClient, text: str) -> int:
         responses = tokens = 0
@@ -285,10 +288,24 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=256, help="sequences that run, for the scheduler")
     parser.add_argument("--waiting", type=int, default=1000, help="and that wait")
     parser.add_argument("--steps", type=int, default=1000, help="of a round")
+    shape = parser.add_argument_group("engine --shape")
+    shape.add_argument("--shape", choices=SHAPES, help="of a published model; its weights are random")
+    shape.add_argument("--weights", choices=["bf16", "fp8", "int4"], default="bf16")
+    shape.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at once, a run each")
+    shape.add_argument("--prompt", type=int, default=512, help="tokens of each")
+    shape.add_argument("--long", type=int, nargs="*", default=[], help="lengths of prompts to run alone, besides")
+    shape.add_argument("--profile", type=int, nargs="*", default=[], help="batches to take a decode step apart of")
+    shape.add_argument("--context", type=int, default=131_072, help="that the engine has room for")
+    shape.add_argument("--batch-tokens", type=int, default=8192, help="of one step")
+    shape.add_argument("--kv-bytes", type=int, help="of the KV cache")
+    shape.add_argument("--json", action="store_true", help="on one line")
     args = parser.parse_args()
     benchmarks = {"engine": benchmark_engine, "serving": benchmark_serving, "scheduler": benchmark_scheduler}
-    result = benchmarks[args.what](args)
-    print(json.dumps({"benchmark": args.what, "environment": environment(), "result": result}, indent=2))
+    if args.shape is not None and args.what != "engine":
+        parser.error("--shape goes with engine")
+    result = benchmark_shape(args) if args.shape is not None else benchmarks[args.what](args)
+    indent = None if args.json else 2
+    print(json.dumps({"benchmark": args.what, "environment": environment(), "result": result}, indent=indent))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class CudaExecutor:
         self._layers = tuple(_Layer(config, layer) for layer in text.layers)
         self._norm = text.norm
         self._eps = config.text.rms_norm_eps
-        self._head = Matrix(text.head)
+        self._head = Matrix("head", text.head)
         self._softcap = config.text.final_logit_softcapping
 
     def embed(self, ids: Tensor, soft_tokens: Tensor | None, soft_rows: Tensor | None) -> Tensor:
@@ -55,7 +55,7 @@ class CudaExecutor:
     def last(self, hidden: Tensor, attention: Tensor, rows: Tensor) -> Tensor:
         hidden, attention = hidden.index_select(0, rows), attention.index_select(0, rows)
         _, normed = self._layers[-1].after_attention(hidden, attention, self._norm)
-        logits = self._head(normed).float()
+        logits = self._head(normed)
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def vision(self, pixels: Tensor) -> Tensor:
@@ -73,10 +73,10 @@ class _Layer:
         self._eps = text.rms_norm_eps
         self._weights = weights
         self.input_norm = weights.input_norm
-        self._qkv = Matrix(weights.qkv, weights.qkv_bias)
-        self._out = Matrix(weights.out, weights.out_bias, use="parts")
-        self._gate_up = Matrix(weights.gate_up, use="gated")
-        self._down = Matrix(weights.down, use="parts")
+        self._qkv = Matrix("qkv", weights.qkv, weights.qkv_bias)
+        self._out = Matrix("out", weights.out, weights.out_bias)
+        self._gate_up = Matrix("gate_up", weights.gate_up)
+        self._down = Matrix("down", weights.down)
 
     def before_attention(self, normed: Tensor, cos: Tensor, sin: Tensor) -> QKV:
         """`normed` is the layer's input after its norm."""

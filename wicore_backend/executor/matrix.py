@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wicore_backend.executor.kernels.products import MAX_ROWS, Tile, product
 from wicore_backend.executor.kernels.small import gated
 
-Use = Literal["whole", "parts", "gated"]
-"""What is wanted of a product: itself; parts of a sum that the next kernel takes; GELU of one half times the other."""
+Role = Literal["qkv", "out", "gate_up", "down", "head"]
 
-TILES: dict[tuple[Use, int], tuple[Tile, ...]] = {
-    ("whole", 1): (Tile(8, 256, 4, 1024, dot=False),),
-    ("parts", 1): (Tile(8, 512, 3, 1024, dot=False), Tile(8, 256, 4, 256, dot=False)),
-    ("gated", 1): (Tile(4, 256, 6, 512, dot=False),),
+TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
+    "qkv": {1: (Tile(8, 256, 4, 1024, dot=False),), 16: (Tile(64, 128, 6, 512),)},
+    "out": {1: (Tile(8, 512, 4, 1024, dot=False), Tile(8, 256, 4, 256, dot=False))},
+    "gate_up": {1: (Tile(4, 256, 6, 512, dot=False),), 16: (Tile(64, 64, 5, 128),)},
+    "down": {1: (Tile(8, 512, 3, 1024, dot=False), Tile(8, 256, 4, 256, dot=False))},
+    "head": {1: (Tile(4, 256, 6, 512, dot=False),), 16: (Tile(64, 128, 4, 128),), 64: (Tile(64, 64, 6, 64),)},
 }
-"""By use and largest number of rows: the tilings that are faster than cuBLAS, the fastest first.
+"""For each role, by the largest number of rows, the tilings that are faster than cuBLAS: the first that fits is taken.
 
 Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/hopper.md).
 """
 
 
 class Matrix:
-    """x W^T + b for x [T, K], `weight` [N, K] and `bias` [N] or None."""
+    """x W^T + b for x [T, K], `weight` [N, K] and `bias` [N] or None, in the form that the matrix's role asks for.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, use: Use = "whole") -> None:
+    That is [T, N], in float32 if it is the head; GELU of the first half times the second, [T, N / 2], if it is gate and
+    up; and [T, N] or parts of a sum, float32 [S, T, N], where a norm comes next (out and down).
+    """
+
+    def __init__(self, role: Role, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._role = role
         self._weight = weight
         self._bias = bias
-        self._use = use
         self._streamed = weight.dtype.itemsize == 2 and bias is None
         self._choices: dict[int, Tile | None] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, N], or what `use` says: float32 [S, T, N], whose sum over S it is, or [T, N / 2]."""
         tile = self._tile(len(x))
-        if tile is None:
-            whole = F.linear(x, self._weight, self._bias)
-            return gated(whole) if self._use == "gated" else whole
-        return product(x, self._weight, tile, gated=self._use == "gated")
+        if tile is not None:
+            result_type = torch.float32 if self._role == "head" else x.dtype
+            return product(x, self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
+        whole = F.linear(x, self._weight, self._bias)
+        if self._role == "gate_up":
+            return gated(whole)
+        return whole.float() if self._role == "head" else whole
 
     def _tile(self, rows: int) -> Tile | None:
+        """How to cut a product of so many rows; None to leave it to cuBLAS."""
         if not self._streamed or rows > MAX_ROWS:
             return None
         if rows not in self._choices:
-            self._choices[rows] = self._choose(rows)
+            at_most = min((most for most in TILES[self._role] if rows <= most), default=0)
+            tiles = TILES[self._role].get(at_most, ())
+            fitting = (tile for tile in tiles if tile.fits(self._weight, gated=self._role == "gate_up"))
+            self._choices[rows] = next(fitting, None)
         return self._choices[rows]
-
-    def _choose(self, rows: int) -> Tile | None:
-        for (use, most), tiles in sorted(TILES.items(), key=lambda item: item[0][1]):
-            if use == self._use and rows <= most:
-                return next((t for t in tiles if t.fits(self._weight, gated=use == "gated")), None)
-        return None

@@ -6,9 +6,6 @@ card, and between kernels nothing is read. These kernels keep several tiles of t
 and start before the kernel that they follow has ended: when its result is there, their first tiles are too.
 """
 
-# ruff: noqa: N803
-# Constants of a kernel are in capitals, as its sizes are in any kernel.
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -133,16 +130,26 @@ def _product(
     tl.store(at, total.to(out.dtype.element_ty), mask=(row < rows)[None, :])
 
 
-def product(x: Tensor, weight: Tensor, tile: Tile, *, gated: bool = False) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, tile: Tile, *, gated: bool = False, result_type: torch.dtype | None = None
+) -> Tensor:
     """x W^T of `x` [T, K], T <= `MAX_ROWS`, and `weight` [N, K]: [T, N], or its parts, float32 [tile.splits, T, N].
 
-    With `gated` the weight is [2 N, K], gate and up: the result is GELU of the gate's product times the up's.
+    Parameters
+    ----------
+    gated
+        The weight is [2 N, K], gate and up: the result is GELU of the gate's product times the up's.
+    result_type
+        Of a result that is not in parts; that of `x` if it is None.
     """
     rows, depth = x.shape
     columns = len(weight) // (1 + gated)
     split = tile.splits > 1
     assert not (split and gated), "GELU needs whole sums"
-    out = x.new_empty(tile.splits, rows, columns, dtype=torch.float32) if split else x.new_empty(rows, columns)
+    if split:
+        out = x.new_empty(tile.splits, rows, columns, dtype=torch.float32)
+    else:
+        out = x.new_empty(rows, columns, dtype=result_type or x.dtype)
     overlapped = overlaps(x)
     _product[(columns // tile.columns, tile.splits)](
         *(x, weight, out, rows, columns, depth, x.stride(0)),

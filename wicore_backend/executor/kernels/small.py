@@ -4,9 +4,6 @@ Each reads every value once, computes in float32 and rounds at its end. On Hoppe
 next kernel may start as soon as they have, and they have read what does not change when their input is there.
 """
 
-# ruff: noqa: N803
-# Constants of a kernel are in capitals, as its sizes are in any kernel.
-
 from __future__ import annotations
 
 from functools import cache

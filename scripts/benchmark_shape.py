@@ -1,0 +1,199 @@
+"""The engine's speed at a published shape with random weights, on whatever device there is.
+
+What is timed is the engine in this process, end to end: scheduling, block tables, sampling and telling tokens included.
+A step's time is the median time from one step of all decodes to the next, as the engine's loop launches them; time to
+first token is that of a batch whose prompts all arrive at once, its last one's. What a step's time is made of comes
+from PyTorch's profiler, in a run of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from scripts.random_gemma3 import random_weights, write_directory
+from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine.runner import ModelRunner
+
+_READ_BYTES = 4 * 2**30
+_PROFILED_STEPS = 16
+_KINDS = {
+    "matrices": ("_product", "gemm", "nvjet", "cutlass", "gemv", "splitk"),
+    "attention": ("decode_kernel",),
+}
+"""Kernels by parts of their names; the rest are norms, RoPE, embedding, sampling, copies."""
+
+
+@dataclass
+class _Steps:
+    """When each step was launched, and what it was of."""
+
+    decodes: list[int] = field(default_factory=list)
+    prefilled: list[int] = field(default_factory=list)
+    began: list[float] = field(default_factory=list)
+
+    def seconds_of(self, batch: int) -> list[float]:
+        """Times from a step of `batch` decodes alone to the next such step."""
+        alone = [d == batch and not p for d, p in zip(self.decodes, self.prefilled, strict=True)]
+        pairs = zip(self.began, self.began[1:], alone, alone[1:], strict=False)
+        return [after - before for before, after, this, following in pairs if this and following]
+
+
+def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
+    """Decode step times and prefill rates of `args.shape`, by batch and by length of context."""
+    if args.weights != "bf16":
+        raise SystemExit(f"--weights {args.weights}: only bf16 is there yet")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results: dict[str, Any] = {"shape": args.shape, "weights": args.weights}
+    if device.type == "cuda":
+        results["device"] = torch.cuda.get_device_name(device)
+        results["read_limit_tb_s"] = round(read_limit(device) / 1e12, 3)
+    runs = [(batch, args.prompt) for batch in args.batch] + [(1, length) for length in args.long]
+    with tempfile.TemporaryDirectory() as directory, _engine(Path(directory), args, runs) as (engine, weight_bytes):
+        results["weight_bytes"] = weight_bytes
+        steps = _record(engine)
+        results["runs"] = [_run(engine, steps, batch, prompt, args) for batch, prompt in runs]
+        for run in results["runs"]:
+            run["weights_tb_s"] = round(weight_bytes / run["step_ms"] / 1e9, 3)
+        if args.profile and device.type == "cuda":
+            layers = len(engine._model.pools.layout.layers)
+            results["profiles"] = [_profile(engine, batch, layers) for batch in args.profile]
+    if device.type == "cuda":
+        results["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+    return results
+
+
+@contextmanager
+def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int]]) -> Iterator[tuple[Engine, int]]:
+    """An engine of the shape, and the bytes of its weights that a decode step reads."""
+    write_directory(args.shape, directory, like=args.model)
+    weight_bytes = 0
+
+    def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
+        nonlocal weight_bytes
+        weights = random_weights(config, device=device, dtype=dtype)
+        tensors = [t for layer in weights.text.layers for t in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        weight_bytes = sum(t.nbytes for t in (*tensors, weights.text.head))
+        return weights
+
+    longest = max(prompt for _, prompt in runs) + args.new
+    settings = EngineConfig(
+        model=directory,
+        max_model_len=None if longest > args.context else args.context,
+        max_running=max(batch for batch, _ in runs),
+        max_batch_tokens=args.batch_tokens,
+        max_decode_slowdown=1000.0,  # Prompts first: decode steps are then of the whole batch.
+        prefix_cache=False,
+        host_cache_bytes=0,
+        kv_cache_bytes=args.kv_bytes,
+    )
+    with mock.patch("wicore_backend.engine.loading.load_weights", make), Engine(settings) as engine:
+        yield engine, weight_bytes
+
+
+def _record(engine: Engine) -> _Steps:
+    """Have the engine's steps noted from now on."""
+    steps = _Steps()
+    runner = engine._model.runner
+    run = runner.run
+
+    def noted(plan: Any, *args: Any) -> Any:
+        steps.decodes.append(len(plan.decodes))
+        steps.prefilled.append(sum(c.end - c.start for c in plan.chunks))
+        steps.began.append(time.perf_counter())
+        return run(plan, *args)
+
+    assert isinstance(runner, ModelRunner)
+    mock.patch.object(runner, "run", noted).start()
+    return steps
+
+
+def _run(engine: Engine, steps: _Steps, batch: int, prompt: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One warm-up and `args.rounds` rounds of `batch` prompts of `prompt` tokens."""
+    first_token, step = [], []
+    for round_ in range(args.rounds + 1):
+        for noted in (steps.decodes, steps.prefilled, steps.began):
+            noted.clear()
+        ttft = _round(engine, batch, prompt, args.new, seed=round_)
+        if round_:
+            first_token.append(ttft)
+            step.append(statistics.median(steps.seconds_of(batch)))
+    ttft, step_s = statistics.median(first_token), statistics.median(step)
+    return {
+        "batch": batch,
+        "prompt": prompt,
+        "step_ms": round(step_s * 1e3, 3),
+        "decode_tokens_per_s": round(batch / step_s, 1),
+        "ttft_s": round(ttft, 4),
+        "prefill_tokens_per_s": round(batch * prompt / ttft),
+        "step_ms_of_rounds": [round(s * 1e3, 3) for s in step],
+    }
+
+
+def _round(engine: Engine, batch: int, prompt: int, new: int, *, seed: int) -> float:
+    """Seconds until the last of `batch` answers has its first token; all answers are awaited."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(300, 2000, prompt).tolist() for _ in range(batch)]
+    params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    streams = [engine.stream(tokens, params) for tokens in prompts]
+    results = [stream.collect() for stream in streams]
+    assert all(len(result.token_ids) == new for result in results)
+    return max(result.usage.ttft_s or 0.0 for result in results)
+
+
+def _profile(engine: Engine, batch: int, layers: int) -> dict[str, Any]:
+    """Microseconds of a decode step of `batch` by kind of kernel, and those in which no kernel ran.
+
+    Kernels may lie over each other: their times can add up to more than the step's.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        _round(engine, batch, 64, 2 * _PROFILED_STEPS, seed=100)
+        torch.cuda.synchronize()
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type.name == "CUDA"
+    )
+    attended = [start for start, _, name in kernels if _KINDS["attention"][0] in name]
+    first, last = attended[-_PROFILED_STEPS * layers - 1], attended[-1]
+    times = dict.fromkeys([*_KINDS, "rest"], 0.0)
+    covered, idle = first, 0.0
+    for start, end, name in kernels:
+        if first <= start < last:
+            kind = next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), "rest")
+            times[kind] += (end - start) / _PROFILED_STEPS
+            idle += max(0.0, start - covered) / _PROFILED_STEPS
+            covered = max(covered, end)
+    step = (last - first) / _PROFILED_STEPS
+    return {"batch": batch, "step_us": round(step), "idle_us": round(idle)} | {
+        f"{kind}_us": round(time) for kind, time in times.items()
+    }
+
+
+def read_limit(device: torch.device) -> float:
+    """Bytes a second at which the device reads its memory: sums of parts of 4 GiB, the best of several."""
+    from wicore_backend.executor.kernels.reading import read_all
+
+    memory = torch.empty(_READ_BYTES // 4, dtype=torch.int32, device=device).random_()
+    best = 0.0
+    for _ in range(8):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record()
+        read_all(memory)
+        ended.record()
+        ended.synchronize()
+        best = max(best, _READ_BYTES / began.elapsed_time(ended) * 1e3)
+    return best
