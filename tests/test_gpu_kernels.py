@@ -103,24 +103,34 @@ def test_products_of_few_rows(dtype, rows, splits, kernel_device):
     weight = torch.randn(64, 128, device=kernel_device).to(dtype)
     tile = Tile(16, 16, 3, 32, splits=splits, dot=rows > 1)
     assert tile.fits(weight)
+    assert not tile.fits(weight[:56])
+    assert not tile.fits(weight[:, :120])
     for of in (x, wide[:, :128]):  # A view, rows apart by more than they are long.
         ours = product(of, weight, tile)
         assert ours.shape == ((splits, rows, 64) if splits > 1 else (rows, 64))
         whole = ours.sum(0) if splits > 1 else ours
         assert relative_error(whole, of.float() @ weight.float().T) < TOLERANCE[dtype]
     if splits == 1:
+        assert product(x, weight, tile, result_type=torch.float32).dtype == torch.float32
         gate, up = (x.float() @ weight.float().T).chunk(2, -1)
         ours = product(x, weight, tile, gated=True)
         assert relative_error(ours, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
-    ("columns", "depth"), [(8192, 5376), (5376, 4096), (43008, 5376), (5376, 21504), (262_208, 5376)]
+    ("role", "shape"),
+    [
+        ("qkv", (8192, 5376)),
+        ("out", (5376, 4096)),
+        ("gate_up", (43008, 5376)),
+        ("down", (5376, 21504)),
+        ("head", (262_208, 5376)),
+    ],
 )
-def test_every_matrix_of_the_27b_model_has_a_tiling_for_one_row(columns, depth):
-    weight = torch.empty(columns, depth, device="meta", dtype=torch.bfloat16)
-    for use in ("gated",) if columns == 43008 else ("parts",) if columns == 5376 else ("whole",):
-        assert any(tile.fits(weight, gated=use == "gated") for tile in TILES[use, 1])
+def test_every_tiling_fits_the_matrices_of_the_27b_model(role, shape):
+    weight = torch.empty(shape, device="meta", dtype=torch.bfloat16)
+    for tiles in TILES[role].values():
+        assert all(tile.fits(weight, gated=role == "gate_up") for tile in tiles)
 
 
 @pytest.mark.parametrize(
