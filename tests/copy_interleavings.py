@@ -67,7 +67,8 @@ class SimulatedStreams:
         self._queues[stream].append(work)
         self._given[stream] += 1
 
-    def record(self, stream: Stream) -> SimulatedEvent:
+    def record(self, stream: Stream, *, for_threads: bool = False) -> SimulatedEvent:
+        del for_threads
         return SimulatedEvent(self, stream, self._given[stream])
 
     def wait(self, stream: Stream, event: Event) -> None:

@@ -74,7 +74,7 @@ class UnevenStreams(CudaStreams):
         super().__init__(torch.device("cuda", 0))
         self._rng = rng
         self._obey = obey
-        self._of = {}  # which stream an event is of
+        self._of: dict = {}  # which stream an event is of
         self._most = {stream: rng.choice([0, 20_000, 2_000_000]) for stream in Stream}  # clock cycles
 
     def rest(self, stream: Stream) -> None:
@@ -90,8 +90,8 @@ class UnevenStreams(CudaStreams):
         if self._obey(stream, self._of[event]):
             super().wait(stream, event)
 
-    def record(self, stream: Stream):
-        event = super().record(stream)
+    def record(self, stream: Stream, *, for_threads=False):
+        event = super().record(stream, for_threads=for_threads)
         self._of[event] = stream
         return event
 
@@ -122,6 +122,8 @@ def tell(seed: int, *, codec="exact", parts=True, broken=None, length=25) -> Non
         copy_rows=copy_rows,
         staging_bytes=0,
         large_bytes=0 if parts else 2**40,
+        fill_trays=2,
+        drain_trays=2,
     )
     copies.warm_up()
 

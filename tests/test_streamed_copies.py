@@ -11,7 +11,7 @@ from wicore_backend.hmt.layout import KVLayout, Part
 from wicore_backend.hmt.row_copies import copy_rows, copy_rows_plainly
 from wicore_backend.hmt.streamed_copies import StreamedCopies
 from wicore_backend.hmt.streams import Stream
-from wicore_backend.hmt.transfers import Pair, Route, Transfer, in_rounds
+from wicore_backend.hmt.transfers import Route, Transfer, in_rounds
 
 DOWN, WITHIN, UP = Route.DEVICE_TO_HOST, Route.WITHIN_DEVICE, Route.HOST_TO_DEVICE
 
@@ -39,6 +39,8 @@ def tell(seed: int, *, codec="exact", parts=True, broken=None, length=40) -> Non
         copy_rows=copy_rows_plainly,
         staging_bytes=0,
         large_bytes=0 if parts else 2**40,
+        fill_trays=2,
+        drain_trays=2,
     )
     copies.warm_up()
     story = Story(rng, pools, slots, codecs, copies, lambda work: streams.run(Stream.STEP, work))
@@ -100,8 +102,8 @@ def test_parts_follow_the_layers_and_change_with_the_group():
 def test_a_room_that_changes_hands_within_a_list_takes_a_round_for_each_owner():
     swap = [Transfer(DOWN, G, 1, 1), Transfer(UP, G, 5, 1), Transfer(DOWN, G, 2, 2), Transfer(UP, G, 6, 2)]
     (only,) = in_rounds(swap)[G]
-    assert only.spills == [Pair(1, 1), Pair(2, 2)]
-    assert only.loads == [Pair(5, 1), Pair(6, 2)]
+    assert (only.spills.sources, only.spills.targets) == ([1, 2], [1, 2])
+    assert (only.loads.sources, only.loads.targets) == ([5, 6], [1, 2])
     reused_slot = [Transfer(UP, G, 5, 1), Transfer(DOWN, G, 2, 5)]
     reused_block = [Transfer(UP, G, 5, 1), Transfer(DOWN, G, 1, 6)]
     forked_on = [Transfer(WITHIN, G, 1, 2), Transfer(WITHIN, G, 2, 3)]

@@ -6,23 +6,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wicore_backend.hmt.codecs import Codec, make_codec
 from wicore_backend.hmt.layout import KVLayout, LayerGroup, Part
 from wicore_backend.hmt.streams import Event, Stream, Streams
-from wicore_backend.hmt.transfers import Pair, Round, Transfer, in_rounds
+from wicore_backend.hmt.transfers import Round, Transfer, in_rounds
 
 _FILL_TRAYS = 4
 _DRAIN_TRAYS = 12
-TRAYS = _FILL_TRAYS + _DRAIN_TRAYS
 LARGE_BYTES = 128 << 20
 """Loads of so many bytes, over 2 ms, are made part by part, so that the step begins before all have come. Each part
 costs 0.1 to 0.2 ms of the host's time."""
+
+
+_NONE = np.zeros(0, np.int64)
 
 
 class CopyRows(Protocol):
@@ -39,24 +42,23 @@ class CopyRows(Protocol):
     ) -> None: ...
 
 
-class _Moves(NamedTuple):
-    """Transfers of one group and route, with their two sides on the device: int64 [n]."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moves:
+    """Transfers of one group and route: their two sides, int64 [n], here and on the device."""
 
-    pairs: Sequence[Pair]
-    sources: Tensor
-    targets: Tensor
+    sources: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    device_sources: Tensor
+    device_targets: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.sources)
 
     def batches(self, most: int) -> Iterator[_Moves]:
-        for start in range(0, len(self.pairs), most):
+        for start in range(0, self.count, most):
             part = slice(start, start + most)
-            yield _Moves(self.pairs[part], self.sources[part], self.targets[part])
-
-
-class _Drained(NamedTuple):
-    """A batch of spills that DRAIN has done at its event; they are done in the order of their numbers."""
-
-    number: int
-    event: Event
+            yield _Moves(self.sources[part], self.targets[part], self.device_sources[part], self.device_targets[part])
 
 
 @dataclass(eq=False, slots=True)
@@ -115,6 +117,8 @@ class StreamedCopies:
         copy_rows: CopyRows,
         staging_bytes: int,
         large_bytes: int,
+        fill_trays: int = _FILL_TRAYS,
+        drain_trays: int = _DRAIN_TRAYS,
     ) -> None:
         self._layout = layout
         self._streams = streams
@@ -122,17 +126,24 @@ class StreamedCopies:
         self._large_bytes = large_bytes
         self._whole = self._spans(layout.whole, pools, slots, codecs)
         self._parts = [(part.first_layer, self._spans(part, pools, slots, codecs)) for part in layout.parts]
-        records = [span.record_bytes for span in self._whole if span.slots is not None]
-        tray_bytes = max([staging_bytes // TRAYS, *records]) if records else 0
+        spans = [span for span in self._whole if span.slots is not None]
+        staged = (
+            max((staging_bytes // (fill_trays + drain_trays), *(span.record_bytes for span in spans))) if spans else 0
+        )
         device = next(iter(pools.values())).device
-        trays = deque(_Tray(torch.empty(tray_bytes, dtype=torch.uint8, device=device)) for _ in range(TRAYS))
-        self._fill_trays = deque(trays.popleft() for _ in range(_FILL_TRAYS))
-        self._drain_trays = trays
-        raw = [tray_bytes // span.record_bytes * span.block_bytes for span in self._whole if span.codec is not None]
+
+        def trays(count: int) -> deque[_Tray]:
+            return deque(_Tray(torch.empty(staged, dtype=torch.uint8, device=device)) for _ in range(count))
+
+        self._fill_trays, self._drain_trays = trays(fill_trays), trays(drain_trays)
+        parts = [span for _, spans in self._parts for span in spans]
+        raw = [staged // span.record_bytes * span.block_bytes for span in (*spans, *parts) if span.codec is not None]
         self._raw = torch.empty(max(raw, default=0), dtype=torch.uint8, device=device)  # For SWAP alone.
-        self._drained: dict[tuple[LayerGroup, int], _Drained] = {}  # by slot, the last spill into it
+        # Batches of spills have numbers: for each slot that of the last one into it.
+        self._drained = {group: np.zeros(len(of_group), np.int64) for group, of_group in slots.items()}
         self._drains = 0
-        self._filled_after = 0  # FILL has waited for that batch of spills, and all before.
+        self._draining: deque[tuple[int, Event]] = deque(maxlen=drain_trays)
+        self._filled_after = 0  # FILL waits for the batch of that number, and so for all before.
         self._arriving: deque[tuple[int, Event]] = deque()  # by first layer, what STEP has not waited for
 
     def warm_up(self) -> None:
@@ -146,7 +157,7 @@ class StreamedCopies:
             self._streams.run(Stream.SWAP, partial(self._copy_rows, source, target, 0, targets=no_rows))
 
         for span in [*self._whole, *(span for _, spans in self._parts for span in spans)]:
-            self._fork(span, _Moves((), no_rows, no_rows))
+            self._fork(span, _Moves(_NONE, _NONE, no_rows, no_rows))
             if span.slots is not None:
                 records = self._records(span, self._fill_trays[0], 1)
                 raw = records if span.codec is None else self._raw_rows(span, 1)
@@ -165,14 +176,15 @@ class StreamedCopies:
         for first_layer, spans in self._parts if self._large(rounds) else [(0, self._whole)]:
             for span in spans:
                 for spills, forks, loads in rounds.get(span.group, ()):
-                    if spills.pairs:
+                    if spills.count:
                         self._spill(span, spills)
-                    if forks.pairs:
+                    if forks.count:
                         self._fork(span, forks)
-                    if loads.pairs:
+                    if loads.count:
                         self._load(span, loads)
             self._arriving.append((first_layer, self._streams.record(Stream.SWAP)))
-        filled, drained = self._streams.record(Stream.FILL), self._streams.record(Stream.DRAIN)
+        filled = self._streams.record(Stream.FILL, for_threads=True)
+        drained = self._streams.record(Stream.DRAIN, for_threads=True)
 
         def written() -> None:
             filled.synchronize()
@@ -216,12 +228,15 @@ class StreamedCopies:
         size //= words.itemsize
         return words[:, layers.start * size : layers.stop * size]
 
-    def _upload(self, moves: Round) -> tuple[_Moves, _Moves, _Moves]:
-        routes = (moves.spills, moves.forks, moves.loads)
-        table = self._streams.upload(np.array([*moves.spills, *moves.forks, *moves.loads], np.int64).T.copy())
-        columns = table.split_with_sizes([len(pairs) for pairs in routes], 1)
-        spills, forks, loads = (_Moves(pairs, *rows.unbind()) for pairs, rows in zip(routes, columns, strict=True))
-        return spills, forks, loads
+    def _upload(self, round: Round) -> tuple[_Moves, _Moves, _Moves]:
+        routes = (round.spills, round.forks, round.loads)
+        sides = [np.array(side, np.int64) for pairs in routes for side in (pairs.sources, pairs.targets)]
+        uploaded = self._streams.upload(np.concatenate(sides)).split_with_sizes([len(side) for side in sides])
+
+        def moves_of(n: int) -> _Moves:
+            return _Moves(sides[n], sides[n + 1], uploaded[n], uploaded[n + 1])
+
+        return moves_of(0), moves_of(2), moves_of(4)
 
     def _large(self, rounds: Mapping[LayerGroup, Sequence[tuple[_Moves, _Moves, _Moves]]]) -> bool:
         """Whether the loads, or the spills, are worth being made part by part."""
@@ -229,8 +244,8 @@ class StreamedCopies:
         for span in self._whole:
             for spills, _, loads in rounds.get(span.group, ()):
                 if span.slots is not None:
-                    up += len(loads.pairs) * span.record_bytes
-                    down += len(spills.pairs) * span.record_bytes
+                    up += loads.count * span.record_bytes
+                    down += spills.count * span.record_bytes
         return max(up, down) >= self._large_bytes
 
     def _spill(self, span: _Span, moves: _Moves) -> None:
@@ -243,64 +258,62 @@ class StreamedCopies:
                 streams.wait(Stream.SWAP, tray.emptied)
             streams.run(Stream.SWAP, partial(self._encode, span, batch, tray))
             streams.wait(Stream.DRAIN, streams.record(Stream.SWAP))
-            records = self._records(span, tray, len(batch.pairs))
-            copy = partial(self._copy_rows, records, span.slots, len(batch.pairs), targets=batch.targets)
+            records = self._records(span, tray, batch.count)
+            copy = partial(self._copy_rows, records, span.slots, batch.count, targets=batch.device_targets)
             streams.run(Stream.DRAIN, copy)
             tray.emptied = streams.record(Stream.DRAIN)
             self._drains += 1
-            drained = _Drained(self._drains, tray.emptied)
-            self._drained.update(((span.group, pair.target), drained) for pair in batch.pairs)
+            self._drained[span.group][batch.targets] = self._drains
+            self._draining.append((self._drains, tray.emptied))
 
     def _fork(self, span: _Span, moves: _Moves) -> None:
-        blocks, count = span.blocks, len(moves.pairs)
-        copy = partial(self._copy_rows, blocks, blocks, count, sources=moves.sources, targets=moves.targets)
+        blocks, sources, targets = span.blocks, moves.device_sources, moves.device_targets
+        copy = partial(self._copy_rows, blocks, blocks, moves.count, sources=sources, targets=targets)
         self._streams.run(Stream.SWAP, copy)
 
     def _load(self, span: _Span, moves: _Moves) -> None:
         assert span.slots is not None, "loaded from a host tier that is not there"
         streams, trays = self._streams, self._fill_trays
+        self._fill_after_spills(int(self._drained[span.group][moves.sources].max()))
         for batch in moves.batches(len(trays[0].memory) // span.record_bytes):
             tray = trays[0]
             trays.rotate(-1)
             if tray.emptied is not None:
                 streams.wait(Stream.FILL, tray.emptied)
-            self._fill_after_spills(span.group, batch.pairs)
-            records = self._records(span, tray, len(batch.pairs))
-            copy = partial(self._copy_rows, span.slots, records, len(batch.pairs), sources=batch.sources)
+            records = self._records(span, tray, batch.count)
+            copy = partial(self._copy_rows, span.slots, records, batch.count, sources=batch.device_sources)
             streams.run(Stream.FILL, copy)
             streams.wait(Stream.SWAP, streams.record(Stream.FILL))
             streams.run(Stream.SWAP, partial(self._decode, span, batch, tray))
             tray.emptied = streams.record(Stream.SWAP)
 
-    def _fill_after_spills(self, group: LayerGroup, loads: Sequence[Pair]) -> None:
-        """Have FILL wait for what has been spilled into these slots."""
-        spills = [drained for pair in loads if (drained := self._drained.pop((group, pair.source), None)) is not None]
-        last = max(spills, key=lambda drained: drained.number, default=None)
-        if last is not None and last.number > self._filled_after:
-            self._streams.wait(Stream.FILL, last.event)
-            self._filled_after = last.number
+    def _fill_after_spills(self, number: int) -> None:
+        """Have FILL wait for the batch of spills of that number, or one soon after; 0 is none."""
+        if number > self._filled_after:
+            self._filled_after, event = next(drained for drained in self._draining if drained[0] >= number)
+            self._streams.wait(Stream.FILL, event)
 
     def _encode(self, span: _Span, batch: _Moves, tray: _Tray) -> None:
         """On SWAP: blocks into a tray."""
-        records, count = self._records(span, tray, len(batch.pairs)), len(batch.pairs)
+        records, count = self._records(span, tray, batch.count), batch.count
         if span.codec is None:
-            self._copy_rows(span.blocks, records, count, sources=batch.sources)
+            self._copy_rows(span.blocks, records, count, sources=batch.device_sources)
         else:
             raw = self._raw_rows(span, count)
-            self._copy_rows(span.blocks, raw, count, sources=batch.sources)
+            self._copy_rows(span.blocks, raw, count, sources=batch.device_sources)
             blocks = raw.view(span.codec.dtype).view(count, *span.codec.shape)
             span.codec.encode(blocks, out=records.view(torch.uint8))
 
     def _decode(self, span: _Span, batch: _Moves, tray: _Tray) -> None:
         """On SWAP: a tray into blocks."""
-        records, count = self._records(span, tray, len(batch.pairs)), len(batch.pairs)
+        records, count = self._records(span, tray, batch.count), batch.count
         if span.codec is None:
-            self._copy_rows(records, span.blocks, count, targets=batch.targets)
+            self._copy_rows(records, span.blocks, count, targets=batch.device_targets)
         else:
             raw = self._raw_rows(span, count)
             blocks = raw.view(span.codec.dtype).view(count, *span.codec.shape)
             span.codec.decode(records.view(torch.uint8), out=blocks)
-            self._copy_rows(raw, span.blocks, count, targets=batch.targets)
+            self._copy_rows(raw, span.blocks, count, targets=batch.device_targets)
 
     def _records(self, span: _Span, tray: _Tray, count: int) -> Tensor:
         """The first records of a tray as rows of the words that slots are seen as."""

@@ -35,8 +35,11 @@ class Streams(Protocol):
     def run(self, stream: Stream, work: Callable[[], None]) -> None:
         """Have the stream do what `work` issues. Streams other than STEP only."""
 
-    def record(self, stream: Stream) -> Event:
-        """The point that the stream has come to once it has done all that it has been given by now."""
+    def record(self, stream: Stream, *, for_threads: bool = False) -> Event:
+        """The point that the stream has come to once it has done all that it has been given by now.
+
+        Threads may wait for it only if it is made for them.
+        """
 
     def wait(self, stream: Stream, event: Event) -> None:
         """Have the stream do nothing of what it is given from now on before `event`."""
@@ -60,8 +63,8 @@ class CudaStreams:
         with torch.cuda.stream(self._sides[stream]):
             work()
 
-    def record(self, stream: Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    def record(self, stream: Stream, *, for_threads: bool = False) -> torch.cuda.Event:
+        event = torch.cuda.Event(blocking=for_threads)  # type: ignore[no-untyped-call]
         event.record(self._stream(stream))
         return event
 

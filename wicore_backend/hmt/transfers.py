@@ -39,7 +39,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import NamedTuple
 
 from wicore_backend.hmt.layout import LayerGroup
 
@@ -62,11 +61,12 @@ class Transfer:
     target: int
 
 
-class Pair(NamedTuple):
-    """Of a transfer."""
+@dataclass(eq=False, slots=True)
+class Pairs:
+    """Of transfers of one group and route: from each source to the target at the same place."""
 
-    source: int
-    target: int
+    sources: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -74,48 +74,39 @@ class Round:
     """Transfers of one group that give the same as listed if they are made by route: first all spills, then all forks,
     then all loads, each route's in any order or at once."""
 
-    spills: list[Pair] = field(default_factory=list)
-    forks: list[Pair] = field(default_factory=list)
-    loads: list[Pair] = field(default_factory=list)
-    _spilled_into: set[int] = field(default_factory=set)
-    _loaded_from: set[int] = field(default_factory=set)
-    _fork_sources: set[int] = field(default_factory=set)
-    _fork_targets: set[int] = field(default_factory=set)
-    _loaded_into: set[int] = field(default_factory=set)
+    spills: Pairs = field(default_factory=Pairs)
+    forks: Pairs = field(default_factory=Pairs)
+    loads: Pairs = field(default_factory=Pairs)
+    _slots: set[int] = field(default_factory=set)
+    """Spilled into, or loaded from."""
+    _written: set[int] = field(default_factory=set)
+    """Blocks that are forked into, or loaded into."""
+    _loaded: set[int] = field(default_factory=set)
+    _forked: set[int] = field(default_factory=set)
+    """Blocks that are forked from."""
 
-    def add(self, transfer: Transfer) -> bool:
+    def add(self, route: Route, source: int, target: int) -> bool:
         """Put the next transfer of the list into the round; False if it does not fit there."""
-        pair = Pair(transfer.source, transfer.target)
-        source, target = pair
-        match transfer.route:
-            case Route.DEVICE_TO_HOST:
-                if (
-                    source in self._fork_targets
-                    or source in self._loaded_into
-                    or target in self._spilled_into
-                    or target in self._loaded_from
-                ):
-                    return False
-                self.spills.append(pair)
-                self._spilled_into.add(target)
-            case Route.WITHIN_DEVICE:
-                if (
-                    source in self._fork_targets
-                    or source in self._loaded_into
-                    or target in self._fork_targets
-                    or target in self._fork_sources
-                    or target in self._loaded_into
-                ):
-                    return False
-                self.forks.append(pair)
-                self._fork_sources.add(source)
-                self._fork_targets.add(target)
-            case Route.HOST_TO_DEVICE:
-                if target in self._loaded_into:
-                    return False
-                self.loads.append(pair)
-                self._loaded_from.add(source)
-                self._loaded_into.add(target)
+        if route is Route.HOST_TO_DEVICE:
+            if target in self._loaded:
+                return False
+            self._loaded.add(target)
+            self._written.add(target)
+            self._slots.add(source)
+            pairs = self.loads
+        elif route is Route.DEVICE_TO_HOST:
+            if source in self._written or target in self._slots:
+                return False
+            self._slots.add(target)
+            pairs = self.spills
+        else:
+            if source in self._written or target in self._written or target in self._forked:
+                return False
+            self._forked.add(source)
+            self._written.add(target)
+            pairs = self.forks
+        pairs.sources.append(source)
+        pairs.targets.append(target)
         return True
 
 
@@ -123,8 +114,10 @@ def in_rounds(transfers: Iterable[Transfer]) -> dict[LayerGroup, list[Round]]:
     """The list cut into rounds, for each group by itself: groups share neither blocks nor slots."""
     rounds: dict[LayerGroup, list[Round]] = {}
     for transfer in transfers:
-        of_group = rounds.setdefault(transfer.group, [Round()])
-        if not of_group[-1].add(transfer):
+        of_group = rounds.get(transfer.group)
+        if of_group is None:
+            of_group = rounds[transfer.group] = [Round()]
+        if not of_group[-1].add(transfer.route, transfer.source, transfer.target):
             of_group.append(Round())
-            of_group[-1].add(transfer)
+            of_group[-1].add(transfer.route, transfer.source, transfer.target)
     return rounds
