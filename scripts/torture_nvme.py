@@ -32,10 +32,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from wicore_backend.hmt.cold_tier.books import ColdBooks
+from wicore_backend.hmt.cold_tier.records import record_name
+from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import NvmeConfig, NvmeStore, Outcome, StoreFiles, StoreUnusableError, Ticket
 from wicore_backend.hmt.nvme.files import aligned_buffer
 from wicore_backend.hmt.nvme.record import HEADER_BYTES, Record, fingerprint_of, scan
 from wicore_backend.hmt.nvme.space import Run
+from wicore_backend.hmt.policy.a2cr import A2CR
 
 NAME_BYTES = 16
 SLOT = 4096
@@ -572,7 +576,10 @@ def _plain(
 
 
 def opening(directory: Path, *, capacity_bytes: int, slot_bytes: int, slots_a_record: int) -> dict[str, Any]:
-    """Seconds to open a store with every slot taken, its index not in memory. Its slots are a hole, never read."""
+    """Seconds to open a store with every slot taken, its index not in memory, and to make a cold tier's books over it.
+
+    Its slots are a hole, never read.
+    """
     config = NvmeConfig(
         directory=directory,
         capacity_bytes=capacity_bytes,
@@ -590,7 +597,8 @@ def opening(directory: Path, *, capacity_bytes: int, slot_bytes: int, slots_a_re
     with (directory / "index").open("r+b") as stream:
         for number in range(count):
             runs = (Run(number * slots_a_record, slots_a_record),)
-            record = Record(rng.bytes(NAME_BYTES), slot_bytes * slots_a_record, number + 1, bytes(16), runs)
+            name = record_name((LayerGroup.GLOBAL, rng.bytes(NAME_BYTES)))
+            record = Record(name, slot_bytes * slots_a_record, number + 1, bytes(16), runs)
             for headers in record.headers(mark):
                 stream.write(headers)
         stream.flush()
@@ -604,6 +612,10 @@ def opening(directory: Path, *, capacity_bytes: int, slot_bytes: int, slots_a_re
         store = NvmeStore(config)
         seconds[cache] = round(time.perf_counter() - began, 2)
         assert len(store.records()) == count
+        if cache == "warm":
+            began = time.perf_counter()
+            ColdBooks(store, {LayerGroup.GLOBAL: slot_bytes * slots_a_record}, A2CR)
+            seconds["books"] = round(time.perf_counter() - began, 2)
         store.close()
     return {
         "capacity_bytes": capacity_bytes,

@@ -517,6 +517,33 @@ def test_the_forest_finds_the_feature_and_the_time_that_count():
     assert all(never[age_index(age)] < 0.4 * soon[age_index(age)] for age in (0.0, 5.0, 30.0))
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_adopted_blocks_leave_before_what_is_used_and_are_found_like_others(name):
+    policy = build(name, 200)
+    policy.advance(1.0)
+    policy.adopt(list(range(150)))
+    assert len(policy) == 150
+    policy.advance(100.0)
+    for _ in range(3):
+        policy.observe(Access(keys=[7, 8, 9]))
+        for key in (9, 8, 7):
+            policy.use(key)
+            policy.add(key)
+        policy.advance(policy.now + 60)
+    victims = [policy.evict() for _ in range(100)]
+    assert len(set(victims)) == 100
+    assert name == "w_tinylfu" or not {7, 8, 9} & set(victims)
+    policy.discard(7)
+    assert len(policy) in (49, 50)
+
+
+def test_what_was_adopted_teaches_nothing():
+    policy = A2CR(20_000)
+    policy.adopt(list(range(10_000)))
+    policy.observe(Access(keys=list(range(10_000))))
+    assert not policy.think()
+
+
 def test_a_tree_is_learnt_in_parts_each_much_smaller_than_a_tree():
     draw = np.random.default_rng(1)
     forest = ReuseForest(10, ForestSettings())

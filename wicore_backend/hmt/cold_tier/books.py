@@ -103,7 +103,11 @@ class ColdBooks:
             if key is None or encoded_bytes.get(key[0]) != record.payload_bytes:
                 store.delete(record.name)
             else:
-                self._hold(key)
+                self._held[key] = 0
+                self._held_blocks[key[0]] += 1
+        self._used_slots = sum(self._slots[group] * count for group, count in self._held_blocks.items())
+        held = list(self._held)
+        self._ask(lambda policy: policy.adopt(held))
 
     def __contains__(self, key: Key) -> bool:
         return key in self._held

@@ -23,6 +23,7 @@ from wicore_backend.hmt.policy.history import (
     ATTENTION,
     BLOCKS_AT_ONCE,
     FEATURES,
+    FRESH,
     PARTIAL,
     History,
     Prompt,
@@ -33,6 +34,9 @@ from wicore_backend.hmt.policy.reuse_forest import AGES, ForestSettings, ReuseFo
 from wicore_backend.hmt.policy.victim_heap import VictimHeap
 
 _EDGES: list[float] = AGES.tolist()
+
+_ADOPTED_RUN = 64
+"""Blocks that a former process stored one after the other are taken to belong together, so many at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +196,30 @@ class A2CR(Policy):
         self._home[key] = run
         run.evictable[key] = None
         if len(run.evictable) == 1:
+            self._rank(run)
+
+    def adopt(self, keys: Sequence[Key]) -> None:
+        """See Policy. Nothing is learnt from such blocks: when they were used is not known."""
+        prompt = Prompt(self.now, full_blocks=0, turn=0)
+        features = [FRESH] + [0] * (len(FEATURES) - 1)
+        for start in range(0, len(keys), _ADOPTED_RUN):
+            part = keys[start : start + _ADOPTED_RUN]
+            run = Run(
+                prompt=prompt,
+                features=features,
+                depth=0,
+                blocks=len(part),
+                sample=0,
+                probe=part[0],
+                touched=self.now,
+                retain_until=self.now,
+                pending=False,
+                settled=True,
+            )
+            for key in part:
+                self._history.touch(key, run, self.now)
+                self._home[key] = run
+                run.evictable[key] = None
             self._rank(run)
 
     def use(self, key: Key) -> None:

@@ -97,6 +97,11 @@ class Policy(ABC):
     def add(self, key: Key) -> None:
         """The block is cached and nobody uses it (any more)."""
 
+    def adopt(self, keys: Sequence[Key]) -> None:
+        """`add` blocks that a former process left, of which nothing is known but their order: the oldest first."""
+        for key in keys:
+            self.add(key)
+
     @abstractmethod
     def use(self, key: Key) -> None:
         """An evictable block is used again: a hit. KeyError if it is not evictable."""
