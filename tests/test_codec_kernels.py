@@ -14,7 +14,7 @@ from wicore_backend.hmt.codecs import make_codec
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_of, in_units_of  # noqa: E402
+from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_by_adding, in_units_of  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -165,17 +165,17 @@ def test_kernels_take_blocks_of_a_pool_and_leave_the_others(name, kernel_device)
 
 
 @triton.jit
-def _units(numbers, largest, units, COUNT: tl.constexpr):
-    from_here = tl.arange(0, COUNT)
+def _units(numbers, largest, units, count: tl.constexpr):
+    from_here = tl.arange(0, count)
     values = tl.load(numbers + from_here)
     tl.store(units + from_here, in_units_of(values, tl.load(largest + from_here), SHORT=True))
 
 
 @triton.jit
-def _e4m3(numbers, codes, COUNT: tl.constexpr):
-    from_here = tl.arange(0, COUNT)
+def _e4m3(numbers, codes, count: tl.constexpr):
+    from_here = tl.arange(0, count)
     values = tl.load(numbers + from_here)
-    tl.store(codes + from_here, e4m3_of(tl.abs(values), values))
+    tl.store(codes + from_here, e4m3_by_adding(values))
 
 
 @pytest.mark.parametrize("exponents", [(0, 0), (-1, 0), (-19, 0), (100, 101), (-120, -119)], ids=str)
@@ -188,7 +188,7 @@ def test_units_are_correctly_rounded_for_all_significands_of_11_bits(exponents, 
         values = torch.where(values > largest, values / 2, values)
         units = torch.empty_like(values).to(kernel_device)
         _units[(1,)](
-            values.to(kernel_device), largest.to(kernel_device), units, COUNT=len(values), enable_fp_fusion=False
+            values.to(kernel_device), largest.to(kernel_device), units, count=len(values), enable_fp_fusion=False
         )
         assert torch.equal(units.cpu(), values / largest)
 
@@ -201,7 +201,7 @@ def test_e4m3_rounds_half_to_even(kernel_device):
     values = torch.cat([values, 448 * torch.rand(2**13, generator=random) ** 4])[: 2**13]
     values = torch.cat([values, -values])
     codes = torch.empty(len(values), dtype=torch.uint8, device=kernel_device)
-    _e4m3[(1,)](values.to(kernel_device), codes, COUNT=len(values))
+    _e4m3[(1,)](values.to(kernel_device), codes, count=len(values))
     assert torch.equal(codes.cpu(), values.to(torch.float8_e4m3fn).view(torch.uint8))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _UNIT_FIRST = tl.constexpr(float.fromhex("0x1.2492p-9") * 2.0**120)
 _UNIT_REST = tl.constexpr(float.fromhex("0x1.24924ap-27") * 2.0**120)
 """2**120 / 448: 16 bits, and those that follow."""
@@ -25,7 +27,7 @@ def load_numbers(pointer, offsets):
 @triton.jit
 def store_numbers(pointer, offsets, numbers):
     """Write float32 as the pointer's dtype, rounded to nearest, half to even."""
-    if pointer.dtype.element_ty == tl.bfloat16:
+    if _INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
         # The interpreter's own conversion truncates.
         bits = numbers.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -38,18 +40,15 @@ def store_numbers(pointer, offsets, numbers):
 @triton.jit
 def finite(numbers, LARGEST: tl.constexpr):
     """NaN as 0, what is larger than LARGEST as LARGEST."""
-    numbers = zero_for_nan(numbers)
+    numbers = tl.where(numbers == numbers, numbers, 0.0)
     return tl.minimum(tl.maximum(numbers, -LARGEST), LARGEST)
 
 
-@triton.jit
-def zero_for_nan(numbers):
-    return tl.where(numbers == numbers, numbers, 0.0)
 
 
 @triton.jit
 def in_units_of(numbers, largest, SHORT: tl.constexpr):
-    """numbers / largest, correctly rounded where that is over 2**-20; below, about as small. 0 / 0 is 0, of any sign.
+    """numbers / largest, correctly rounded where that is over 2**-20; below, about as small. 0 / 0 is 0.
 
     `largest` is at least the numbers' magnitudes. SHORT says that all have 11 significant bits or fewer. Then no
     quotient is nearer than 2**-36 of itself to the middle between two float32, and it is enough to multiply by an
@@ -60,9 +59,8 @@ def in_units_of(numbers, largest, SHORT: tl.constexpr):
         factor = tl.where(largest < 2.0**-64, 2.0**64, tl.where(largest > 2.0**64, 2.0**-64, 1.0))
         largest *= factor
         numbers *= factor
-        inverse = tl.div_rn(1.0, largest).to(tl.uint32, bitcast=True)
-        first = ((inverse + 0x400) & 0xFFFFF800).to(tl.float32, bitcast=True)
-        rest = tl.div_rn(tl.fma(-largest, first, 1.0), largest)
+        first = (tl.div_rn(1.0, largest).to(tl.uint32, bitcast=True) & 0xFFFFF800).to(tl.float32, bitcast=True)
+        rest = tl.div_rn(tl.fma(-largest, first, 1.0), largest)  # Not negative, so that -0 stays -0.
         units = tl.fma(numbers, first, numbers * rest)
     else:
         units = tl.div_rn(numbers, largest)
@@ -77,14 +75,24 @@ def nearest_integer(numbers):
 
 
 @triton.jit
-def e4m3_of(magnitudes, signs):
-    """uint8 codes of float32 from 0 to 448 with the signs of others, half to even."""
-    bits = magnitudes.to(tl.int32, bitcast=True)
+def e4m3_of(numbers):
+    """uint8 codes of float32 from -448 to 448, half to even."""
+    if cuda_capability_geq(8, 9):
+        codes = numbers.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        codes = e4m3_by_adding(numbers)
+    return codes
+
+
+@triton.jit
+def e4m3_by_adding(numbers):
+    """`e4m3_of`, on any device."""
+    bits = numbers.to(tl.int32, bitcast=True)
     # 2**20 times the number's power of two, or that of the smallest normal e4m3, 2**-6: adding it leaves 3 bits.
     power = tl.maximum(bits & 0x7F800000, 121 << 23) + (20 << 23)
-    rounded = (magnitudes + power.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-    code = (rounded + (power >> 20) - (141 << 3)) & 0x7F  # The bits of `power` end above these.
-    return (code | ((signs.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+    rounded = (tl.abs(numbers) + power.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    code = rounded + (power >> 20) - (141 << 3)  # In its lowest byte: there `power` has no bits.
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wicore_backend.hmt.codecs.base import BlockShape
 
-_VALUES_OF_A_THREAD = 32
+_VALUES_OF_A_THREAD = 64
 _MOST_VALUES = 2**15
 """Of a program: more do not fit into its registers."""
 

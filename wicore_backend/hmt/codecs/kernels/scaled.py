@@ -16,7 +16,6 @@ from wicore_backend.hmt.codecs.kernels.arithmetic import (
     load_numbers,
     nearest_integer,
     store_numbers,
-    zero_for_nan,
 )
 from wicore_backend.hmt.codecs.kernels.launching import Blocks, largest_power_dividing, on_device, warps
 
@@ -108,11 +107,10 @@ def _encode_fp8(
     layer = tl.program_id(0) // (2 * HEADS)
     source, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD)
     offsets = head // HEADS * (TOKENS * HEADS * DIM) + tokens_of_head(head % HEADS, TOKENS, HEADS, DIM)
-    numbers = zero_for_nan(load_numbers(source, offsets))
-    magnitudes = tl.minimum(tl.abs(numbers), LARGEST)
-    largest = tl.max(magnitudes)
-    units = in_units_of(magnitudes, largest, SHORT=blocks.dtype.element_ty != tl.float32)
-    tl.store(record + offsets, e4m3_of(units * _FP8_MAX, numbers))
+    numbers = finite(load_numbers(source, offsets), LARGEST)
+    largest = tl.max(tl.abs(numbers))
+    units = in_units_of(numbers, largest, SHORT=blocks.dtype.element_ty != tl.float32)
+    tl.store(record + offsets, e4m3_of(units * _FP8_MAX))
     scales = (record + 2 * TOKENS * HEADS * DIM).to(blocks.dtype)
     store_numbers(scales, head, largest)
 
