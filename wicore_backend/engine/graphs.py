@@ -59,6 +59,20 @@ class Results(NamedTuple):
 Work = Callable[[], Results]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    """A CUDA graph, to be called."""
+
+    graph: torch.cuda.CUDAGraph
+    results: Results
+    work: Work
+    """What was captured: it keeps the tensors whose memory the graph reads."""
+
+    def __call__(self) -> Results:
+        self.graph.replay()
+        return self.results
+
+
 def capture(work: Work) -> Work:
     """`work` as a CUDA graph: the same kernels over the same memory, that of the results included, at each call.
 
@@ -68,12 +82,7 @@ def capture(work: Work) -> Work:
     # Other threads may use the device meanwhile, to move blocks between the tiers; that is no part of the graph.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = work()
-
-    def replay() -> Results:
-        graph.replay()
-        return results
-
-    return replay
+    return _Captured(graph, results, work)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
