@@ -29,6 +29,7 @@ from typing import Any, get_args
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from scripts.eval_demo import CHECKPOINT, Case, Messages, Outcome, WicoreAnswerer, ask, needle_cases, score, skill_cases
 from wicore_backend import Engine, EngineConfig, SamplingParams
@@ -51,8 +52,8 @@ class CodecRunner:
         self.passed = 0
         """Blocks so far, of both groups."""
 
-    def run(self, plan: StepPlan) -> StepOutput:
-        output = self._runner.run(plan)
+    def run(self, plan: StepPlan, ahead: Tensor | None = None) -> StepOutput:
+        output = self._runner.run(plan, ahead)
         size = self._pools.layout.block_size
         chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
         for group, pool in self._pools.tensors.items():
