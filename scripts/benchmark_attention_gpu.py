@@ -2,10 +2,12 @@
 
     python -m scripts.benchmark_attention_gpu decode      a layer's decode: us, and keys' and values' bytes a second
     python -m scripts.benchmark_attention_gpu prefill     a layer's prefill of a chunk after a prefix: TFLOP/s
-    python -m scripts.benchmark_attention_gpu variants    the shapes of tiles that attention/gpu/tuning.py chooses from
+    python -m scripts.benchmark_attention_gpu yardsticks  PyTorch's attention over contiguous keys and values
+    python -m scripts.benchmark_attention_gpu decode-variants prefill-variants
+                                                          the shapes of tiles that attention/gpu/tuning.py chooses from
 
-Decode layers are timed as they are served: replays of a CUDA graph over layers whose keys and values do not fit
-the card's cache together. The read limit and PyTorch's attention on contiguous tensors are from the same run.
+What is timed are replays of a CUDA graph, as decode steps are served, over layers whose keys and values do not fit the
+card's cache together. The read limit and PyTorch's attention on contiguous tensors are from the same run.
 """
 
 from __future__ import annotations
@@ -190,7 +192,7 @@ def measure_decode(load: Load, memory: Tensor, limit: float, tuning: Tuning | No
 
 def measure_prefill(load: Load, memory: Tensor, tuning: Tuning | None = None) -> dict[str, Any]:
     bench = Bench(load, memory, tuning)
-    ms = milliseconds(bench.prefill(), repeats=5) / bench.layers
+    ms = milliseconds(captured(bench.prefill()).replay, repeats=5) / bench.layers
     return {
         "group": str(load.group),
         "prefix": load.past,
@@ -222,23 +224,24 @@ def yardsticks(memory: Tensor) -> Iterator[dict[str, Any]]:
 
 
 def decode_variants() -> Iterator[Launch]:
-    for keys, warps, stages in ((32, 4, 3), (32, 4, 5), (32, 4, 7), (64, 4, 3), (64, 4, 5), (32, 2, 5), (64, 8, 5)):
+    for keys, warps, stages in ((32, 4, 5), (64, 4, 3), (32, 2, 3), (32, 2, 5), (32, 1, 5), (64, 2, 3)):
         yield Launch(keys, warps, stages, 4)
-    yield Launch(32, 4, 5, 2)
-    yield Launch(32, 4, 5, 8)
+    yield Launch(32, 2, 5, 3)
 
 
 def prefill_variants() -> Iterator[PrefillLaunch]:
-    for rows, keys, warps, stages in (
-        (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 5), (64, 64, 4, 2),
-        (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 8, 3),
-    ):  # fmt: skip
+    for rows, keys, warps, stages in ((128, 128, 8, 2), (128, 64, 8, 5)):
         yield PrefillLaunch(keys, warps, stages, 1, rows=rows)
+    yield PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2)
+    yield PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=3)
+    yield PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("decode", "prefill", "variants", "yardsticks", "compile"))
+    parser.add_argument(
+        "what", nargs="+", choices=("decode", "prefill", "decode-variants", "prefill-variants", "yardsticks", "compile")
+    )
     parser.add_argument("--json", type=Path, help="where to write the results, too")
     parser.add_argument("--nth", default="0/1", help="of compile: which of how many shares of the variants")
     arguments = parser.parse_args()
@@ -265,12 +268,13 @@ def main() -> None:
         return
     limit = read_limit(memory)
     report({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "read TB/s": round(limit / 1e12, 3)})
-    if "variants" in arguments.what:
+    if "decode-variants" in arguments.what:
         loads = [Load(LayerGroup.GLOBAL, 575), Load(LayerGroup.GLOBAL, 575, 64), Load(LayerGroup.LOCAL, 8191, 16)]
-        loads += [Load(LayerGroup.GLOBAL, 129_999), Load(LayerGroup.GLOBAL, 32767, 16)]
+        loads += [Load(LayerGroup.GLOBAL, 129_999), Load(LayerGroup.GLOBAL, 32767, 16), Load(LayerGroup.GLOBAL, 8191)]
         for launch in decode_variants():
             us = [measure_decode(load, memory, limit, replace(chosen, decode=launch))["us"] for load in loads]
             report({"decode": str(launch), "us": us})
+    if "prefill-variants" in arguments.what:
         chunks = [Load(LayerGroup.GLOBAL, 0, 1, 8192), Load(LayerGroup.GLOBAL, 32768, 1, 8192)]
         chunks.append(Load(LayerGroup.LOCAL, 8192, 1, 8192))
         for launch in prefill_variants():

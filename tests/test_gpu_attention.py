@@ -232,6 +232,18 @@ class TestOnTheDevice:
         device = torch.device("cuda")
         check(shape, [*self.PARTS], device, measured, head_dim=head_dim, tuning=None, processors=None, layers=layers)
 
+    @pytest.mark.parametrize(("keys", "stages"), [(64, None), (64, 4), (128, 2)])
+    @pytest.mark.parametrize(
+        ("block_size", "heads", "softcap"), [(16, (2, 4), None), (64, (1, 3), 0.8), (32, (16, 2), None)]
+    )
+    def test_prefills_by_each_kernel(self, block_size, heads, softcap, keys, stages):
+        shape, device = Shape(block_size, *heads, 600, softcap, torch.bfloat16), torch.device("cuda")
+        parts = [Part(0, 1), Part(0, 1000), Part(1900, 1111, image=(700, 256)), Part(3, 4), Part(0, 64)]
+        layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
+        launch = PrefillLaunch(keys, 8, 2, 1, rows=128, hopper_stages=stages)
+        tuning = replace(Tuning.of(128, torch.bfloat16), prefill=launch)
+        check(shape, parts, device, head_dim=128, tuning=tuning, processors=8, layers=layers)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_a_captured_graph_serves_other_steps(self, dtype):
         shape, device = Shape(32, 4, 2, 1024, dtype=dtype), torch.device("cuda")

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.closing_up import ClosedUp, close_up
+from wicore_backend.attention.gpu import hopper
+from wicore_backend.attention.gpu.hopper import HopperPrefill
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill_mass_kernel, write_kernel
 from wicore_backend.attention.gpu.masses import MASS_TAIL, Measurements, PrefillRun
@@ -213,6 +215,13 @@ class GpuPagedAttention:
             "num_warps": tuning.prefill.warps,
             "num_stages": tuning.prefill.stages,
         }
+        self._hopper: HopperPrefill | None = None
+        stages, shape = (
+            tuning.prefill.hopper_stages,
+            {"rows": self._tile_tokens * group_rows, "keys": tuning.prefill.keys},
+        )
+        if stages is not None and hopper.fits(layout, self._dtype, self._device, **shape):
+            self._hopper = HopperPrefill(layout, self._pools, self._prefill_options, stages=stages)
         self._mass_options = scoring | {
             "TOKENS": max(1, _MASS_ROWS // group_rows),
             "KEYS": _MASS_KEYS,
@@ -528,16 +537,20 @@ class GpuPagedAttention:
             **where,
             **self._write_options,
         )
-        scratch = prefills.scratch or _Scratch(plan.log_totals, plan.log_totals, prefills.slots)
         strides = {"q_token": q.stride(0), "q_head": q.stride(1)}
-        prefill_kernel[heads, prefills.num_items](
-            *(q, pool, plan.out[plan.num_decodes :], plan.log_totals, prefills.tiles, prefills.tables),
-            *(prefills.lowers, prefills.uppers, scratch.partial, scratch.stats, scratch.arrived),
-            **strides,
-            **where,
-            **self._prefill_options,
-            SPLIT=prefills.scratch is not None,
-        )
+        out, shares = plan.out[plan.num_decodes :], (prefills.tiles, prefills.tables, prefills.lowers, prefills.uppers)
+        if self._hopper is not None and prefills.scratch is None:
+            group, index = self._layout.layers[layer]
+            self._hopper(group, index, q, out, plan.log_totals, *shares, num_items=prefills.num_items)
+        else:
+            scratch = prefills.scratch or _Scratch(plan.log_totals, plan.log_totals, prefills.slots)
+            prefill_kernel[heads, prefills.num_items](
+                *(q, pool, out, plan.log_totals, *shares, scratch.partial, scratch.stats, scratch.arrived),
+                **strides,
+                **where,
+                **self._prefill_options,
+                SPLIT=prefills.scratch is not None,
+            )
         run = None if plan.mass is None else plan.mass.in_prefills.get(layer)
         if plan.mass is not None and run is not None:
             prefill_mass_kernel[heads, run.count, triton.cdiv(run.most_keys, _MASS_KEYS)](

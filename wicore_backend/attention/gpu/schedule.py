@@ -20,6 +20,9 @@ ITEM_FIELDS = 8
 TILE_FIELDS = 10
 """Of a prefill's work item: see `kernels/prefill.py`."""
 
+_SHORT_ITEM = 1024
+"""Keys below which a program's start and end weigh more than that there are as many programs as can be."""
+
 Ints = NDArray[np.integer[Any]]
 
 
@@ -85,6 +88,8 @@ def decode_items(
     lowest = np.maximum(new - window + 1, 0) if group is LayerGroup.LOCAL else np.zeros_like(new)
     start = lowest // keys * keys
     tiles = new // keys + 1 - start // keys
+    if int(tiles.sum()) * keys < items * _SHORT_ITEM:
+        items = max(1, items // 2)
     parts = -(-tiles // _tiles_an_item(tiles, most_items(count, items)))
     first_item = parts.cumsum() - parts
     sequence = np.repeat(np.arange(count), parts)

@@ -37,10 +37,13 @@ class PrefillLaunch(Launch):
         Of a tile of queries: its tokens times the query heads of a KV head.
     least_keys
         Of a program, where a tile's keys are shared out among several.
+    hopper_stages
+        Tiles that the kernel for Hopper loads ahead, on such a card; None leaves all to the one for every card.
     """
 
     rows: int
     least_keys: int = 512
+    hopper_stages: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,4 +60,4 @@ class Tuning:
             return cls(Launch(32, 4, 2, 4), PrefillLaunch(32, 4, 1, 2, rows=32))
         if head_dim > 128:
             return cls(Launch(32, 4, 3, 4), PrefillLaunch(64, 8, 2, 1, rows=128))
-        return cls(Launch(32, 2, 5, 4), PrefillLaunch(64, 8, 5, 1, rows=128))
+        return cls(Launch(32, 2, 5, 4), PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))
