@@ -1,6 +1,7 @@
 """Speed of paged attention on a GPU, for the layers of Gemma-3-27B: 32 query and 16 KV heads of 128, blocks of 32.
 
     python -m scripts.benchmark_attention_gpu decode      a layer's decode: us, and keys' and values' bytes a second
+    python -m scripts.benchmark_attention_gpu mass        what attention mass costs a decode
     python -m scripts.benchmark_attention_gpu prefill     a layer's prefill of a chunk after a prefix: TFLOP/s
     python -m scripts.benchmark_attention_gpu yardsticks  PyTorch's attention over contiguous keys and values
     python -m scripts.benchmark_attention_gpu decode-variants prefill-variants
@@ -113,10 +114,13 @@ class Bench:
         qkv = torch.randn(len(positions), QUERY_HEADS + 2 * KV_HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
         self.qkv = torch.split(qkv, [QUERY_HEADS, KV_HEADS, KV_HEADS], 1)
 
-    def decode_graph(self) -> torch.cuda.CUDAGraph:
-        """All layers' decodes, captured."""
-        bucket = self.attention.decode_bucket(sequences=self.load.batch, max_keys=self.load.past + 1, measures=False)
-        plan = self.attention.refresh(bucket, self.step)
+    def decode_graph(self, *, measures: bool = False, measured: bool = False) -> torch.cuda.CUDAGraph:
+        """All layers' decodes, captured; of the first layer's, attention mass is asked if `measured`."""
+        bucket = self.attention.decode_bucket(
+            sequences=self.load.batch, max_keys=self.load.past + 1, measures=measures or measured
+        )
+        asked = {0: range(self.load.batch)} if measured else {}
+        plan = self.attention.refresh(bucket, replace(self.step, measured=asked))
         self.keep = bucket
         return captured(lambda: [self.attention.attend(plan, layer, *self.qkv) for layer in range(self.layers)])
 
@@ -190,6 +194,19 @@ def measure_decode(load: Load, memory: Tensor, limit: float, tuning: Tuning | No
     }
 
 
+def measure_mass(load: Load, memory: Tensor) -> dict[str, Any]:
+    """A layer's decode in a bucket that cannot measure, in one that can, and in one asked for all of its sequences."""
+    bench = Bench(load, memory)
+    bench.layers = 1
+    graphs = [
+        bench.decode_graph(measures=measures, measured=asked)
+        for measures, asked in ((False, False), (True, False), (True, True))
+    ]
+    us = [milliseconds(graph.replay, repeats=30) * 1e3 for graph in graphs]
+    names = ("cannot measure", "can", "is asked")
+    return {"context": load.past + 1, "batch": load.batch} | dict(zip(names, (round(t, 2) for t in us), strict=True))
+
+
 def measure_prefill(load: Load, memory: Tensor, tuning: Tuning | None = None) -> dict[str, Any]:
     bench = Bench(load, memory, tuning)
     ms = milliseconds(captured(bench.prefill()).replay, repeats=5) / bench.layers
@@ -240,7 +257,9 @@ def prefill_variants() -> Iterator[PrefillLaunch]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", nargs="+", choices=("decode", "prefill", "decode-variants", "prefill-variants", "yardsticks", "compile")
+        "what",
+        nargs="+",
+        choices=("decode", "mass", "prefill", "decode-variants", "prefill-variants", "yardsticks", "compile"),
     )
     parser.add_argument("--json", type=Path, help="where to write the results, too")
     parser.add_argument("--nth", default="0/1", help="of compile: which of how many shares of the variants")
@@ -286,6 +305,9 @@ def main() -> None:
     if "decode" in arguments.what:
         for load in decode_loads():
             report(measure_decode(load, memory, limit))
+    if "mass" in arguments.what:
+        for context, batch in ((576, 64), (8192, 16), (130_000, 1)):
+            report(measure_mass(Load(LayerGroup.GLOBAL, context - 1, batch), memory))
     if "prefill" in arguments.what:
         for past in (0, 32768, 131_072):
             report(measure_prefill(Load(LayerGroup.GLOBAL, past, 1, 8192), memory))

@@ -23,6 +23,8 @@ from wicore_backend.attention.torch_paged import TorchPagedAttention
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter")
+
 SMALL = Tuning(Launch(16, 4, 2, 1), PrefillLaunch(16, 4, 1, 1, rows=16, least_keys=16))
 """Small tiles, so that short sequences have several."""
 

@@ -65,7 +65,8 @@ class Attention(Protocol[PlanT]):
     def attend(self, plan: PlanT, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes `k`, `v` [T, KV heads, d] of `layer` into the pools, then returns attention [T, query heads * d].
 
-        `q` [T, query heads, d] comes unscaled; the softmax scale and soft-capping are the model config's.
+        `q` [T, query heads, d] comes unscaled; the softmax scale and soft-capping are the model config's. The result
+        is good until the plan's next layer is attended to, which may overwrite it.
         """
 
     def mass(self, plan: PlanT) -> Mapping[int, NDArray[np.float32]]:
