@@ -9,7 +9,9 @@ from PyTorch's profiler, in a run of its own.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -128,9 +130,14 @@ def _run(engine: Engine, steps: _Steps, batch: int, prompt: int, args: argparse.
         ttft = _round(engine, batch, prompt, args.new, seed=round_)
         if round_:
             first_token.append(ttft)
-            step.append(statistics.median(steps.seconds_of(batch)))
+            if not (of_all := steps.seconds_of(batch)):
+                raise SystemExit(
+                    f"of {batch} answers at most {max(steps.decodes)} were decoded at once: give --kv-bytes more, or "
+                    "--batch-tokens less, which the KV cache keeps room for"
+                )
+            step.append(statistics.median(of_all))
     ttft, step_s = statistics.median(first_token), statistics.median(step)
-    return {
+    result = {
         "batch": batch,
         "prompt": prompt,
         "step_ms": round(step_s * 1e3, 3),
@@ -139,6 +146,8 @@ def _run(engine: Engine, steps: _Steps, batch: int, prompt: int, args: argparse.
         "prefill_tokens_per_s": round(batch * prompt / ttft),
         "step_ms_of_rounds": [round(s * 1e3, 3) for s in step],
     }
+    print(json.dumps(result), file=sys.stderr, flush=True)  # So that a long run cut short was not for nothing.
+    return result
 
 
 def _round(engine: Engine, batch: int, prompt: int, new: int, *, seed: int) -> float:
