@@ -122,8 +122,8 @@ def tell(seed: int, *, codec="exact", parts=True, broken=None, length=25) -> Non
         copy_rows=copy_rows,
         staging_bytes=0,
         large_bytes=0 if parts else 2**40,
-        fill_trays=2,
-        drain_trays=2,
+        engine_bytes=rng.choice([0, 2**40]),
+        trays=2,
     )
     copies.warm_up()
 
@@ -200,9 +200,9 @@ def long_answers_of_the_cpu():
 def test_a_device_far_too_small_gives_the_same_tokens(
     tmp_path, monkeypatch, long_answers_of_the_cpu, codec, large_bytes
 ):
-    monkeypatch.setattr("wicore_backend.hmt.streamed_copies.LARGE_BYTES", large_bytes)
+    monkeypatch.setitem(StreamedCopies.__init__.__kwdefaults__, "large_bytes", large_bytes)
     settings = {"host_cache_bytes": 12_000_000, "host_cache_codec": codec, "nvme_codec": codec, "hmt_policy": "lru"}
     tokens, cached = answers_of_small_tiers(tmp_path, device="cuda", **settings)
-    same = sum(a == b for a, b in zip(tokens, long_answers_of_the_cpu * 3, strict=True))
-    assert same == 24 if codec == "exact" else same >= 20
+    computed = 24 if codec == "exact" else 8  # The rest was restored from what has been rounded.
+    assert tokens[:computed] == (long_answers_of_the_cpu * 3)[:computed]
     assert cached > 0.7 * 2 * 8 * 800

@@ -39,8 +39,8 @@ def tell(seed: int, *, codec="exact", parts=True, broken=None, length=40) -> Non
         copy_rows=copy_rows_plainly,
         staging_bytes=0,
         large_bytes=0 if parts else 2**40,
-        fill_trays=2,
-        drain_trays=2,
+        engine_bytes=rng.choice([0, 2**40]),
+        trays=2,
     )
     copies.warm_up()
     story = Story(rng, pools, slots, codecs, copies, lambda work: streams.run(Stream.STEP, work))
@@ -68,6 +68,23 @@ def test_no_stream_waits_in_vain(edge):
         for seed in range(200):
             tell(seed, broken=edge)
 
+    with pytest.raises(AssertionError, match=r"layer|slot|blocks"):
+        tell_many()
+
+
+@pytest.mark.parametrize("kept", ["trays", "slots"])
+def test_both_waits_for_what_is_spilled_are_needed(monkeypatch, kept):
+    """That of spills for an empty tray, and that of loads for a full slot: one of them stays."""
+
+    def load_after(self, number: int) -> None:
+        if kept == "slots" and number:
+            self._streams.wait_indeed(Stream.SWAP, self._draining[-1][1])
+
+    def tell_many() -> None:
+        for seed in range(200):
+            tell(seed, broken=(Stream.SWAP, Stream.DRAIN) if kept == "slots" else None)
+
+    monkeypatch.setattr(StreamedCopies, "_load_after", load_after)
     with pytest.raises(AssertionError, match=r"layer|slot|blocks"):
         tell_many()
 

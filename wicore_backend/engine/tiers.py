@@ -47,7 +47,7 @@ class ColdStorage:
         woken: Callable[[], None],
     ) -> None:
         codecs = {
-            group: make_codec(codec, layout.block_shape(group), slots.dtype) for group, slots in pools.host.items()
+            group: make_codec(codec, layout.block_shape(group), pools.tensors[group].dtype) for group in pools.host
         }
         self._store = NvmeStore(
             store_config(directory, capacity_bytes=capacity_bytes, codecs=codecs, fingerprint=fingerprint)

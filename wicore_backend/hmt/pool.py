@@ -169,7 +169,7 @@ def _streamed_copies(
 ) -> StreamedCopies:
     # Here, since a machine without a GPU need not have OpenAI Triton.
     from wicore_backend.hmt.row_copies import copy_rows
-    from wicore_backend.hmt.streamed_copies import LARGE_BYTES, StreamedCopies
+    from wicore_backend.hmt.streamed_copies import StreamedCopies
     from wicore_backend.hmt.streams import CudaStreams
 
     copies = StreamedCopies(
@@ -180,7 +180,6 @@ def _streamed_copies(
         streams=CudaStreams(next(iter(tensors.values())).device),
         copy_rows=copy_rows,
         staging_bytes=staging_bytes(sum(tensor.nbytes for tensor in tensors.values())) if slots else 0,
-        large_bytes=LARGE_BYTES,
     )
     copies.warm_up()
     return copies

@@ -18,11 +18,13 @@ from wicore_backend.hmt.layout import KVLayout, LayerGroup, Part
 from wicore_backend.hmt.streams import Event, Stream, Streams
 from wicore_backend.hmt.transfers import Round, Transfer, in_rounds
 
-_FILL_TRAYS = 4
-_DRAIN_TRAYS = 12
+_TRAYS = 8
 LARGE_BYTES = 128 << 20
 """Loads of so many bytes, over 2 ms, are made part by part, so that the step begins before all have come. Each part
-costs 0.1 to 0.2 ms of the host's time."""
+costs 0.1 ms of the host's time."""
+ENGINE_BYTES = 2 << 20
+"""Rows of so many bytes are copied over PCIe by the copy engines, each in a call of its own: at 55 GB/s, and without
+taking the step's processors. It costs the host 6 us a row; for smaller ones a kernel is quicker."""
 
 
 _NONE = np.zeros(0, np.int64)
@@ -63,7 +65,7 @@ class _Moves:
 
 @dataclass(eq=False, slots=True)
 class _Tray:
-    """Memory on the device that records pass through: uint8 [size]. Empty after the event."""
+    """Memory on the device that records pass through on their way down: uint8 [size]. Empty after the event."""
 
     memory: Tensor
     emptied: Event | None = None
@@ -101,9 +103,11 @@ class StreamedCopies:
     codecs
         How blocks are written there; none for a group whose records are the blocks themselves.
     staging_bytes
-        Memory on the device for records on their way.
+        Memory on the device for records on their way, in all trays together.
     large_bytes
-        Loads, or spills, of so many bytes are made part by part.
+        Loads of so many bytes are made part by part, as are spills that no trays can take.
+    engine_bytes
+        Rows of so many bytes go over PCIe one by one.
     """
 
     def __init__(
@@ -116,34 +120,31 @@ class StreamedCopies:
         streams: Streams,
         copy_rows: CopyRows,
         staging_bytes: int,
-        large_bytes: int,
-        fill_trays: int = _FILL_TRAYS,
-        drain_trays: int = _DRAIN_TRAYS,
+        large_bytes: int = LARGE_BYTES,
+        engine_bytes: int = ENGINE_BYTES,
+        trays: int = _TRAYS,
     ) -> None:
         self._layout = layout
         self._streams = streams
         self._copy_rows = copy_rows
         self._large_bytes = large_bytes
+        self._engine_bytes = engine_bytes
         self._whole = self._spans(layout.whole, pools, slots, codecs)
         self._parts = [(part.first_layer, self._spans(part, pools, slots, codecs)) for part in layout.parts]
-        spans = [span for span in self._whole if span.slots is not None]
-        staged = (
-            max((staging_bytes // (fill_trays + drain_trays), *(span.record_bytes for span in spans))) if spans else 0
-        )
         device = next(iter(pools.values())).device
-
-        def trays(count: int) -> deque[_Tray]:
-            return deque(_Tray(torch.empty(staged, dtype=torch.uint8, device=device)) for _ in range(count))
-
-        self._fill_trays, self._drain_trays = trays(fill_trays), trays(drain_trays)
-        parts = [span for _, spans in self._parts for span in spans]
-        raw = [staged // span.record_bytes * span.block_bytes for span in (*spans, *parts) if span.codec is not None]
-        self._raw = torch.empty(max(raw, default=0), dtype=torch.uint8, device=device)  # For SWAP alone.
+        spans = [span for span in self._whole if span.slots is not None]
+        self._staged = max((staging_bytes // trays, *(span.record_bytes for span in spans))) if spans else 0
+        self._trays = deque(_Tray(torch.empty(self._staged, dtype=torch.uint8, device=device)) for _ in range(trays))
+        spans += [span for _, of_part in self._parts for span in of_part]
+        blocks = [self._staged // span.record_bytes * span.block_bytes for span in spans if span.codec is not None]
+        # For SWAP alone: blocks that are not in the pool, and records on their way up.
+        self._raw = torch.empty(max(blocks, default=0), dtype=torch.uint8, device=device)
+        self._encoded = torch.empty(self._staged if blocks else 0, dtype=torch.uint8, device=device)
         # Batches of spills have numbers: for each slot that of the last one into it.
-        self._drained = {group: np.zeros(len(of_group), np.int64) for group, of_group in slots.items()}
-        self._drains = 0
-        self._draining: deque[tuple[int, Event]] = deque(maxlen=drain_trays)
-        self._filled_after = 0  # FILL waits for the batch of that number, and so for all before.
+        self._spilled = {group: np.zeros(len(of_group), np.int64) for group, of_group in slots.items()}
+        self._spills = 0
+        self._draining: deque[tuple[int, Event]] = deque(maxlen=trays)
+        self._loads_after = 0  # SWAP waits for the batch of that number, and so for all before.
         self._arriving: deque[tuple[int, Event]] = deque()  # by first layer, what STEP has not waited for
 
     def warm_up(self) -> None:
@@ -158,13 +159,16 @@ class StreamedCopies:
 
         for span in [*self._whole, *(span for _, spans in self._parts for span in spans)]:
             self._fork(span, _Moves(_NONE, _NONE, no_rows, no_rows))
-            if span.slots is not None:
-                records = self._records(span, self._fill_trays[0], 1)
-                raw = records if span.codec is None else self._raw_rows(span, 1)
-                from_listed(span.blocks, raw)
-                to_listed(raw, span.blocks)
-                from_listed(span.slots, records)
-                to_listed(records, span.slots)
+            if span.slots is None:
+                continue
+            to_listed(self._records(span, self._trays[0].memory, 1), span.slots)
+            if span.codec is None:
+                from_listed(span.blocks, self._records(span, self._trays[0].memory, 1))
+                self._load_exactly(span, _Moves(_NONE, _NONE, no_rows, no_rows))
+            else:
+                from_listed(span.slots, self._records(span, self._encoded, 1))
+                from_listed(span.blocks, self._raw_rows(span, 1))
+                to_listed(self._raw_rows(span, 1), span.blocks)
 
     def apply(self, transfers: Iterable[Transfer]) -> Callable[[], None]:
         """Issue copies; see `KVPools.apply`."""
@@ -183,11 +187,11 @@ class StreamedCopies:
                     if loads.count:
                         self._load(span, loads)
             self._arriving.append((first_layer, self._streams.record(Stream.SWAP)))
-        filled = self._streams.record(Stream.FILL, for_threads=True)
+        loaded = self._streams.record(Stream.SWAP, for_threads=True)
         drained = self._streams.record(Stream.DRAIN, for_threads=True)
 
         def written() -> None:
-            filled.synchronize()
+            loaded.synchronize()
             drained.synchronize()
 
         return written
@@ -239,32 +243,31 @@ class StreamedCopies:
         return moves_of(0), moves_of(2), moves_of(4)
 
     def _large(self, rounds: Mapping[LayerGroup, Sequence[tuple[_Moves, _Moves, _Moves]]]) -> bool:
-        """Whether the loads, or the spills, are worth being made part by part."""
+        """Whether the list is worth being made part by part."""
         up = down = 0
         for span in self._whole:
             for spills, _, loads in rounds.get(span.group, ()):
                 if span.slots is not None:
                     up += loads.count * span.record_bytes
                     down += spills.count * span.record_bytes
-        return max(up, down) >= self._large_bytes
+        return up >= self._large_bytes or down > self._staged * len(self._trays)
 
     def _spill(self, span: _Span, moves: _Moves) -> None:
         assert span.slots is not None, "spilled to a host tier that is not there"
-        streams, trays = self._streams, self._drain_trays
-        for batch in moves.batches(len(trays[0].memory) // span.record_bytes):
-            tray = trays[0]
-            trays.rotate(-1)
+        streams = self._streams
+        for batch in moves.batches(self._staged // span.record_bytes):
+            tray = self._trays[0]
+            self._trays.rotate(-1)
             if tray.emptied is not None:
                 streams.wait(Stream.SWAP, tray.emptied)
-            streams.run(Stream.SWAP, partial(self._encode, span, batch, tray))
+            records = self._records(span, tray.memory, batch.count)
+            streams.run(Stream.SWAP, partial(self._encode, span, batch, records))
             streams.wait(Stream.DRAIN, streams.record(Stream.SWAP))
-            records = self._records(span, tray, batch.count)
-            copy = partial(self._copy_rows, records, span.slots, batch.count, targets=batch.device_targets)
-            streams.run(Stream.DRAIN, copy)
+            streams.run(Stream.DRAIN, partial(self._cross, records, span.slots, batch, targets=True))
             tray.emptied = streams.record(Stream.DRAIN)
-            self._drains += 1
-            self._drained[span.group][batch.targets] = self._drains
-            self._draining.append((self._drains, tray.emptied))
+            self._spills += 1
+            self._spilled[span.group][batch.targets] = self._spills
+            self._draining.append((self._spills, tray.emptied))
 
     def _fork(self, span: _Span, moves: _Moves) -> None:
         blocks, sources, targets = span.blocks, moves.device_sources, moves.device_targets
@@ -273,52 +276,60 @@ class StreamedCopies:
 
     def _load(self, span: _Span, moves: _Moves) -> None:
         assert span.slots is not None, "loaded from a host tier that is not there"
-        streams, trays = self._streams, self._fill_trays
-        self._fill_after_spills(int(self._drained[span.group][moves.sources].max()))
-        for batch in moves.batches(len(trays[0].memory) // span.record_bytes):
-            tray = trays[0]
-            trays.rotate(-1)
-            if tray.emptied is not None:
-                streams.wait(Stream.FILL, tray.emptied)
-            records = self._records(span, tray, batch.count)
-            copy = partial(self._copy_rows, span.slots, records, batch.count, sources=batch.device_sources)
-            streams.run(Stream.FILL, copy)
-            streams.wait(Stream.SWAP, streams.record(Stream.FILL))
-            streams.run(Stream.SWAP, partial(self._decode, span, batch, tray))
-            tray.emptied = streams.record(Stream.SWAP)
-
-    def _fill_after_spills(self, number: int) -> None:
-        """Have FILL wait for the batch of spills of that number, or one soon after; 0 is none."""
-        if number > self._filled_after:
-            self._filled_after, event = next(drained for drained in self._draining if drained[0] >= number)
-            self._streams.wait(Stream.FILL, event)
-
-    def _encode(self, span: _Span, batch: _Moves, tray: _Tray) -> None:
-        """On SWAP: blocks into a tray."""
-        records, count = self._records(span, tray, batch.count), batch.count
+        self._load_after(int(self._spilled[span.group][moves.sources].max()))
         if span.codec is None:
-            self._copy_rows(span.blocks, records, count, sources=batch.device_sources)
-        else:
-            raw = self._raw_rows(span, count)
-            self._copy_rows(span.blocks, raw, count, sources=batch.device_sources)
-            blocks = raw.view(span.codec.dtype).view(count, *span.codec.shape)
-            span.codec.encode(blocks, out=records.view(torch.uint8))
+            self._load_exactly(span, moves)
+            return
+        for batch in moves.batches(self._staged // span.record_bytes):
+            self._streams.run(Stream.SWAP, partial(self._decode, span, batch))
 
-    def _decode(self, span: _Span, batch: _Moves, tray: _Tray) -> None:
-        """On SWAP: a tray into blocks."""
-        records, count = self._records(span, tray, batch.count), batch.count
-        if span.codec is None:
-            self._copy_rows(records, span.blocks, count, targets=batch.device_targets)
-        else:
-            raw = self._raw_rows(span, count)
-            blocks = raw.view(span.codec.dtype).view(count, *span.codec.shape)
-            span.codec.decode(records.view(torch.uint8), out=blocks)
-            self._copy_rows(raw, span.blocks, count, targets=batch.device_targets)
-
-    def _records(self, span: _Span, tray: _Tray, count: int) -> Tensor:
-        """The first records of a tray as rows of the words that slots are seen as."""
+    def _load_exactly(self, span: _Span, moves: _Moves) -> None:
         assert span.slots is not None
-        return tray.memory[: count * span.record_bytes].view(span.slots.dtype).view(count, -1)
+        self._streams.run(Stream.SWAP, partial(self._cross, span.slots, span.blocks, moves, sources=True, targets=True))
+
+    def _load_after(self, number: int) -> None:
+        """Have SWAP wait for the batch of spills of that number, or one soon after; 0 is none."""
+        if number > self._loads_after:
+            self._loads_after, event = next(drained for drained in self._draining if drained[0] >= number)
+            self._streams.wait(Stream.SWAP, event)
+
+    def _cross(
+        self, source: Tensor, target: Tensor, moves: _Moves, *, sources: bool = False, targets: bool = False
+    ) -> None:
+        """On SWAP or DRAIN: rows over PCIe, the moves' ones of `source` and of `target`, or 0, 1, 2, ..."""
+        if source.shape[1] * source.itemsize < self._engine_bytes:
+            from_, to = moves.device_sources if sources else None, moves.device_targets if targets else None
+            self._copy_rows(source, target, moves.count, sources=from_, targets=to)
+            return
+        rows = range(moves.count)
+        from_rows, to_rows = moves.sources.tolist() if sources else rows, moves.targets.tolist() if targets else rows
+        for from_row, to_row in zip(from_rows, to_rows, strict=True):
+            target[to_row].copy_(source[from_row], non_blocking=True)
+
+    def _encode(self, span: _Span, batch: _Moves, records: Tensor) -> None:
+        """On SWAP: blocks to records."""
+        if span.codec is None:
+            self._copy_rows(span.blocks, records, batch.count, sources=batch.device_sources)
+            return
+        raw = self._raw_rows(span, batch.count)
+        self._copy_rows(span.blocks, raw, batch.count, sources=batch.device_sources)
+        blocks = raw.view(span.codec.dtype).view(batch.count, *span.codec.shape)
+        span.codec.encode(blocks, out=records.view(torch.uint8))
+
+    def _decode(self, span: _Span, batch: _Moves) -> None:
+        """On SWAP: records in slots to blocks."""
+        assert span.slots is not None
+        assert span.codec is not None
+        records, raw = self._records(span, self._encoded, batch.count), self._raw_rows(span, batch.count)
+        self._cross(span.slots, records, batch, sources=True)
+        blocks = raw.view(span.codec.dtype).view(batch.count, *span.codec.shape)
+        span.codec.decode(records.view(torch.uint8), out=blocks)
+        self._copy_rows(raw, span.blocks, batch.count, targets=batch.device_targets)
+
+    def _records(self, span: _Span, memory: Tensor, count: int) -> Tensor:
+        """The first records in such memory, as rows of the words that slots are seen as."""
+        assert span.slots is not None
+        return memory[: count * span.record_bytes].view(span.slots.dtype).view(count, -1)
 
     def _raw_rows(self, span: _Span, count: int) -> Tensor:
         return self._raw[: count * span.block_bytes].view(span.blocks.dtype).view(count, -1)

@@ -18,7 +18,6 @@ class Stream(Enum):
     STEP = auto()
     """The caller's own: the model runs there."""
     SWAP = auto()
-    FILL = auto()
     DRAIN = auto()
 
 
@@ -45,7 +44,7 @@ class Streams(Protocol):
         """Have the stream do nothing of what it is given from now on before `event`."""
 
     def upload(self, numbers: NDArray[np.int64]) -> Tensor:
-        """Numbers on the device, for any work on SWAP, FILL or DRAIN that is given from now on."""
+        """Numbers on the device, for any work on SWAP or DRAIN that is given from now on."""
 
 
 class CudaStreams:
@@ -56,7 +55,7 @@ class CudaStreams:
         # Copies take few of the device's processors, and the step waits for them: they go first where both want one.
         self._sides = {
             side: torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-            for side in (Stream.SWAP, Stream.FILL, Stream.DRAIN)
+            for side in (Stream.SWAP, Stream.DRAIN)
         }
 
     def run(self, stream: Stream, work: Callable[[], None]) -> None:
@@ -73,12 +72,9 @@ class CudaStreams:
         self._stream(stream).wait_event(event)
 
     def upload(self, numbers: NDArray[np.int64]) -> Tensor:
-        with torch.cuda.stream(self._sides[Stream.FILL]):
+        with torch.cuda.stream(self._sides[Stream.SWAP]):
             uploaded = torch.from_numpy(numbers).pin_memory().to(self._device, non_blocking=True)
-        there = self.record(Stream.FILL)
-        for side in (Stream.SWAP, Stream.DRAIN):
-            self.wait(side, there)
-            uploaded.record_stream(self._sides[side])
+        uploaded.record_stream(self._sides[Stream.DRAIN])  # Which waits for SWAP before it reads them.
         return uploaded
 
     def _stream(self, stream: Stream) -> torch.cuda.Stream:

@@ -1,7 +1,7 @@
 """Copies of blocks that the books ask for: what they list, and what holds while the copies are made.
 
 `KVPools.apply` takes the list. On a CPU it makes the copies before it returns, in the order of the list. On CUDA it
-issues them (`hmt/streamed_copies.py`), and they are made beside the steps, on three streams of their own, with the same
+issues them (`hmt/streamed_copies.py`), and they are made beside the steps, on two streams of their own, with the same
 bytes as a result as if each had been made in order, between the step before and the step after. For that:
 
 1. **Commitment.** What `apply` has taken will be made; nothing cuts it. A sequence that is cancelled gives its blocks
@@ -10,24 +10,22 @@ bytes as a result as if each had been made in order, between the step before and
    raises, the books and the bytes differ: the engine ends.
 2. **Who may read a loaded block.** It is active, and can be found under its name, at once. Whoever finds it reads it in
    the next step at the earliest, and that step, before the attention of a layer, calls `KVPools.wait(layer)`.
-3. **Streams.** STEP runs the model. SWAP is the only other one that reads or writes device blocks. FILL reads slots
-   into trays on the device, DRAIN writes trays into slots; nothing else touches slots but the cold tier's threads.
-   STEP and SWAP depend on each other alone, through two events:
+3. **Streams.** STEP runs the model. SWAP is the only other one that reads or writes device blocks: it reads what is
+   spilled into trays on the device, makes forks, and loads from slots. DRAIN writes trays into slots. Nothing else
+   touches slots but the cold tier's threads. STEP and SWAP depend on each other through two events:
    SWAP waits for what STEP had been given when `apply` was called: so the steps before have written what leaves, and
    have read what is overwritten.
-   STEP waits, in `wait(layer)`, for SWAP's copies of the part of the blocks that has the layer. What has been given up
-   in that part has then been read into a tray, what is loaded has been written, forks have been made.
-4. **Trays.** SWAP reads a block into a tray only when DRAIN has emptied it; if all are full, SWAP waits, and the step
-   with it. DRAIN empties it after SWAP's event. FILL fills a tray when SWAP has emptied it, and SWAP empties it
-   after FILL's event. FILL waits for no step: loads are under way while the step before still runs.
-5. **Slots.** FILL reads a slot after DRAIN's event for whatever was spilled into it before. DRAIN writes a slot after
-   an event of SWAP that comes, on SWAP, after the emptying of the trays of all loads that were listed before: FILL has
-   read their slots by then.
+   STEP waits, in `wait(layer)`, for SWAP's copies of the part of the blocks that has the layer. What is spilled of that
+   part has then been read, what is loaded has been written, forks have been made.
+4. **Trays.** SWAP reads into a tray only after DRAIN's event for what was in it before: if all trays are full, SWAP
+   waits, and the step with it. DRAIN reads a tray after SWAP's event for what has been put there.
+5. **Slots.** SWAP loads from a slot after DRAIN's event for whatever was spilled into it before. DRAIN writes a slot
+   after an event of SWAP that comes, on SWAP, after all loads that were listed before.
 6. **Order on SWAP.** Transfers that do not touch the same block or slot may be made in any order. The list is cut into
    rounds (`in_rounds`): in each all spills, then all forks, then all loads are made. Large lists are made part by
    part, each part's rounds after those of the part before: layers do not overlap in memory, so each part is a
    list of its own.
-7. **The cold tier's threads** stand outside all streams. `apply` returns a call that returns once FILL and DRAIN have
+7. **The cold tier's threads** stand outside all streams. `apply` returns a call that returns once SWAP and DRAIN have
    done all of this list's, and all before; they make it before they read or write a slot that they have been given.
 8. **Failure of a step.** What a step has waited for stays waited for, since a retry follows on the same stream; what it
    has not come to is waited for by the retry, or by whatever step comes next. The next `apply` needs no step to have
