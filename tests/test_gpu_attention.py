@@ -5,8 +5,12 @@ Where there is no GPU, the kernels run on the CPU under OpenAI Triton's interpre
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,7 @@ from wicore_backend.hmt.pool import KVPools
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter")
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = Tuning(Launch(16, 4, 2, 1), PrefillLaunch(16, 4, 1, 1, rows=16, least_keys=16))
 """Small tiles, so that short sequences have several."""
 
@@ -205,6 +210,15 @@ def test_a_bucket_serves_whatever_fits_it_at_the_same_addresses(kernel_device):
         other.attention = bench.attention
         other.check(step, bench.attention.refresh(bucket, step), rows=6)
     assert before == [result.data_ptr() for result in (bucket.plan.out, bucket.plan.decodes[LayerGroup.GLOBAL].items)]
+
+
+def test_the_kernel_for_hopper_compiles_without_one():
+    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_hopper_prefill"]
+    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Two warpgroups, each with a first tile, those after it and the last: products in steps of 16.
+    assert done.stdout.splitlines() == ["64 4 products 64 copies 8", "128 2 products 96 copies 16"]
 
 
 # The real thing.

@@ -5,11 +5,16 @@ of the pool with each order, into a ring of tiles; it takes no registers and no 
 warpgroups have half of the rows each: while one does its softmax the other has the tensor cores, and each gives them
 the next product before it begins with the softmax of the last.
 
-Written in Gluon, OpenAI Triton's language a level below, which no interpreter runs: without a GPU this is untested.
+A warpgroup's rows are 64. So are the 16-bit values in a row of shared memory as the tensor cores read it, 128 bytes, so
+that a head of 128 lies in two panels side by side, and its result in two accumulators.
+
+Written in Gluon, OpenAI Triton's language a level below, which no interpreter runs: where there is no GPU, tests see
+only that it compiles.
 """
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,8 +29,6 @@ from wicore_backend.attention.gpu.schedule import TILE_FIELDS
 
 _TILE = gl.constexpr(TILE_FIELDS)
 _FLOOR = gl.constexpr(-1e30)
-_PANEL = gl.constexpr(64)  # 16-bit values in a row of shared memory as the tensor cores read it: 128 bytes
-_WARPGROUP_ROWS = gl.constexpr(64)
 
 
 @gluon.jit
@@ -142,7 +145,7 @@ def _attend(
     count = gl.cdiv(end - start, KEYS)
     mbarrier.wait(keys_there.index(0), 0)
     scores = warpgroup_mma_wait(0, deps=[_products(queries, keys, 0, WARPGROUP, KEYS, of_scores)])
-    gl.thread_barrier()
+    tl.debug_barrier()
     mbarrier.arrive(keys_free.index(0))
     top, total, weights, shrink = _softmax(
         scores, top, total, start, lower, upper, full_from, full_to, scale, softcap, KEYS, SOFTCAP, of_scores
@@ -159,14 +162,14 @@ def _attend(
         left_begun = warpgroup_mma(weights16, values.index(before * 2), left, is_async=True)
         right_begun = warpgroup_mma(weights16, values.index(before * 2 + 1), right, is_async=True)
         scores = warpgroup_mma_wait(2, deps=[begun])
-        gl.thread_barrier()
+        tl.debug_barrier()
         mbarrier.arrive(keys_free.index(stage))
         top, total, weights, shrink = _softmax(
             scores, top, total, start + nth * KEYS, lower, upper, full_from, full_to, scale, softcap,
             KEYS, SOFTCAP, of_scores,
         )  # fmt: skip
         left, right, weights16 = warpgroup_mma_wait(0, deps=[left_begun, right_begun, weights16])
-        gl.thread_barrier()
+        tl.debug_barrier()
         mbarrier.arrive(values_free.index(before))
         of_rows = gl.convert_layout(shrink, gl.SliceLayout(1, of_result))[:, None]
         left = left * of_rows
