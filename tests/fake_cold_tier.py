@@ -65,6 +65,13 @@ class FakeColdTier:
         del group
         return max(0, self.backlog - sum(restore is None for _, restore in self._under_way))
 
+    def room_behind(self, group: LayerGroup) -> int:
+        del group
+        return 0 if self._under_way or self._reports else self.backlog
+
+    def spill_behind(self, blocks: Sequence[SlotBlock], after: Callable[[], None] | None = None) -> int:
+        return self.spill(blocks, after)
+
     def spill(self, blocks: Sequence[SlotBlock], after: Callable[[], None] | None = None) -> int:
         del after
         self._check(blocks)

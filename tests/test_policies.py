@@ -537,6 +537,29 @@ def test_adopted_blocks_leave_before_what_is_used_and_are_found_like_others(name
     assert len(policy) in (49, 50)
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_dearest_are_all_that_may_leave_and_leave_late(name):
+    policy = build(name, 40)
+    draw = random.Random(3)
+    for time in range(60):
+        policy.advance(float(time))
+        keys = [10 * draw.randrange(6) + depth for depth in range(5)]
+        policy.observe(Access(keys=keys))
+        cached = set(policy.dearest())
+        for key in reversed(keys):
+            if key in cached:
+                policy.use(key)
+            policy.add(key)
+    order = list(policy.dearest())
+    assert len(order) == len(set(order)) == len(policy)
+    victims = [policy.evict() for _ in range(len(policy))]
+    assert set(victims) == set(order)
+    late = sum(order.index(victim) for victim in victims[: len(victims) // 2])
+    assert late >= sum(order.index(victim) for victim in victims[len(victims) // 2 :])
+    if name in ("lru", "lfu", "a2cr_product"):
+        assert victims == order[::-1]
+
+
 def test_what_was_adopted_teaches_nothing():
     policy = A2CR(20_000)
     policy.adopt(list(range(10_000)))

@@ -3,6 +3,10 @@
 import io
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +74,39 @@ def test_a_restarted_engine_goes_on_where_the_last_one_ended(tmp_path, expected)
     assert again.usage.cached_tokens >= again.usage.prompt_tokens - 32
     assert counts.restores == 1
     assert counts.restored_tokens == again.usage.cached_tokens
+
+
+_KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from wicore_backend import Engine, EngineConfig, SamplingParams
+
+settings = {"model": Path(sys.argv[1]), "nvme_cache_path": Path(sys.argv[2]), "nvme_cache_bytes": 100_000_000}
+engine = Engine(EngineConfig(**settings, device="cpu", dtype="float32", threads=1, nvme_codec="exact"))
+engine.generate([2, *range(300, 1300)], SamplingParams(max_tokens=2, temperature=0.0))
+end = time.monotonic() + 20
+while time.monotonic() < end and not sum(engine.statistics().nvme.held.values()) >= 31 + 16:
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_an_idle_engine_had_cached_outlives_a_kill(tmp_path):
+    command = [sys.executable, "-c", _KILLED, str(MODEL), str(tmp_path)]
+    killed = subprocess.run(command, cwd=ROOT, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with engine_on(tmp_path) as engine:
+        again = engine.generate([2, *range(300, 1300)], greedy())
+        usage = {group: tier.counts for group, tier in engine.statistics().host.items()}
+    assert again.usage.cached_tokens == 992
+    assert all(counts.written_behind == 0 for counts in usage.values()), "what is on disk is not stored again"
+
+
+def test_an_engine_told_so_writes_nothing_behind(tmp_path):
+    with engine_on(tmp_path, nvme_write_behind_bytes_per_second=0) as engine:
+        engine.generate(list(range(300, 700)), greedy(2))
+        time.sleep(0.3)
+        assert sum(engine.statistics().nvme.held.values()) == 0
 
 
 def test_half_the_bytes_give_the_same_answer(tmp_path, expected):

@@ -101,6 +101,10 @@ class EngineConfig(Settings):
     """How blocks are stored there: exact keeps every bit, q8 and fp8 take half of a 16-bit type, q4 a quarter. All but
     exact are lossy: what comes back from the disk was rounded, once."""
 
+    nvme_write_behind_bytes_per_second: Annotated[int, Field(ge=0)] = 200_000_000
+    """While it is idle, the engine stores at this pace what is cached and not on disk yet, so that it outlives a kill.
+    0 stores only what leaves host memory, and what is cached when the engine ends."""
+
     kv_budget_tokens: Positive | None = None
     """LOSSY. Tokens that an answer's sequence keeps on the device while it is decoded, of its layers with unlimited
     attention: the first, the recent, and those that attention falls on most; it cannot see the others. What leaves

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from contextlib import contextmanager
 
 from scripts.serving import ServerOptions, TritonServer
@@ -50,6 +51,18 @@ def test_a_stopped_server_is_warm_when_it_is_back(installation, tmp_path):
         assert again == texts
         assert min(cached) > 280
         assert metric(server, "wicore_engine_healthy") == 1
+
+
+def test_a_server_that_is_killed_while_idle_is_warm_when_it_is_back(installation, tmp_path):
+    with serving(installation, tmp_path) as server:
+        texts, _ = ask(server)
+        time.sleep(2.0)
+        os.kill(server.process_id, signal.SIGKILL)
+        server.wait(10)
+    with serving(installation, tmp_path) as server:
+        again, cached = ask(server)
+        assert again == texts
+        assert min(cached) > 280
 
 
 def test_a_killed_server_says_the_same_when_it_is_back(installation, tmp_path):

@@ -216,6 +216,7 @@ def _cold_storage(
         policy=POLICIES[settings.hmt_policy],
         fingerprint=checkpoint_fingerprint(settings.model),
         woken=woken,
+        behind_bytes_per_second=settings.nvme_write_behind_bytes_per_second,
     )
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.codecs import CodecName, make_codec
-from wicore_backend.hmt.cold_tier import ColdTier, store_config
+from wicore_backend.hmt.cold_tier import ColdTier, ColdTierLimits, store_config
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.hmt.nvme import NvmeStore
 from wicore_backend.hmt.policy import Policy
 from wicore_backend.hmt.pool import KVPools
+from wicore_backend.hmt.write_behind import copies_down
 
 _POLL_S = 0.002
 _CLOSE_S = 1.0
@@ -27,6 +28,8 @@ class ColdStorage:
         Of everything but dtype, layout and codec that changes a block's bytes.
     woken
         Called on any thread when blocks have moved.
+    behind_bytes_per_second
+        At which an idle engine stores what it has cached.
 
     Raises
     ------
@@ -45,6 +48,7 @@ class ColdStorage:
         policy: Callable[[int], Policy],
         fingerprint: bytes,
         woken: Callable[[], None],
+        behind_bytes_per_second: float = 0.0,
     ) -> None:
         codecs = {
             group: make_codec(codec, layout.block_shape(group), pools.tensors[group].dtype) for group in pools.host
@@ -53,7 +57,14 @@ class ColdStorage:
             store_config(directory, capacity_bytes=capacity_bytes, codecs=codecs, fingerprint=fingerprint)
         )
         try:
-            self.tier = ColdTier(self._store, codecs, pools.host, policy=policy, woken=woken)
+            self.tier = ColdTier(
+                self._store,
+                codecs,
+                pools.host,
+                policy=policy,
+                woken=woken,
+                limits=ColdTierLimits(behind_bytes_per_second=behind_bytes_per_second),
+            )
         except BaseException:
             self._store.close()
             raise
@@ -81,10 +92,15 @@ class BlockMover:
             self._blocks.lower.submit(self._written)
 
     def tend(self) -> None:
-        """Take note of what has moved, and go on; for an engine that has nothing else to do."""
-        if self._blocks.lower is not None:
-            self._blocks.lower.collect()
-            self.move()
+        """Take note of what has moved, go on, and write behind; for an engine that has nothing else to do."""
+        lower = self._blocks.lower
+        if lower is None:
+            return
+        lower.collect()
+        self.move()
+        if copies := copies_down(self._blocks):
+            self._written = self._pools.apply(copies)
+        lower.write_behind(self._written)
 
     def close(self, *, persist_s: float) -> None:
         """Store what is cached for as long as `persist_s`, so that another engine finds it, and close all tiers."""

@@ -7,6 +7,8 @@ A slot is in one state:
 - *pinned*: the same, but somebody is about to use it, so that it stays;
 - *leaving*: the same, but it is on its way to a colder tier; when it is there the slot is free, unless somebody has
   pinned the block meanwhile;
+- *copied*: held or pinned, and being read on its way to a colder tier, where it will be as well; if the policy gives it
+  up meanwhile, it is leaving;
 - *arriving*: it is reserved for a block that comes from a colder tier, and which cannot be found before that.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 from wicore_backend.hmt.block_pool import BlockAccountingError
@@ -50,6 +53,8 @@ class TierCounts:
     evicted: int = 0
     refused: int = 0
     """Not spilled: no slot could be had, or the policy thought nothing of the block."""
+    written_behind: int = 0
+    """Stored in the colder tier while they stayed."""
 
 
 @dataclass(slots=True)
@@ -61,6 +66,7 @@ class _Shelf:
     slots: dict[bytes, int] = field(default_factory=dict)
     pins: Counter[bytes] = field(default_factory=Counter)
     leaving: set[bytes] = field(default_factory=set)
+    copied: set[bytes] = field(default_factory=set)
     arriving: dict[bytes, int] = field(default_factory=dict)
     counts: TierCounts = field(default_factory=TierCounts)
     unheard: deque[Iterator[None]] = field(default_factory=deque)
@@ -197,13 +203,28 @@ class HostTier:
         excess = self.used(group) - len(shelf.leaving) - beyond
         for _ in range(min(excess, most, len(shelf.policy))):
             name = _victim(shelf)
-            shelf.leaving.add(name)
-            chosen.append(SlotBlock(group, name, shelf.slots[name]))
+            if not _leaves_as_copied(shelf, name):
+                shelf.leaving.add(name)
+                chosen.append(SlotBlock(group, name, shelf.slots[name]))
         return chosen
 
-    def left(self, group: LayerGroup, name: bytes) -> None:
-        """A block that was leaving is in the colder tier, or could not be taken there."""
+    def copy(self, group: LayerGroup, most: int, wanted: Callable[[LayerGroup, bytes], bool]) -> list[SlotBlock]:
+        """Up to `most` blocks, of those that are `wanted` in the colder tier the dearest: they are copied."""
+        shelf = self._shelves.get(group)
+        if shelf is None or most < 1:
+            return []
+        dear = (name for name in shelf.policy.dearest() if isinstance(name, bytes) and name not in shelf.copied)
+        chosen = list(islice((name for name in dear if wanted(group, name)), most))
+        shelf.copied.update(chosen)
+        return [SlotBlock(group, name, shelf.slots[name]) for name in chosen]
+
+    def left(self, group: LayerGroup, name: bytes, *, there: bool) -> None:
+        """A block that was leaving, or copied, is `there` in the colder tier, or could not be taken there."""
         shelf = self._shelves[group]
+        if name in shelf.copied:
+            shelf.copied.remove(name)
+            shelf.counts.written_behind += there
+            return
         shelf.leaving.remove(name)
         if name not in shelf.pins:
             shelf.free.append(shelf.slots.pop(name))
@@ -243,6 +264,10 @@ class HostTier:
     def forget_all(self) -> None:
         """Hold nothing but what is leaving or arriving: a colder tier has hold of these slots."""
         for shelf in self._shelves.values():
+            for name in shelf.copied:
+                shelf.policy.discard(name)
+            shelf.leaving |= shelf.copied
+            shelf.copied.clear()
             for name in [name for name in shelf.slots if name not in shelf.leaving]:
                 shelf.policy.discard(name)
                 shelf.free.append(shelf.slots.pop(name))
@@ -254,7 +279,8 @@ class HostTier:
             if sorted([*shelf.free, *shelf.slots.values(), *shelf.arriving.values()]) != list(range(self.slots[group])):
                 raise BlockAccountingError(f"free and used {group} slots of the host tier do not partition it")
             if (
-                not shelf.pins.keys() | shelf.leaving <= shelf.slots.keys()
+                not shelf.pins.keys() | shelf.leaving | shelf.copied <= shelf.slots.keys()
+                or shelf.leaving & shelf.copied
                 or shelf.slots.keys() & shelf.arriving.keys()
             ):
                 raise BlockAccountingError(f"a {group} block of the host tier is used or on its way and not there")
@@ -264,10 +290,21 @@ class HostTier:
 
 def _make_room(shelf: _Shelf) -> bool:
     """Have a free slot, if that can be."""
-    if not shelf.free and len(shelf.policy):
-        shelf.free.append(shelf.slots.pop(_victim(shelf)))
-        shelf.counts.evicted += 1
+    while not shelf.free and len(shelf.policy):
+        name = _victim(shelf)
+        if not _leaves_as_copied(shelf, name):
+            shelf.free.append(shelf.slots.pop(name))
+            shelf.counts.evicted += 1
     return bool(shelf.free)
+
+
+def _leaves_as_copied(shelf: _Shelf, name: bytes) -> bool:
+    """Whether a victim is being copied: its slot is read until that is over, and it leaves then."""
+    if name not in shelf.copied:
+        return False
+    shelf.copied.remove(name)
+    shelf.leaving.add(name)
+    return True
 
 
 def _victim(shelf: _Shelf) -> bytes:

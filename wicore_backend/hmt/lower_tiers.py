@@ -13,11 +13,15 @@ Between the host tier and the cold tier blocks move beside the steps, on threads
 4. Threads read and write slots outside the order of transfers. So `submit` comes after the transfers of a step have
    been issued, with a call that waits for them: the threads make it before they read or write a slot, and nobody else
    waits.
+5. What is in host memory is stored *behind* while the engine is idle, the dearest first, so that it outlives a kill.
+   It can be found and used meanwhile as ever, and later leaves without being written. Its slot is read until the cold
+   tier reports it, and given to nobody before. At most one batch is under way, and none while anything else is; and
+   nothing leaves the disk for it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -26,6 +30,8 @@ from wicore_backend.hmt.block_pool import BlockAccountingError
 from wicore_backend.hmt.host_tier import HostTier, Key, SlotBlock
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.policy.base import Access
+
+_LATEST_PROMPTS = 64
 
 RESTORE_SHARE = 0.5
 """Most of a group's host slots that restores take together: spills need the others. One alone may take all."""
@@ -56,6 +62,8 @@ class ColdBlocks(Protocol):
     def observe(self, access: Access) -> None: ...
     def attend(self, keys: Sequence[Key], masses: Sequence[float]) -> None: ...
     def room(self, group: LayerGroup) -> int: ...
+    def room_behind(self, group: LayerGroup) -> int: ...
+    def spill_behind(self, blocks: Sequence[SlotBlock], after: Written = None) -> int: ...
     def spill(self, blocks: Sequence[SlotBlock], after: Written = None) -> int: ...
     def restore(
         self, blocks: Sequence[SlotBlock], deadline_s: float | None = None, after: Written = None
@@ -121,9 +129,15 @@ class LowerTiers:
         self._asked: dict[Key, None] = {}  # of that, what has no slot yet
         self._calls: dict[Key, Cancellable] = {}  # of that, what is arriving
         self._cut: set[Key] = set()  # of that, what has been cancelled
+        self._store_behind = True  # until the cold tier does not take a block
+        self.latest: deque[Sequence[bytes]] = deque(maxlen=_LATEST_PROMPTS)
+        """The blocks of the latest prompts, by name, the newest last; whoever has seen to one takes it out."""
 
     def observe(self, access: Access, now: float) -> None:
         """A prompt has come, its blocks by their names; for the policies."""
+        self._store_behind = True
+        if self.cold is not None:
+            self.latest.append([name for name in access.keys if isinstance(name, bytes)])
         self.host.advance(now)
         for group in self.host.slots:
             self.host.observe(group, access)
@@ -204,6 +218,26 @@ class LowerTiers:
             still_asked = sum(asked_group is group for asked_group, _ in self._asked)
             self._spill(group, min(self._most[group], max(0, slots - still_asked)), written)
 
+    def write_behind(self, written: Written) -> None:
+        """Have some of what is in host memory alone stored, the dearest first, while it stays. For an idle engine."""
+        if self.cold is None or not self.may_write_behind:
+            return
+        blocks: list[SlotBlock] = []
+        for group in self.host.slots:
+            blocks += self.host.copy(group, self.cold.room_behind(group), self._lacks)
+        if blocks:
+            for block in blocks[self.cold.spill_behind(blocks, written) :]:
+                self.host.left(block.group, block.name, there=False)
+
+    @property
+    def may_write_behind(self) -> bool:
+        """Whether the cold tier has nothing else to do, has room, and took what it was given last."""
+        cold = self.cold
+        return cold is not None and self._store_behind and all(cold.room_behind(group) for group in self.host.slots)
+
+    def _lacks(self, group: LayerGroup, name: bytes) -> bool:
+        return self.cold is not None and not self.cold.holds(group, name)
+
     def spill_all(self, written: Written) -> None:
         """Have everything in the host tier leave, as far as the cold tier takes it, before the engine ends."""
         for group in self.host.slots:
@@ -216,7 +250,8 @@ class LowerTiers:
         for reported in self.cold.finished():
             key = reported.block.key
             if reported.restore is None:
-                self.host.left(*key)
+                self.host.left(*key, there=reported.there)
+                self._store_behind = self._store_behind and reported.there
                 continue
             del self._calls[key]
             cut = key in self._cut

@@ -163,6 +163,11 @@ class ColdBooks:
             if outcome is Outcome.DONE:
                 self._hold(key)
 
+    def room(self, group: LayerGroup) -> int:
+        """How many blocks would fit without another one's leaving."""
+        with self._lock:
+            return max(0, (self._store.config.slots - self._used_slots) // self._slots[group])
+
     def leave(self, group: LayerGroup, blocks: int) -> None:
         """So many were left to the caller."""
         with self._lock:

@@ -42,16 +42,20 @@ class ColdTierLimits:
         Memory for records under way, for each direction; a tray has room for the largest record in any case.
     measure_s
         An idle tier measures how fast restores are when that is so long ago.
+    behind_bytes_per_second
+        At which `spill_behind` stores; 0 is not at all.
     """
 
     backlog_bytes: int = 256 << 20
     tray_bytes: int = 4 << 20
     trays: int = 4
     measure_s: float = 60.0
+    behind_bytes_per_second: float = 200e6
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not (value := getattr(self, field.name)) > 0:
+            value = getattr(self, field.name)
+            if not (value > 0 or (value == 0 and field.name == "behind_bytes_per_second")):
                 raise InvalidArgumentError(f"cold tier: {field.name} is {value}; it has to be above 0")
 
 
@@ -105,6 +109,7 @@ class ColdTier:
         """What is under way and not reported, by slot."""
         self._spilling_bytes = self._restoring_bytes = 0
         self._spilled_bytes = self._restored_bytes = 0
+        self._behind_due = 0.0
         self._closed = False
         self._books = ColdBooks(store, {group: codec.encoded_bytes for group, codec in codecs.items()}, policy)
 
@@ -176,6 +181,26 @@ class ColdTier:
             self._down.spill(work, after)
         self._report(at_once)
         return count
+
+    def room_behind(self, group: LayerGroup) -> int:
+        """How many blocks of the group `spill_behind` takes now: none while anything is under way, or the disk full."""
+        if self.busy or self._closed or not self._limits.behind_bytes_per_second:
+            return 0
+        room = self._books.room(group) // len(self._slot_counts)
+        return min(room, max(1, self._limits.tray_bytes // self._block_bytes[group]))
+
+    def spill_behind(self, blocks: Sequence[SlotBlock], after: Callable[[], None] | None = None) -> int:
+        """`spill`, of what need not be stored now, at the pace that the limits set."""
+        due = max(time.monotonic(), self._behind_due)
+        size = sum(self._block_bytes[block.group] for block in blocks)
+        self._behind_due = due + size / self._limits.behind_bytes_per_second
+
+        def when_due() -> None:
+            if after is not None:
+                after()
+            time.sleep(max(0.0, due - time.monotonic()))
+
+        return self.spill(blocks, when_due)
 
     def restore(
         self, blocks: Sequence[SlotBlock], deadline_s: float | None = None, after: Callable[[], None] | None = None

@@ -17,6 +17,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from wicore_backend.hmt.policy.base import Access, Key, Policy, no_victim
 from wicore_backend.hmt.policy.history import (
@@ -233,6 +234,10 @@ class A2CR(Policy):
         key = next(iter(lowest[1].evictable))
         self._leave(key)
         return key
+
+    def dearest(self) -> Iterator[Key]:
+        self._follow_changes()
+        return chain.from_iterable(reversed(run.evictable) for run in self._scores.highest())
 
     def discard(self, key: Key) -> None:
         if key in self._home:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from wicore_backend.hmt.policy.base import Key, Policy, no_victim
 from wicore_backend.hmt.policy.victim_heap import VictimHeap
@@ -84,6 +86,9 @@ class ProductA2CR(_Formula):
             raise no_victim("a2cr_product")
         return self._heap.pop()
 
+    def dearest(self) -> Iterator[Key]:
+        return self._heap.highest()
+
     def discard(self, key: Key) -> None:
         if key in self._heap:
             self._heap.remove(key)
@@ -123,6 +128,10 @@ class WeightedA2CR(_Formula):
         victim = next(iter(lowest))
         self._leave(victim)
         return victim
+
+    def dearest(self) -> Iterator[Key]:
+        queues = sorted(self._queues.items(), reverse=True, key=lambda item: item[0])
+        return chain.from_iterable(reversed(queue) for _, queue in queues)
 
     def discard(self, key: Key) -> None:
         if key in self._home:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import chain
 
 from wicore_backend.hmt.policy.base import Key, Policy, no_victim
 
@@ -62,6 +64,9 @@ class ARC(Policy):
         ghosts[key] = None
         self._forget_ghosts()
         return key
+
+    def dearest(self) -> Iterator[Key]:
+        return chain(reversed(self._again), reversed(self._once))
 
     def discard(self, key: Key) -> None:
         self._in_use.discard(key)

@@ -114,6 +114,13 @@ class Policy(ABC):
     def discard(self, key: Key) -> None:
         """The block is gone for a reason other than its score; nothing happens if it is not cached."""
 
+    @abstractmethod
+    def dearest(self) -> Iterator[Key]:
+        """Evictable blocks, those that would leave last first, as nearly as that is cheap to say.
+
+        To begin costs O(n log n) at most; nothing else may be asked of the policy before the end.
+        """
+
     def admit(self, key: Key) -> bool:
         """Whether a block that a warmer tier gave up is worth a place here, were this tier full."""
         del key

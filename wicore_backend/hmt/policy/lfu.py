@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from wicore_backend.hmt.policy.base import Key, Policy, no_victim
 from wicore_backend.hmt.policy.victim_heap import VictimHeap
 
@@ -30,6 +32,9 @@ class LFU(Policy):
         key = self._heap.pop()
         del self._uses[key]
         return key
+
+    def dearest(self) -> Iterator[Key]:
+        return self._heap.highest()
 
     def discard(self, key: Key) -> None:
         self._uses.pop(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from wicore_backend.hmt.policy.base import Key, Policy, no_victim
 
@@ -28,6 +29,9 @@ class LRU(Policy):
         if not self._queue:
             raise no_victim("lru")
         return self._queue.popitem(last=False)[0]
+
+    def dearest(self) -> Iterator[Key]:
+        return reversed(self._queue)
 
     def discard(self, key: Key) -> None:
         self._queue.pop(key, None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import chain
 
 from wicore_backend.hmt.policy.base import Key, Policy, no_victim
 
@@ -70,6 +72,10 @@ class S3FIFO(Policy):
                 self._ghosts.popitem(last=False)
         self._evictable -= 1
         return key
+
+    def dearest(self) -> Iterator[Key]:
+        cached = chain(reversed(self._main), reversed(self._small))
+        return (key for key in cached if key not in self._in_use)
 
     def discard(self, key: Key) -> None:
         cached = self._small.pop(key, None) is not None or self._main.pop(key, None) is not None

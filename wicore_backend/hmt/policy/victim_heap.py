@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -51,6 +51,11 @@ class VictimHeap(Generic[K]):
                 return score, key
             heapq.heappop(heap)
         return None
+
+    def highest(self) -> Iterator[K]:
+        """The keys by score, highest first, in O(n log n)."""
+        live = sorted((entry for entry in self._heap if self._live.get(entry[2]) == entry[1]), reverse=True)
+        return (key for _, _, key in live)
 
     def pop(self) -> K:
         """Take out the key of the lowest score. IndexError if the heap is empty."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import chain
 
 from wicore_backend.hmt.policy.base import Key, Policy, no_victim
 
@@ -103,6 +105,9 @@ class WTinyLFU(Policy):
         if not queue:
             raise no_victim("w_tinylfu")
         return queue.popitem(last=False)[0]
+
+    def dearest(self) -> Iterator[Key]:
+        return chain(reversed(self._protected), reversed(self._probation), reversed(self._window))
 
     def discard(self, key: Key) -> None:
         self._home.pop(key, None)

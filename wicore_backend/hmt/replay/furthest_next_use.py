@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from wicore_backend.hmt.policy.base import Access, Key, Policy, no_victim
 from wicore_backend.hmt.policy.victim_heap import VictimHeap
@@ -57,6 +57,9 @@ class FurthestNextUse(Policy):
         if not self._heap:
             raise no_victim("belady")
         return self._heap.pop()
+
+    def dearest(self) -> Iterator[Key]:
+        return self._heap.highest()
 
     def discard(self, key: Key) -> None:
         if key in self._heap:

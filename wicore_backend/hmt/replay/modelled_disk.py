@@ -94,6 +94,14 @@ class ModelledDisk:
         del group
         return self._names.config.slots
 
+    def room_behind(self, group: LayerGroup) -> int:
+        """None: there is nothing to outlive."""
+        del group
+        return 0
+
+    def spill_behind(self, blocks: Sequence[SlotBlock], after: Written = None) -> int:
+        return self.spill(blocks, after)
+
     def spill(self, blocks: Sequence[SlotBlock], after: Written = None) -> int:
         del after
         for block in blocks:
