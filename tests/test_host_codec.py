@@ -1,16 +1,17 @@
 """A host tier that keeps blocks encoded: what it holds, what the disk takes from it, and what comes back."""
 
 import random
+from typing import get_args
 
 import pytest
 import torch
 
 from tests.test_tiers import PICTURE, SMALL, config, engine_on, greedy, talk
-from wicore_backend import Engine
+from wicore_backend import Engine, EngineConfig
 from wicore_backend.engine.tiers import ColdStorage
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.budget import divide_host_memory
-from wicore_backend.hmt.codecs import make_codec
+from wicore_backend.hmt.codecs import CodecName, make_codec
 from wicore_backend.hmt.cold_tier.staging import Stage
 from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
@@ -121,6 +122,10 @@ def test_slots_that_are_neither_blocks_nor_records_are_refused():
     codec = make_codec("q8", LAYOUT.block_shape(G), torch.bfloat16)
     with pytest.raises(InvalidArgumentError, match=r"torch\.uint8 \[slots, \d+\] of encoded blocks"):
         Stage(codec, torch.zeros(4, codec.encoded_bytes + 1, dtype=torch.uint8))
+
+
+def test_the_setting_offers_what_there_is():
+    assert get_args(EngineConfig.model_fields["host_cache_codec"].annotation) == get_args(CodecName)
 
 
 def test_the_disk_cannot_encode_what_is_encoded_already(tmp_path):
