@@ -11,7 +11,6 @@ contents change, so that a CUDA graph that was captured with it is good for ever
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,8 @@ from wicore_backend.attention.gpu import hopper
 from wicore_backend.attention.gpu.hopper import HopperPrefill
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill_mass_kernel, write_kernel
-from wicore_backend.attention.gpu.masses import MASS_TAIL, Measurements, PrefillRun
+from wicore_backend.attention.gpu.masses import MASS_TAIL, Measurements
+from wicore_backend.attention.gpu.plans import DecodeBucket, Decodes, MassMemory, Plan, Prefills, Scratch
 from wicore_backend.attention.gpu.schedule import (
     ITEM_FIELDS,
     Ints,
@@ -47,86 +47,6 @@ _MASS_ROWS = 64  # of its queries, at least
 _COMBINED_AT_ONCE = 4096  # values of partial results that a program holds while it puts them together
 
 Masses = Mapping[int, NDArray[np.float32]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Scratch:
-    """What the programs that share a sequence's or a tile's keys leave for the last of them; see the kernels."""
-
-    partial: Tensor
-    stats: Tensor
-    arrived: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Decodes:
-    items: Tensor
-    num_items: int
-    tables: Tensor
-    scratch: _Scratch
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Prefills:
-    tiles: Tensor
-    num_items: int
-    tables: Tensor
-    lowers: Tensor
-    uppers: Tensor
-    slots: Tensor
-    scratch: _Scratch | None
-    """None if no tile's keys are shared out."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _MassMemory:
-    """Where the kernels put attention masses.
-
-    Attributes
-    ----------
-    values
-        float32 [rows, query heads].
-    decodes_at
-        int32 [measured layers, decodes], where in `values` each one's measurement begins, or -1.
-    rows
-        By layer that of `decodes_at`.
-    prefills, in_prefills
-        As in `Measurements`; None and none in a bucket.
-    """
-
-    values: Tensor
-    decodes_at: Tensor
-    rows: Mapping[int, int]
-    prefills: Tensor | None
-    in_prefills: Mapping[int, PrefillRun]
-
-
-@dataclass(slots=True, eq=False)
-class Plan:
-    """What the layers of a step share, on the device, and what was asked of its attention mass."""
-
-    num_decodes: int
-    num_prefilled: int
-    """Tokens of the prefills, whose rows come after the decodes'."""
-    out: Tensor
-    """[T, query heads * d], each layer's result in its turn."""
-    log_totals: Tensor
-    """float32 [tokens of the prefills, query heads], each layer's in its turn: log2 of the sums of the weights."""
-    decodes: Mapping[LayerGroup, _Decodes]
-    prefills: Mapping[LayerGroup, _Prefills]
-    mass: _MassMemory | None
-    measurements: Measurements | None
-    closed_up: ClosedUp | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodeBucket:
-    """Memory and grids for whatever steps of decodes fit; see `GpuPagedAttention.decode_bucket`."""
-
-    plan: Plan
-    upload: Upload
-    sequences: int
-    max_keys: int
 
 
 class GpuPagedAttention:
@@ -216,11 +136,8 @@ class GpuPagedAttention:
             "num_stages": tuning.prefill.stages,
         }
         self._hopper: HopperPrefill | None = None
-        stages, shape = (
-            tuning.prefill.hopper_stages,
-            {"rows": self._tile_tokens * group_rows, "keys": tuning.prefill.keys},
-        )
-        if stages is not None and hopper.fits(layout, self._dtype, self._device, **shape):
+        rows, keys, stages = self._tile_tokens * group_rows, tuning.prefill.keys, tuning.prefill.hopper_stages
+        if stages is not None and hopper.fits(layout, self._dtype, self._device, rows=rows, keys=keys):
             self._hopper = HopperPrefill(layout, self._pools, self._prefill_options, stages=stages)
         self._mass_options = scoring | {
             "TOKENS": max(1, _MASS_ROWS // group_rows),
@@ -252,7 +169,7 @@ class GpuPagedAttention:
         tokens = len(step.positions) - step.decodes
         mass = None
         if measurements is not None:
-            mass = _MassMemory(
+            mass = MassMemory(
                 self._empty(measurements.rows, self._query_heads),
                 upload["decodes measured"],
                 {layer: row for row, layer in enumerate(measurements.of_decodes)},
@@ -299,7 +216,7 @@ class GpuPagedAttention:
         A call that waits for it, whatever the plan's memory has been used for since.
         """
         measurements, closed_up = plan.measurements, plan.closed_up
-        if measurements is None or plan.mass is None:
+        if measurements is None or plan.mass is None or not measurements.all:
             return dict
         totals = put({"totals": measurements.totals()}, self._device)["totals"]
         values = plan.mass.values[: measurements.rows]
@@ -351,7 +268,7 @@ class GpuPagedAttention:
         if layers:
             rows = sequences * (-(-max_keys // self._cell) + MASS_TAIL)
             at = upload["decodes measured"]
-            mass = _MassMemory(self._bucket_masses(rows), at, {layer: i for i, layer in enumerate(layers)}, None, {})
+            mass = MassMemory(self._bucket_masses(rows), at, {layer: i for i, layer in enumerate(layers)}, None, {})
         plan = Plan(
             num_decodes=sequences,
             num_prefilled=0,
@@ -452,14 +369,14 @@ class GpuPagedAttention:
             least_keys=self._tuning.prefill.least_keys,
         )
 
-    def _decodes(self, upload: Upload, group: LayerGroup, num_items: int, sequences: int) -> _Decodes:
+    def _decodes(self, upload: Upload, group: LayerGroup, num_items: int, sequences: int) -> Decodes:
         scratch = self._scratch(num_items, self._group, sequences)
-        return _Decodes(upload[group, "items"], num_items, upload[group, "tables"], scratch)
+        return Decodes(upload[group, "items"], num_items, upload[group, "tables"], scratch)
 
-    def _prefills(self, upload: Upload, group: LayerGroup, tiles: PrefillTiles) -> _Prefills:
+    def _prefills(self, upload: Upload, group: LayerGroup, tiles: PrefillTiles) -> Prefills:
         split = len(tiles.items) > tiles.tiles
         rows = self._prefill_options["ROWS"]
-        return _Prefills(
+        return Prefills(
             tiles=upload[group, "tiles"],
             num_items=len(tiles.items),
             tables=upload[group, "tables"],
@@ -469,10 +386,10 @@ class GpuPagedAttention:
             scratch=self._scratch(len(tiles.items), rows, tiles.tiles) if split else None,
         )
 
-    def _scratch(self, items: int, rows: int, shared: int) -> _Scratch:
+    def _scratch(self, items: int, rows: int, shared: int) -> Scratch:
         """For `items` items of `rows` rows, of `shared` sequences or tiles."""
         heads = self._layout.kv_heads
-        return _Scratch(
+        return Scratch(
             self._empty(items, heads, rows, self._layout.head_dim),
             self._empty(2, items, heads, rows),
             torch.zeros(shared, heads, dtype=torch.int32, device=self._device),
@@ -486,7 +403,7 @@ class GpuPagedAttention:
     def _attend_decodes(
         self,
         plan: Plan,
-        decodes: _Decodes,
+        decodes: Decodes,
         layer: int,
         pool: Tensor,
         where: Mapping[str, int],
@@ -519,7 +436,7 @@ class GpuPagedAttention:
     def _attend_prefills(
         self,
         plan: Plan,
-        prefills: _Prefills,
+        prefills: Prefills,
         layer: int,
         pool: Tensor,
         where: Mapping[str, int],
@@ -543,7 +460,7 @@ class GpuPagedAttention:
             group, index = self._layout.layers[layer]
             self._hopper(group, index, q, out, plan.log_totals, *shares, num_items=prefills.num_items)
         else:
-            scratch = prefills.scratch or _Scratch(plan.log_totals, plan.log_totals, prefills.slots)
+            scratch = prefills.scratch or Scratch(plan.log_totals, plan.log_totals, prefills.slots)
             prefill_kernel[heads, prefills.num_items](
                 *(q, pool, out, plan.log_totals, *shares, scratch.partial, scratch.stats, scratch.arrived),
                 **strides,
