@@ -164,7 +164,8 @@ def _round(engine: Engine, batch: int, prompt: int, new: int, *, seed: int) -> f
 def _profile(engine: Engine, batch: int, layers: int) -> dict[str, Any]:
     """Microseconds of a decode step of `batch` by kind of kernel, and those in which no kernel ran.
 
-    Kernels may lie over each other: their times can add up to more than the step's.
+    A kernel may start before the one that it follows has ended. What counts as its time is what it adds: from when the
+    last one before it ended, or itself began, to its end.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -178,18 +179,16 @@ def _profile(engine: Engine, batch: int, layers: int) -> dict[str, Any]:
     )
     attended = [start for start, _, name in kernels if _KINDS["attention"][0] in name]
     first, last = attended[-_PROFILED_STEPS * layers - 1], attended[-1]
-    times = dict.fromkeys([*_KINDS, "rest"], 0.0)
-    covered, idle = first, 0.0
+    times = dict.fromkeys([*_KINDS, "rest", "idle"], 0.0)
+    done = first
     for start, end, name in kernels:
         if first <= start < last:
             kind = next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), "rest")
-            times[kind] += (end - start) / _PROFILED_STEPS
-            idle += max(0.0, start - covered) / _PROFILED_STEPS
-            covered = max(covered, end)
-    step = (last - first) / _PROFILED_STEPS
-    return {"batch": batch, "step_us": round(step), "idle_us": round(idle)} | {
-        f"{kind}_us": round(time) for kind, time in times.items()
-    }
+            times["idle"] += max(0.0, start - done)
+            times[kind] += max(0.0, end - max(start, done))
+            done = max(done, end)
+    parts = {f"{kind}_us": round(time / _PROFILED_STEPS) for kind, time in times.items()}
+    return {"batch": batch, "step_us": round((last - first) / _PROFILED_STEPS), **parts}
 
 
 def read_limit(device: torch.device) -> float:

@@ -104,6 +104,7 @@ def test_products_of_few_rows(dtype, rows, splits, kernel_device):
     tile = Tile(16, 16, 3, 32, splits=splits, dot=rows > 1)
     assert tile.fits(weight)
     assert not tile.fits(weight[:56])
+    assert not tile.fits(weight[:, :16])
     assert not tile.fits(weight[:, :120])
     for of in (x, wide[:, :128]):  # A view, rows apart by more than they are long.
         ours = product(of, weight, tile)

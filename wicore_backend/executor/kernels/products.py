@@ -51,11 +51,9 @@ class Tile:
     def fits(self, weight: Tensor, *, gated: bool = False) -> bool:
         """Whether `weight` [N, K], or [2 N, K] if `gated`, has a whole number of tiles."""
         columns, depth = weight.shape
-        return (
-            columns // (1 + gated) % self.columns == 0
-            and depth % self.splits == 0
-            and (depth // self.splits - self.first) % self.depth == 0
-        )
+        after_first = depth // self.splits - self.first
+        whole_columns = columns // (1 + gated) % self.columns == 0
+        return whole_columns and depth % self.splits == 0 and after_first >= 0 and after_first % self.depth == 0
 
 
 @triton.jit(do_not_specialize=["rows"])
