@@ -253,6 +253,13 @@ def record(engine: Engine, text: str, answer: str, tokens: int) -> Recording:
     return Recording(layers, len(prompt), slice(first // size, last // size + 1))
 
 
+def top(average: AttentionMass, count: int, *, first: int = 0, recent: int = 0) -> NDArray[np.int64]:
+    """The `count` blocks with the best scores, in order of position, but for the `first` and the `recent` ones."""
+    between = average.scores()[first : max(first, len(average) - recent)]
+    order = np.argsort(between, kind="stable")
+    return np.sort(order[max(0, len(between) - count) :]) + first
+
+
 def rank_correlation(a: Floats, b: Floats) -> float:
     """Spearman's."""
     return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
@@ -276,13 +283,13 @@ def quality(options: argparse.Namespace) -> None:
             truth, average = recording.truth, recording.sampled(interval, options.weight)
             quarter, eighth = len(truth) // 4, len(truth) // 8
             best = np.sort(truth)[::-1]
-            top = average.top(quarter)
+            kept = top(average, quarter)
             rows.append(
                 [
                     rank_correlation(average.average(), truth),
-                    len(np.intersect1d(top, np.argsort(-truth)[:quarter])) / quarter,
-                    truth[top].sum() / best[:quarter].sum(),
-                    truth[average.top(eighth)].sum() / best[:eighth].sum(),
+                    len(np.intersect1d(kept, np.argsort(-truth)[:quarter])) / quarter,
+                    truth[kept].sum() / best[:quarter].sum(),
+                    truth[top(average, eighth)].sum() / best[:eighth].sum(),
                 ]
             )
         name = "prompt's end only" if interval is None else f"and every {interval} tokens"
@@ -346,7 +353,7 @@ class Question:
         count = max(0, int(share * len(self.mass)) - _FIRST_BLOCKS - _RECENT_BLOCKS)
         match choice:
             case "mass":
-                kept = self.mass.top(count, first=_FIRST_BLOCKS, recent=_RECENT_BLOCKS)
+                kept = top(self.mass, count, first=_FIRST_BLOCKS, recent=_RECENT_BLOCKS)
             case "recency":
                 kept = between[len(between) - count :]
             case "random":

@@ -222,31 +222,11 @@ def test_relative_mass_is_one_for_the_mean_block() -> None:
     assert folded(0.1, [0, 0]).relative().tolist() == [0, 0]
 
 
-def test_top_leaves_out_the_ends() -> None:
-    average = folded(0.1, [0.3, 0.1, 0.2, 0.05, 0.15, 0.2])
-    assert average.top(2, spread=0).tolist() == [0, 5]
-    assert average.top(2, spread=0, first=1).tolist() == [2, 5]
-    assert average.top(2, spread=0, first=1, recent=1).tolist() == [2, 4]
-    assert average.top(9, first=1, recent=2).tolist() == [1, 2, 3]
-    assert average.top(0).tolist() == []
-    assert average.top(3, first=4, recent=4).tolist() == []
-    assert average.top(3, first=9).tolist() == []
-    assert AttentionMass().top(3).tolist() == []
-
-
-def test_top_keeps_what_a_block_that_matters_may_run_into() -> None:
+def test_scores_keep_what_a_block_that_matters_may_run_into() -> None:
     average = folded(0.1, [0.05, 0.5, 0.05, 0.2, 0.1, 0.1])
-    assert average.top(3).tolist() == [0, 1, 2]
-    assert average.top(3, spread=0.1).tolist() == [1, 3, 5]
-
-
-@given(st.lists(st.integers(0, 5), max_size=40), st.integers(0, 45), st.integers(0, 9), st.integers(0, 9))
-def test_top_is_the_blocks_with_the_most_mass(masses: list[int], count: int, first: int, recent: int) -> None:
-    top = folded(0.1, masses).top(count, first=first, recent=recent, spread=0).tolist()
-    between = range(first, max(first, len(masses) - recent))
-    assert sorted(set(top)) == top
-    assert set(top) <= set(between)
-    assert sorted(masses[i] for i in top) == sorted(masses[i] for i in between)[max(0, len(between) - count) :]
+    np.testing.assert_allclose(average.scores(), [0.25, 0.5, 0.25, 0.2, 0.1, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(average.scores(spread=0.1), [0.05, 0.5, 0.05, 0.2, 0.1, 0.1], rtol=1e-6)
+    assert AttentionMass().scores().shape == (0,)
 
 
 @pytest.mark.parametrize("weight", [0, -0.1, 1.5])

@@ -181,3 +181,5 @@ def test_an_engine_explains_what_its_next_answer_then_finds():
         assert all(place.score is not None for place in known)
     with pytest.raises(OverloadedError):
         engine.explain_cache(prompts[0])
+    assert sum(engine.statistics().rejected.values()) == 0, "a question is no request"
+    assert engine.statistics().hit_tokens[Tier.HOST] > 0

@@ -53,6 +53,33 @@ def test_a_sequence_starts_where_the_disk_ends():
     assert a.cached_tokens == b.counts.restored_tokens == 40
 
 
+def test_hits_are_counted_by_the_tier_that_has_them():
+    b, a = ColdBench(), sequence(41)
+    names = a.names.first(10)
+    b.store(a)
+    for block in b.lower.host.reserve(G, names[:3]):  # These are in host memory already.
+        b.lower.host.arrived(*block.key, there=True)
+    b.add(a)
+    b.step()
+    b.disk.move(100)
+    b.step()
+    counts = b.counts
+    assert (counts.prefix_hit_tokens, counts.host_hit_tokens, counts.nvme_hit_tokens) == (40, 12, 28)
+    b.run()
+    again = sequence(41)
+    b.add(again)
+    b.step()
+    assert (counts.prefix_hit_tokens, counts.host_hit_tokens, counts.nvme_hit_tokens) == (80, 12, 28), "on the device"
+
+
+def test_who_finds_no_room_in_host_memory_computes_and_is_counted():
+    b, a = ColdBench(host=5), sequence(41)
+    b.store(a)
+    b.add(a)
+    b.step()
+    assert b.counts.restores_declined == b.counts.restores_without_room == 1
+
+
 def test_others_run_while_one_waits_for_the_disk():
     b, a, other = ColdBench(), sequence(41), sequence(9, first=1000, arrival=0.5)
     b.store(a)
@@ -72,6 +99,7 @@ def test_a_disk_slower_than_computing_is_not_waited_for():
     for _ in range(40):
         b.step()
     assert b.counts.restores_declined == 1, "counted once, however often it is looked at"
+    assert b.counts.restores_without_room == 0
     b.run()
     assert a.cached_tokens == 0
 

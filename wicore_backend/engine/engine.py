@@ -161,7 +161,7 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         job = Job(request, [self._generation(request, index, seed) for index in range(params.answers)])
         with self._lock:
-            self._check_open()
+            self._check_open(for_request=True)
             self._unfinished += 1
             self._inbox.put(partial(self._ledger.add, job))
         return request.id
@@ -327,12 +327,12 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        """Raise if the engine takes no more requests."""
+    def _check_open(self, *, for_request: bool = False) -> None:
+        """Raise if the engine takes no more requests, of which one is turned away if this is `for_request`."""
         if self._broken:
             raise EngineError("the engine has broken down, its log says why; restart it")
         if self._closed or self._draining:
-            self._recorder.rejected[RejectReason.DRAINING] += 1
+            self._recorder.rejected[RejectReason.DRAINING] += for_request
             raise OverloadedError(
                 "the engine is shutting down and takes no new requests", retry_after_s=CLOSING_RETRY_S
             )

@@ -146,3 +146,9 @@ class SchedulerCounts:
     """Prompt tokens from which such sequences went on: those that they did not have to compute for that."""
     restores_declined: int = 0
     """Sequences for which computing was thought to be faster, or for which there was no room in host memory."""
+    restores_without_room: int = 0
+    """Of those, the ones for which there was no room."""
+    host_hit_tokens: int = 0
+    """Of `prefix_hit_tokens`, those that were in host memory and not on the device, ..."""
+    nvme_hit_tokens: int = 0
+    """... and those that were on disk alone. The others were on the device."""

@@ -10,6 +10,7 @@ from wicore_backend.engine.plan import SchedulerCounts
 from wicore_backend.engine.request import Sequence
 from wicore_backend.hmt.blocks import BlockManager, PrefixMatch
 from wicore_backend.hmt.host_tier import Key
+from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers, Restore
 
 _PATIENCE = 1.5
@@ -80,6 +81,7 @@ class Restoring:
                 return Decision.WAIT
             sequence.computes = True
             self._counts.restores_declined += 1
+            self._counts.restores_without_room += worth
             return Decision.START
         self._counts.restores += 1
         sequence.restore = restore
@@ -103,6 +105,21 @@ class Restoring:
             if late:
                 lower.end(restore)
         return done
+
+    def count_hits(self, sequence: Sequence, match: PrefixMatch) -> None:
+        """Count in which tier the prefix is that the sequence is about to go on from."""
+        lower, pool = self._blocks.lower, self._blocks.pools.get(LayerGroup.GLOBAL)
+        if lower is None or pool is None or sequence.names is None:
+            return
+        size = self._blocks.block_size
+        fetched = () if sequence.restore is None else sequence.restore.fetched
+        for name in sequence.names.first(match.resume)[: match.resume]:
+            if pool.find(name) is not None:
+                continue
+            if (LayerGroup.GLOBAL, name) in fetched:
+                self._counts.nvme_hit_tokens += size
+            else:
+                self._counts.host_hit_tokens += size
 
     def end(self, sequence: Sequence) -> None:
         """The sequence starts, or ends, or goes on from another one's prompt: nothing is held for it any more."""

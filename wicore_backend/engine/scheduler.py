@@ -381,6 +381,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, match: PrefixMatch) -> None:
         size = self._blocks.block_size
+        if not sequence.preemptions:
+            self._restoring.count_hits(sequence, match)
         sequence.blocks = self._blocks.open(
             sequence.names,
             match,

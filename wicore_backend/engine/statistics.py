@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from wicore_backend.engine.explain import Tier
 from wicore_backend.engine.plan import RejectReason, SchedulerCounts, StepPlan
 from wicore_backend.engine.request import FinishedEvent, FinishReason, PriorityClass, Request
 from wicore_backend.engine.scheduler import Scheduler
@@ -109,6 +110,13 @@ class EngineStatistics:
     scheduler: SchedulerCounts
     step: StepStatistics | None
     """None before the first step."""
+
+    @property
+    def hit_tokens(self) -> Mapping[Tier, int]:
+        """Prompt tokens that need not be computed, by the fastest tier that had them."""
+        counts = self.scheduler
+        colder = {Tier.HOST: counts.host_hit_tokens, Tier.NVME: counts.nvme_hit_tokens}
+        return {Tier.DEVICE: counts.prefix_hit_tokens - sum(colder.values()), **colder}
 
 
 def class_of(priority: int) -> PriorityClass:

@@ -90,15 +90,3 @@ class AttentionMass:
         np.maximum(scores[1:], spread * average[:-1], out=scores[1:])
         np.maximum(scores[:-1], spread * average[1:], out=scores[:-1])
         return scores
-
-    def top(self, count: int, *, first: int = 0, recent: int = 0, spread: float = 0.5) -> NDArray[np.int64]:
-        """The `count` blocks with the best `scores`, in order of position, but for the `first` and the `recent` ones.
-
-        The ends are left out since whoever bounds a sequence keeps them anyway. There are fewer than `count` blocks if
-        no more are between the ends. Of equal blocks the later go first.
-        """
-        between = self.scores(spread=spread)[first : max(first, len(self) - recent)]
-        if count >= len(between):
-            return np.arange(first, first + len(between))
-        order = np.argsort(between, kind="stable")
-        return np.sort(order[len(between) - count :]) + first

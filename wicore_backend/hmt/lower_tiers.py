@@ -83,12 +83,15 @@ class Restore:
         Those that have not come yet.
     pinned
         Those that are held for the sequence.
+    fetched
+        Those that came from the cold tier.
     """
 
     def __init__(self, keys: Iterable[Key]) -> None:
         self.keys = tuple(keys)
         self.waiting: set[Key] = set()
         self.pinned: set[Key] = set()
+        self.fetched: set[Key] = set()
 
     @property
     def done(self) -> bool:
@@ -204,7 +207,7 @@ class LowerTiers:
                 del self._asked[key], self._wanted[key]
             elif self.host.holds(*key):  # The device has given it up meanwhile.
                 del self._asked[key]
-                self._come(key, there=True)
+                self._come(key, there=True, fetched=False)
         reserved: list[SlotBlock] = []
         for group in self.host.slots:
             names = [name for asked_group, name in self._asked if asked_group is group]
@@ -260,7 +263,7 @@ class LowerTiers:
             if cut and not reported.there and self._wanted[key]:
                 self._asked[key] = None  # Somebody has come who wants it after all.
             else:
-                self._come(key, there=reported.there)
+                self._come(key, there=reported.there, fetched=True)
 
     def forget_all(self) -> None:
         """Hold nothing in the host tier that is not on its way. What the cold tier has is stored, and stays."""
@@ -298,13 +301,15 @@ class LowerTiers:
                 self._cut |= of_call
                 call.cancel()
 
-    def _come(self, key: Key, *, there: bool) -> None:
-        """A block that was to come is held, or lost."""
+    def _come(self, key: Key, *, there: bool, fetched: bool) -> None:
+        """A block that was to come is held, `fetched` from the cold tier or not, or lost."""
         for restore in self._wanted.pop(key):
             restore.waiting.remove(key)
             if there:
                 self.host.pin(*key)
                 restore.pinned.add(key)
+                if fetched:
+                    restore.fetched.add(key)
 
     def _spill(self, group: LayerGroup, beyond: int, written: Written) -> None:
         if self.cold is None:
