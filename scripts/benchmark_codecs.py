@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def thread_seconds(work: Callable[[], object], rounds: int) -> float:
 
 def device_seconds(work: Callable[[], object], rounds: int) -> float:
     """The device's time for the median of several runs, after two that do not count."""
-    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]  # type: ignore[no-untyped-call]
     for _ in range(2):
         work()
     for began, ended in zip(events[::2], events[1::2], strict=True):

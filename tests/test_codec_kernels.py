@@ -8,13 +8,11 @@ import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from wicore_backend.hmt.codecs import make_codec
-
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-
-from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_by_adding, in_units_of  # noqa: E402
+from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_by_adding, in_units_of
 
 torch.set_num_threads(1)
 
@@ -166,16 +164,14 @@ def test_kernels_take_blocks_of_a_pool_and_leave_the_others(name, kernel_device)
 
 @triton.jit
 def _units(numbers, largest, units, count: tl.constexpr):
-    from_here = tl.arange(0, count)
-    values = tl.load(numbers + from_here)
-    tl.store(units + from_here, in_units_of(values, tl.load(largest + from_here), SHORT=True))
+    places = tl.arange(0, count)
+    tl.store(units + places, in_units_of(tl.load(numbers + places), tl.load(largest + places), SHORT=True))
 
 
 @triton.jit
 def _e4m3(numbers, codes, count: tl.constexpr):
-    from_here = tl.arange(0, count)
-    values = tl.load(numbers + from_here)
-    tl.store(codes + from_here, e4m3_by_adding(values))
+    places = tl.arange(0, count)
+    tl.store(codes + places, e4m3_by_adding(tl.load(numbers + places)))
 
 
 @pytest.mark.parametrize("exponents", [(0, 0), (-1, 0), (-19, 0), (100, 101), (-120, -119)], ids=str)

@@ -19,11 +19,11 @@ What the lossy codecs promise:
 - Each value's error is bounded: see the codecs. A group of zeros is exact; so is, in fp8 and q8, the largest magnitude
   of a group, and in q4 the smallest and largest value of a group of values.
 - The same values give the same bytes, whatever blocks are beside them. fp8 and q8 give them on every device, since they
-  use correctly rounded operations only; in q4 a fused multiply-add may make the odd value fall on the other side.
+  use correctly rounded operations only; in q4 a value in the middle between two codes may get either.
 - fp8 and q8: what was decoded decodes to the same after a second time, so that a block that comes and goes does not
   fade. Not so the keys of q4, whose ranges may tighten; each time adds an error within the same bound.
 
-All computing is in float32, a few MiB at a time.
+All computing is in float32: by PyTorch's operators, a few MiB at a time, or on a GPU by `kernels`, in one pass.
 """
 
 from __future__ import annotations

@@ -44,8 +44,6 @@ def finite(numbers, LARGEST: tl.constexpr):
     return tl.minimum(tl.maximum(numbers, -LARGEST), LARGEST)
 
 
-
-
 @triton.jit
 def in_units_of(numbers, largest, SHORT: tl.constexpr):
     """numbers / largest, correctly rounded where that is over 2**-20; below, about as small. 0 / 0 is 0.

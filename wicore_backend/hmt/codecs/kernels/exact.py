@@ -26,7 +26,7 @@ class ExactKernels:
             "LAYERS": blocks.shape[0],
             "LAYER": blocks.record // _WORD,
             "WORDS": words,
-            "num_warps": warps(4 * words),
+            "num_warps": warps(words, of_a_thread=8),
         }
 
     @classmethod

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from wicore_backend.hmt.codecs.base import BlockShape
 
-_VALUES_OF_A_THREAD = 64
+_MOST_WARPS = 16
 _MOST_VALUES = 2**15
-"""Of a program: more do not fit into its registers."""
+"""Of a program, in its registers: 64 a thread."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def largest_power_dividing(number: int, limit: int) -> int:
     return min(number & -number, limit)
 
 
-def warps(values: int) -> int:
-    """How many of them a program that holds so many values gets."""
-    return min(max(values // (32 * _VALUES_OF_A_THREAD), 1), 8)
+def warps(values: int, *, of_a_thread: int) -> int:
+    """How many of them a program of so many values gets."""
+    return min(max(values // (32 * of_a_thread), 1), _MOST_WARPS)
 
 
 def on_device(blocks: Tensor) -> AbstractContextManager[object]:

@@ -18,9 +18,9 @@ from wicore_backend.hmt.codecs.kernels.addressing import layer_of
 from wicore_backend.hmt.codecs.kernels.arithmetic import finite, load_numbers, nearest_integer, store_numbers
 from wicore_backend.hmt.codecs.kernels.launching import Blocks, on_device, warps
 
-_KEY_CHANNELS = tl.constexpr(2)
-"""Of a thread, which then has all tokens of its channels: nothing of theirs is worked out twice."""
-_DECODED_CHANNELS = tl.constexpr(2)
+_CHANNELS_TOGETHER = tl.constexpr(2)
+"""Key channels of a thread, which then has all tokens of them: nothing of theirs is worked out twice. With the 8 that
+fill the widest load, the ranges are worked out by 8 threads each, and encoding takes more than twice as long."""
 _FUZZ = tl.constexpr(2.0**-16)
 """Of a 15th, by which a channel may be out of its range: so that rounding does not widen one that ends on a 15th."""
 
@@ -48,7 +48,7 @@ class Q4Kernels:
             "VALUE_CODES": value_codes,
             "VALUE_RANGES": value_ranges,
             "RECORD": blocks.record,
-            "num_warps": warps(tokens * dim),
+            "num_warps": warps(tokens * dim, of_a_thread=64),
             "enable_fp_fusion": False,
         }
         self._largest = min(torch.finfo(blocks.dtype).max, largest)
@@ -118,7 +118,7 @@ def _encode_keys(
     RUN: tl.constexpr,
 ):
     RUNS: tl.constexpr = TOKENS // RUN
-    offsets = _keys_of_head(head, TOKENS, HEADS, DIM, RUN, _KEY_CHANNELS)
+    offsets = _keys_of_head(head, TOKENS, HEADS, DIM, RUN)
     first = finite(load_numbers(keys, offsets), LARGEST)
     second = finite(load_numbers(keys + TOKENS // 2 * HEADS * DIM, offsets), LARGEST)
     low, high = tl.min(first, axis=1, keep_dims=True), tl.max(first, axis=1, keep_dims=True)
@@ -200,7 +200,7 @@ def _decode_keys(
     RUN: tl.constexpr,
 ):
     RUNS: tl.constexpr = TOKENS // RUN
-    offsets = _keys_of_head(head, TOKENS, HEADS, DIM, RUN, _DECODED_CHANNELS)
+    offsets = _keys_of_head(head, TOKENS, HEADS, DIM, RUN)
     run, run_2 = _runs_of_head(head, HEADS, RUNS)
     codes = tl.load(codes + offsets)
     low, high = _load_key_ranges(channels, ranges, run, RUNS * HEADS, DIM)
@@ -233,14 +233,12 @@ def _decode_values(
 
 
 @triton.jit
-def _keys_of_head(
-    head, TOKENS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, RUN: tl.constexpr, TOGETHER: tl.constexpr
-):
+def _keys_of_head(head, TOKENS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, RUN: tl.constexpr):
     """int32 [runs, tokens, DIM]: in the first half of the keys, those of a head. Half a run, if all tokens are one."""
     STEP: tl.constexpr = min(RUN, TOKENS // 2)
     tokens = tl.arange(0, TOKENS // 2 // STEP)[:, None, None] * STEP + tl.arange(0, STEP)[None, :, None]
     offsets = (tokens * HEADS + head) * DIM + tl.arange(0, DIM)[None, None, :]
-    return tl.max_contiguous(offsets, (1, 1, TOGETHER))
+    return tl.max_contiguous(offsets, (1, 1, _CHANNELS_TOGETHER))
 
 
 @triton.jit

@@ -40,7 +40,7 @@ class Fp8Kernels:
             "HEADS": heads,
             "DIM": dim,
             "RECORD": blocks.record,
-            "num_warps": warps(tokens * dim),
+            "num_warps": warps(tokens * dim, of_a_thread=32),
             "enable_fp_fusion": False,
         }
         self._largest = torch.finfo(blocks.dtype).max
@@ -71,7 +71,7 @@ class Q8Kernels:
             "LAYER": blocks.layer,
             "GROUPS": values // _Q8_GROUP.value,
             "RECORD": blocks.record,
-            "num_warps": warps(values),
+            "num_warps": warps(values, of_a_thread=64),
             "enable_fp_fusion": False,
         }
         self._largest = torch.finfo(blocks.dtype).max
