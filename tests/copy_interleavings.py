@@ -58,9 +58,9 @@ class SimulatedStreams:
         self._pace = {stream: 2.0 ** -rng.randrange(10) for stream in Stream}
         self.done = dict.fromkeys(Stream, 0)
         self._given = dict.fromkeys(Stream, 0)
-        self._queues: dict[Stream, deque[Callable[[], None] | SimulatedEvent]] = {s: deque() for s in Stream}
+        self._queues: dict[Stream, deque[Callable[[], object] | SimulatedEvent]] = {s: deque() for s in Stream}
 
-    def run(self, stream: Stream, work: Callable[[], None]) -> None:
+    def run(self, stream: Stream, work: Callable[[], object]) -> None:
         self._queues[stream].append(work)
         self._given[stream] += 1
 

@@ -148,7 +148,7 @@ class StreamedCopies:
         self._arriving: deque[tuple[int, Event]] = deque()  # by first layer, what STEP has not waited for
 
     def warm_up(self) -> None:
-        """Make each kind of copy once, of no row: compiling its kernel would hold up a step for a second."""
+        """Make each kind of copy once, to no block or slot: compiling its kernel would hold up a step for a second."""
         no_rows = self._streams.upload(np.zeros(1, np.int64))
 
         def from_listed(source: Tensor, target: Tensor) -> None:
@@ -166,9 +166,13 @@ class StreamedCopies:
                 from_listed(span.blocks, self._records(span, self._trays[0].memory, 1))
                 self._load_exactly(span, _Moves(_NONE, _NONE, no_rows, no_rows))
             else:
-                from_listed(span.slots, self._records(span, self._encoded, 1))
-                from_listed(span.blocks, self._raw_rows(span, 1))
-                to_listed(self._raw_rows(span, 1), span.blocks)
+                records, raw = self._records(span, self._encoded, 1), self._raw_rows(span, 1)
+                from_listed(span.slots, records)
+                from_listed(span.blocks, raw)
+                to_listed(raw, span.blocks)
+                blocks = raw.view(span.codec.dtype).view(1, *span.codec.shape)
+                self._streams.run(Stream.SWAP, partial(span.codec.encode, blocks, out=records.view(torch.uint8)))
+                self._streams.run(Stream.SWAP, partial(span.codec.decode, records.view(torch.uint8), out=blocks))
 
     def apply(self, transfers: Iterable[Transfer]) -> Callable[[], None]:
         """Issue copies; see `KVPools.apply`."""

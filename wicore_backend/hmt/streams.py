@@ -31,7 +31,7 @@ class Event(Protocol):
 class Streams(Protocol):
     """Takes work for streams, and lets them wait for each other. Nothing here waits itself."""
 
-    def run(self, stream: Stream, work: Callable[[], None]) -> None:
+    def run(self, stream: Stream, work: Callable[[], object]) -> None:
         """Have the stream do what `work` issues. Streams other than STEP only."""
 
     def record(self, stream: Stream, *, for_threads: bool = False) -> Event:
@@ -58,7 +58,7 @@ class CudaStreams:
             for side in (Stream.SWAP, Stream.DRAIN)
         }
 
-    def run(self, stream: Stream, work: Callable[[], None]) -> None:
+    def run(self, stream: Stream, work: Callable[[], object]) -> None:
         with torch.cuda.stream(self._sides[stream]):
             work()
 
