@@ -15,9 +15,11 @@ from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import BlockNames, NameScheme
+from wicore_backend.hmt.policy import POLICIES, Access
 from wicore_backend.hmt.policy.lru import LRU
 from wicore_backend.hmt.pool import KVPools
 from wicore_backend.hmt.transfers import Route
+from wicore_backend.hmt.victims import Victims
 
 L, G = LayerGroup.LOCAL, LayerGroup.GLOBAL
 NOTHING = PrefixMatch()
@@ -353,6 +355,88 @@ def test_a_host_tier_is_forgotten_with_the_rest():
     assert books.lower.host.used(G) == books.lower.host.used(L) == 0
 
 
+class ByList(LRU):
+    """Gives up what is on a list first."""
+
+    listed: tuple[bytes, ...] = ()
+
+    def evict(self):
+        name = next((name for name in self.listed if name in self._queue), None)
+        if name is None:
+            return super().evict()
+        self.use(name)
+        return name
+
+
+def test_the_device_gives_up_first_what_its_policy_has_set_aside_when_there_was_time():
+    books = BlockManager(layout(), {L: 200, G: 25}, max_chunk=8, policy=ByList)
+    for start in (0, 1000):
+        books.close(run(books, range(start, start + 48)))
+    books.pools[G].victims._policy.listed = tuple(reversed(names(range(1000, 1048)).first(12)))
+    books.tend(1.0)
+
+    def known():
+        return [books.match(names(range(start, start + 48)), 12).known for start in (0, 1000)]
+
+    first = run(books, range(2000, 2016))
+    assert known() == [12, 8], "the later of the two, from its end"
+    second = run(books, range(3000, 3008))
+    assert known() == [10, 8], "what was not set aside is the longest unused"
+    books.tend(2.0)
+    third = run(books, range(4000, 4016))
+    assert known() == [10, 4]
+    for blocks in (first, second, third):
+        books.close(blocks)
+
+
+def test_a_policy_orders_windows_as_a_whole():
+    books = BlockManager(layout(window=16), {L: 17, G: 400}, max_chunk=8, policy=ByList)
+    for start in range(0, 4000, 1000):
+        books.close(run(books, range(start, start + 16)))
+    books.pools[L].victims._policy.listed = tuple(names(range(2000, 2016)).first(4))
+    books.tend(1.0)
+    blocks = run(books, range(5000, 5008))
+    kept = [start for start in range(0, 4000, 1000) if books.match(names(range(start, start + 17)), 4).resume == 4]
+    assert kept == [0, 1000, 3000]
+    books.close(blocks)
+
+
+def test_what_is_set_aside_can_be_used_again_and_is_no_victim_then():
+    books = BlockManager(layout(), {L: 40, G: 31}, max_chunk=60, policy=LRU)
+    books.close(run(books, range(48)))
+    books.close(run(books, range(1000, 1048)))
+    books.tend(1.0)
+    again = run(books, range(49))
+    books.check_integrity()
+    assert again.full == 12
+    books.close(run(books, range(2000, 2040)))
+    assert books.match(names(range(48)), 12).known == 12
+    books.close(again)
+
+
+class Told(LRU):
+    """Notes how much it is told at once."""
+
+    def add(self, key):
+        self.calls = getattr(self, "calls", 0) + 1
+        super().add(key)
+
+
+def test_a_policy_is_told_in_portions_and_catches_up_with_any_load():
+    policy = Told(10_000)
+    victims: Victims[int] = Victims(policy)
+    for turn in range(300):
+        victims.add([b"%d %d" % (turn, n) for n in range(1000)], range(1000))
+        victims.tend(float(turn), 5)
+        assert victims._waiting < 8 * 2000, "of 2,000 names a turn an eighth of what waits is told"
+        assert policy.calls <= 1000 * (turn + 1)
+        assert len(victims.take(990)) == 990
+        victims.check_integrity()
+    for turn in range(40):
+        victims.tend(300.0 + turn, 5)
+    assert len(policy) == len(victims) - 5 == 300 * 10 - 5
+
+
 def test_the_check_finds_a_lost_block_and_one_that_has_a_wrong_user():
     books = manager()
     blocks = run(books, range(16))
@@ -373,21 +457,21 @@ def test_the_check_finds_a_lost_block_and_one_that_has_a_wrong_user():
     size=st.integers(1, 9),
     max_chunk=st.integers(1, 20),
     host=st.sampled_from([0, 5, 100]),
+    policy=st.sampled_from([None, "lru", "lfu", "s3fifo", "a2cr"]),
     steps=st.lists(
         st.tuples(st.integers(0, 4), st.integers(1, 20), st.integers(2, 90), st.integers(0, 2), st.integers(0, 20)),
         max_size=60,
     ),
 )
-def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, size, max_chunk, host, steps):
+def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, size, max_chunk, host, policy, steps):
     """Open on a prefix, extend by chunks, fork, close: what a sequence sees is what was written for its prefix."""
-    books = manager(blocks=64, max_chunk=max_chunk, window=window, block_size=size)
-    if host:
-        books = BlockManager(
-            layout(window=window, block_size=size),
-            {L: 64, G: 64},
-            max_chunk=max_chunk,
-            lower=LowerTiers(HostTier({L: host, G: host}, LRU)),
-        )
+    books = BlockManager(
+        layout(window=window, block_size=size),
+        {L: 64, G: 64},
+        max_chunk=max_chunk,
+        lower=LowerTiers(HostTier({L: host, G: host}, LRU)) if host else None,
+        policy=None if policy is None else POLICIES[policy],
+    )
     written: dict[tuple[LayerGroup, int, int], bytes] = {}
     in_host: dict[tuple[LayerGroup, int, int], bytes] = {}
     running: dict[int, tuple[SequenceBlocks, list[int], BlockNames]] = {}
@@ -434,10 +518,15 @@ def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, si
     for slot, chunk, length, branch, common in steps:
         if chunk % 4 == 0:
             grow(branch + 1)
+        if common % 3 == 0:
+            books.tend(float(common))
+            books.check_integrity()
         if slot not in running:
             tokens = [*range(min(common, length)), *range(1000 * branch, 1000 * branch + length)][:length]
             chain = names(tokens, size=size)
-            match = books.match(chain, (length - 1) // size)
+            full = (length - 1) // size
+            books.observe(Access(keys=chain.first(full)[:full]), 0.0)
+            match = books.match(chain, full)
             assert match.resume <= match.known
             running[slot] = (books.open(chain, match, max_tokens=length, expected_tokens=length), tokens, chain)
             books.keep_window(running[slot][0], (length // 2) // size)

@@ -54,6 +54,7 @@ from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import NameScheme
+from wicore_backend.hmt.policy import POLICIES
 from wicore_backend.hmt.policy.lru import LRU
 from wicore_backend.hmt.transfers import Route, Transfer
 from wicore_backend.processor.prompt import Prompt, PromptImage
@@ -136,12 +137,14 @@ class Runner:
         self._keys: dict[Sequence, list[int]] = {}
         self.wrong: list[str] = []
         self.broken: Callable[[StepPlan], bool] = lambda _: False
+        self.meanwhile: Callable[[], None] = lambda: None
 
     def run(self, plan: StepPlan, ahead: torch.Tensor | None = None) -> StepOutput:
         self._ahead = ahead
         chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
         lengths = [c.end - c.start for c in chunks]
         self._clock.now += 0.001 + 0.0001 * sum(lengths)
+        self.meanwhile()
         self._check_plan(chunks)
         broken = self.broken(plan)
         for chunk in chunks:
@@ -300,6 +303,8 @@ class Setting:
     """Whether the step-time model has learnt the machine already."""
     overlaps: bool = False
     """Whether tokens are read one step late."""
+    policy: str | None = None
+    """What the device tier gives up by; None is the longest unused."""
 
 
 SETTINGS = st.builds(
@@ -320,6 +325,7 @@ SETTINGS = st.builds(
     expected_answer=st.sampled_from([1, 3, None]),
     taught=st.booleans(),
     overlaps=st.booleans(),
+    policy=st.sampled_from([None, "lfu", "a2cr", "s3fifo"]),
 )
 
 
@@ -353,8 +359,10 @@ def hand_turned(setting: Setting, clock: Clock) -> tuple[HandTurnedEngine, Runne
     if setting.host_slots:
         host = HostTier(dict.fromkeys(layout.groups, setting.host_slots), LRU)
         lower = LowerTiers(host, cold, threshold=0.2)
-    blocks = BlockManager(layout, num_blocks, max_chunk=chunk, lower=lower)
+    policy = None if setting.policy is None else POLICIES[setting.policy]
+    blocks = BlockManager(layout, num_blocks, max_chunk=chunk, lower=lower, policy=policy)
     runner: Any = Runner(layout, memory, clock, max_tokens=chunk)
+    runner.meanwhile = lambda: blocks.tend(clock.now)
     pools: Any = memory
     processor: Any = SimpleNamespace(tokenizer=SimpleNamespace(token_bytes=lambda token: bytes([97 + token])))
     model = LoadedModel(

@@ -118,7 +118,7 @@ class Scheduler:
             self.remove(last)
         self._live.add(sequence)
         self._queue.push(sequence)
-        if self._blocks.lower is not None and sequence.names is not None:
+        if self._blocks.listening and sequence.names is not None:
             count = self._blocks.startable(len(sequence.tokens))
             retention = sequence.request.retention
             access = Access(
@@ -126,7 +126,7 @@ class Scheduler:
                 retain_seconds=retention.seconds,
                 session_end=retention.session_end,
             )
-            self._blocks.lower.observe(access, now)
+            self._blocks.observe(access, now)
         self._deadlines.add(sequence)
         self._rate.tick(now, queueing=True)
         return rejected

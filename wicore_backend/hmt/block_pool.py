@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from wicore_backend.hmt.policy.base import Policy
+from wicore_backend.hmt.victims import Victims
 
 GivenUp = Callable[[bytes, int], None]
 """Told of the name and the block that is about to lose what it holds under that name."""
@@ -27,7 +31,8 @@ class BlockPool(ABC):
 
     A free block becomes active by `take`. When its last user releases it, it is cached if it is kept, else free.
     A cached block becomes active again by `use`, and free when it is recycled, which `take` does by itself when the
-    free list is empty: longest unused first. So whatever is not active is available.
+    free list is empty: longest unused first, or what `tend` has had a policy set aside (`hmt/victims.py`). So whatever
+    is not active is available.
 
     Parameters
     ----------
@@ -90,13 +95,15 @@ class BlockPool(ABC):
     def release(self, blocks: Iterable[int]) -> None:
         """A sequence has the blocks in its table no more. Of those that are kept, the first is recycled first."""
         users, names, free = self._users, self._names, self._free
-        kept, before = [], len(free)
+        kept: list[int] = []
+        before = len(free)
         for block in blocks:
             left = users[block] = users[block] - 1
             if not left:
                 (free if names[block] is None else kept).append(block)
         self._active -= len(free) - before + len(kept)
-        self._let_go(kept)
+        if kept:
+            self._let_go(kept)
 
     def find(self, name: bytes) -> int | None:
         """The kept block of this name."""
@@ -107,6 +114,18 @@ class BlockPool(ABC):
         before = len(self._free)
         self._recycle(min(count, self.cached))
         return len(self._free) - before
+
+    @abstractmethod
+    def tend(self, now: float, count: int) -> None:
+        """Bring the policy up to date, and have it set aside what goes first: as much as free blocks lack to `count`.
+
+        Takes microseconds for each block, so it is for moments when there is time.
+        """
+
+    @property
+    @abstractmethod
+    def victims(self) -> Victims[Any]:
+        """What can be recycled; for what its policy is told."""
 
     @abstractmethod
     def keep(self, names: Sequence[bytes], blocks: Sequence[int]) -> None:
@@ -174,9 +193,14 @@ def _nothing_cached() -> BlockAccountingError:
 class SingleBlockPool(BlockPool):
     """Blocks are kept and recycled one by one: those of the global group."""
 
-    def __init__(self, num_blocks: int, given_up: GivenUp | None = None) -> None:
+    def __init__(self, num_blocks: int, given_up: GivenUp | None = None, policy: Policy | None = None) -> None:
         super().__init__(num_blocks, given_up)
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._victims: Victims[int] = Victims(policy)
+
+    @property
+    def victims(self) -> Victims[int]:
+        """See BlockPool."""
+        return self._victims
 
     def keep(self, names: Sequence[bytes], blocks: Sequence[int]) -> None:
         """See BlockPool."""
@@ -186,26 +210,31 @@ class SingleBlockPool(BlockPool):
 
     def drop_all(self) -> None:
         """See BlockPool."""
-        self._cached.clear()
+        self._victims.clear()
         self._unname(list(self._named.values()), None)
 
     def _taken_up(self, block: int) -> None:
-        del self._cached[block]
+        name = self._names[block]
+        assert name is not None
+        self._victims.use(name)
 
     def _let_go(self, blocks: Sequence[int]) -> None:
-        cached = self._cached
-        for block in blocks:
-            cached[block] = None
+        names = self._names
+        self._victims.add([name for block in blocks if (name := names[block]) is not None], blocks)
 
     def _recycle(self, count: int) -> None:
-        if count > len(self._cached):
+        if count > len(self._victims):
             raise _nothing_cached()
-        take = self._cached.popitem
-        self._unname([take(last=False)[0] for _ in range(count)], self._given_up)
+        self._unname(self._victims.take(count), self._given_up)
+
+    def tend(self, now: float, count: int) -> None:
+        """See BlockPool."""
+        self._victims.tend(now, count - len(self._free))
 
     def _check_kept(self, kept: set[int], cached: set[int]) -> None:
-        if kept != set(self._named.values()) or self._cached.keys() != cached:
+        if kept != set(self._named.values()) or sorted(self._victims) != sorted(cached):
             raise BlockAccountingError("a cached block cannot be found, or not be recycled")
+        self._victims.check_integrity()
 
 
 @dataclass(eq=False, slots=True)
@@ -228,20 +257,28 @@ class CachedRun:
 class WindowPool(BlockPool):
     """Blocks are kept and recycled by windows, which may overlap: those of the local group."""
 
-    def __init__(self, num_blocks: int, given_up: GivenUp | None = None) -> None:
+    def __init__(self, num_blocks: int, given_up: GivenUp | None = None, policy: Policy | None = None) -> None:
         super().__init__(num_blocks, given_up)
+        self._victims: Victims[CachedRun] = Victims(policy)
+        self._run_blocks = 1  # of the longest window seen
         self._runs: dict[bytes, CachedRun] = {}
         self._holders: list[tuple[CachedRun, ...]] = [()] * num_blocks
-        self._victims: OrderedDict[bytes, CachedRun] = OrderedDict()
+
+    @property
+    def victims(self) -> Victims[CachedRun]:
+        """See BlockPool."""
+        return self._victims
 
     def keep(self, names: Sequence[bytes], blocks: Sequence[int]) -> None:
         """See BlockPool. A window that is kept already counts as used."""
         name = names[-1]
         if (run := self._runs.get(name)) is not None:
             if run.idle:
-                self._victims.move_to_end(name)
+                self._victims.use(name)
+                self._victims.add([name], [run])
             return
         run = self._runs[name] = CachedRun(name, tuple(blocks), idle=0)
+        self._run_blocks = max(self._run_blocks, len(blocks))
         holders, own_names, named = self._holders, self._names, self._named
         alone = (run,)
         for block_name, block in zip(names, run.blocks, strict=True):
@@ -251,6 +288,7 @@ class WindowPool(BlockPool):
 
     def drop_all(self) -> None:
         """See BlockPool."""
+        self._victims.clear()
         for run in list(self._runs.values()):
             self._drop(run, None)
 
@@ -258,26 +296,32 @@ class WindowPool(BlockPool):
         for run in self._holders[block]:
             run.idle -= 1
             if not run.idle:
-                del self._victims[run.name]
+                self._victims.use(run.name)
 
     def _let_go(self, blocks: Sequence[int]) -> None:
-        holders, victims = self._holders, self._victims
+        holders = self._holders
+        idle: list[CachedRun] = []
         for block in blocks:
             for run in holders[block]:
                 if not run.idle:
-                    victims[run.name] = run
+                    idle.append(run)
                 run.idle += 1
+        if idle:
+            self._victims.add([run.name for run in idle], idle)
 
     def _recycle(self, count: int) -> None:
         enough = len(self._free) + count
         while len(self._free) < enough:
             if not self._victims:
                 raise _nothing_cached()
-            self._drop(next(iter(self._victims.values())), self._given_up)
+            self._drop(self._victims.take(1)[0], self._given_up)
+
+    def tend(self, now: float, count: int) -> None:
+        """See BlockPool."""
+        self._victims.tend(now, -(-(count - len(self._free)) // self._run_blocks))
 
     def _drop(self, run: CachedRun, given_up: GivenUp | None) -> None:
         del self._runs[run.name]
-        self._victims.pop(run.name, None)
         holders = self._holders
         unheld = []
         for block in run.blocks:
@@ -299,5 +343,6 @@ class WindowPool(BlockPool):
                 raise BlockAccountingError(f"a window counts {run.idle} idle blocks, which is wrong")
             if (run.name in self._victims) != bool(run.idle):
                 raise BlockAccountingError("a window can be recycled that is all in use, or cannot though it is not")
-        if not self._victims.keys() <= self._runs.keys():
+        if any(self._runs.get(run.name) is not run for run in self._victims):
             raise BlockAccountingError("a window can be recycled that is not kept")
+        self._victims.check_integrity()

@@ -36,6 +36,7 @@ from wicore_backend.hmt.host_tier import Key
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import BlockNames
+from wicore_backend.hmt.policy.base import Access, Policy
 from wicore_backend.hmt.transfers import Route, Transfer
 
 __all__ = ["BlockAccountingError", "BlockManager", "PrefixMatch", "SequenceBlocks"]
@@ -125,6 +126,9 @@ class BlockManager:
     budget
         What a decoding sequence may keep of the global group, which is lossy; None is everything. May be changed while
         no sequence is open.
+    policy
+        Makes from a capacity the policy that says which blocks, and which windows, the device tier gives up first. It
+        is asked in `tend`; None gives up what has been unused longest.
     """
 
     def __init__(
@@ -135,6 +139,7 @@ class BlockManager:
         max_chunk: int,
         lower: LowerTiers | None = None,
         budget: KVBudget | None = None,
+        policy: Callable[[int], Policy] | None = None,
     ) -> None:
         self.budget = budget if LayerGroup.GLOBAL in layout.groups else None
         self.bound_counts = BoundCounts()
@@ -143,8 +148,14 @@ class BlockManager:
         self.lower = lower
         kinds = {LayerGroup.GLOBAL: SingleBlockPool, LayerGroup.LOCAL: WindowPool}
         self.pools: dict[LayerGroup, BlockPool] = {
-            group: kinds[group](num_blocks[group], self._spilling(group)) for group in layout.groups
+            group: kinds[group](
+                num_blocks[group],
+                self._spilling(group),
+                None if policy is None else policy(max(1, (num_blocks[group] - 1) // self._blocks_together(group))),
+            )
+            for group in layout.groups
         }
+        self._listening = policy is not None or lower is not None
         self._groups = tuple(self.pools.items())
         self._pools = tuple(self.pools.values())
         self._reach = layout.window - 1  # tokens before its own that a local layer's token sees
@@ -153,6 +164,27 @@ class BlockManager:
         self._max_chunk_blocks = layout.blocks_for(max_chunk)
         self._open: set[SequenceBlocks] = set()
         self._missing = dict.fromkeys(self.pools, 0)
+
+    def _blocks_together(self, group: LayerGroup) -> int:
+        """Of a group, that are given up together: of the local one, windows."""
+        return self.layout.blocks_for(self.layout.window) if group is LayerGroup.LOCAL else 1
+
+    def observe(self, access: Access, now: float) -> None:
+        """A prompt has come, its blocks by their names; for the policies of all tiers."""
+        for pool in self._pools:
+            pool.victims.observe(access)
+        if self.lower is not None:
+            self.lower.observe(access, now)
+
+    @property
+    def listening(self) -> bool:
+        """Whether there is a policy that wants to know of prompts, and of attention."""
+        return self._listening
+
+    def tend(self, now: float) -> None:
+        """Have the device tier's policies set aside what the next step may give up; for when there is time."""
+        for pool in self._pools:
+            pool.tend(now, min(2 * self._max_chunk_blocks, pool.capacity // 4))
 
     def take_transfers(self) -> list[Transfer]:
         """The copies that have to be made now, in this order, before the next step is computed."""
@@ -279,7 +311,7 @@ class BlockManager:
             stop=match.resume,
             full=match.resume,
             expected={group: self._expected(group, tokens, expected_tokens) for group in self.pools},
-            mass=None if self.lower is None and self.budget is None else AttentionMass(),
+            mass=AttentionMass() if self._listening or self.budget is not None else None,
         )
         if names is not None and match.resume:
             self._take_over(blocks, names.first(match.resume), match.resume)
@@ -540,12 +572,16 @@ class BlockManager:
 
     def _tell_mass(self, blocks: SequenceBlocks) -> None:
         """Let the policy know what attention the sequence gave its blocks, each against the mean of them."""
-        if blocks.mass is None or blocks.names is None or self.lower is None:
+        if not blocks.mass or blocks.names is None or not self._listening:
             return
         # Against the mean of those that have names: the last block, partly filled, is where a question stands, and its
         # share says how much of it stands there.
-        masses = blocks.mass.relative(blocks.full)
-        self.lower.attend(LayerGroup.GLOBAL, blocks.names.first(blocks.full)[: len(masses)], masses.tolist())
+        masses = blocks.mass.relative(blocks.full).tolist()
+        names = blocks.names.first(blocks.full)[: len(masses)]
+        if LayerGroup.GLOBAL in self.pools:
+            self.pools[LayerGroup.GLOBAL].victims.attend(names, masses)
+        if self.lower is not None:
+            self.lower.attend(LayerGroup.GLOBAL, names, masses)
 
     def _count_missing(self, blocks: SequenceBlocks, sign: int) -> None:
         for group in self.pools:
