@@ -69,7 +69,8 @@ class EngineConfig(Settings):
     """Tokens a block of the KV cache."""
 
     kv_cache_bytes: Positive | None = None
-    """Device memory of the KV cache; None takes `hmt_gpu_threshold` of what is free on CUDA, 1 GiB on the CPU."""
+    """Device memory of the KV cache; None takes `hmt_gpu_threshold` of what is free on CUDA, 1 GiB on the CPU. What is
+    on its way to or from host memory takes a 16th of it on CUDA, at most 1 GiB: besides, if a number is given here."""
 
     hmt_gpu_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of the free CUDA memory, weights loaded, that the KV cache takes when `kv_cache_bytes` is None."""

@@ -103,7 +103,7 @@ class StreamedCopies:
     codecs
         How blocks are written there; none for a group whose records are the blocks themselves.
     staging_bytes
-        Memory on the device for records on their way, in all trays together.
+        Memory on the device for what is on its way, about: more if blocks are large.
     large_bytes
         Loads of so many bytes are made part by part, as are spills that no trays can take.
     engine_bytes
@@ -133,11 +133,13 @@ class StreamedCopies:
         self._parts = [(part.first_layer, self._spans(part, pools, slots, codecs)) for part in layout.parts]
         device = next(iter(pools.values())).device
         spans = [span for span in self._whole if span.slots is not None]
-        self._staged = max((staging_bytes // trays, *(span.record_bytes for span in spans))) if spans else 0
+        ratio = max((span.block_bytes / span.record_bytes for span in spans if span.codec is not None), default=0.0)
+        shares = trays + (1 + ratio if ratio else 0)
+        self._staged = max((int(staging_bytes / shares), *(span.record_bytes for span in spans))) if spans else 0
         self._trays = deque(_Tray(torch.empty(self._staged, dtype=torch.uint8, device=device)) for _ in range(trays))
         spans += [span for _, of_part in self._parts for span in of_part]
         blocks = [self._staged // span.record_bytes * span.block_bytes for span in spans if span.codec is not None]
-        # For SWAP alone: blocks that are not in the pool, and records on their way up.
+        # With a codec, for SWAP alone: blocks that are not in the pool, and records on their way up.
         self._raw = torch.empty(max(blocks, default=0), dtype=torch.uint8, device=device)
         self._encoded = torch.empty(self._staged if blocks else 0, dtype=torch.uint8, device=device)
         # Batches of spills have numbers: for each slot that of the last one into it.
