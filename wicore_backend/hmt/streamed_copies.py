@@ -151,6 +151,7 @@ class StreamedCopies:
 
     def warm_up(self) -> None:
         """Make each kind of copy once, to no block or slot: compiling its kernel would hold up a step for a second."""
+        self._streams.wait(Stream.SWAP, self._streams.record(Stream.STEP))  # Which may be using this memory still.
         no_rows = self._streams.upload(np.zeros(1, np.int64))
 
         def from_listed(source: Tensor, target: Tensor) -> None:
