@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.runner import ModelRunner
 
 _READ_BYTES = 4 * 2**30
-_PROFILED_STEPS = 16
+_PROFILED_STEPS, _NAMED_KERNELS = 16, 12
 _KINDS = {
     "matrices": ("_product", "gemm", "nvjet", "cutlass", "gemv", "splitk"),
     "attention": ("decode_kernel",),
@@ -70,7 +71,7 @@ def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
             run["weights_tb_s"] = round(weight_bytes / run["step_ms"] / 1e9, 3)
         if args.profile and device.type == "cuda":
             layers = len(engine._model.pools.layout.layers)
-            results["profiles"] = [_profile(engine, batch, layers) for batch in args.profile]
+            results["profiles"] = [_profile(engine, batch, args.prompt, layers) for batch in args.profile]
     if device.type == "cuda":
         results["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     return results
@@ -161,16 +162,16 @@ def _round(engine: Engine, batch: int, prompt: int, new: int, *, seed: int) -> f
     return max(result.usage.ttft_s or 0.0 for result in results)
 
 
-def _profile(engine: Engine, batch: int, layers: int) -> dict[str, Any]:
-    """Microseconds of a decode step of `batch` by kind of kernel, and those in which no kernel ran.
+def _profile(engine: Engine, batch: int, prompt: int, layers: int) -> dict[str, Any]:
+    """Microseconds of a decode step of `batch` after prompts of `prompt` tokens, by kind of kernel.
 
     A kernel may start before the one that it follows has ended. What counts as its time is what it adds: from when the
-    last one before it ended, or itself began, to its end.
+    last one before it ended, or itself began, to its end. In what is idle no kernel ran.
     """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        _round(engine, batch, 64, 2 * _PROFILED_STEPS, seed=100)
+        _round(engine, batch, prompt, 2 * _PROFILED_STEPS, seed=100)
         torch.cuda.synchronize()
     kernels = sorted(
         (event.time_range.start, event.time_range.end, event.name)
@@ -180,15 +181,18 @@ def _profile(engine: Engine, batch: int, layers: int) -> dict[str, Any]:
     attended = [start for start, _, name in kernels if _KINDS["attention"][0] in name]
     first, last = attended[-_PROFILED_STEPS * layers - 1], attended[-1]
     times = dict.fromkeys([*_KINDS, "rest", "idle"], 0.0)
+    by_name: Counter[str] = Counter()
     done = first
     for start, end, name in kernels:
         if first <= start < last:
             kind = next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), "rest")
             times["idle"] += max(0.0, start - done)
             times[kind] += max(0.0, end - max(start, done))
+            by_name[name[:48]] += max(0.0, end - max(start, done))
             done = max(done, end)
     parts = {f"{kind}_us": round(time / _PROFILED_STEPS) for kind, time in times.items()}
-    return {"batch": batch, "step_us": round((last - first) / _PROFILED_STEPS), **parts}
+    longest = {name: round(time / _PROFILED_STEPS) for name, time in by_name.most_common(_NAMED_KERNELS)}
+    return {"batch": batch, "step_us": round((last - first) / _PROFILED_STEPS), **parts, "longest_us": longest}
 
 
 def read_limit(device: torch.device) -> float:

@@ -16,9 +16,15 @@ Role = Literal["qkv", "out", "gate_up", "down", "head"]
 
 TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
     "qkv": {1: (Tile(64, 128, 6, 256), Tile(8, 256, 4, 1024, dot=False)), 16: (Tile(64, 128, 6, 512),)},
-    "out": {1: (Tile(4, 256, 6, 1024, dot=False),), 16: (Tile(64, 128, 4, 128, splits=2),)},
+    "out": {
+        1: (Tile(4, 1024, 1, 4096, dot=False), Tile(4, 256, 6, 1024, dot=False)),
+        16: (Tile(64, 128, 4, 128, splits=2),),
+    },
     "gate_up": {1: (Tile(4, 256, 6, 512, dot=False),), 16: (Tile(64, 64, 5, 128),)},
-    "down": {1: (Tile(8, 512, 3, 1024, dot=False), Tile(4, 256, 6, 1024, dot=False))},
+    "down": {
+        1: (Tile(8, 512, 3, 1024, dot=False), Tile(4, 256, 6, 1024, dot=False)),
+        16: (Tile(64, 64, 6, 128, splits=2),),
+    },
     "head": {1: (Tile(4, 256, 6, 512, dot=False),), 16: (Tile(64, 128, 4, 128),), 64: (Tile(64, 64, 6, 64),)},
 }
 """For each role, by the largest number of rows, the tilings that are faster than cuBLAS: the first that fits is taken.
