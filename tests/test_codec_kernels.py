@@ -209,6 +209,13 @@ def test_shapes_that_no_program_can_take_are_left_to_the_twin(name, shape):
     assert (codec._kernels is not None) == (name == "q8" and fits_q8)
 
 
+@pytest.mark.parametrize("name", ["exact", "fp8", "q8", "q4"])
+@pytest.mark.parametrize("shape", [DEMO, (22, 2, 32, 1, 256), (10, 2, 32, 16, 128)], ids=str)
+def test_every_record_of_a_batch_is_aligned_for_the_kernels(name, shape):
+    codec = make_codec(name, shape, torch.bfloat16)
+    assert codec.encoded_bytes % kernels_of(codec).alignment == 0
+
+
 def test_nothing_of_triton_is_imported_on_a_cpu():
     code = (
         "import sys, torch\n"

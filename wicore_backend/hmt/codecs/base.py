@@ -30,11 +30,13 @@ _CHUNK_VALUES = 2**19
 _DEVICE_CHUNK_VALUES = 2**24
 """The same on a GPU without kernels, where launching operators takes as long as their work on 2**21 values."""
 _ALIGNMENT = 16
-"""Bytes: what kernels are compiled for."""
+"""Bytes: of the blocks that kernels are compiled for. Whatever PyTorch allocates has it."""
 
 
 class BlockKernels(Protocol):
-    """What does a codec's work in one launch each way."""
+    """What does a codec's work in one launch each way, on records at multiples of `alignment` bytes."""
+
+    alignment: int
 
     def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
         """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
@@ -196,8 +198,10 @@ class Codec(ABC):
                 self._unpack(part, layers, scratch)
 
     def _kernels_for(self, blocks: Tensor, records: Tensor) -> BlockKernels | None:
-        aligned = (blocks.data_ptr() | records.data_ptr()) % _ALIGNMENT == 0
-        return self._kernels if blocks.is_cuda and aligned and len(records) else None
+        if not blocks.is_cuda or not len(records) or (kernels := self._kernels) is None:
+            return None
+        aligned = blocks.data_ptr() % _ALIGNMENT == 0 and records.data_ptr() % kernels.alignment == 0
+        return kernels if aligned else None
 
     @cached_property
     def _kernels(self) -> BlockKernels | None:

@@ -7,12 +7,22 @@ import triton.language as tl
 
 
 @triton.jit
-def layer_of(blocks, rows, records, layer, LAYERS: tl.constexpr, VALUES: tl.constexpr, RECORD: tl.constexpr):
+def layer_of(
+    blocks,
+    rows,
+    records,
+    layer,
+    LAYERS: tl.constexpr,
+    VALUES: tl.constexpr,
+    RECORD: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
     """Where the layer of that number, over all records, begins in its block, and where its record does."""
     block = (layer // LAYERS).to(tl.int64)
     if rows is not None:
         block = tl.load(rows + block)
-    return blocks + (block * LAYERS + layer % LAYERS) * VALUES, records + layer.to(tl.int64) * RECORD
+    record = tl.multiple_of(records + layer.to(tl.int64) * RECORD, ALIGNMENT)
+    return blocks + (block * LAYERS + layer % LAYERS) * VALUES, record
 
 
 @triton.jit

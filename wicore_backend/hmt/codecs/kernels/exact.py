@@ -26,8 +26,10 @@ class ExactKernels:
             "LAYERS": blocks.shape[0],
             "LAYER": blocks.record // _WORD,
             "WORDS": words,
+            "ALIGNMENT": blocks.alignment,
             "num_warps": warps(words, of_a_thread=8),
         }
+        self.alignment = blocks.alignment
 
     @classmethod
     def for_blocks(cls, blocks: Blocks) -> ExactKernels | None:
@@ -50,17 +52,21 @@ def _words(tensor: Tensor) -> Tensor:
     return tensor.view(len(tensor), -1).view(torch.int64)
 
 
-@triton.jit
-def _encode(blocks, rows, records, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["records"])
+def _encode(
+    blocks, rows, records, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr
+):
     offsets = tl.program_id(0) % (LAYER // WORDS) * WORDS + tl.arange(0, WORDS)
     layer = tl.program_id(0) // (LAYER // WORDS)
-    source, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, LAYER)
+    source, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, LAYER, ALIGNMENT)
     tl.store(record + offsets, tl.load(source + offsets))
 
 
-@triton.jit
-def _decode(records, blocks, rows, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["records"])
+def _decode(
+    records, blocks, rows, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr
+):
     offsets = tl.program_id(0) % (LAYER // WORDS) * WORDS + tl.arange(0, WORDS)
     layer = tl.program_id(0) // (LAYER // WORDS)
-    target, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, LAYER)
+    target, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, LAYER, ALIGNMENT)
     tl.store(target + offsets, tl.load(record + offsets))

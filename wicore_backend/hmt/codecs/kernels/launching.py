@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ class Blocks:
     def layer(self) -> int:
         """Values of a layer, keys and values."""
         return prod(self.shape[1:])
+
+    @property
+    def alignment(self) -> int:
+        """Bytes: what the records of all layers are aligned to, if the first is. At most 16, the widest access."""
+        return gcd(self.record, 16)
 
     @property
     def by_heads(self) -> bool:

@@ -48,9 +48,11 @@ class Q4Kernels:
             "VALUE_CODES": value_codes,
             "VALUE_RANGES": value_ranges,
             "RECORD": blocks.record,
+            "ALIGNMENT": blocks.alignment,
             "num_warps": warps(tokens * dim, of_a_thread=64),
             "enable_fp_fusion": False,
         }
+        self.alignment = blocks.alignment
         self._largest = min(torch.finfo(blocks.dtype).max, largest)
 
     @classmethod
@@ -73,7 +75,7 @@ class Q4Kernels:
             _decode[(len(records) * self._programs,)](records, blocks, rows, **self._sizes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["records"])
 def _encode(
     blocks,
     rows,
@@ -91,10 +93,11 @@ def _encode(
     VALUE_CODES: tl.constexpr,
     VALUE_RANGES: tl.constexpr,
     RECORD: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     head = tl.program_id(0) % HEADS
     layer = tl.program_id(0) // (2 * HEADS)
-    source, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD)
+    source, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
     if tl.program_id(0) // HEADS % 2 == 0:
         channels, ranges = record + CHANNELS, (record + KEY_RANGES).to(blocks.dtype)
         _encode_keys(source, record, channels, ranges, head, LARGEST, TOKENS, HEADS, DIM, RUN)
@@ -157,7 +160,7 @@ def _encode_values(
     tl.store(codes + offsets, (_codes(first, low, high) | _codes(second, low_2, high_2) << 4).to(tl.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["records"])
 def _decode(
     records,
     blocks,
@@ -174,10 +177,11 @@ def _decode(
     VALUE_CODES: tl.constexpr,
     VALUE_RANGES: tl.constexpr,
     RECORD: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     head = tl.program_id(0) % HEADS
     layer = tl.program_id(0) // (2 * HEADS)
-    target, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD)
+    target, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
     if tl.program_id(0) // HEADS % 2 == 0:
         channels, ranges = record + CHANNELS, (record + KEY_RANGES).to(blocks.dtype)
         _decode_keys(record, channels, ranges, target, head, TOKENS, HEADS, DIM, RUN)

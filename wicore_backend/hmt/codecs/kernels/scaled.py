@@ -40,9 +40,11 @@ class Fp8Kernels:
             "HEADS": heads,
             "DIM": dim,
             "RECORD": blocks.record,
+            "ALIGNMENT": blocks.alignment,
             "num_warps": warps(tokens * dim, of_a_thread=32),
             "enable_fp_fusion": False,
         }
+        self.alignment = blocks.alignment
         self._largest = torch.finfo(blocks.dtype).max
 
     @classmethod
@@ -71,9 +73,11 @@ class Q8Kernels:
             "LAYER": blocks.layer,
             "GROUPS": values // _Q8_GROUP.value,
             "RECORD": blocks.record,
+            "ALIGNMENT": blocks.alignment,
             "num_warps": warps(values, of_a_thread=64),
             "enable_fp_fusion": False,
         }
+        self.alignment = blocks.alignment
         self._largest = torch.finfo(blocks.dtype).max
 
     @classmethod
@@ -91,7 +95,7 @@ class Q8Kernels:
             _decode_q8[(len(records) * self._programs,)](records, blocks, rows, **self._sizes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["records"])
 def _encode_fp8(
     blocks,
     rows,
@@ -102,10 +106,11 @@ def _encode_fp8(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     RECORD: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     head = tl.program_id(0) % (2 * HEADS)  # The values' heads follow those of the keys.
     layer = tl.program_id(0) // (2 * HEADS)
-    source, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD)
+    source, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
     offsets = head // HEADS * (TOKENS * HEADS * DIM) + tokens_of_head(head % HEADS, TOKENS, HEADS, DIM)
     numbers = finite(load_numbers(source, offsets), LARGEST)
     largest = tl.max(tl.abs(numbers))
@@ -115,7 +120,7 @@ def _encode_fp8(
     store_numbers(scales, head, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["records"])
 def _decode_fp8(
     records,
     blocks,
@@ -125,17 +130,18 @@ def _decode_fp8(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     RECORD: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     head = tl.program_id(0) % (2 * HEADS)
     layer = tl.program_id(0) // (2 * HEADS)
-    target, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD)
+    target, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
     offsets = head // HEADS * (TOKENS * HEADS * DIM) + tokens_of_head(head % HEADS, TOKENS, HEADS, DIM)
     scales = (record + 2 * TOKENS * HEADS * DIM).to(blocks.dtype)
     units = e4m3_units(tl.load(record + offsets))
     store_numbers(target, offsets, units * load_numbers(scales, head))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["records"])
 def _encode_q8(
     blocks,
     rows,
@@ -145,10 +151,11 @@ def _encode_q8(
     LAYER: tl.constexpr,
     GROUPS: tl.constexpr,
     RECORD: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     part = tl.program_id(0) % (LAYER // (GROUPS * _Q8_GROUP))
     layer = tl.program_id(0) // (LAYER // (GROUPS * _Q8_GROUP))
-    source, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, RECORD)
+    source, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, RECORD, ALIGNMENT)
     groups = part * GROUPS + tl.arange(0, GROUPS)[:, None]
     offsets = groups * _Q8_GROUP + tl.arange(0, _Q8_GROUP)[None, :]
     numbers = finite(load_numbers(source, offsets), LARGEST)
@@ -159,7 +166,7 @@ def _encode_q8(
     store_numbers(scales, groups, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["records"])
 def _decode_q8(
     records,
     blocks,
@@ -168,10 +175,11 @@ def _decode_q8(
     LAYER: tl.constexpr,
     GROUPS: tl.constexpr,
     RECORD: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     part = tl.program_id(0) % (LAYER // (GROUPS * _Q8_GROUP))
     layer = tl.program_id(0) // (LAYER // (GROUPS * _Q8_GROUP))
-    target, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, RECORD)
+    target, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, RECORD, ALIGNMENT)
     groups = part * GROUPS + tl.arange(0, GROUPS)[:, None]
     offsets = groups * _Q8_GROUP + tl.arange(0, _Q8_GROUP)[None, :]
     scales = (record + LAYER).to(blocks.dtype)
