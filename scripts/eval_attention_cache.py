@@ -35,6 +35,7 @@ from unittest import mock
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scripts.demo_data.conversation import Request, Split
 from scripts.demo_data.facts import needles
@@ -215,24 +216,27 @@ class Recording:
         self._steps: dict[bytes, Step] = {}
         self._vocabulary = 0
 
-    def record(self, runner: ModelRunner, plan: StepPlan) -> Computed:
-        """In place of `compute`."""
+    def record(self, runner: ModelRunner, plan: StepPlan, ahead: Tensor | None = None) -> Computed:
+        """In place of `compute`, on a CPU, where no step begins before the one ahead of it has ended."""
+        assert ahead is None
         computed = compute(runner, plan)
         if computed.logits is not None:
             self._vocabulary = computed.logits.shape[1]
+            masses = computed.mass()
             for sequence, token in zip(computed.ready, computed.logits.argmax(-1).tolist(), strict=True):
-                self._steps.setdefault(_name(sequence), Step(token, computed.mass.get(sequence)))
+                self._steps.setdefault(_name(sequence), Step(token, masses.get(sequence)))
         return computed
 
-    def recall(self, _: ModelRunner, plan: StepPlan) -> Computed:
+    def recall(self, _: ModelRunner, plan: StepPlan, ahead: Tensor | None = None) -> Computed:
         """In place of `compute`, too. Raises KeyError for tokens that were never computed."""
+        assert ahead is None
         ready = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks if chunk.completes)]
         steps = [self._steps[_name(sequence)] for sequence in ready]
         logits = torch.zeros(len(ready), self._vocabulary)
         for row, step in enumerate(steps):
             logits[row, step.token] = 1.0
         mass = {sequence: step.mass for sequence, step in zip(ready, steps, strict=True) if step.mass is not None}
-        return Computed(plan, ready, logits if ready else None, {}, mass)
+        return Computed(plan, ready, logits if ready else None, {}, lambda: mass)
 
 
 def _name(sequence: EngineSequence) -> bytes:
