@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wicore_backend.executor.kernels.products import MAX_ROWS, Tile, product
-from wicore_backend.executor.kernels.small import gated
+from wicore_backend.executor.kernels.small import gated, overlaps
 
 Role = Literal["qkv", "out", "gate_up", "down", "head"]
 
@@ -44,7 +44,8 @@ class Matrix:
         self._role = role
         self._weight = weight
         self._bias = bias
-        self._streamed = weight.dtype.itemsize == 2 and bias is None
+        # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
+        self._streamed = weight.dtype.itemsize == 2 and bias is None and overlaps(weight)
         self._choices: dict[int, Tile | None] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
