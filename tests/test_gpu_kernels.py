@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +20,8 @@ from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 
+ROOT = Path(__file__).resolve().parent.parent
+HOPPER_SHARED_MEMORY = 227 * 1024  # a program's, at most
 EPS = 1e-6
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -132,6 +139,18 @@ def test_every_tiling_fits_the_matrices_of_the_27b_model(role, shape):
     weight = torch.empty(shape, device="meta", dtype=torch.bfloat16)
     for tiles in TILES[role].values():
         assert all(tile.fits(weight, gated=role == "gate_up") for tile in tiles)
+
+
+def test_every_tiling_compiles_for_hopper_and_loads_its_first_tile_before_it_waits():
+    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_products"]
+    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == sum(len(tiles) for by_rows in TILES.values() for tiles in by_rows.values())
+    for shared, early_loads, *tiling in lines:
+        assert int(shared) <= HOPPER_SHARED_MEMORY, tiling
+        assert int(early_loads) > 0, tiling
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""Compiles every tiling of the products for Hopper, which takes no such card, and prints what it has of it.
+
+A line each: bytes of shared memory, wide loads before the kernel waits for its input, role and rows.
+
+To be run as a program of its own, without TRITON_INTERPRET: the interpreter's session cannot compile.
+"""
+
+from __future__ import annotations
+
+import re
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from wicore_backend.executor.kernels.products import Tile, _product
+from wicore_backend.executor.matrix import TILES
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
+    """The kernel of `product` for bf16 on a card that starts kernels early."""
+    constants = {
+        "ROWS": max(16, rows) if tile.dot else 1,
+        "COLUMNS": tile.columns,
+        "FIRST": tile.first,
+        "DEPTH": tile.depth,
+        "STAGES": tile.stages,
+        "SPLITS": tile.splits,
+        "GATED": gated,
+        "OVERLAPPED": True,
+    }
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*fp32" if tile.splits > 1 else "*bf16"}
+    names = [parameter.name for parameter in _product.params]
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name != "rows" and signature[name] != "constexpr"
+    }
+    source = ASTSource(_product, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    return triton.compile(source, target=HOPPER, options={"num_warps": tile.warps, "launch_pdl": True})
+
+
+if __name__ == "__main__":
+    for role, by_rows in TILES.items():
+        for rows, tiles in by_rows.items():
+            for tile in tiles:
+                kernel = compiled(tile, rows, gated=role == "gate_up")
+                before_wait, wait, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
+                loads = len(re.findall(r"ld\.global[\w.]*\.v4", before_wait)) if wait else 0
+                print(kernel.metadata.shared, loads, role, rows)
