@@ -8,7 +8,7 @@ from wicore_backend.engine.request import Deadlines
 from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers
-from wicore_backend.hmt.policy import POLICIES
+from wicore_backend.hmt.policy import POLICIES, Access
 from wicore_backend.hmt.policy.lru import LRU
 
 G, L = LayerGroup.GLOBAL, LayerGroup.LOCAL
@@ -198,6 +198,19 @@ def test_one_who_wants_what_another_has_just_cancelled_gets_it():
         b.disk.move(100)
         b.step()
     assert again.cached_tokens == 40
+
+
+def test_long_prompts_are_heard_step_by_step_and_never_pile_up():
+    host = HostTier({G: 10}, POLICIES["a2cr"])
+    last = [number.to_bytes(16, "little") for number in range(3_000)]
+    host.observe(G, Access(keys=last))
+    assert host.explain(G, last[0]) is None, "that takes more than a step"
+    for _ in range(12):
+        host.go_on()
+    assert host.explain(G, last[-1]) is not None
+    for _ in range(40):
+        host.observe(G, Access(keys=last))
+    assert len(host._shelves[G].unheard) <= 16
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "a2cr", "a2cr_weighted"])

@@ -43,6 +43,9 @@ class SlotBlock(NamedTuple):
 
 _HEARD = object()
 
+_MOST_UNHEARD = 16
+"""Prompts; more come faster than steps, and are heard at once."""
+
 
 @dataclass(slots=True)
 class TierCounts:
@@ -126,10 +129,13 @@ class HostTier:
         if (shelf := self._shelves.get(group)) is not None:
             shelf.unheard.append(shelf.policy.observing(access))
             shelf.go_on()
+            while len(shelf.unheard) > _MOST_UNHEARD:
+                shelf.go_on()
 
     def go_on(self) -> None:
-        """Let the policies do a part of what they have to do, a millisecond or so: once a step."""
-        any(shelf.go_on() for shelf in self._shelves.values())
+        """Let each policy do a part of what it has to do, a millisecond or so: once a step."""
+        for shelf in self._shelves.values():
+            shelf.go_on()
 
     def attend(self, group: LayerGroup, name: bytes, mass: float) -> None:
         """Decoding gave a block, wherever it is, this share of its attention; see Policy."""

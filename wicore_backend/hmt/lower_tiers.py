@@ -32,6 +32,7 @@ from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.policy.base import Access
 
 _LATEST_PROMPTS = 64
+"""Of which blocks are copied from the device while the engine is idle."""
 
 RESTORE_SHARE = 0.5
 """Most of a group's host slots that restores take together: spills need the others. One alone may take all."""

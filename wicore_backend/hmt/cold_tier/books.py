@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 
 _HEARD = object()
 
+_MOST_NEWS = 1024
+"""That wait for the policy's thread; if it does not come to them, the oldest are forgotten."""
+
 T = TypeVar("T")
 
 
@@ -89,7 +92,7 @@ class ColdBooks:
         self._slots = {group: slots_for(size, slot_bytes) for group, size in encoded_bytes.items()}
         self.capacity = max(1, store.config.slots * len(self._slots) // sum(self._slots.values()))
         self._policy = policy(self.capacity)
-        self._news: deque[Callable[[Policy], Iterator[None]]] = deque()
+        self._news: deque[Callable[[Policy], Iterator[None]]] = deque(maxlen=_MOST_NEWS)
         self._hearing: Iterator[None] | None = None
         self._lock = threading.Lock()
         self._held: dict[Key, int] = {}

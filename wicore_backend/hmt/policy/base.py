@@ -83,7 +83,7 @@ class Policy(ABC):
     def observing(self, access: Access) -> Iterator[None]:
         """`observe` in parts, each a millisecond or so however long the prompt is. Other calls may come in between."""
         self.observe(access)
-        yield
+        yield from ()
 
     def think(self) -> bool:
         """Do a part of what need not be done at once, a millisecond or so; whether there was something to do."""
