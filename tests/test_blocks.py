@@ -414,6 +414,18 @@ def test_what_is_set_aside_can_be_used_again_and_is_no_victim_then():
     books.close(again)
 
 
+def test_nothing_is_set_aside_any_more_when_all_is_forgotten():
+    books = BlockManager(layout(), {L: 40, G: 31}, max_chunk=60, policy=LRU)
+    books.close(run(books, range(48)))
+    books.close(run(books, range(1000, 1048)))
+    books.tend(1.0)
+    books.forget_all()
+    books.check_integrity()
+    books.close(run(books, range(100)))
+    books.tend(2.0)
+    books.check_integrity()
+
+
 class Told(LRU):
     """Notes how much it is told at once."""
 

@@ -335,8 +335,11 @@ class WindowPool(BlockPool):
         self._unname(unheld, given_up)
 
     def _check_kept(self, kept: set[int], cached: set[int]) -> None:
-        held = Counter(block for run in self._runs.values() for block in run.blocks)
-        if {block: len(runs) for block, runs in enumerate(self._holders) if runs} != held or held.keys() != kept:
+        held: dict[int, set[CachedRun]] = {}
+        for run in self._runs.values():
+            for block in run.blocks:
+                held.setdefault(block, set()).add(run)
+        if {block: set(runs) for block, runs in enumerate(self._holders) if runs} != held or held.keys() != kept:
             raise BlockAccountingError("the blocks' windows are not those that are kept")
         for run in self._runs.values():
             if run.idle != len(cached.intersection(run.blocks)):

@@ -14,8 +14,8 @@ _AT_ONCE = 512
 """Names that a policy is told of in one `tend`, or more if others wait: about two milliseconds' work."""
 _WAITING_SHARE = 1 / 8
 """Of those that wait it is told at least so many, so that they never become more than it takes to catch up."""
-_PART = 256
-"""What a part of `Policy.observing`, a millisecond's work, counts for."""
+_PART = 64
+"""What a part of `Policy.observing` counts for: a millisecond's work at most, most have less."""
 
 
 class _News(NamedTuple):
@@ -107,6 +107,7 @@ class Victims(Generic[V]):
         if self._policy is None:
             return
         self._policy.advance(now)
+        self._policy.think()
         self._tell(max(_AT_ONCE, int(_WAITING_SHARE * self._waiting)))
         # Who does not know all yet could choose what is used again, or gone.
         while not self._news and len(self._aside) < count and self._idle:
