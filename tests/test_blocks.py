@@ -395,6 +395,7 @@ def test_a_policy_orders_windows_as_a_whole():
         books.close(run(books, range(start, start + 16)))
     books.pools[L].victims._policy.listed = tuple(names(range(2000, 2016)).first(4))
     books.tend(1.0)
+    assert len(books.pools[L].victims._aside) == 1, "one window has the four blocks that a step may take"
     blocks = run(books, range(5000, 5008))
     kept = [start for start in range(0, 4000, 1000) if books.match(names(range(start, start + 17)), 4).resume == 4]
     assert kept == [0, 1000, 3000]
