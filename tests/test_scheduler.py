@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from wicore_backend.engine.pacing import Pacer
 from wicore_backend.engine.plan import RejectReason, SchedulerLimits
 from wicore_backend.engine.request import DeadlineKind, Deadlines, PriorityClass, Request, Sequence
 from wicore_backend.engine.sampling_params import SamplingParams
@@ -171,6 +172,23 @@ def test_without_a_target_prompts_slow_decodes_by_a_factor():
     b.add(sequence(400, first=1000))
     (_, chunk) = b.step()
     assert 40 <= chunk[2] - chunk[1] <= 55
+
+
+def test_a_chunk_is_as_long_as_the_time_left_and_whole_only_if_it_fits():
+    b = Bench()
+    b.teach(step=0.01, token=0.001)
+    pacer = Pacer(b.step_time, target_s=0.05, slowdown=1.5)
+    decodes = StepShape(4, 4, 120, 0)
+    assert pacer.begin(decodes)
+    tokens = pacer.tokens(decodes, context=0, most=1000)
+    assert b.step_time.predict(decodes.with_prefill(tokens, 0)) <= pacer.limit_s
+    assert b.step_time.predict(decodes.with_prefill(tokens + 1, 0)) > pacer.limit_s
+    assert [pacer.tokens(decodes, context=0, most=most) for most in (tokens - 1, tokens, tokens + 1)] == [
+        tokens - 1,
+        tokens,
+        tokens,
+    ]
+    assert abs(pacer.tokens(decodes, context=0, most=1000, share=0.5) - tokens / 2) <= 1
 
 
 def test_a_prompt_gets_on_however_slow_the_decodes_are():
