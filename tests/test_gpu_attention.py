@@ -212,13 +212,30 @@ def test_a_bucket_serves_whatever_fits_it_at_the_same_addresses(kernel_device):
     assert before == [result.data_ptr() for result in (bucket.plan.out, bucket.plan.decodes[LayerGroup.GLOBAL].items)]
 
 
-def test_the_kernel_for_hopper_compiles_without_one():
+def compiled_alone(program: str) -> list[str]:
+    """What a program prints that compiles kernels, for cards that need not be here: not in the interpreter's session."""
     alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_hopper_prefill"]
-    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", program], env=alone, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_the_kernel_for_hopper_compiles_without_one():
     # Two warpgroups, each with a first tile, those after it and the last: products in steps of 16.
-    assert done.stdout.splitlines() == ["64 4 products 64 copies 8", "128 2 products 96 copies 16"]
+    assert compiled_alone("tests.compile_hopper_prefill") == [
+        "64 4 products 64 copies 8",
+        "128 2 products 96 copies 16",
+    ]
+
+
+def test_the_kernels_fit_the_shared_memory_of_smaller_cards():
+    cards = dict(line.split(": ") for line in compiled_alone("tests.compile_attention"))
+    assert len(cards) == 4
+    for card, sizes in cards.items():
+        taken, limit = map(int, sizes.split())
+        assert 0 < taken <= limit, card
 
 
 # The real thing.

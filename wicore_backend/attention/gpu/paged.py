@@ -89,7 +89,7 @@ class GpuPagedAttention:
         self._dtype = some_pool.dtype
         self._window = window
         self._query_heads = query_heads
-        self._tuning = tuning = tuning or Tuning.of(layout.head_dim, self._dtype)
+        self._tuning = tuning = tuning or _tuning(layout.head_dim, self._dtype, self._device)
         if processors is None:
             processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._decode_fill = max(1, processors * tuning.decode.fill // layout.kv_heads)
@@ -477,3 +477,10 @@ class GpuPagedAttention:
                 **where,
                 **self._mass_options,
             )
+
+
+def _tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
+    if device.type != "cuda":
+        return Tuning.of(head_dim, dtype)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return Tuning.of(head_dim, dtype, triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])

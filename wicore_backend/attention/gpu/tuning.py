@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+HOPPER_SHARED_BYTES = 232_448
+"""What a program may have of a multiprocessor's shared memory on an H100 or H200, ..."""
+_AMPERE_SHARED_BYTES = 166_912
+"""... on an A100, ..."""
+_ADA_SHARED_BYTES = 101_376
+"""... and on an RTX 4090, L20 or L4. A T10 has 65,536."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -54,10 +61,19 @@ class Tuning:
     prefill: PrefillLaunch
 
     @classmethod
-    def of(cls, head_dim: int, dtype: torch.dtype) -> Tuning:
-        """For a head size and the type of the queries."""
+    def of(cls, head_dim: int, dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES) -> Tuning:
+        """For a head size, the type of the queries, and a card's shared memory for one program.
+
+        Measured on Hopper; on cards with less of it, tiles are what fits (tests/compile_attention.py says what does).
+        """
         if dtype.itemsize > 2:
             return cls(Launch(32, 4, 2, 4), PrefillLaunch(32, 4, 1, 2, rows=32))
+        if shared_bytes < _ADA_SHARED_BYTES:
+            return cls(Launch(32, 4, 2, 4), PrefillLaunch(32, 4, 2, 1, rows=64 if head_dim <= 128 else 32))
         if head_dim > 128:
+            if shared_bytes < _AMPERE_SHARED_BYTES:
+                return cls(Launch(32, 4, 3, 4), PrefillLaunch(32, 4, 2, 1, rows=64))
             return cls(Launch(32, 4, 3, 4), PrefillLaunch(64, 8, 2, 1, rows=128))
+        if head_dim == 128 and shared_bytes >= HOPPER_SHARED_BYTES:
+            return cls(Launch(32, 2, 5, 4), PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2))
         return cls(Launch(32, 2, 5, 4), PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))
