@@ -213,7 +213,7 @@ def test_a_bucket_serves_whatever_fits_it_at_the_same_addresses(kernel_device):
 
 
 def compiled_alone(program: str) -> list[str]:
-    """What a program prints that compiles kernels, for cards that need not be here: not in the interpreter's session."""
+    """What a program prints that compiles kernels for cards that need not be here."""
     alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", program], env=alone, cwd=ROOT, capture_output=True, text=True, check=False
