@@ -496,10 +496,12 @@ def throughput(directory: Path, *, rounds: int, total_bytes: int, payload_bytes:
     before = memory.copy()
     records = [part.data.cast("B") for part in np.split(memory, count)]
     plain = directory / "plain"
+    slot_bytes = min(payload_bytes, 128 << 10)
+    slots = count * -(-payload_bytes // slot_bytes)
     config = NvmeConfig(
         directory=directory / "store",
-        capacity_bytes=int(count * payload_bytes * 1.01) + (1 << 20),
-        slot_bytes=min(payload_bytes, 128 << 10),
+        capacity_bytes=int(slots * slot_bytes * 1.01) + (1 << 20),
+        slot_bytes=slot_bytes,
         max_payload_bytes=payload_bytes,
         fingerprint=b"throughput",
         read_threads=threads,
