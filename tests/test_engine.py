@@ -14,7 +14,9 @@ import torch
 from PIL import Image, ImageChops
 
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine import loading
 from wicore_backend.engine.generation import Generation
+from wicore_backend.engine.loading import LoadedModel
 from wicore_backend.engine.plan import RejectReason
 from wicore_backend.engine.request import Deadlines, FinishedEvent, FinishReason, PriorityClass, TokensEvent
 from wicore_backend.engine.results import EventStream
@@ -26,7 +28,9 @@ from wicore_backend.errors import (
     InvalidArgumentError,
     OverloadedError,
 )
+from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hmt.policy import POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "wicore-demo"
@@ -489,6 +493,33 @@ def test_what_no_longer_fits_the_device_comes_back_from_host_memory():
         tier = engine.statistics().host[LayerGroup.GLOBAL]
         assert 0 < tier.used <= tier.capacity
         assert tier.counts.loaded > 50
+        assert_nothing_left(engine)
+
+
+def test_with_a_policy_the_device_gives_up_what_it_sets_aside_and_no_token_changes(monkeypatch):
+    prompts = [[2, *range(300 + n, 1100 + n)] for n in range(4)]
+    small = {"kv_cache_bytes": 9_000_000, "max_model_len": 1024, "max_running": 2}
+    with Engine(config(**small, prefix_cache=False)) as engine:
+        expected = [engine.generate(prompt, greedy(30)).token_ids for prompt in prompts]
+
+    def as_on_cuda(make, **given):
+        return lambda *arguments, **others: make(*arguments, **others | given)
+
+    monkeypatch.setattr(loading, "BlockManager", as_on_cuda(BlockManager, policy=POLICIES["a2cr"]))
+    monkeypatch.setattr(loading, "LoadedModel", as_on_cuda(LoadedModel, overlaps=True))
+    set_aside = []
+    with Engine(config(**small)) as engine:
+        tend = engine._model.blocks.tend
+
+        def watched(now):
+            tend(now)
+            set_aside.append(len(engine._model.blocks.pools[LayerGroup.GLOBAL].victims._aside))
+
+        monkeypatch.setattr(engine._model.blocks, "tend", watched)
+        for _ in range(3):
+            assert [engine.generate(prompt, greedy(30)).token_ids for prompt in prompts] == expected
+        assert max(set_aside) > 0
+        assert engine.statistics().blocks[LayerGroup.GLOBAL].recycled > 0
         assert_nothing_left(engine)
 
 

@@ -89,7 +89,7 @@ class EngineConfig(Settings):
     """Share of that host memory above which blocks leave for `nvme_cache_path`."""
 
     hmt_policy: Literal["a2cr", "a2cr_product", "a2cr_weighted", "lru", "lfu", "arc", "s3fifo", "w_tinylfu"] = "a2cr"
-    """Which blocks leave host memory, and the disk, first."""
+    """Which blocks leave host memory, and the disk, first; on CUDA also which the device's cache gives up."""
 
     nvme_cache_path: Annotated[Path, Field(strict=False)] | None = None
     """A directory of the engine's own for what host memory gives up, and what is cached when the engine ends: another

@@ -412,6 +412,7 @@ class Engine:
     def _idle(self) -> None:
         """Wait for something to do, and if nothing comes soon prove the books, and that the engine can compute."""
         self._model.mover.tend()
+        self._model.blocks.tend(time.monotonic())
         with suppress(Empty):
             self._inbox.get(timeout=_IDLE_CHECK_S)()
             return
@@ -462,6 +463,7 @@ class Engine:
         self._untold = _Untold(plan, began, computed, choice)
         if not self._model.overlaps:
             self._tell()
+        self._model.blocks.tend(time.monotonic())
 
     def _complete(self, computed: Computed, began: float) -> Choice | None:
         """Note what has been computed, and have the next tokens chosen."""

@@ -124,7 +124,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         normalization=processor.normalization,
         max_model_len=max_model_len,
         max_running=settings.max_running,
-        sampling=MassSampling.of(layout) if pools.host or budget else None,
+        sampling=MassSampling.of(layout) if pools.host or budget or device.type == "cuda" else None,
     )
     _log.info(
         "%s ready on %s in %s after %.1f s: context %d, KV blocks %s, and in host memory %s",
@@ -147,7 +147,15 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
             threshold=settings.hmt_cpu_threshold,
             burst=2 * layout.blocks_for(settings.max_batch_tokens),
         )
-    blocks = BlockManager(layout, num_blocks, max_chunk=settings.max_batch_tokens, lower=lower, budget=budget)
+    blocks = BlockManager(
+        layout,
+        num_blocks,
+        max_chunk=settings.max_batch_tokens,
+        lower=lower,
+        budget=budget,
+        # Where nothing computes beside the host, what a policy takes would make steps longer.
+        policy=POLICIES[settings.hmt_policy] if device.type == "cuda" else None,
+    )
     return LoadedModel(
         runner=runner,
         processor=processor,
