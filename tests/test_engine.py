@@ -523,6 +523,16 @@ def test_with_a_policy_the_device_gives_up_what_it_sets_aside_and_no_token_chang
         assert_nothing_left(engine)
 
 
+def test_an_engine_with_nothing_to_do_says_so_once():
+    idle = Queue()
+    with Engine(config(), when_idle=lambda: idle.put(threading.current_thread().name)) as engine:
+        for _ in range(2):
+            engine.generate("hello", greedy(2))
+            assert idle.get(timeout=20) == "wicore-engine"
+            time.sleep(1.5)
+            assert idle.empty()
+
+
 def test_another_picture_is_another_prefix(engine):
     def ask(shift: int):
         pixels = Image.open(io.BytesIO(PICTURE)).convert("RGB")

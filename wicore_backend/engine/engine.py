@@ -78,14 +78,20 @@ class Engine:
 
     Loads the model and starts the loop's thread; `close`, or leaving the `with` block, ends both.
 
+    Parameters
+    ----------
+    when_idle
+        Called on the loop's thread when there has been nothing to do for a while, once until there is again.
+
     Raises
     ------
     InvalidArgumentError
         For settings that contradict each other or the model (`CheckpointError` for a bad model directory).
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, when_idle: Callable[[], object] = lambda: None) -> None:
         self.config = config
+        self._when_idle = when_idle
         self._recorder = StatisticsRecorder()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
@@ -419,8 +425,9 @@ class Engine:
         self._scheduler.check_integrity()
         if self._monitor.in_trouble:
             self._probe()
-        else:
-            self._inbox.get()()
+            return
+        self._when_idle()
+        self._inbox.get()()
 
     def _probe(self) -> None:
         """See whether the engine can compute again: who is told to stay away will not come to show it."""

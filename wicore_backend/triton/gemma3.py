@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ _log = logging.getLogger(__name__)
 _LAST_WORDS_S = 5.0
 """How long after the last request's end its client may take to be told, before the server is stopped."""
 
+_HARDLY_EVER = 10**9
+"""Collections of Python's second generation before a full one."""
+
+_COLLECT_EVERY_S = 600.0
+
 _SETTLING_S = 0.5
 """What Triton is given to close the requests that have been answered: an ensemble's that meets the server's end there
 stays for ever, and keeps the server from stopping."""
@@ -46,7 +52,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         check_numpy()
         log_to_triton()
-        self._engine = Engine(engine_config(json.loads(args["model_config"])))
+        self._engine = Engine(engine_config(json.loads(args["model_config"])), when_idle=_full_collections())
         self._metrics = Metrics(args["model_name"])
         self._metrics_thread = MetricsThread(
             lambda: self._metrics.update(self._engine.statistics(), self._engine.health())
@@ -55,10 +61,11 @@ class TritonPythonModel:
         self._outbox = Outbox(on_end=lambda end: self._metrics.observe(end.usage))
         self._attachable: WeakValueDictionary[bytes, Channel] = WeakValueDictionary()  # The outbox holds what is open.
         self._lifecycle = self._look_after(args["model_name"])
-        # What has been loaded stays: to look through all of it again is most of what a full collection takes, 100 ms in
-        # which no step runs.
+        # A full collection looks through all that has been loaded, and all that the cache's policies remember: 100 ms
+        # and more in which no step runs. What is loaded stays; for the rest there is time when the engine is idle.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*gc.get_threshold()[:2], _HARDLY_EVER)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -139,3 +146,16 @@ class TritonPythonModel:
             if cancelled:
                 channel.lose()
             channel.flush()
+
+
+def _full_collections() -> Callable[[], None]:
+    """A call that collects all of Python's garbage, unless it has done so a short while ago."""
+    last = time.monotonic()
+
+    def collect() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _COLLECT_EVERY_S:
+            gc.collect()
+            last = time.monotonic()
+
+    return collect
