@@ -31,7 +31,10 @@ GLOBAL, LOCAL = LayerGroup.GLOBAL, LayerGroup.LOCAL
 BUSY = replace(
     STATISTICS,
     blocks={GLOBAL: BlockUsage(100, 44, 166, 1420, 65536), LOCAL: BlockUsage(0, 17, 45, 442, 196608)},
-    host={GLOBAL: TierUsage(68, 100, TierCounts(1397, 23, 1329, 0)), LOCAL: TierUsage(27, 27, TierCounts(1, 2, 3, 4))},
+    host={
+        GLOBAL: TierUsage(68, 100, TierCounts(1397, 23, 1329, 0, 66)),
+        LOCAL: TierUsage(27, 27, TierCounts(1, 2, 3, 4)),
+    },
     nvme=replace(
         COLD,
         groups={
@@ -51,6 +54,9 @@ BUSY = replace(
         restores=3,
         restored_tokens=4_768,
         restores_declined=7,
+        restores_without_room=2,
+        host_hit_tokens=3_500,
+        nvme_hit_tokens=2_036,
     ),
 )
 
@@ -99,6 +105,13 @@ def test_a_report_says_what_the_engine_has_counted():
     assert (nvme.used_disk_bytes, nvme.disk_bytes, host.disk_bytes) == (37, 36, None)
     assert (report.found_tokens, report.missed_tokens) == (9_536, 54_715)
     assert (report.restores, report.restored_tokens) == (3, 4_768)
+    assert {tier.tier: tier.found_tokens for tier in report.tiers} == BUSY.hit_tokens
+    assert (of["host", "global"].written_behind, of["nvme", "global"].written_behind) == (66, None)
+
+
+def test_no_tier_has_found_less_than_nothing_when_the_page_is_read_while_it_changes():
+    half = replace(BUSY.scheduler, prefix_hit_tokens=5_000)
+    assert [tier.found_tokens for tier in report_of(replace(BUSY, scheduler=half)).tiers] == [0, 3_500, 2_036]
 
 
 def test_reasons_add_up_to_what_was_missed_and_the_most_frequent_comes_first():
@@ -106,12 +119,14 @@ def test_reasons_add_up_to_what_was_missed_and_the_most_frequent_comes_first():
     assert [(reason.count, reason.unit) for reason in reasons] == [
         (40_443, "tokens"),
         (14_272, "tokens"),
-        (7, "times"),
+        (5, "times"),
+        (2, "times"),
         (3, "blocks"),
         (1, "blocks"),
     ]
     assert "window" in reasons[1].reason
-    assert ["damaged" in reasons[3].reason, "gone" in reasons[4].reason] == [True, True]
+    assert ["faster" in reasons[2].reason, "no room" in reasons[3].reason] == [True, True]
+    assert ["damaged" in reasons[4].reason, "gone" in reasons[5].reason] == [True, True]
     assert not report_of(replace(BUSY, nvme=None, scheduler=SchedulerCounts())).reasons
 
 
@@ -122,9 +137,10 @@ def test_the_table_fits_a_terminal(server, capsys):
     assert max(map(len, out.splitlines())) <= 80
     rows = [line.split() for line in out.splitlines()]
     assert ["device", "global", "144", "166", "87%", "1,420"] in rows
-    assert ["host", "global", "68", "100", "68%", "1,397", "23", "1,329", "0"] in rows
+    assert ["host", "global", "68", "100", "68%", "1,397", "23", "1,329", "0", "66"] in rows
     assert ["all", "741", "4,852", "15%"] in rows
     assert "64,251 prompt tokens, 9,536 (15%) of them found in the cache" in out
+    assert "by tier: device 4,000, host 3,500, nvme 2,036\n" in out
     assert "4,768 of these by prompts that waited for the disk, 3 times\n" in out
     assert re.search(r"nvme .* 256 MiB/s +1\.2 GiB/s +4\.7 ms\n", out)
     assert "39 times   nvme: the disk, or a quota of it, was full" in out
@@ -143,8 +159,9 @@ def test_a_lossy_server_says_so_and_an_exact_one_does_not(server, capsys, monkey
 
 def test_numbers_of_any_size_stay_in_their_columns():
     huge = 10**12
-    counts = TierCounts(huge, huge, huge, huge)
-    statistics = replace(BUSY, host={GLOBAL: TierUsage(huge, huge, counts)})
+    counts = TierCounts(huge, huge, huge, huge, huge)
+    hits = SchedulerCounts(prefix_hit_tokens=3 * huge - 1, host_hit_tokens=huge - 1, nvme_hit_tokens=huge)
+    statistics = replace(BUSY, host={GLOBAL: TierUsage(huge, huge, counts)}, scheduler=hits)
     report = report_of(statistics)
     lines = [*cache_table.lines(report, seconds=None, every_tier=True)]
     assert max(map(len, lines)) <= 80
@@ -165,7 +182,9 @@ def test_one_tier_alone(server, capsys):
     (report,) = json.loads(capsys.readouterr().out)["caches"]
     assert [tier["tier"] for tier in report["tiers"]] == ["host"]
     assert cache(server, "--tier", "nvme") == 0
-    assert "device" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "device" not in out
+    assert "by tier: nvme 2,036\n" in out
 
 
 def test_a_tier_that_the_server_does_not_have_is_named_with_its_setting(server, capsys, monkeypatch):
@@ -182,7 +201,8 @@ def test_what_happened_in_a_while_is_the_difference_of_two_looks(server, capsys,
     assert cache(server, "--over", "60") == 0
     out = capsys.readouterr().out
     assert "in 60 s\n564 prompt tokens, 464 (82%)" in out
-    assert re.search(r"host +global +68 +100 +68% +0 +0 +0 +0\n", out)
+    assert "by tier: device 464, host 0, nvme 0\n" in out
+    assert re.search(r"host +global +68 +100 +68% +0 +0 +0 +0 +0\n", out)
     assert re.search(r"host +9\.3 MiB +0 B/s +0 B/s\n", out)
 
 

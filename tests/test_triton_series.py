@@ -71,7 +71,7 @@ STATISTICS = EngineStatistics(
         LayerGroup.GLOBAL: BlockUsage(active=5, cached=6, capacity=70, recycled=8, block_bytes=1000),
         LayerGroup.LOCAL: BlockUsage(active=1, cached=1, capacity=9, recycled=2, block_bytes=100),
     },
-    host={LayerGroup.LOCAL: TierUsage(used=1, capacity=2, counts=TierCounts(3, 4, 5, 6))},
+    host={LayerGroup.LOCAL: TierUsage(used=1, capacity=2, counts=TierCounts(3, 4, 5, 6, 7))},
     nvme=COLD,
     bounded=BoundUsage(tokens=256, counts=BoundCounts(left=51, returned=52, lost=53)),
     queues=dict.fromkeys(PriorityClass, EMPTY)
@@ -84,7 +84,7 @@ STATISTICS = EngineStatistics(
     step_seconds=1.25,
     retried=1,
     restarts=2,
-    scheduler=SchedulerCounts(1, 20, 30, 40, 50, 60, 7, 8, 90, 10),
+    scheduler=SchedulerCounts(1, 20, 30, 40, 50, 60, 7, 8, 90, 10, 4, 12, 13),
     step=StepStatistics(StepShape(90, 10, 1000, 2000), 0.02, 0.021, 0.05, Coefficients(1.0, 2.0, 3.0, 4.0, 5.0), 0.03),
 )
 
@@ -141,9 +141,13 @@ def test_every_number_of_the_statistics_is_on_the_page():
         ("wicore_tier_loaded_blocks_total", "host", "local"): 4,
         ("wicore_tier_evicted_blocks_total", "host", "local"): 5,
         ("wicore_tier_refused_blocks_total", "host", "local"): 6,
+        ("wicore_tier_written_behind_blocks_total", "host", "local"): 7,
+        ("wicore_tier_hit_tokens_total", "host"): 12,
+        ("wicore_tier_hit_tokens_total", "nvme"): 13,
         ("wicore_restores_total",): 8,
         ("wicore_restored_tokens_total",): 90,
         ("wicore_restores_declined_total",): 10,
+        ("wicore_restores_without_room_total",): 4,
         ("wicore_kv_block_bytes", "local"): 100,
         ("wicore_tier_blocks_used", "device", "global"): 11,
         ("wicore_tier_blocks", "device", "global"): 70,
@@ -186,6 +190,20 @@ def test_every_number_of_the_statistics_is_on_the_page():
 def test_success_is_not_among_the_reasons_for_blocks_that_did_not_move():
     reasons = {labels[-1] for name, *labels in page() if name == "wicore_tier_unmoved_blocks_total"}
     assert reasons == {str(outcome) for outcome in Outcome} - {"done", "held"}
+
+
+def test_hits_of_the_lower_tiers_and_what_is_left_for_the_device_are_those_of_the_statistics():
+    said = page()
+    lower = {labels[0]: value for (name, *labels), value in said.items() if name == "wicore_tier_hit_tokens_total"}
+    device = said["wicore_prefix_hit_tokens_total",] - sum(lower.values())
+    assert {"device": device, **lower} == STATISTICS.hit_tokens == {"device": 5, "host": 12, "nvme": 13}
+
+
+def test_no_counter_falls_while_a_request_is_being_counted():
+    """Its hits by tier are counted first, then all of them."""
+    half = replace(STATISTICS.scheduler, host_hit_tokens=20, nvme_hit_tokens=25)
+    before, then = page(), page(replace(STATISTICS, scheduler=half))
+    assert all(then[series] >= value for series, value in before.items())
 
 
 def test_a_tier_that_is_not_there_has_no_series():

@@ -45,6 +45,8 @@ class GroupUsage:
         Given up to make room; those of the host tier may have gone on to the disk.
     refused
         Blocks that the tier was offered and did not take.
+    written_behind
+        Blocks that were stored in the tier below while they stayed.
     """
 
     group: str
@@ -54,6 +56,7 @@ class GroupUsage:
     loaded: int | None
     evicted: int | None
     refused: int | None
+    written_behind: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ class TierUsage:
 
     Attributes
     ----------
+    found_tokens
+        Of prompts, those that it had and no faster tier.
     store_bytes_per_second, load_bytes_per_second, load_latency_s
         As the server has measured lately; None if it has not.
     used_disk_bytes, disk_bytes
@@ -72,6 +77,7 @@ class TierUsage:
 
     tier: str
     groups: tuple[GroupUsage, ...]
+    found_tokens: int
     used_bytes: int | None
     stored_bytes: int | None
     loaded_bytes: int | None
@@ -205,6 +211,7 @@ def _tier(page: _Page, tier: str) -> TierUsage:
             loaded=page.count("wicore_tier_loaded_blocks_total", tier=tier, group=group),
             evicted=page.count("wicore_tier_evicted_blocks_total", tier=tier, group=group),
             refused=page.count("wicore_tier_refused_blocks_total", tier=tier, group=group),
+            written_behind=page.count("wicore_tier_written_behind_blocks_total", tier=tier, group=group),
         )
         for group in [*used, *(group for group in capacity if group not in used)]
     ]
@@ -212,6 +219,7 @@ def _tier(page: _Page, tier: str) -> TierUsage:
     return TierUsage(
         tier=tier,
         groups=tuple(groups),
+        found_tokens=_found(page).get(tier, 0),
         used_bytes=sum(count * sizes[group] for group, count in used.items()) if used.keys() <= sizes.keys() else None,
         stored_bytes=_sum(page.by("group", "wicore_tier_spilled_bytes_total", tier=tier)),
         loaded_bytes=_sum(page.by("group", "wicore_tier_loaded_bytes_total", tier=tier)),
@@ -228,6 +236,12 @@ def _tier(page: _Page, tier: str) -> TierUsage:
     )
 
 
+def _found(page: _Page) -> dict[str, int]:
+    """Prompt tokens by the fastest tier that had them: the device those that no other one counts."""
+    lower = page.by("tier", "wicore_tier_hit_tokens_total")
+    return {"device": max(0, page.total("wicore_prefix_hit_tokens_total") - sum(lower.values())), **lower}
+
+
 def _sum(values: Mapping[str, int]) -> int | None:
     return sum(values.values()) if values else None
 
@@ -236,6 +250,7 @@ def _reasons(page: _Page, tiers: Iterable[TierUsage]) -> tuple[MissReason, ...]:
     missed = page.total("wicore_prefix_missed_tokens_total")
     window = min(missed, page.total("wicore_prefix_window_missing_tokens_total"))
     declined = page.total("wicore_restores_declined_total")
+    no_room = min(declined, page.total("wicore_restores_without_room_total"))
     unrestored: dict[str, int] = {}
     for tier in tiers:
         for group in tier.groups:
@@ -245,7 +260,8 @@ def _reasons(page: _Page, tiers: Iterable[TierUsage]) -> tuple[MissReason, ...]:
     reasons = [
         MissReason("never computed, or given up by every tier", missed - window, "tokens"),
         MissReason("cached, but without the sliding window before them", window, "tokens"),
-        MissReason("on disk, but computing was faster, or there was no room", declined, "times"),
+        MissReason("on disk, but computing was faster", declined - no_room, "times"),
+        MissReason("on disk, but there was no room for them in host memory", no_room, "times"),
         *(
             MissReason(f"on disk, but {_NOT_RESTORED.get(why, why)}", count, "blocks")
             for why, count in unrestored.items()

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from wicore_client.cache import TIERS, CacheReport, GroupUsage, TierUsage
 from wicore_client.terminal import one_line
 
-_BLOCKS = ("blocks", "of", "full", "stored", "loaded", "evicted", "refused")
-_BLOCK_WIDTHS = (9, 9, 6, 10, 9, 9, 9)
+_BLOCKS = ("blocks", "of", "full", "stored", "loaded", "evicted", "refused", "behind")
+_BLOCK_WIDTHS = (8, 8, 6, 8, 8, 8, 8, 8)
 _BYTES = ("size", "on disk", "stored", "loaded", "store speed", "load speed", "delay")
 _BYTE_WIDTHS = (10, 10, 11, 11, 12, 12, 7)
 _TIMES = ("us", "ms", "s")
@@ -63,6 +63,8 @@ def _tokens(report: CacheReport) -> Iterator[str]:
     prompts = report.found_tokens + report.missed_tokens
     share = f" ({_percent(report.found_tokens, prompts)})" if prompts else ""
     yield f"{_count(prompts)} prompt tokens, {_count(report.found_tokens)}{share} of them found in the cache"
+    if report.found_tokens and report.tiers:
+        yield f"by tier: {', '.join(f'{tier.tier} {_count(tier.found_tokens)}' for tier in report.tiers)}"
     if report.restores:
         times = "once" if report.restores == 1 else f"{_count(report.restores)} times"
         yield f"{_count(report.restored_tokens)} of these by prompts that waited for the disk, {times}"
@@ -70,7 +72,7 @@ def _tokens(report: CacheReport) -> Iterator[str]:
 
 def _of(group: GroupUsage) -> list[str]:
     full = "" if group.used is None or not group.capacity else _percent(group.used, group.capacity)
-    moved = (group.stored, group.loaded, group.evicted, group.refused)
+    moved = (group.stored, group.loaded, group.evicted, group.refused, group.written_behind)
     return [_or_blank(group.used), _or_blank(group.capacity), full, *map(_or_blank, moved)]
 
 

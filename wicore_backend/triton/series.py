@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
+from wicore_backend.engine.explain import Tier
 from wicore_backend.engine.health import Health
 from wicore_backend.engine.request import PriorityClass
 from wicore_backend.engine.statistics import (
@@ -78,6 +79,13 @@ def _by_tier(
             yield {"tier": tier, "group": str(group)}, count * size
 
     return read
+
+
+def _tier_hit_tokens(statistics: EngineStatistics, _: Health) -> Samples:
+    """Of the tiers below the device. Its own is what is left of all hits: it may fall for the moment in which a request
+    is being counted, which a counter must not."""
+    there = {Tier.HOST: statistics.host, Tier.NVME: statistics.nvme}
+    return _by("tier", {tier: statistics.hit_tokens[tier] for tier, usage in there.items() if usage})
 
 
 def _tier_blocks_used(statistics: EngineStatistics, health: Health) -> Samples:
@@ -266,6 +274,12 @@ FAMILIES = (
         "Times that the disk had blocks and computing was thought to be faster, or that there was no room for them",
         lambda s, _: _one(s.scheduler.restores_declined),
     ),
+    Family(
+        "counter",
+        "wicore_restores_without_room_total",
+        "Of those, the times that there was no room",
+        lambda s, _: _one(s.scheduler.restores_without_room),
+    ),
     # Scheduling
     Family(
         "counter",
@@ -380,6 +394,12 @@ FAMILIES = (
     ),
     Family(
         "counter",
+        "wicore_tier_hit_tokens_total",
+        "Prompt tokens found in the prefix cache that no faster tier had, by tier; the device had the others",
+        _tier_hit_tokens,
+    ),
+    Family(
+        "counter",
         "wicore_tier_spilled_blocks_total",
         "KV blocks moved to a colder tier, by tier and layer group",
         _by_tier(host=lambda t: t.counts.spilled, nvme=lambda c: c.spills[Outcome.DONE]),
@@ -407,6 +427,12 @@ FAMILIES = (
         "wicore_tier_evicted_blocks_total",
         "KV blocks that a tier gave up to make room, by tier and layer group",
         _by_tier(device=lambda b: b.recycled, host=lambda t: t.counts.evicted, nvme=lambda c: c.evicted),
+    ),
+    Family(
+        "counter",
+        "wicore_tier_written_behind_blocks_total",
+        "KV blocks of a tier that were stored in the colder one while they stayed, by tier and layer group",
+        _by_tier(host=lambda t: t.counts.written_behind),
     ),
     Family(
         "counter",
