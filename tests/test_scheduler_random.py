@@ -623,6 +623,15 @@ class Interleaving(RuleBasedStateMachine):
         self.engine.disk.move(failing, failing=True)
         self.engine.disk.seconds = seconds
 
+    @precondition(lambda self: self.engine.disk is not None)
+    @rule(rounds=st.sampled_from([1, 3, 10]))
+    def write_behind(self, rounds: int) -> None:
+        """As an idle engine does, and here also with work to do."""
+        assert self.engine.disk is not None
+        for _ in range(rounds):
+            self.engine.disk.move(self.pace)
+            self.engine._model.mover.tend()
+
     @precondition(lambda self: self.engine._scheduler.num_running)
     @rule(which=WHICH)
     def preempt(self, which: int) -> None:
@@ -720,7 +729,11 @@ class Interleaving(RuleBasedStateMachine):
     def _count(self) -> None:
         counts = self.engine._scheduler.counts
         TALLY["preemptions"] += counts.preemptions
-        TALLY["prompt tokens found in the cache"] += counts.prefix_hit_tokens
+        statistics = self.engine.statistics()
+        for tier, tokens in statistics.hit_tokens.items():
+            assert tokens >= 0
+            TALLY[f"prompt tokens found in the cache, {tier}"] += tokens
+        TALLY["blocks written behind"] += sum(usage.counts.written_behind for usage in statistics.host.values())
         TALLY["prompt tokens shared by forks"] += counts.shared_prefill_tokens
         TALLY["prompt tokens whose window alone was missing"] += counts.window_missing_tokens
         TALLY["promotions by age"] += counts.promotions
