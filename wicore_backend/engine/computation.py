@@ -130,7 +130,10 @@ def _one_by_one(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None, error
     failed: dict[Sequence, Exception] = {}
     for part in parts:
         try:
-            done.append(_compute(runner, part, ahead))
+            computed = _compute(runner, part, ahead)
+            if computed.logits is not None:
+                computed.logits = computed.logits.clone()  # They may be where the next part's will be.
+            done.append(computed)
         except Exception as fault:
             failed[part.decodes[0] if part.decodes else part.chunks[0].sequence] = fault
     if not done:
