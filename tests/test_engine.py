@@ -370,6 +370,30 @@ def test_when_nothing_can_be_computed_the_running_end_and_the_next_ones_run(monk
         assert_nothing_left(engine)
 
 
+def test_a_device_that_fails_after_it_was_given_a_step_is_trouble_until_it_computes_one(monkeypatch):
+    with Engine(config()) as engine:
+        run, fire = engine._model.runner.run, threading.Event()
+
+        def done() -> None:
+            if fire.is_set():
+                raise RuntimeError("the device is on fire")
+
+        monkeypatch.setattr(engine._model.runner, "run", lambda *given: replace(run(*given), done=done))
+        engine.generate("hello", greedy(2))
+        assert engine.health().ok
+        fire.set()
+        engine.generate("hello", greedy(2))
+        assert "on fire" in engine.health().reason
+        time.sleep(1.3)
+        assert not engine.health().ok, "it has tried, and failed"
+        fire.clear()
+        end = time.monotonic() + 5
+        while not engine.health().ok:
+            assert time.monotonic() < end, "it finds out by itself that all is well"
+            time.sleep(0.05)
+        assert_nothing_left(engine)
+
+
 def test_a_token_that_cannot_be_taken_ends_its_request_alone(engine, monkeypatch):
     expected = engine.generate("hello", greedy(30)).token_ids
     push, ended = Generation.push, []

@@ -461,7 +461,6 @@ class Engine:
             self._tell()
             self._start_anew(error)
             return
-        self._monitor.recovered()
         self._recorder.retried += computed.retried
         if self._untold:
             self._tell()
@@ -505,6 +504,12 @@ class Engine:
         """Wait until a step has been computed, and take note of where its attention fell."""
         try:
             computed.done()
+        except Exception as error:
+            _log.exception("the device failed in a step")
+            self._monitor.trouble(f"the device failed in a step ({error}), and has not computed one since")
+            return
+        self._monitor.recovered()
+        try:
             masses = computed.mass()
         except Exception:
             _log.exception("where attention fell in a step cannot be told")

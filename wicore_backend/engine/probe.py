@@ -23,6 +23,6 @@ def compute_for_nobody(model: LoadedModel) -> None:
     try:
         model.blocks.extend(sequence.blocks, 0, 1)
         model.mover.move()
-        model.runner.run(StepPlan([], [Chunk(sequence, 0, 1)], StepShape(1, 1, 0, 0)))
+        model.runner.run(StepPlan([], [Chunk(sequence, 0, 1)], StepShape(1, 1, 0, 0))).done()
     finally:
         model.blocks.close(sequence.blocks)
