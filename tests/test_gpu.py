@@ -51,6 +51,11 @@ def test_float32_gives_the_tokens_of_the_cpu(on_cpu):
     assert answers("cuda", "float32") == on_cpu
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_the_second_gpu_gives_them_too(on_cpu):
+    assert answers("cuda:1", "float32") == on_cpu
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_gives_nearly_all_of_them(on_cpu, dtype):
     same = sum(a == b for a, b in zip(answers("cuda", dtype), on_cpu, strict=True))

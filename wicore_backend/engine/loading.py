@@ -59,7 +59,7 @@ class LoadedModel:
 
 
 def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel:
-    """Load the checkpoint, allocate the KV cache and wire the parts.
+    """Load the checkpoint, allocate the KV cache and wire the parts. On the thread that will run the model.
 
     Parameters
     ----------
@@ -77,6 +77,9 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
     if not settings.model.is_dir():
         raise CheckpointError(f"model = {str(settings.model)!r} is not a directory; give that of a Gemma-3 checkpoint")
     device = _device(settings.device)
+    if device.type == "cuda":
+        # This thread's: kernels and events go to the current device, wherever their tensors are.
+        torch.cuda.set_device(device.index or 0)
     dtype = _dtype(settings.dtype, device)
     config = Gemma3Config.from_checkpoint(settings.model)
     positions = config.text.max_position_embeddings
