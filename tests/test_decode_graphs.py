@@ -136,6 +136,29 @@ def test_what_no_graph_fits_is_left_to_the_layers(graphs, kernel_device):
     assert graphs.run(decodes([MAX_KEYS]), torch.arange(1, device=kernel_device)) is None
 
 
+@torch.inference_mode()
+def test_what_cannot_be_captured_is_left_to_the_layers_from_then_on(model, kernel_device):
+    tried = []
+
+    def record(work):
+        tried.append(work)
+        raise torch.OutOfMemoryError("no room for a graph")
+
+    graphs = DecodeGraphs(
+        executor=model.executor,
+        attention=model.attention,
+        rotary=model.rotary,
+        layout=model.layout,
+        max_sequences=3,
+        max_keys=MAX_KEYS,
+        measures=True,
+        record=record,
+    )
+    for _ in range(2):
+        assert graphs.run(decodes([9]), torch.arange(1, device=kernel_device)) is None
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize("most", [1, 3, 16, 100, 256])
 def test_buckets_rise_to_the_most_that_run(most):
     sizes = bucket_sizes(most)

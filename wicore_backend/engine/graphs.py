@@ -7,6 +7,7 @@ next number. What differs between steps, tokens, positions and block tables, is 
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from wicore_backend.executor.base import Executor
 from wicore_backend.executor.upload import to_device
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.models.gemma3.rope import RotaryTables
+
+_log = logging.getLogger(__name__)
 
 
 class Bucket(Protocol):
@@ -79,9 +82,14 @@ def capture(work: Work) -> Work:
     What it compiles and allocates once, a call before must have done.
     """
     graph = torch.cuda.CUDAGraph()
-    # Other threads may use the device meanwhile, to move blocks between the tiers; that is no part of the graph.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = work()
+    stream = torch.cuda.current_stream()
+    try:
+        # Other threads may use the device meanwhile, to move blocks between the tiers; that is no part of the graph.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = work()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # PyTorch stays on the stream of a capture that cannot be ended.
+        raise
     return _Captured(graph, results, work)
 
 
@@ -130,17 +138,22 @@ class DecodeGraphs:
         self._measures = measures
         self._record = record
         self._sizes = bucket_sizes(max_sequences)
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, _Graph | None] = {}
 
     def run(self, step: PackedStep, ids: Tensor) -> StepOutput | None:
-        """What `step`, of decodes alone, gives for the tokens `ids` int64 [T]; None if it is larger than any graph."""
+        """What `step`, of decodes alone, gives for the tokens `ids` int64 [T]; None if there is no graph for it.
+
+        Such is one that is larger than any, and one whose graph could not be had, for lack of memory for example.
+        """
         count = len(ids)
         if count > self._sizes[-1] or int(step.positions.max()) >= self._max_keys:
             return None
         size = self._sizes[bisect_left(self._sizes, count)]
-        graph = self._graphs.get(size)
+        if size not in self._graphs:
+            self._graphs[size] = self._prepared(size, step, ids)
+        graph = self._graphs[size]
         if graph is None:
-            graph = self._graphs[size] = self._prepare(size, step, ids)
+            return None
         plan = self._fill(graph, step, ids)
         results = graph.replay()
         return StepOutput(
@@ -157,6 +170,14 @@ class DecodeGraphs:
         graph.ids[: len(ids)].copy_(ids)
         graph.positions[: len(ids)].copy_(to_device(step.positions, ids.device))
         return self._attention.refresh(graph.bucket, step)
+
+    def _prepared(self, size: int, step: PackedStep, ids: Tensor) -> _Graph | None:
+        """The graph for `size` sequences, if it can be had."""
+        try:
+            return self._prepare(size, step, ids)
+        except Exception:
+            _log.exception("steps of %d decodes cannot be captured; they are run layer by layer from now on", size)
+            return None
 
     def _prepare(self, size: int, step: PackedStep, ids: Tensor) -> _Graph:
         """The graph for `size` sequences. It is run with `step` first, which does no harm: it will be run again."""
