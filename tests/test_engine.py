@@ -370,6 +370,29 @@ def test_when_nothing_can_be_computed_the_running_end_and_the_next_ones_run(monk
         assert_nothing_left(engine)
 
 
+def test_what_sampling_cannot_do_for_all_at_once_it_does_one_by_one_with_the_same_tokens(engine, monkeypatch):
+    params = SamplingParams(temperature=0, max_tokens=12, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=2)
+    prompts = [[2, 300 + n] for n in range(3)]
+    expected = [engine.generate(prompt, params) for prompt in prompts]
+    together = []
+
+    def argmax(logits, *dims):
+        if len(logits) > 1:
+            together.append(len(logits))
+            raise torch.OutOfMemoryError("no room for so many")
+        return torch.argmax(logits, *dims)
+
+    monkeypatch.setattr(torch.Tensor, "argmax", argmax)
+    results = engine.generate(prompts, params)
+    assert together
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+    for result, alone in zip(results, expected, strict=True):
+        assert [one.logprob for one in result.logprobs] == pytest.approx(
+            [one.logprob for one in alone.logprobs], abs=1e-4
+        )
+    assert_nothing_left(engine)
+
+
 def test_a_device_that_fails_after_it_was_given_a_step_is_trouble_until_it_computes_one(monkeypatch):
     with Engine(config()) as engine:
         run, fire = engine._model.runner.run, threading.Event()

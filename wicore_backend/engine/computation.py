@@ -37,8 +37,10 @@ class Computed:
     ----------
     plan
         What of the step was computed.
+    ready
+        The sequences whose next token the logits tell, each with the row that tells it.
     logits
-        float32 [R, V], a row for each sequence in `ready`: those whose next token they tell.
+        float32 [R, V].
     prompt_logprobs
         Of the chunks' prompts, where asked for.
     mass
@@ -52,7 +54,7 @@ class Computed:
     """
 
     plan: StepPlan
-    ready: list[Sequence]
+    ready: dict[Sequence, int]
     logits: Tensor | None
     prompt_logprobs: dict[Sequence, list[TokenLogprob | None]]
     mass: Callable[[], dict[Sequence, NDArray[np.float32]]] = dict
@@ -64,10 +66,7 @@ class Computed:
         """Drop what was computed for sequences whose requests have ended meanwhile."""
         self.failed = {s: fault for s, fault in self.failed.items() if not gone(s)}
         self.prompt_logprobs = {s: logprobs for s, logprobs in self.prompt_logprobs.items() if not gone(s)}
-        rows = [row for row, sequence in enumerate(self.ready) if not gone(sequence)]
-        if len(rows) < len(self.ready):
-            assert self.logits is not None
-            self.ready, self.logits = [self.ready[row] for row in rows], self.logits[rows]
+        self.ready = {s: row for s, row in self.ready.items() if not gone(s)}
         decodes = [s for s in self.plan.decodes if not gone(s)]
         chunks = [c for c in self.plan.chunks if not gone(c.sequence)]
         self.plan = replace(self.plan, decodes=decodes, chunks=chunks)
@@ -111,7 +110,8 @@ def _compute(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None) -> Compu
         if chunk.sequence.request.params.prompt_logprobs is not None
     }
     logits = output.logits(rows) if rows else None
-    return Computed(plan, ready, logits, prompt_logprobs, partial(_by_sequence, plan, output.mass), output.done)
+    own_rows = {sequence: row for row, sequence in enumerate(ready)}
+    return Computed(plan, own_rows, logits, prompt_logprobs, partial(_by_sequence, plan, output.mass), output.done)
 
 
 def _by_sequence(plan: StepPlan, mass: Masses) -> dict[Sequence, NDArray[np.float32]]:
@@ -141,7 +141,7 @@ def _one_by_one(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None, error
     logits = [d.logits for d in done if d.logits is not None]
     return Computed(
         StepPlan([s for d in done for s in d.plan.decodes], [c for d in done for c in d.plan.chunks], plan.shape),
-        [s for d in done for s in d.ready],
+        {s: row for row, s in enumerate(s for d in done for s in d.ready)},
         torch.cat(logits) if logits else None,
         {s: logprobs for d in done for s, logprobs in d.prompt_logprobs.items()},
         lambda: {s: mass for d in done for s, mass in d.mass().items()},

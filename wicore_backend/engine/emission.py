@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wicore_backend.engine.generation import Generation
 from wicore_backend.engine.ledger import RequestLedger
 from wicore_backend.engine.request import Sequence, TokenLogprob
 from wicore_backend.engine.sampler import logprobs_of, sample
+from wicore_backend.executor.upload import rows_of
 
 _log = logging.getLogger(__name__)
 
@@ -50,28 +50,22 @@ class Emitter:
     def __init__(self, ledger: RequestLedger) -> None:
         self._ledger = ledger
 
-    def choose(self, sequences: Rows[Sequence], logits: Tensor) -> Choice | None:
-        """Have each sequence's next token chosen from its row of `logits` [R, V], which may be overwritten.
+    def choose(self, rows: Mapping[Sequence, int], logits: Tensor) -> Choice | None:
+        """Have each sequence's next token chosen from its row of `logits` [N, V], which are good until the next step.
 
         A sequence for which that fails ends, and is left out; None if there is no other.
         """
-        generations = [self._ledger.owner(sequence)[1] for sequence in sequences]
-        wanted = [row for row, generation in enumerate(generations) if generation.logprobs is not None]
-        unchanged = logits[wanted]  # A copy: sampling writes penalties into its logits.
         try:
-            tokens = sample(logits, [generation.sampling_row for generation in generations])
+            choice = self._choose(rows, logits)
         except Exception:
-            _log.exception("sampling %d tokens failed; trying one by one", len(sequences))
-            sampled = self._sample_one_by_one(sequences, generations, logits)
-            if not sampled:
+            _log.exception("choosing %d tokens failed; trying one by one", len(rows))
+            choices = self._choose_one_by_one(rows, logits)
+            if not choices:
                 return None
-            places = {row: place for place, row in enumerate(sampled)}
-            unchanged = unchanged[[i for i, row in enumerate(wanted) if row in places]]
-            wanted = [places[row] for row in wanted if row in places]
-            sequences, tokens = [sequences[row] for row in sampled], torch.cat(list(sampled.values()))
-        for row, sequence in enumerate(sequences):
+            choice = _together(choices)
+        for row, sequence in enumerate(choice.sequences):
             sequence.ahead = row
-        return Choice(sequences, tokens, _reading(tokens), wanted, unchanged)
+        return choice
 
     def tell(self, choice: Choice) -> None:
         """Tell the callers what was chosen, and end the answers that end with it."""
@@ -98,17 +92,25 @@ class Emitter:
             if generation.reason is not None:
                 self._ledger.end_answer(job, sequence)
 
-    def _sample_one_by_one(
-        self, sequences: Rows[Sequence], generations: Rows[Generation], logits: Tensor
-    ) -> dict[int, Tensor]:
-        """int64 [1] for each row that can be sampled."""
-        sampled = {}
-        for row, (sequence, generation) in enumerate(zip(sequences, generations, strict=True)):
+    def _choose(self, rows: Mapping[Sequence, int], logits: Tensor) -> Choice:
+        sequences, places = list(rows), list(rows.values())
+        generations = [self._ledger.owner(sequence)[1] for sequence in sequences]
+        if places != list(range(len(logits))):
+            logits = rows_of(logits, places)
+        tokens = sample(logits, [generation.sampling_row for generation in generations])
+        wanted = [row for row, generation in enumerate(generations) if generation.logprobs is not None]
+        return Choice(sequences, tokens, _reading(tokens), wanted, rows_of(logits, wanted) if wanted else logits[:0])
+
+    def _choose_one_by_one(self, rows: Mapping[Sequence, int], logits: Tensor) -> list[Choice]:
+        choices = []
+        for sequence, row in rows.items():
+            if sequence not in self._ledger:  # It has ended with another answer of its request.
+                continue
             try:
-                sampled[row] = sample(logits[row : row + 1].clone(), [generation.sampling_row])
+                choices.append(self._choose({sequence: row}, logits))
             except Exception as fault:
                 self._ledger.fail(sequence, fault)
-        return {row: token for row, token in sampled.items() if sequences[row] in self._ledger}
+        return [choice for choice in choices if choice.sequences[0] in self._ledger]
 
     def _logprobs(self, choice: Choice, tokens: Rows[int]) -> dict[int, TokenLogprob]:
         """Of the rows for which they are asked."""
@@ -128,6 +130,18 @@ class Emitter:
     def _fail(self, sequences: Iterable[Sequence], fault: Exception) -> None:
         for sequence in sequences:
             self._ledger.fail(sequence, fault)
+
+
+def _together(choices: Rows[Choice]) -> Choice:
+    """The choices of one sequence each as one."""
+    tokens = torch.cat([choice.tokens for choice in choices])
+    return Choice(
+        [choice.sequences[0] for choice in choices],
+        tokens,
+        _reading(tokens),
+        [row for row, choice in enumerate(choices) if choice.wanted],
+        torch.cat([choice.logits for choice in choices]),
+    )
 
 
 def _reading(tokens: Tensor) -> Callable[[], list[int]]:

@@ -479,11 +479,9 @@ class Engine:
             self._ledger.owner(sequence)[1].take_prompt_logprobs(logprobs)
         choice = None
         if computed.ready:
-            rows = {sequence: row for row, sequence in enumerate(computed.ready)}
-            rows |= {fork.sequence: rows[fork.source] for fork in forks}
-            logits = computed.logits
-            assert logits is not None
-            choice = self._emitter.choose(list(rows), logits[list(rows.values())] if forks else logits)
+            rows = computed.ready | {fork.sequence: computed.ready[fork.source] for fork in forks}
+            assert computed.logits is not None
+            choice = self._emitter.choose(rows, computed.logits)
         for sequence, fault in computed.failed.items():
             self._ledger.fail(sequence, fault)
         return choice

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from wicore_backend.engine.request import TokenLogprob
 from wicore_backend.engine.sampling_params import SamplingParams
+from wicore_backend.executor.upload import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,25 +26,29 @@ class SamplingRow:
     answer: Rows[int] = ()
     """Tokens so far; needed, like the prompt's, only where a penalty looks at them."""
 
+    @property
+    def penalised(self) -> bool:
+        """Whether a penalty looks at the tokens so far."""
+        params = self.params
+        return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
+
 
 def sample(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
-    """The next token of each row of `logits` float32 [R, V], which may be overwritten: int64 [R], on its device.
+    """The next token of each row of `logits` float32 [R, V]: int64 [R], on its device.
 
     The order of operations is that of `SamplingParams`. The device is not waited for.
     """
-    for row, r in enumerate(rows):
-        if r.params.repetition_penalty != 1:
-            _penalise_repetition(logits[row], [*r.prompt, *r.answer], r.params.repetition_penalty)
-        if r.answer and (r.params.presence_penalty or r.params.frequency_penalty):
-            counts = Counter(r.answer)
-            drops = [r.params.presence_penalty + r.params.frequency_penalty * n for n in counts.values()]
-            logits[row, list(counts)] -= torch.tensor(drops, device=logits.device)
+    if any(r.penalised for r in rows):
+        logits = logits.clone()
+        for own_logits, r in zip(logits, rows, strict=True):
+            _penalise(own_logits, r)
     drawn = [row for row, r in enumerate(rows) if r.params.temperature > 0]
     if len(drawn) == len(rows):
         return _draw(logits, rows)
     tokens = logits.argmax(-1)
     if drawn:
-        tokens[drawn] = _draw(logits[drawn], [rows[row] for row in drawn])
+        places = to_device(np.array(drawn, np.int64), logits.device)
+        tokens.index_copy_(0, places, _draw(logits.index_select(0, places), [rows[row] for row in drawn]))
     return tokens
 
 
@@ -60,10 +65,19 @@ def logprobs_of(logits: Tensor, tokens: Rows[int], tops: Rows[int]) -> list[Toke
     ]
 
 
-def _penalise_repetition(logits: Tensor, seen: list[int], penalty: float) -> None:
-    index = torch.tensor(seen, device=logits.device)
-    values = logits[index]
-    logits[index] = torch.where(values > 0, values / penalty, values * penalty)
+def _penalise(logits: Tensor, row: SamplingRow) -> None:
+    """Of a row's `logits` [V], in place."""
+    params = row.params
+    if params.repetition_penalty != 1:
+        seen = to_device(np.array([*row.prompt, *row.answer], np.int64), logits.device)
+        values = logits.index_select(0, seen)
+        penalised = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        logits.index_copy_(0, seen, penalised)  # What was seen twice is written twice, the same.
+    if row.answer and (params.presence_penalty or params.frequency_penalty):
+        tokens, counts = np.unique(row.answer, return_counts=True)
+        drops = params.presence_penalty + params.frequency_penalty * counts
+        places = to_device(tokens, logits.device)
+        logits.index_add_(0, places, to_device(drops.astype(np.float32), logits.device), alpha=-1)
 
 
 def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
@@ -96,7 +110,7 @@ def _cutoffs(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=torch.float32)[:, None]
+    return to_device(np.array(values, np.float32), like.device)[:, None]
 
 
 def _mix(seed: int, place: int) -> int:
