@@ -8,6 +8,7 @@ import torch
 
 from tests.copy_interleavings import BLOCKS, EDGES, LAYOUT, SLOTS, G, L, Story, obey_all_but
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine.sampler import SamplingRow, sample
 from wicore_backend.hmt.codecs import make_codec
 from wicore_backend.hmt.host_memory import HostMemory
 from wicore_backend.hmt.row_copies import copy_rows
@@ -60,6 +61,22 @@ def test_the_second_gpu_gives_them_too(on_cpu):
 def test_half_precision_gives_nearly_all_of_them(on_cpu, dtype):
     same = sum(a == b for a, b in zip(answers("cuda", dtype), on_cpu, strict=True))
     assert same >= 0.9 * len(PROMPTS)
+
+
+@torch.inference_mode()
+def test_sampling_does_not_wait_for_the_device():
+    logits = torch.randn(4, 1000, device="cuda")
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.1, "frequency_penalty": 0.1}
+    drawn = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.01}
+    several = [{"temperature": 0.0}, drawn, {"temperature": 0.0, **penalties}, {**drawn, **penalties}]
+    rows = [SamplingRow(SamplingParams(**one), seed=7, place=2, prompt=[2, 3, 4], answer=[5, 5]) for one in several]
+    expected = sample(logits, rows).tolist()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens = sample(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert tokens.tolist() == expected
 
 
 def test_the_cache_takes_its_share_of_the_free_memory():
