@@ -417,6 +417,30 @@ def test_a_device_that_fails_after_it_was_given_a_step_is_trouble_until_it_compu
         assert_nothing_left(engine)
 
 
+def test_a_device_that_hangs_in_a_step_for_nobody_is_noticed(monkeypatch):
+    with Engine(config(step_timeout_s=0.2)) as engine:
+        engine._model = replace(engine._model, overlaps=True)
+        run, release, steps = engine._model.runner.run, threading.Event(), []
+
+        def running(*given):
+            steps.append(given)
+            output = run(*given)
+            return replace(output, done=lambda: release.wait(10)) if len(steps) == 3 else output
+
+        monkeypatch.setattr(engine._model.runner, "run", running)
+        assert len(engine.generate([2, 300], greedy(2)).token_ids) == 2, "the third step is for nobody"
+        end = time.monotonic() + 5
+        while engine.health().ok:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert "running for" in engine.health().reason
+        release.set()
+        while not engine.health().ok:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert_nothing_left(engine)
+
+
 def test_a_token_that_cannot_be_taken_ends_its_request_alone(engine, monkeypatch):
     expected = engine.generate("hello", greedy(30)).token_ids
     push, ended = Generation.push, []

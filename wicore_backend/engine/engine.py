@@ -406,7 +406,9 @@ class Engine:
             if self._scheduler.has_work:
                 self._step()
             elif self._untold:
+                self._monitor.step_begins()
                 self._tell()
+                self._monitor.step_ends()
             elif not self._ended:
                 self._idle()
 
