@@ -236,7 +236,8 @@ class Recording:
         for row, step in enumerate(steps):
             logits[row, step.token] = 1.0
         mass = {sequence: step.mass for sequence, step in zip(ready, steps, strict=True) if step.mass is not None}
-        return Computed(plan, ready, logits if ready else None, {}, lambda: mass)
+        rows = {sequence: row for row, sequence in enumerate(ready)}
+        return Computed(plan, rows, logits if ready else None, {}, lambda: mass)
 
 
 def _name(sequence: EngineSequence) -> bytes:

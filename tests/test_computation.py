@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence as Rows
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ class ReplayingRunner:
         for row, sequence in enumerate(plan.decodes):
             self._logits[row] = self._sequences.index(sequence)
         nothing = torch.empty(0)
-        return StepOutput(None, nothing, nothing, tuple(range(len(plan.decodes) + 1)), computed=self._logits)
+        return StepOutput(mock.Mock(), nothing, nothing, tuple(range(len(plan.decodes) + 1)), computed=self._logits)
 
 
 def sequence() -> Sequence:
