@@ -594,6 +594,15 @@ def test_with_a_policy_the_device_gives_up_what_it_sets_aside_and_no_token_chang
         assert_nothing_left(engine)
 
 
+def test_an_engine_that_cannot_start_its_watchdog_says_so(monkeypatch):
+    def no_thread(**_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("wicore_backend.engine.engine.HealthMonitor", no_thread)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Engine(config())
+
+
 def test_an_engine_with_nothing_to_do_says_so_once():
     idle = Queue()
     with Engine(config(), when_idle=lambda: idle.put(threading.current_thread().name)) as engine:

@@ -372,22 +372,30 @@ class Engine:
             if self.config.threads is not None:
                 torch.set_num_threads(self.config.threads)
             self._model = load_model(self.config, self._wake)
+            self._prepare()
         except BaseException as error:
             loaded.set_exception(error)
             return
-        self._step_time = StepTimeModel()
-        self._scheduler = Scheduler(self._model.blocks, SchedulerLimits.of(self.config), self._step_time)
-        self._monitor = HealthMonitor(step_timeout_s=self.config.step_timeout_s)
-        self._ledger = RequestLedger(self._scheduler, self._recorder, self.config, self._one_ended)
-        self._emitter = Emitter(self._ledger)
         loaded.set_result(self._model)
         try:
             self._loop()
         except Exception as error:
-            _log.exception("the engine's books are wrong; it ends, and so does every request")
+            _log.exception("the engine's loop failed, by its books or its device; it ends, and so does every request")
             self._break_down(error)
         finally:
             self._model.mover.close(persist_s=0.0 if self._broken else _PERSIST_S)
+
+    def _prepare(self) -> None:
+        """Make what the loop works with, over a model that is loaded."""
+        try:
+            self._step_time = StepTimeModel()
+            self._scheduler = Scheduler(self._model.blocks, SchedulerLimits.of(self.config), self._step_time)
+            self._ledger = RequestLedger(self._scheduler, self._recorder, self.config, self._one_ended)
+            self._emitter = Emitter(self._ledger)
+            self._monitor = HealthMonitor(step_timeout_s=self.config.step_timeout_s)
+        except BaseException:
+            self._model.mover.close(persist_s=0.0)
+            raise
 
     def _one_ended(self) -> None:
         with self._lock:
