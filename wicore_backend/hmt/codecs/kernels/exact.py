@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wicore_backend.hmt.codecs.kernels.addressing import layer_of
-from wicore_backend.hmt.codecs.kernels.launching import Blocks, largest_power_dividing, on_device, warps
+from wicore_backend.hmt.codecs.kernels.launching import Blocks, CodecKernels, largest_power_dividing, warps
 
 _WORD = 8
 """Bytes; a thread takes several."""
@@ -16,20 +16,21 @@ _WORDS = 2048
 """Of a program."""
 
 
-class ExactKernels:
+class ExactKernels(CodecKernels):
     """A program takes consecutive words of a layer."""
 
     def __init__(self, blocks: Blocks) -> None:
-        words = largest_power_dividing(blocks.record // _WORD, _WORDS)
-        self._programs = blocks.shape[0] * (blocks.record // _WORD // words)
-        self._sizes = {
-            "LAYERS": blocks.shape[0],
-            "LAYER": blocks.record // _WORD,
-            "WORDS": words,
-            "ALIGNMENT": blocks.alignment,
-            "num_warps": warps(words, of_a_thread=8),
-        }
-        self.alignment = blocks.alignment
+        layers, layer = blocks.shape[0], blocks.record // _WORD
+        words = largest_power_dividing(layer, _WORDS)
+        super().__init__(
+            *(blocks, _encode, _decode),
+            programs=layers * (layer // words),
+            encode_options={},
+            LAYERS=layers,
+            LAYER=layer,
+            WORDS=words,
+            num_warps=warps(words, of_a_thread=8),
+        )
 
     @classmethod
     def for_blocks(cls, blocks: Blocks) -> ExactKernels | None:
@@ -38,14 +39,12 @@ class ExactKernels:
         return cls(blocks) if fits else None
 
     def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
-        """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
-        with on_device(blocks):
-            _encode[(len(records) * self._programs,)](_words(blocks), rows, _words(records), **self._sizes)
+        """See CodecKernels."""
+        super().encode(_words(blocks), rows, _words(records))
 
     def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
-        """Write the blocks, those in `rows` int64 [N] if given, of the records [N, ...]."""
-        with on_device(blocks):
-            _decode[(len(records) * self._programs,)](_words(records), _words(blocks), rows, **self._sizes)
+        """See CodecKernels."""
+        super().decode(_words(records), _words(blocks), rows)
 
 
 def _words(tensor: Tensor) -> Tensor:

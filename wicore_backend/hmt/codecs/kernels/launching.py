@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import gcd, prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,46 @@ class Blocks:
         return _power_of_two(tokens) and _power_of_two(dim) and dim >= 16 and tokens * dim <= _MOST_VALUES
 
 
+class CodecKernels:
+    """`BlockKernels` of two kernels, compiled for blocks; one launch each.
+
+    Parameters
+    ----------
+    encode, decode
+        The kernels, of blocks, rows and records, and of records, blocks and rows.
+    programs
+        Of a block.
+    options
+        Constants and launch options of both kernels; `encode_options` are those that encode has besides.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        encode: Any,
+        decode: Any,
+        *,
+        programs: int,
+        encode_options: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        self.alignment = blocks.alignment
+        self._programs = programs
+        self._encode, self._decode = encode, decode
+        self._decode_options = options | {"ALIGNMENT": blocks.alignment, "enable_fp_fusion": False}
+        self._encode_options = self._decode_options | encode_options
+
+    def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
+        """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
+        with _on_device(blocks):
+            self._encode[(len(records) * self._programs,)](blocks, rows, records, **self._encode_options)
+
+    def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
+        """Write the blocks, those in `rows` int64 [N] if given, of the records [N, ...]."""
+        with _on_device(blocks):
+            self._decode[(len(records) * self._programs,)](records, blocks, rows, **self._decode_options)
+
+
 def largest_power_dividing(number: int, limit: int) -> int:
     """The largest power of two up to `limit` that divides `number`."""
     return min(number & -number, limit)
@@ -57,7 +98,7 @@ def warps(values: int, *, of_a_thread: int) -> int:
     return min(max(values // (32 * of_a_thread), 1), _MOST_WARPS)
 
 
-def on_device(blocks: Tensor) -> AbstractContextManager[object]:
+def _on_device(blocks: Tensor) -> AbstractContextManager[object]:
     """Kernels are launched on the current device, which need not be that of the blocks."""
     return torch.cuda.device(blocks.device) if blocks.is_cuda else nullcontext()
 

@@ -12,11 +12,10 @@ from itertools import accumulate
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from wicore_backend.hmt.codecs.kernels.addressing import layer_of
 from wicore_backend.hmt.codecs.kernels.arithmetic import finite, load_numbers, nearest_integer, store_numbers
-from wicore_backend.hmt.codecs.kernels.launching import Blocks, on_device, warps
+from wicore_backend.hmt.codecs.kernels.launching import Blocks, CodecKernels, warps
 
 _CHANNELS_TOGETHER = tl.constexpr(2)
 """Key channels of a thread, which then has all tokens of them: nothing of theirs is worked out twice. With the 8 that
@@ -25,7 +24,7 @@ _FUZZ = tl.constexpr(2.0**-16)
 """Of a 15th, by which a channel may be out of its range: so that rounding does not widen one that ends on a 15th."""
 
 
-class Q4Kernels:
+class Q4Kernels(CodecKernels):
     """A program takes the keys or the values of a head: the tokens of the first half and, whose codes go into the same
     bytes, those of the second."""
 
@@ -34,26 +33,24 @@ class Q4Kernels:
     ) -> None:
         layers, _, tokens, heads, dim = blocks.shape
         _, channels, key_ranges, value_codes, value_ranges = accumulate(sections[:-1], initial=0)
-        self._programs = layers * 2 * heads
-        self._sizes = {
-            "LAYERS": layers,
-            "TOKENS": tokens,
-            "HEADS": heads,
-            "DIM": dim,
-            "RUN": run,
-            "ROWS": group[0],
-            "WIDTH": group[1],
-            "CHANNELS": channels,
-            "KEY_RANGES": key_ranges,
-            "VALUE_CODES": value_codes,
-            "VALUE_RANGES": value_ranges,
-            "RECORD": blocks.record,
-            "ALIGNMENT": blocks.alignment,
-            "num_warps": warps(tokens * dim, of_a_thread=64),
-            "enable_fp_fusion": False,
-        }
-        self.alignment = blocks.alignment
-        self._largest = min(torch.finfo(blocks.dtype).max, largest)
+        super().__init__(
+            *(blocks, _encode, _decode),
+            programs=layers * 2 * heads,
+            encode_options={"LARGEST": min(torch.finfo(blocks.dtype).max, largest)},
+            LAYERS=layers,
+            TOKENS=tokens,
+            HEADS=heads,
+            DIM=dim,
+            RUN=run,
+            ROWS=group[0],
+            WIDTH=group[1],
+            CHANNELS=channels,
+            KEY_RANGES=key_ranges,
+            VALUE_CODES=value_codes,
+            VALUE_RANGES=value_ranges,
+            RECORD=blocks.record,
+            num_warps=warps(tokens * dim, of_a_thread=64),
+        )
 
     @classmethod
     def for_blocks(
@@ -63,16 +60,6 @@ class Q4Kernels:
         if not blocks.by_heads or blocks.shape[2] < 2 * group[0]:
             return None
         return cls(blocks, sections=sections, run=run, group=group, largest=largest)
-
-    def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
-        """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
-        with on_device(blocks):
-            _encode[(len(records) * self._programs,)](blocks, rows, records, LARGEST=self._largest, **self._sizes)
-
-    def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
-        """Write the blocks, those in `rows` int64 [N] if given, of the records [N, ...]."""
-        with on_device(blocks):
-            _decode[(len(records) * self._programs,)](records, blocks, rows, **self._sizes)
 
 
 @triton.jit(do_not_specialize_on_alignment=["records"])
@@ -132,8 +119,7 @@ def _encode_keys(
     run, run_2 = _runs_of_head(head, HEADS, RUNS)
     low, high = _store_key_ranges(channels, ranges, run, low, high, RUNS * HEADS)
     low_2, high_2 = _store_key_ranges(channels, ranges, run_2, low_2, high_2, RUNS * HEADS)
-    first = tl.minimum(tl.maximum(first, low), high)
-    second = tl.minimum(tl.maximum(second, low_2), high_2)
+    first, second = _clamp(first, low, high), _clamp(second, low_2, high_2)
     tl.store(codes + offsets, (_codes(first, low, high) | _codes(second, low_2, high_2) << 4).to(tl.uint8))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from wicore_backend.hmt.codecs.kernels.addressing import layer_of, tokens_of_head
 from wicore_backend.hmt.codecs.kernels.arithmetic import (
@@ -17,7 +16,7 @@ from wicore_backend.hmt.codecs.kernels.arithmetic import (
     nearest_integer,
     store_numbers,
 )
-from wicore_backend.hmt.codecs.kernels.launching import Blocks, largest_power_dividing, on_device, warps
+from wicore_backend.hmt.codecs.kernels.launching import Blocks, CodecKernels, largest_power_dividing, warps
 
 _FP8_MAX = tl.constexpr(448.0)
 _Q8_GROUP = tl.constexpr(64)
@@ -28,71 +27,47 @@ _Q8_REST = tl.constexpr(float.fromhex("0x1.020408p-28"))
 """1 / 127: 16 bits, and those that follow."""
 
 
-class Fp8Kernels:
+class Fp8Kernels(CodecKernels):
     """A program takes the keys or the values of a head."""
 
     def __init__(self, blocks: Blocks) -> None:
         layers, _, tokens, heads, dim = blocks.shape
-        self._programs = layers * 2 * heads
-        self._sizes = {
-            "LAYERS": layers,
-            "TOKENS": tokens,
-            "HEADS": heads,
-            "DIM": dim,
-            "RECORD": blocks.record,
-            "ALIGNMENT": blocks.alignment,
-            "num_warps": warps(tokens * dim, of_a_thread=32),
-            "enable_fp_fusion": False,
-        }
-        self.alignment = blocks.alignment
-        self._largest = torch.finfo(blocks.dtype).max
+        super().__init__(
+            *(blocks, _encode_fp8, _decode_fp8),
+            programs=layers * 2 * heads,
+            encode_options={"LARGEST": torch.finfo(blocks.dtype).max},
+            LAYERS=layers,
+            TOKENS=tokens,
+            HEADS=heads,
+            DIM=dim,
+            RECORD=blocks.record,
+            num_warps=warps(tokens * dim, of_a_thread=32),
+        )
 
     @classmethod
     def for_blocks(cls, blocks: Blocks) -> Fp8Kernels | None:
         return cls(blocks) if blocks.by_heads else None
 
-    def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
-        """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
-        with on_device(blocks):
-            _encode_fp8[(len(records) * self._programs,)](blocks, rows, records, LARGEST=self._largest, **self._sizes)
 
-    def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
-        """Write the blocks, those in `rows` int64 [N] if given, of the records [N, ...]."""
-        with on_device(blocks):
-            _decode_fp8[(len(records) * self._programs,)](records, blocks, rows, **self._sizes)
-
-
-class Q8Kernels:
+class Q8Kernels(CodecKernels):
     """A program takes consecutive groups."""
 
     def __init__(self, blocks: Blocks) -> None:
         values = largest_power_dividing(blocks.layer, _Q8_VALUES)
-        self._programs = blocks.shape[0] * (blocks.layer // values)
-        self._sizes = {
-            "LAYERS": blocks.shape[0],
-            "LAYER": blocks.layer,
-            "GROUPS": values // _Q8_GROUP.value,
-            "RECORD": blocks.record,
-            "ALIGNMENT": blocks.alignment,
-            "num_warps": warps(values, of_a_thread=64),
-            "enable_fp_fusion": False,
-        }
-        self.alignment = blocks.alignment
-        self._largest = torch.finfo(blocks.dtype).max
+        super().__init__(
+            *(blocks, _encode_q8, _decode_q8),
+            programs=blocks.shape[0] * (blocks.layer // values),
+            encode_options={"LARGEST": torch.finfo(blocks.dtype).max},
+            LAYERS=blocks.shape[0],
+            LAYER=blocks.layer,
+            GROUPS=values // _Q8_GROUP.value,
+            RECORD=blocks.record,
+            num_warps=warps(values, of_a_thread=64),
+        )
 
     @classmethod
     def for_blocks(cls, blocks: Blocks) -> Q8Kernels | None:
         return cls(blocks) if blocks.layer % _Q8_GROUP.value == 0 else None
-
-    def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
-        """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
-        with on_device(blocks):
-            _encode_q8[(len(records) * self._programs,)](blocks, rows, records, LARGEST=self._largest, **self._sizes)
-
-    def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
-        """Write the blocks, those in `rows` int64 [N] if given, of the records [N, ...]."""
-        with on_device(blocks):
-            _decode_q8[(len(records) * self._programs,)](records, blocks, rows, **self._sizes)
 
 
 @triton.jit(do_not_specialize_on_alignment=["records"])
