@@ -15,7 +15,8 @@ from torch import Tensor
 
 from wicore_backend.hmt.codecs import Codec
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
-from wicore_backend.hmt.streams import Event, Stream
+from wicore_backend.hmt.streamed_copies import StreamedCopies
+from wicore_backend.hmt.streams import Event, Stream, Streams
 from wicore_backend.hmt.transfers import Route, Transfer
 
 G, L = LayerGroup.GLOBAL, LayerGroup.LOCAL
@@ -223,3 +224,34 @@ def _uploaded(values: Tensor, device: torch.device) -> Tensor:
 
 def obey_all_but(edge: tuple[Stream, Stream] | None) -> Hook:
     return lambda waits, what: (waits, what) != edge
+
+
+def copies_over(
+    rng: random.Random,
+    pools: Mapping[LayerGroup, Tensor],
+    records: Mapping[LayerGroup, Tensor],
+    codecs: dict[LayerGroup, Codec],
+    *,
+    streams: Streams,
+    copy_rows: Any,
+    parts: bool,
+) -> tuple[StreamedCopies, Mapping[LayerGroup, Tensor], dict[LayerGroup, Codec]]:
+    """Copies between pools and the records of slots; and slots and codecs as a Story takes them."""
+    slots = records
+    if all(codec.name == "exact" for codec in codecs.values()):
+        codecs = {}
+        slots = {g: rows.view(torch.float32).view(-1, *LAYOUT.block_shape(g)) for g, rows in records.items()}
+    copies = StreamedCopies(
+        LAYOUT,
+        pools,
+        records,
+        codecs,
+        streams=streams,
+        copy_rows=copy_rows,
+        staging_bytes=0,
+        large_bytes=0 if parts else 2**40,
+        engine_bytes=rng.choice([0, 2**40]),
+        trays=2,
+    )
+    copies.warm_up()
+    return copies, slots, codecs

@@ -93,8 +93,7 @@ def model(tmp_path_factory, kernel_device):
     return Model(tmp_path_factory.mktemp("model"), kernel_device)
 
 
-@pytest.fixture
-def graphs(model, kernel_device):
+def graphs_of(model, record):
     return DecodeGraphs(
         executor=model.executor,
         attention=model.attention,
@@ -103,8 +102,13 @@ def graphs(model, kernel_device):
         max_sequences=3,
         max_keys=MAX_KEYS,
         measures=True,
-        record=capture if kernel_device.type == "cuda" else lambda work: work,
+        record=record,
     )
+
+
+@pytest.fixture
+def graphs(model, kernel_device):
+    return graphs_of(model, capture if kernel_device.type == "cuda" else lambda work: work)
 
 
 @torch.inference_mode()
@@ -144,16 +148,7 @@ def test_what_cannot_be_captured_is_left_to_the_layers_from_then_on(model, kerne
         tried.append(work)
         raise torch.OutOfMemoryError("no room for a graph")
 
-    graphs = DecodeGraphs(
-        executor=model.executor,
-        attention=model.attention,
-        rotary=model.rotary,
-        layout=model.layout,
-        max_sequences=3,
-        max_keys=MAX_KEYS,
-        measures=True,
-        record=record,
-    )
+    graphs = graphs_of(model, record)
     for _ in range(2):
         assert graphs.run(decodes([9]), torch.arange(1, device=kernel_device)) is None
     assert len(tried) == 1

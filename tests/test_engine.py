@@ -81,6 +81,13 @@ PROMPTS: list = [
 ]
 
 
+def assert_recovers(engine: Engine) -> None:
+    end = time.monotonic() + 5
+    while not engine.health().ok:
+        assert time.monotonic() < end, "it finds out by itself that all is well"
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def alone(engine):
     """Each prompt's answer when nothing else runs."""
@@ -359,10 +366,7 @@ def test_when_nothing_can_be_computed_the_running_end_and_the_next_ones_run(monk
         time.sleep(1.3)
         assert not engine.health().ok, "it has tried, and failed"
         fire.clear()
-        end = time.monotonic() + 5
-        while not engine.health().ok:
-            assert time.monotonic() < end, "it finds out by itself that all is well"
-            time.sleep(0.05)
+        assert_recovers(engine)
         assert_nothing_left(engine)
         assert all(usage.cached == 0 for usage in engine.statistics().blocks.values()), "the cache is in doubt"
         assert engine.generate("hello", greedy(4)).token_ids == expected
@@ -410,10 +414,7 @@ def test_a_device_that_fails_after_it_was_given_a_step_is_trouble_until_it_compu
         time.sleep(1.3)
         assert not engine.health().ok, "it has tried, and failed"
         fire.clear()
-        end = time.monotonic() + 5
-        while not engine.health().ok:
-            assert time.monotonic() < end, "it finds out by itself that all is well"
-            time.sleep(0.05)
+        assert_recovers(engine)
         assert_nothing_left(engine)
 
 

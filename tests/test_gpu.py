@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.copy_interleavings import BLOCKS, EDGES, LAYOUT, SLOTS, G, L, Story, obey_all_but
+from tests.copy_interleavings import BLOCKS, EDGES, LAYOUT, SLOTS, G, L, Story, copies_over, obey_all_but
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.sampler import SamplingRow, sample
 from wicore_backend.hmt.codecs import make_codec
@@ -129,25 +129,7 @@ def tell(seed: int, *, codec="exact", parts=True, broken=None, length=25) -> Non
     records = {group: memory[group].tensor.view(SLOTS, -1) for group in (G, L)}
     for group in (G, L):
         codecs[group].encode(torch.randn(SLOTS, *LAYOUT.block_shape(group)), out=records[group])
-    slots = records
-    if codec == "exact":
-        codecs, slots = (
-            {},
-            {g: rows.view(torch.float32).view(-1, *LAYOUT.block_shape(g)) for g, rows in records.items()},
-        )
-    copies = StreamedCopies(
-        LAYOUT,
-        pools,
-        records,
-        codecs,
-        streams=streams,
-        copy_rows=copy_rows,
-        staging_bytes=0,
-        large_bytes=0 if parts else 2**40,
-        engine_bytes=rng.choice([0, 2**40]),
-        trays=2,
-    )
-    copies.warm_up()
+    copies, slots, codecs = copies_over(rng, pools, records, codecs, streams=streams, copy_rows=copy_rows, parts=parts)
 
     def step(work) -> None:
         streams.rest(Stream.STEP)

@@ -5,7 +5,18 @@ import random
 import pytest
 import torch
 
-from tests.copy_interleavings import BLOCKS, EDGES, LAYOUT, SLOTS, G, L, SimulatedStreams, Story, obey_all_but
+from tests.copy_interleavings import (
+    BLOCKS,
+    EDGES,
+    LAYOUT,
+    SLOTS,
+    G,
+    L,
+    SimulatedStreams,
+    Story,
+    copies_over,
+    obey_all_but,
+)
 from wicore_backend.hmt.codecs import make_codec
 from wicore_backend.hmt.layout import KVLayout, Part
 from wicore_backend.hmt.row_copies import copy_rows, copy_rows_plainly
@@ -24,25 +35,9 @@ def tell(seed: int, *, codec="exact", parts=True, broken=None, length=40) -> Non
     pools = {group: torch.randn(BLOCKS, *LAYOUT.block_shape(group)) for group in (G, L)}
     codecs = {group: make_codec(codec, LAYOUT.block_shape(group), torch.float32) for group in (G, L)}
     records = {group: codecs[group].encode(torch.randn(SLOTS, *LAYOUT.block_shape(group))) for group in (G, L)}
-    slots = records
-    if codec == "exact":
-        codecs, slots = (
-            {},
-            {g: rows.view(torch.float32).view(-1, *LAYOUT.block_shape(g)) for g, rows in records.items()},
-        )
-    copies = StreamedCopies(
-        LAYOUT,
-        pools,
-        records,
-        codecs,
-        streams=streams,
-        copy_rows=copy_rows_plainly,
-        staging_bytes=0,
-        large_bytes=0 if parts else 2**40,
-        engine_bytes=rng.choice([0, 2**40]),
-        trays=2,
+    copies, slots, codecs = copies_over(
+        rng, pools, records, codecs, streams=streams, copy_rows=copy_rows_plainly, parts=parts
     )
-    copies.warm_up()
     story = Story(rng, pools, slots, codecs, copies, lambda work: streams.run(Stream.STEP, work))
     for _ in range(length):
         story.go_on()
