@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wicore_backend.engine.ledger import RequestLedger
 from wicore_backend.engine.request import Sequence, TokenLogprob
+from wicore_backend.engine.runner import when_done
 from wicore_backend.engine.sampler import logprobs_of, sample
 from wicore_backend.executor.upload import rows_of
 
@@ -153,11 +154,10 @@ def _reading(tokens: Tensor) -> Callable[[], list[int]]:
         return tokens.tolist
     copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
     copy.copy_(tokens, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
+    wait = when_done(tokens.device)
 
     def read() -> list[int]:
-        copied.synchronize()
+        wait()
         there: list[int] = copy.tolist()
         return there
 

@@ -198,9 +198,9 @@ class ModelRunner:
         if not pixels:
             return None, None
         executor = self._executor
-        normalised = torch.from_numpy(self._normalization.apply(np.stack(pixels)))
-        soft = executor.vision(normalised.to(executor.device, executor.dtype)).flatten(0, 1)
-        return soft, torch.from_numpy(np.concatenate(rows)).to(executor.device)
+        normalised = to_device(self._normalization.apply(np.stack(pixels)), executor.device)
+        soft = executor.vision(normalised.to(executor.dtype)).flatten(0, 1)
+        return soft, to_device(np.concatenate(rows), executor.device)
 
 
 def when_done(device: torch.device) -> Callable[[], None]:

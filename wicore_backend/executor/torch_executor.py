@@ -13,7 +13,7 @@ from torch import Tensor
 from wicore_backend.executor.base import QKV
 from wicore_backend.executor.linear import Linear
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.models.gemma3.layers import RMSNorm
+from wicore_backend.models.gemma3.layers import RMSNorm, embedding_scale
 from wicore_backend.models.gemma3.vision import encode_images
 from wicore_backend.models.gemma3.weights import Gemma3Weights, LayerWeights
 
@@ -28,8 +28,7 @@ class TorchExecutor:
         self._config = config
         self._vision = weights.vision
         self._embedding = embedding
-        # transformers rounds the scale to the model's type: sqrt(3072) = 55.4256 becomes 55.5 in bfloat16.
-        self._embedding_scale = torch.tensor(config.text.hidden_size**0.5, dtype=self.dtype).item()
+        self._embedding_scale = embedding_scale(config.text.hidden_size, self.dtype)
         self._layers = tuple(_Layer(config, layer) for layer in weights.text.layers)
         self._norm = RMSNorm(weights.text.norm, config.text.rms_norm_eps)
         self._head = Linear(weights.text.head)

@@ -1,4 +1,4 @@
-"""The norm that decoder and projector share, at the precision at which transformers computes it."""
+"""Numbers and norms at the precision at which transformers computes them."""
 
 from __future__ import annotations
 
@@ -24,3 +24,11 @@ class RMSNorm:
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         normed: Tensor = (wide * self._weight).div_(length.hypot_(self._floor))
         return normed if x.dtype == torch.float32 else normed.to(x.dtype)
+
+
+def embedding_scale(hidden_size: int, dtype: torch.dtype) -> float:
+    """What embeddings are multiplied by: sqrt(hidden_size), rounded to the model's type as transformers does.
+
+    sqrt(3072) = 55.4256 becomes 55.5 in bfloat16.
+    """
+    return torch.tensor(hidden_size**0.5, dtype=dtype).item()
