@@ -128,7 +128,7 @@ def _run(engine: Engine, steps: _Steps, batch: int, prompt: int, args: argparse.
     for round_ in range(args.rounds + 1):
         for noted in (steps.decodes, steps.prefilled, steps.began):
             noted.clear()
-        ttft = _round(engine, batch, prompt, args.new, seed=round_)
+        ttft = _round(engine, batch, prompt, args.new, seed=round_, temperature=args.temperature)
         if round_:
             first_token.append(ttft)
             if not (of_all := steps.seconds_of(batch)):
@@ -141,6 +141,7 @@ def _run(engine: Engine, steps: _Steps, batch: int, prompt: int, args: argparse.
     result = {
         "batch": batch,
         "prompt": prompt,
+        "temperature": args.temperature,
         "step_ms": round(step_s * 1e3, 3),
         "decode_tokens_per_s": round(batch / step_s, 1),
         "ttft_s": round(ttft, 4),
@@ -151,11 +152,11 @@ def _run(engine: Engine, steps: _Steps, batch: int, prompt: int, args: argparse.
     return result
 
 
-def _round(engine: Engine, batch: int, prompt: int, new: int, *, seed: int) -> float:
+def _round(engine: Engine, batch: int, prompt: int, new: int, *, seed: int, temperature: float = 0.0) -> float:
     """Seconds until the last of `batch` answers has its first token; all answers are awaited."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(300, 2000, prompt).tolist() for _ in range(batch)]
-    params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=new, temperature=temperature, ignore_eos=True)
     streams = [engine.stream(tokens, params) for tokens in prompts]
     results = [stream.collect() for stream in streams]
     assert all(len(result.token_ids) == new for result in results)

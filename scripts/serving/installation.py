@@ -34,7 +34,7 @@ SERVER_VERSION = "2.51.0"
 NUMPY = "1.26.4"
 """Triton's Python stub of this server corrupts tensors under numpy 2, without an error."""
 
-_SERVE_EXTRAS = ("serve", "client")
+_SERVE_EXTRAS = ("serve", "client", "gateway")
 _NEEDED_BYTES = {"packages": 3 * 2**30, "server": 512 * 2**20}
 """The packages with PyTorch's CPU build (with CUDA's libraries they take 8 GiB); the server with its wheel."""
 _CHECK = (
