@@ -298,7 +298,7 @@ def main() -> None:
     shape.add_argument("--context", type=int, default=131_072, help="that the engine has room for")
     shape.add_argument("--batch-tokens", type=int, default=8192, help="of one step")
     shape.add_argument("--kv-bytes", type=int, help="of the KV cache")
-    shape.add_argument("--temperature", type=float, default=0.0, help="at which tokens are drawn; 0 takes the likeliest")
+    shape.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     shape.add_argument("--json", action="store_true", help="on one line")
     args = parser.parse_args()
     benchmarks = {"engine": benchmark_engine, "serving": benchmark_serving, "scheduler": benchmark_scheduler}
