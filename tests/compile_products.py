@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from wicore_backend.executor.kernels.products import Tile, _product
-from wicore_backend.executor.matrix import TILES
+from wicore_backend.executor.plain_matrix import TILES
 
 HOPPER = GPUTarget("cuda", 90, 32)
 

@@ -15,7 +15,7 @@ from tests.gemma3_random import write_random_checkpoint
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.kernels.products import Tile, product
 from wicore_backend.executor.kernels.small import add_norm, embed, gated, norm, qk_norm_rope
-from wicore_backend.executor.matrix import TILES
+from wicore_backend.executor.plain_matrix import TILES
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config

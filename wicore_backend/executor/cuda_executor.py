@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wicore_backend.executor.base import QKV
 from wicore_backend.executor.kernels.small import add_norm, embed, norm, qk_norm_rope
-from wicore_backend.executor.matrix import Matrix
+from wicore_backend.executor.matrix import matrix_of
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.layers import embedding_scale
 from wicore_backend.models.gemma3.vision import encode_images
@@ -33,7 +33,7 @@ class CudaExecutor:
         self._layers = tuple(_Layer(config, layer) for layer in text.layers)
         self._norm = text.norm
         self._eps = config.text.rms_norm_eps
-        self._head = Matrix("head", text.head)
+        self._head = matrix_of("head", text.head)
         self._softcap = config.text.final_logit_softcapping
 
     def embed(self, ids: Tensor, soft_tokens: Tensor | None, soft_rows: Tensor | None) -> Tensor:
@@ -73,10 +73,10 @@ class _Layer:
         self._eps = text.rms_norm_eps
         self._weights = weights
         self.input_norm = weights.input_norm
-        self._qkv = Matrix("qkv", weights.qkv, weights.qkv_bias)
-        self._out = Matrix("out", weights.out, weights.out_bias)
-        self._gate_up = Matrix("gate_up", weights.gate_up)
-        self._down = Matrix("down", weights.down)
+        self._qkv = matrix_of("qkv", weights.qkv, weights.qkv_bias)
+        self._out = matrix_of("out", weights.out, weights.out_bias)
+        self._gate_up = matrix_of("gate_up", weights.gate_up)
+        self._down = matrix_of("down", weights.down)
 
     def before_attention(self, normed: Tensor, cos: Tensor, sin: Tensor) -> QKV:
         """`normed` is the layer's input after its norm."""

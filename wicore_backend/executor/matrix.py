@@ -1,70 +1,32 @@
-"""A matrix on the GPU, and the fastest of its products for as many rows as there are."""
+"""A matrix on the GPU by its role: the one place that knows which class multiplies by which kind of weight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from wicore_backend.executor.kernels.products import MAX_ROWS, Tile, product
-from wicore_backend.executor.kernels.small import gated, overlaps
-
-Role = Literal["qkv", "out", "gate_up", "down", "head"]
-
-TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
-    "qkv": {1: (Tile(64, 128, 6, 256), Tile(8, 256, 4, 1024, dot=False)), 16: (Tile(64, 128, 6, 512),)},
-    "out": {
-        1: (Tile(4, 1024, 1, 4096, dot=False), Tile(4, 256, 6, 1024, dot=False)),
-        16: (Tile(64, 128, 4, 128, splits=2),),
-    },
-    "gate_up": {1: (Tile(4, 256, 6, 512, dot=False),), 16: (Tile(64, 64, 5, 128),)},
-    "down": {
-        1: (Tile(8, 512, 3, 1024, dot=False), Tile(4, 256, 6, 1024, dot=False)),
-        16: (Tile(64, 64, 6, 128, splits=2),),
-    },
-    "head": {1: (Tile(4, 256, 6, 512, dot=False),), 16: (Tile(64, 128, 4, 128),), 64: (Tile(64, 64, 6, 64),)},
-}
-"""For each role, by the largest number of rows, the tilings that are faster than cuBLAS: the first that fits is taken.
-
-Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/hopper.md).
-"""
+from wicore_backend.executor.fp8_matrix import Fp8GpuMatrix
+from wicore_backend.executor.plain_matrix import PlainMatrix
+from wicore_backend.executor.roles import Role
+from wicore_backend.models.gemma3.weights import Weight
+from wicore_backend.quantization.fp8 import Fp8Matrix
 
 
-class Matrix:
-    """x W^T + b for x [T, K], `weight` [N, K] and `bias` [N] or None, in the form that the matrix's role asks for.
+class Matrix(Protocol):
+    """x W^T + b for x [T, K], a weight [N, K] and a bias [N] or none, in the form that the matrix's role asks for.
 
     That is [T, N], in float32 if it is the head; GELU of the first half times the second, [T, N / 2], if it is gate and
     up; and [T, N] or parts of a sum, float32 [S, T, N], where a norm comes next (out and down).
     """
 
-    def __init__(self, role: Role, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._role = role
-        self._weight = weight
-        self._bias = bias
-        # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
-        self._streamed = weight.dtype.itemsize == 2 and bias is None and overlaps(weight)
-        self._choices: dict[int, Tile | None] = {}
+    def __call__(self, x: Tensor) -> Tensor: ...
 
-    def __call__(self, x: Tensor) -> Tensor:
-        tile = self._tile(len(x))
-        if tile is not None:
-            result_type = torch.float32 if self._role == "head" else x.dtype
-            return product(x, self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
-        whole = F.linear(x, self._weight, self._bias)
-        if self._role == "gate_up":
-            return gated(whole)
-        return whole.float() if self._role == "head" else whole
 
-    def _tile(self, rows: int) -> Tile | None:
-        """How to cut a product of so many rows; None to leave it to cuBLAS."""
-        if not self._streamed or rows > MAX_ROWS:
-            return None
-        if rows not in self._choices:
-            at_most = min((most for most in TILES[self._role] if rows <= most), default=0)
-            tiles = TILES[self._role].get(at_most, ())
-            fitting = (tile for tile in tiles if tile.fits(self._weight, gated=self._role == "gate_up"))
-            self._choices[rows] = next(fitting, None)
-        return self._choices[rows]
+def matrix_of(role: Role, weight: Weight, bias: Tensor | None = None) -> Matrix:
+    """The matrix that multiplies by `weight` fastest, by as many rows as there are in each call."""
+    if isinstance(weight, Tensor):
+        return PlainMatrix(role, weight, bias)
+    if isinstance(weight, Fp8Matrix):
+        return Fp8GpuMatrix(role, weight, bias)
+    raise TypeError(f"no kernels multiply by a {type(weight).__name__}")

@@ -1,7 +1,8 @@
 """A Gemma-3 model's tensors, as the executors read them.
 
-Matrices are [out, in], those that read the same input fused into one. Gemma's norms multiply by 1 + weight: what
-stands here is that sum, in float32, as transformers computes it. D is the hidden size, d a head's.
+Matrices are [out, in], those that read the same input fused into one; those of the decoder's layers and the head may be
+quantised. Gemma's norms multiply by 1 + weight: what stands here is that sum, in float32, as transformers computes it.
+D is the hidden size, d a head's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wicore_backend.quantization.base import QuantizedMatrix
+
+Weight = Tensor | QuantizedMatrix
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
@@ -17,13 +22,13 @@ class LayerWeights:
 
     input_norm: Tensor
     """float32 [D]"""
-    qkv: Tensor
+    qkv: Weight
     """[(Hq + 2 Hkv) d, D]"""
     qkv_bias: Tensor | None
     """[(Hq + 2 Hkv) d]"""
     qk_norm: Tensor
     """float32 [Hq + Hkv, d]: the query norm for each query head, then the key norm for each key head."""
-    out: Tensor
+    out: Weight
     """[D, Hq d]"""
     out_bias: Tensor | None
     """[D]"""
@@ -31,9 +36,9 @@ class LayerWeights:
     """float32 [D]"""
     pre_feedforward_norm: Tensor
     """float32 [D]"""
-    gate_up: Tensor
+    gate_up: Weight
     """[2 F, D]"""
-    down: Tensor
+    down: Weight
     """[D, F]"""
     post_feedforward_norm: Tensor
     """float32 [D]"""
@@ -48,7 +53,7 @@ class TextWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     """float32 [D]"""
-    head: Tensor
+    head: Weight
     """[V, D]; the embedding itself where the two are tied."""
 
 

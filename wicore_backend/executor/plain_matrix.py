@@ -1,0 +1,64 @@
+"""A matrix of 16 or 32 bits a value on the GPU, and the fastest of its products for as many rows as there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wicore_backend.executor.kernels.products import MAX_ROWS, Tile, product
+from wicore_backend.executor.kernels.small import gated, overlaps
+from wicore_backend.executor.roles import Role
+
+TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
+    "qkv": {1: (Tile(64, 128, 6, 256), Tile(8, 256, 4, 1024, dot=False)), 16: (Tile(64, 128, 6, 512),)},
+    "out": {
+        1: (Tile(4, 1024, 1, 4096, dot=False), Tile(4, 256, 6, 1024, dot=False)),
+        16: (Tile(64, 128, 4, 128, splits=2),),
+    },
+    "gate_up": {1: (Tile(4, 256, 6, 512, dot=False),), 16: (Tile(64, 64, 5, 128),)},
+    "down": {
+        1: (Tile(8, 512, 3, 1024, dot=False), Tile(4, 256, 6, 1024, dot=False)),
+        16: (Tile(64, 64, 6, 128, splits=2),),
+    },
+    "head": {1: (Tile(4, 256, 6, 512, dot=False),), 16: (Tile(64, 128, 4, 128),), 64: (Tile(64, 64, 6, 64),)},
+}
+"""For each role, by the largest number of rows, the tilings that are faster than cuBLAS: the first that fits is taken.
+
+Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/hopper.md).
+"""
+
+
+class PlainMatrix:
+    """`Matrix` of a `weight` [N, K] as it is: by cuBLAS or, for few rows, streamed."""
+
+    def __init__(self, role: Role, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._role = role
+        self._weight = weight
+        self._bias = bias
+        # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
+        self._streamed = weight.dtype.itemsize == 2 and bias is None and overlaps(weight)
+        self._choices: dict[int, Tile | None] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tile = self._tile(len(x))
+        if tile is not None:
+            result_type = torch.float32 if self._role == "head" else x.dtype
+            return product(x, self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
+        whole = F.linear(x, self._weight, self._bias)
+        if self._role == "gate_up":
+            return gated(whole)
+        return whole.float() if self._role == "head" else whole
+
+    def _tile(self, rows: int) -> Tile | None:
+        """How to cut a product of so many rows; None to leave it to cuBLAS."""
+        if not self._streamed or rows > MAX_ROWS:
+            return None
+        if rows not in self._choices:
+            at_most = min((most for most in TILES[self._role] if rows <= most), default=0)
+            tiles = TILES[self._role].get(at_most, ())
+            fitting = (tile for tile in tiles if tile.fits(self._weight, gated=self._role == "gate_up"))
+            self._choices[rows] = next(fitting, None)
+        return self._choices[rows]
