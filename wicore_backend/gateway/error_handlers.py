@@ -1,0 +1,79 @@
+"""Whatever goes wrong becomes an error in OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from wicore_backend.gateway.errors import ApiError, InternalError, InvalidRequestError, NotFoundError
+
+_log = logging.getLogger(__name__)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The answer that says `error`."""
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make every exception of a route an ApiError's answer."""
+
+    @app.exception_handler(ApiError)
+    async def _api_error(_request: Request, error: ApiError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(invalid_request(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(_from_http(request, error))
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return error_response(InternalError())
+
+
+def _from_http(request: Request, error: HTTPException) -> ApiError:
+    if error.status_code == 404:
+        return NotFoundError(f"there is no {request.method} {ascii(request.url.path)[1:-1]}")
+    code = "method_not_allowed" if error.status_code == 405 else "bad_request"
+    api_error = InvalidRequestError(str(error.detail), code=code, status=error.status_code)
+    api_error.headers.update(error.headers or {})
+    return api_error
+
+
+def invalid_request(problems: Sequence[Any]) -> InvalidRequestError:
+    """The error that names the first of pydantic's problems, and says how many there are."""
+    problem = problems[0]
+    place = [part for part in problem["loc"] if part != "body"]
+    param = param_name(place)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        return InvalidRequestError(
+            f"{param} is not a parameter of this endpoint{more}", param=param, code="unknown_parameter"
+        )
+    if problem["type"] == "missing":
+        return InvalidRequestError(f"{param or 'the body'} is missing{more}", param=param, code="missing_parameter")
+    if problem["type"] == "json_invalid":
+        return InvalidRequestError(f"the body is not JSON: {problem['ctx']['error']}", code="invalid_json")
+    seen = ascii(problem.get("input"))
+    seen = seen if len(seen) <= 80 else f"{seen[:77]}..."
+    said = problem["msg"].removeprefix("Value error, ")
+    return InvalidRequestError(f"{param or 'the body'} is {seen}: {said}{more}", param=param or None)
+
+
+def param_name(place: Sequence[str | int]) -> str:
+    """`messages[0].content` of ("messages", 0, "content")."""
+    name = ""
+    for part in place:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    return ascii(name)[1:-1]

@@ -1,0 +1,101 @@
+"""Runs the gateway: settings from outside, uvicorn, an orderly end."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from wicore_backend.errors import InvalidArgumentError
+from wicore_backend.gateway.app import create_app
+from wicore_backend.gateway.settings import GatewaySettings
+from wicore_backend.gateway.triton_backend import TritonBackend
+from wicore_backend.settings import parse_json
+
+VARIABLE = "WICORE_GATEWAY"
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn, but answers that run when it is told to stop may end first, on WebSockets as well. Meanwhile it
+    listens, is not ready, and refuses new requests. A second signal hurries it."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._gateway = app
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            super().handle_exit(sig, frame)
+
+    async def _drain(self) -> None:
+        state = self._gateway.state
+        state.generations.draining = True
+        await asyncio.sleep(state.settings.drain_notice_s)
+        await state.generations.drain(state.settings.drain_s)
+        self.should_exit = True
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code: 0 when it was told to stop, 1 when it could not start, 2 for wrong settings."""
+    parser = argparse.ArgumentParser(prog="wicore_backend.gateway", description=__doc__)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
+    given = parser.parse_args(arguments)
+    try:
+        settings = read_settings(os.environ.get(VARIABLE, "{}"), given.settings)
+    except InvalidArgumentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    app = create_app(settings, TritonBackend(settings))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="websockets-sansio",
+        ws_max_size=settings.socket_message_bytes,
+        lifespan="on",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    server = DrainingServer(config, app)
+    server.run()
+    return 0 if server.started else 1
+
+
+def read_settings(environment: str, assignments: Sequence[str]) -> GatewaySettings:
+    """The settings of a JSON object, then of NAME=VALUE, whose values are JSON or text.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming what is wrong.
+    """
+    values = parse_json(environment, VARIABLE)
+    if not isinstance(values, dict):
+        raise InvalidArgumentError(f"{VARIABLE} must be a JSON object")
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not (name and equals):
+            raise InvalidArgumentError(f"--set {assignment!r} is not NAME=VALUE")
+        values[name] = _value(text)
+    return GatewaySettings(**values)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

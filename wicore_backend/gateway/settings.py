@@ -1,0 +1,58 @@
+"""Settings of the gateway: a JSON object in the environment's WICORE_GATEWAY, then `--set NAME=VALUE`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from wicore_backend.settings import Settings
+
+Seconds = Annotated[float, Field(ge=0, le=86_400)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
+
+
+class GatewaySettings(Settings):
+    """What an operator chooses. Each part that is plugged in has a section of its own."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    port: Port = 8080
+    """0 takes a free one."""
+
+    triton_url: str = "localhost:8001"
+    """The server's gRPC address, host:port."""
+
+    triton_metrics_url: str | None = "http://localhost:8002/metrics"
+    """The server's Prometheus page, for `/status`; None if it cannot be reached."""
+
+    model: str = "wicore"
+    """The Triton model that takes text, messages and pictures, and its name in the API."""
+
+    aliases: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """More names for it, for programs with a name of a model in them."""
+
+    token_model: str = "wicore_gemma3"
+    """The Triton model that takes token ids."""
+
+    connect_timeout_s: Annotated[float, Field(gt=0, le=60)] = 2.0
+    """How long the server may take to accept a connection; a request then gets 503."""
+
+    first_response_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """How long the first response of a request may take, and any after it; then the request gets 504."""
+
+    stalled_reader_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """How long a client may take none of what is sent to it; then its request is cancelled."""
+
+    socket_requests: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Requests under way on one WebSocket."""
+
+    socket_message_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**20
+    """Longest message that a WebSocket takes."""
+
+    drain_s: Seconds = 20.0
+    """How long running answers may take to end when the gateway is told to stop; new ones are refused meanwhile."""
+
+    drain_notice_s: Seconds = 0.0
+    """For how long it goes on listening, not ready, before that: what a load balancer takes to notice."""

@@ -1,0 +1,167 @@
+"""The backend that there is: a Triton server, over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+import httpx
+from google.protobuf.json_format import MessageToDict
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from wicore_backend.gateway import triton_wire
+from wicore_backend.gateway.backend import BackendStatus, Delta, GenerationRequest, Model, Readiness
+from wicore_backend.gateway.errors import ApiError, DeadlineError, UnavailableError
+from wicore_backend.gateway.settings import GatewaySettings
+
+_TROUBLE = "wicore_health_"
+"""Begins the name of a model that is not ready, by which an engine shows that it is not well."""
+
+_QUESTION_TIMEOUT_S = 3.0
+"""For what is not an answer of the engine: is it ready, what is there, its metrics."""
+
+_LAST_WORD_S = 2.0
+
+
+class TritonBackend:
+    """See Backend. One channel, on which every request has a stream of its own.
+
+    gRPC finds a server that went away and came back by itself; what is asked meanwhile fails at once.
+    """
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._url = settings.triton_url
+        self._metrics_url = settings.triton_metrics_url
+        self._model = settings.model
+        self._patience_s = settings.first_response_timeout_s
+        self._options = [
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.min_reconnect_backoff_ms", int(settings.connect_timeout_s * 1000)),  # also its connect timeout
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        self._channel: Any = None
+        self._service: Any = None
+        self._http: httpx.AsyncClient | None = None
+
+    async def start(self) -> None:
+        self._channel = grpc.aio.insecure_channel(self._url, options=self._options)
+        self._service = GRPCInferenceServiceStub(self._channel)
+        self._http = httpx.AsyncClient(timeout=_QUESTION_TIMEOUT_S, trust_env=False)
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.aclose()
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        message = triton_wire.encode(request)
+        metadata = (triton_wire.STREAM_ERRORS_HAVE_STATUS, *request.metadata)
+        call = self._service.ModelStreamInfer(iter([message]), metadata=metadata)
+        answers = request.answers
+        ended = False
+        try:
+            while not ended:
+                try:
+                    async with asyncio.timeout(self._patience_s):
+                        response = await call.read()
+                except TimeoutError:
+                    raise DeadlineError(f"the server at {self._url} said nothing for {self._patience_s:g} s") from None
+                if response is grpc.aio.EOF:
+                    raise UnavailableError(
+                        f"the server at {self._url} ended the stream before the answer was whole",
+                        code="backend_unavailable",
+                    )
+                for delta in triton_wire.decode(response, answers=answers):
+                    ended = delta.usage is not None
+                    yield delta
+            await _end(call)
+        except grpc.RpcError as error:
+            raise triton_wire.error_from_rpc(error, self._url) from None
+        finally:
+            call.cancel()
+
+    async def readiness(self) -> Readiness:
+        try:
+            models = await self._index()
+        except ApiError as error:
+            return Readiness(False, error.message)
+        for model in models:
+            if model.name.startswith(_TROUBLE) and not model.ready:
+                return Readiness(False, f"the engine is not well: {model.reason}")
+        if not any(model.name == self._model and model.ready for model in models):
+            return Readiness(False, f"the model {self._model} is not ready")
+        return Readiness(True)
+
+    async def status(self) -> BackendStatus:
+        models, server, statistics, metrics = await asyncio.gather(
+            self._index(), self._server(), self._statistics(), self._metrics()
+        )
+        return BackendStatus(server, models, statistics, metrics)
+
+    async def fingerprint(self) -> str:
+        message = await self._ask("ModelConfig", pb.ModelConfigRequest(name=self._model))
+        config = message.config.SerializeToString(deterministic=True)
+        return "fp_" + hashlib.sha256(config + (await self._server()).encode()).hexdigest()[:12]
+
+    async def _index(self) -> tuple[Model, ...]:
+        index = await self._ask("RepositoryIndex", pb.RepositoryIndexRequest())
+        return tuple(Model(m.name, m.version, m.state == "READY", m.reason) for m in index.models)
+
+    async def _server(self) -> str:
+        message = await self._ask("ServerMetadata", pb.ServerMetadataRequest())
+        return f"{message.name} {message.version}"
+
+    async def _statistics(self) -> dict[str, dict[str, float]]:
+        message = await self._ask("ModelStatistics", pb.ModelStatisticsRequest())
+        entries = MessageToDict(message, preserving_proto_field_name=True).get("model_stats", ())
+        return {entry["name"]: _counts(entry) for entry in entries}
+
+    async def _metrics(self) -> str:
+        if self._metrics_url is None or self._http is None:
+            return ""
+        try:
+            answer = await self._http.get(self._metrics_url)
+        except httpx.HTTPError:
+            return ""
+        return answer.text if answer.status_code == 200 else ""
+
+    async def _ask(self, method: str, message: Any) -> Any:
+        try:
+            return await getattr(self._service, method)(message, timeout=_QUESTION_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise triton_wire.error_from_rpc(error, self._url) from None
+
+
+async def _end(call: Any) -> None:
+    """Let the server close the stream, so that it is not told of a cancel after the last response."""
+    try:
+        async with asyncio.timeout(_LAST_WORD_S):
+            await call.read()
+    except (TimeoutError, grpc.RpcError):
+        pass
+
+
+def _counts(entry: dict[str, Any]) -> dict[str, float]:
+    stats = entry.get("inference_stats", {})
+
+    def count(name: str) -> int:
+        return int(stats.get(name, {}).get("count", 0))
+
+    def mean_ms(name: str) -> float:
+        return int(stats.get(name, {}).get("ns", 0)) / max(1, count(name)) / 1e6
+
+    return {
+        "succeeded": count("success"),
+        "failed": count("fail"),
+        "executions": int(entry.get("execution_count", 0)),
+        "queue_ms": mean_ms("queue"),
+        "compute_ms": mean_ms("compute_infer"),
+    }

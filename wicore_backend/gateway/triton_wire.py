@@ -1,0 +1,173 @@
+"""Requests, responses and errors in Triton's gRPC messages (KServe's open inference protocol)."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import orjson
+from tritonclient.grpc import service_pb2 as pb
+
+from wicore_backend.errors import ErrorCode
+from wicore_backend.gateway.backend import Delta, GenerationRequest, Usage
+from wicore_backend.gateway.errors import (
+    ApiError,
+    ClientGoneError,
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    UnavailableError,
+)
+
+STREAM_ERRORS_HAVE_STATUS = ("triton_grpc_error", "true")
+"""Asks Triton to end a stream with the status of its error; without it a stream's error is text without a code."""
+
+_CODED = re.compile(r"\[(?P<code>[a-z_]+)\] (?P<text>.*)", re.DOTALL)
+_RETRY_AFTER = re.compile(r"retry after (?P<seconds>\d+(?:\.\d+)?(?:e[+-]?\d+)?) s")
+_WHOLE = ("stop", "length")
+
+
+def encode(request: GenerationRequest) -> Any:
+    """The ModelInferRequest of a request.
+
+    Raises
+    ------
+    InvalidRequestError
+        If a text cannot be written as UTF-8.
+    """
+    message = pb.ModelInferRequest(model_name=request.model, id=request.id)
+
+    def add(name: str, datatype: str, count: int, raw: bytes) -> None:
+        message.inputs.append(pb.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=[count]))
+        message.raw_input_contents.append(raw)
+
+    def add_texts(name: str, *texts: bytes) -> None:
+        add(name, "BYTES", len(texts), b"".join(struct.pack("<I", len(text)) + text for text in texts))
+
+    options = dict(request.options)
+    if request.raw:
+        options["raw"] = True
+    try:
+        if isinstance(request.prompt, str):
+            add_texts("text_input", request.prompt.encode())
+        elif request.prompt and isinstance(request.prompt[0], int):
+            ids = request.prompt
+            add("input_ids", "INT32", len(ids), struct.pack(f"<{len(ids)}i", *ids))
+        else:
+            add_texts("messages", json.dumps(request.prompt, ensure_ascii=False).encode())
+        if request.images:
+            add_texts("images", *request.images)
+        if isinstance(request.prompt, list) and request.prompt and isinstance(request.prompt[0], int):
+            # The model without the ensemble's first step has no input of its own for `stream`.
+            add_texts("request", json.dumps(options | {"stream": request.stream}, ensure_ascii=False).encode())
+        else:
+            if options:
+                add_texts("sampling_parameters", json.dumps(options, ensure_ascii=False).encode())
+            add("stream", "BOOL", 1, struct.pack("?", request.stream))
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"the request has text that is not Unicode: {error.object[error.start : error.end]!a} is half a "
+            "surrogate pair"
+        ) from None
+    return message
+
+
+def decode(message: Any, *, answers: int) -> Iterator[Delta]:
+    """What a ModelStreamInferResponse adds to the answers.
+
+    Raises
+    ------
+    ApiError
+        If it says that the request failed, or cannot be read.
+    """
+    if message.error_message:
+        raise error_from_text(message.error_message)
+    inferred = message.infer_response
+    text = ""
+    token_ids: tuple[int, ...] = ()
+    values: dict[str, str] | None = None
+    index = 0
+    for output, raw in zip(inferred.outputs, inferred.raw_output_contents, strict=True):
+        name = output.name
+        if name == "text_output":
+            text = raw[4:].decode()
+        elif name == "token_ids":
+            token_ids = struct.unpack(f"<{len(raw) // 4}i", raw)
+        elif name == "index":
+            (index,) = struct.unpack("<i", raw)
+        elif raw:
+            values = values or {}
+            values[name] = raw[4:].decode()
+    if values is None:
+        if text or token_ids:
+            yield Delta(index, text, token_ids)
+        return
+    logprobs = orjson.loads(values["logprobs"]) if "logprobs" in values else None
+    reason = values.get("finish_reason")
+    if reason is None:
+        yield Delta(index, text, token_ids, logprobs)
+        return
+    if "error_code" in values or reason not in _WHOLE:
+        raise error_of(values.get("error_code", ErrorCode.INTERNAL), values.get("error_message", f"it ended: {reason}"))
+    usage = Usage(**orjson.loads(values["usage"]))
+    if "answers" not in values:
+        if answers > 1:
+            raise InternalError(f"the server gave one answer instead of {answers}")
+        yield Delta(index, text, token_ids, logprobs, reason, usage)
+        return
+    entries = orjson.loads(values["answers"])
+    for position, entry in enumerate(entries, start=1):
+        yield Delta(
+            entry["index"],
+            entry["text"],
+            tuple(entry["token_ids"]),
+            entry.get("logprobs"),
+            entry["finish_reason"],
+            usage if position == len(entries) else None,
+        )
+
+
+def error_from_text(text: str) -> ApiError:
+    """The error that a model's text says, which begins with a code in brackets."""
+    coded = _CODED.search(text)
+    if coded is None:
+        return error_of(ErrorCode.INTERNAL, text)
+    return error_of(coded["code"], coded["text"])
+
+
+def error_of(code: str, text: str) -> ApiError:
+    """The error of one of the engine's codes."""
+    if code == ErrorCode.INVALID_ARGUMENT:
+        return InvalidRequestError(text)
+    if code == ErrorCode.UNAVAILABLE:
+        said = _RETRY_AFTER.search(text)
+        return UnavailableError(text, code="overloaded", retry_after_s=float(said["seconds"]) if said else 1.0)
+    if code == ErrorCode.DEADLINE_EXCEEDED:
+        return DeadlineError(text)
+    if code == ErrorCode.CANCELLED:
+        return ClientGoneError(text)
+    return InternalError(text)
+
+
+def error_from_rpc(error: Any, url: str) -> ApiError:
+    """The error of a grpc.aio.AioRpcError."""
+    status, details = error.code(), error.details() or ""
+    if (coded := _CODED.search(details)) is not None:
+        return error_of(coded["code"], coded["text"])
+    if status is grpc.StatusCode.UNAVAILABLE:
+        return UnavailableError(f"the server at {url} cannot be reached: {details}", code="backend_unavailable")
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineError(f"the server at {url} did not answer in time")
+    if status is grpc.StatusCode.CANCELLED:
+        return UnavailableError(f"the server at {url} ended the request: {details}", code="backend_unavailable")
+    if status in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.OUT_OF_RANGE):
+        if "unknown model" in details or "not found" in details or "not ready" in details:
+            return UnavailableError(details, code="model_unavailable", retry_after_s=5.0)
+        return InvalidRequestError(details)
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own: a message beyond the server's limit
+        return InvalidRequestError(details, code="request_too_large", status=413)
+    return InternalError(f"{status.name.lower()}: {details}")
