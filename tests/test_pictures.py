@@ -1,0 +1,123 @@
+"""Pictures are encoded once while they are remembered, whoever asks and in whatever order, and alike every time."""
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder
+from wicore_backend.executor.base import Executor
+from wicore_backend.processor.images import PixelNormalization, digest
+from wicore_backend.processor.prompt import PromptImage
+
+CPU = torch.device("cpu")
+SIDE, TOKENS, HIDDEN = 8, 4, 6
+PICTURE_BYTES = TOKENS * HIDDEN * 4
+NORMALIZATION = PixelNormalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+MAP = torch.from_numpy(np.random.default_rng(0).normal(size=(3 * SIDE * SIDE, TOKENS * HIDDEN)).astype(np.float32))
+
+
+@dataclass
+class Tower:
+    """An executor's vision, which notes the sizes of its batches."""
+
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    batches: list[int] = field(default_factory=list)
+
+    def vision(self, pixels):
+        self.batches.append(len(pixels))
+        return (pixels.flatten(1) @ MAP).view(-1, TOKENS, HIDDEN)
+
+
+def picture(seed: int, tenant: str = "") -> Picture:
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8)
+    return Picture(tenant, PromptImage(0, TOKENS, pixels, digest(pixels)))
+
+
+def expected(pictures: list[Picture]) -> torch.Tensor:
+    pixels = NORMALIZATION.apply(np.stack([p.image.pixels for p in pictures]))
+    return Tower().vision(torch.from_numpy(pixels)).flatten(0, 1)
+
+
+def encoder(tower: Tower, pictures: int) -> PictureEncoder:
+    """One that remembers so many pictures."""
+    executor: Executor = tower  # type: ignore[assignment]
+    return PictureEncoder(executor, NORMALIZATION, cache_bytes=pictures * PICTURE_BYTES)
+
+
+@pytest.mark.parametrize("remembered", [0, 1, 5, 100])
+def test_any_sequence_of_questions_gets_the_tokens_of_its_pictures(remembered):
+    rng = random.Random(remembered)
+    tower = Tower()
+    ours = encoder(tower, remembered)
+    asked = 0
+    for _ in range(40):
+        pictures = [picture(rng.randrange(8), rng.choice(["", "other"])) for _ in range(rng.randrange(1, 6))]
+        torch.testing.assert_close(ours.soft_tokens(pictures), expected(pictures))
+        asked += len(pictures)
+    assert ours.encoded == sum(tower.batches)
+    assert ours.encoded <= (16 if remembered == 100 else asked)
+
+
+def test_a_picture_that_comes_again_is_not_encoded_again_and_twice_in_a_step_once():
+    tower = Tower()
+    ours = encoder(tower, 4)
+    ours.soft_tokens([picture(1), picture(1), picture(2)])
+    ours.soft_tokens([picture(2), picture(1)])
+    assert tower.batches == [2]
+    assert ours.hits == 3
+
+
+def test_another_tenants_picture_is_no_shortcut():
+    tower = Tower()
+    ours = encoder(tower, 4)
+    ours.soft_tokens([picture(1, "one")])
+    ours.soft_tokens([picture(1, "two")])
+    assert tower.batches == [1, 1]
+
+
+def test_the_one_unused_for_longest_is_forgotten_first():
+    tower = Tower()
+    ours = encoder(tower, 2)
+    for seed in (1, 2, 1, 3):
+        ours.soft_tokens([picture(seed)])
+    tower.batches.clear()
+    ours.soft_tokens([picture(1)])
+    ours.soft_tokens([picture(3)])
+    assert tower.batches == []
+    ours.soft_tokens([picture(2)])
+    assert tower.batches == [1]
+
+
+def test_many_pictures_go_through_in_batches():
+    tower = Tower()
+    pictures = [picture(seed) for seed in range(2 * MAX_BATCH + 3)]
+    torch.testing.assert_close(encoder(tower, 0).soft_tokens(pictures), expected(pictures))
+    assert tower.batches == [MAX_BATCH, MAX_BATCH, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
+def test_beside_other_work_and_as_graphs_the_tokens_are_the_same(monkeypatch):
+    from wicore_backend.executor.vision_graphs import VisionGraphs
+
+    cuda = torch.device("cuda")
+    monkeypatch.setitem(globals(), "MAP", MAP.to(cuda))
+    tower = Tower(cuda)
+    graphs = VisionGraphs(tower.vision)
+    ours = PictureEncoder(tower, NORMALIZATION, cache_bytes=6 * PICTURE_BYTES)  # type: ignore[arg-type]
+    monkeypatch.setattr(tower, "vision", graphs, raising=False)
+    rng = random.Random(0)
+    with torch.inference_mode():
+        for _ in range(200):
+            pictures = [picture(rng.randrange(9)) for _ in range(rng.randrange(1, 12))]
+            ours.foresee(pictures[: rng.randrange(3)])
+            torch.cuda._sleep(rng.randrange(200_000))
+            pixels = NORMALIZATION.apply(np.stack([p.image.pixels for p in pictures]))
+            tokens = ours.soft_tokens(pictures)
+            wanted = (torch.from_numpy(pixels).to(cuda).flatten(1) @ MAP).view(-1, HIDDEN)
+            torch.testing.assert_close(tokens, wanted, rtol=1e-3, atol=1e-3)
+    assert ours.hits > 100

@@ -1,0 +1,139 @@
+"""From pictures to soft tokens: each encoded once, in batches, and on CUDA beside the steps that run meanwhile."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wicore_backend.executor.base import Executor
+from wicore_backend.executor.upload import to_device
+from wicore_backend.processor.images import PixelNormalization
+from wicore_backend.processor.prompt import PromptImage
+
+MAX_BATCH = 8
+"""Pictures that go through the tower at once, which bounds what its activations take; eight fill any card."""
+
+_Key = tuple[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What was seen, and by whom: tenants learn nothing of each other's pictures, not even by how long one takes."""
+
+    tenant: str
+    image: PromptImage
+
+    @property
+    def key(self) -> _Key:
+        """Equal for pictures that look the same to the same tenant."""
+        return self.tenant, self.image.digest
+
+
+@dataclass(slots=True, eq=False)
+class _Encoded:
+    """Soft tokens [M, D], and what says that they are there, if another stream makes them."""
+
+    tokens: Tensor
+    done: torch.cuda.Event | None = None
+    awaited: bool = False
+    """Encoded ahead, and not asked for since."""
+
+
+class PictureEncoder:
+    """Encodes pictures and keeps what came of them: of those used last, up to `cache_bytes` on the device.
+
+    To be used under `torch.inference_mode()`, on one thread.
+
+    Parameters
+    ----------
+    cache_bytes
+        0 keeps nothing, and then nothing is encoded ahead.
+
+    Attributes
+    ----------
+    encoded, hits
+        Pictures that went through the tower, and pictures that did not have to.
+    """
+
+    def __init__(self, executor: Executor, normalization: PixelNormalization, *, cache_bytes: int) -> None:
+        self._executor = executor
+        device = executor.device
+        # A byte of a channel becomes one of 256 values: looked up, they are the same on every device.
+        self._values = torch.from_numpy(normalization.table()).to(device, executor.dtype).flatten()
+        self._channels = torch.arange(3, device=device).view(1, 3, 1, 1) * 256
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[_Key, _Encoded] = OrderedDict()
+        self._bytes = 0
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.encoded = self.hits = 0
+
+    def soft_tokens(self, pictures: Rows[Picture]) -> Tensor:
+        """Soft tokens [pictures * M, D] of the pictures, one after the other, in the order of the current stream."""
+        missing = {p.key: p for p in pictures if p.key not in self._cache}
+        self.hits += len(pictures) - len(missing)
+        made = self._encode(list(missing.values()))
+        found = [made[p.key] if p.key in made else self._cache[p.key] for p in pictures]
+        for picture, encoded in zip(pictures, found, strict=True):
+            self._arrive(encoded)
+            if picture.key in self._cache:
+                self._cache.move_to_end(picture.key)
+        tokens = torch.cat([encoded.tokens for encoded in found])
+        self._keep(made)
+        return tokens
+
+    def foresee(self, pictures: Iterable[Picture]) -> None:
+        """Begin to encode, beside the device's other work, what will be asked for: as far as half the cache has room.
+
+        On a CPU there is no beside, and nothing is done.
+        """
+        if self._beside is None:
+            return
+        awaited = sum(encoded.tokens.nbytes for encoded in self._cache.values() if encoded.awaited)
+        for picture in pictures:
+            if 2 * awaited >= self._cache_bytes:
+                return
+            if picture.key not in self._cache:
+                made = self._encode([picture])
+                for encoded in made.values():
+                    encoded.awaited = True
+                    awaited += encoded.tokens.nbytes
+                self._keep(made)
+
+    def _encode(self, pictures: list[Picture]) -> dict[_Key, _Encoded]:
+        """Each in memory of its own, so that one that is kept does not hold what a batch took."""
+        made: dict[_Key, _Encoded] = {}
+        # All on one stream, since graphs of the tower share their memory. A stream of None is the current one.
+        with torch.cuda.stream(self._beside):
+            for first in range(0, len(pictures), MAX_BATCH):
+                batch = pictures[first : first + MAX_BATCH]
+                pixels = to_device(np.stack([p.image.pixels for p in batch]), self._executor.device)
+                tokens = self._executor.vision(self._values[pixels.int() + self._channels])
+                made |= {p.key: _Encoded(own.clone()) for p, own in zip(batch, tokens, strict=True)}
+            if self._beside is not None and made:
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record()
+                for encoded in made.values():
+                    encoded.done = done
+        self.encoded += len(pictures)
+        return made
+
+    def _arrive(self, encoded: _Encoded) -> None:
+        """Make it safe to read on the current stream."""
+        encoded.awaited = False
+        if encoded.done is not None:
+            stream = torch.cuda.current_stream(encoded.tokens.device)
+            stream.wait_event(encoded.done)
+            encoded.tokens.record_stream(stream)  # It is the other stream's memory, and may be given up before.
+
+    def _keep(self, made: dict[_Key, _Encoded]) -> None:
+        self._cache |= made
+        self._bytes += sum(encoded.tokens.nbytes for encoded in made.values())
+        while self._bytes > self._cache_bytes:
+            _, dropped = self._cache.popitem(last=False)
+            self._bytes -= dropped.tokens.nbytes
