@@ -171,10 +171,10 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(text_only: Path) ->
         load(text_only)
 
 
-def test_a_quantised_tensor_is_refused(text_only: Path) -> None:
+def test_a_quantised_tensor_without_a_quantization_config_is_refused(text_only: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     rewrite(text_only, lambda tensors: tensors | {name: tensors[name].to(torch.int8)})
-    with pytest.raises(CheckpointError, match=r"down_proj\.weight I8 in place of F32 or BF16 or F16; quantised"):
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight I8 in place of F32 or BF16 or F16; a quantised"):
         load(text_only)
 
 

@@ -36,6 +36,10 @@ class QuantizedMatrix(Protocol):
         """The rows of `parts` [N_i, K] one after another, as in a fused QKV: [sum of N_i, K]."""
 
 
+PLAIN_TYPES = ("F32", "BF16", "F16")
+"""safetensors' names of the types of what is not quantised, and of scales."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor of a checkpoint as its file describes it.
@@ -46,16 +50,19 @@ class Stored:
         Those allowed.
     types
         Those allowed, by safetensors' names: `F8_E4M3`, `BF16`, `I32`.
+    optional
+        The tensor may be missing.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     types: tuple[str, ...]
+    optional: bool = False
 
 
 class WeightFormat(Protocol):
     """How a checkpoint stores the matrix of one linear module, which a plain one stores as `weight`."""
 
-    def stored(self, shape: tuple[int, int]) -> Mapping[str, Stored]:
+    def stored(self, shape: tuple[int, ...]) -> Mapping[str, Stored]:
         """The tensors of a module whose matrix is `shape` [N, K], by their names after the module's.
 
         Raises
@@ -64,7 +71,11 @@ class WeightFormat(Protocol):
             If a matrix of this shape cannot be stored so.
         """
 
-    def matrix(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], *, device: torch.device, dtype: torch.dtype
-    ) -> QuantizedMatrix:
-        """The module's matrix of its `tensors`, which are as `stored` says, on `device`, to be computed in `dtype`."""
+    def matrix(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], *, dtype: torch.dtype) -> QuantizedMatrix:
+        """The module's matrix, to be computed in `dtype`, of its `tensors`: those of `stored`, on their device.
+
+        Raises
+        ------
+        ValueError
+            If their values cannot be those of a matrix; says what they are.
+        """

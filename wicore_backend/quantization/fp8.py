@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from wicore_backend.quantization.base import PLAIN_TYPES, Stored
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -55,3 +57,26 @@ def quantized_fp8(matrix: Tensor) -> Fp8Matrix:
     scale = wide.abs().amax(1).div_(FP8_MAX)
     scale.masked_fill_(scale == 0, 1.0)  # A row of zeros is one whatever its scale.
     return Fp8Matrix((wide / scale[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale, matrix.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Format:
+    """`WeightFormat` of compressed-tensors' "float-quantized": values, and a scale for each row or for all of them.
+
+    A scale for activations that was measured when the checkpoint was made is left aside: theirs are taken from each
+    token's own values, which is more exact.
+    """
+
+    def stored(self, shape: tuple[int, ...]) -> Mapping[str, Stored]:
+        rows = shape[0]
+        return {
+            "weight": Stored((shape,), ("F8_E4M3",)),
+            "weight_scale": Stored(((rows, 1), (rows,), (1,), ()), PLAIN_TYPES),
+            "input_scale": Stored(((1,), ()), PLAIN_TYPES, optional=True),
+        }
+
+    def matrix(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], *, dtype: torch.dtype) -> Fp8Matrix:
+        scale = tensors["weight_scale"].float().flatten()
+        if not (scale.isfinite() & (scale >= 0)).all():
+            raise ValueError("a weight_scale that is negative or not finite")
+        return Fp8Matrix(tensors["weight"], scale.expand(shape[0]).contiguous(), dtype)

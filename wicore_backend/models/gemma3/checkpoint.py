@@ -1,15 +1,12 @@
-"""Reads Gemma-3 weights from safetensors files in Hugging Face layout.
+"""Reads Gemma-3 weights, plain or quantised, from safetensors files in Hugging Face layout.
 
-Three layouts name the same tensors: the old one (`language_model.model.`, `vision_tower.vision_model.`), that of
-transformers 5 (`model.language_model.`, `model.vision_tower.`) and the text-only one (`model.`). All are mapped to one
-set of canonical names; what the config calls for and what the files hold must then agree exactly, before anything is
-loaded. Tensors are read one by one, straight to where they stay, so that the peak is the model and one tensor.
+What the config calls for and what the files hold must agree exactly, before anything is loaded. Tensors are read one by
+one, straight to where they stay, so that the peak is the model and one tensor.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,8 @@ from torch import Tensor
 
 from wicore_backend.errors import CheckpointError
 from wicore_backend.models.gemma3.config import Gemma3Config, TextConfig, VisionConfig
+from wicore_backend.models.gemma3.tensor_names import HEAD, Shape, canonical_name, expected_shapes, may_be_quantized
+from wicore_backend.models.gemma3.weight_format import weight_format
 from wicore_backend.models.gemma3.weights import (
     Affine,
     Gemma3Weights,
@@ -27,27 +26,20 @@ from wicore_backend.models.gemma3.weights import (
     TextWeights,
     VisionLayerWeights,
     VisionWeights,
+    Weight,
 )
 from wicore_backend.processor.checkpoint_files import read_json
-
-Shape = tuple[int, ...]
+from wicore_backend.quantization.base import PLAIN_TYPES, QuantizedMatrix, Stored, WeightFormat
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _REMEDY = "download the checkpoint again, or point the model setting at a complete one"
-_DTYPES = ("F32", "BF16", "F16")
-_HEAD = "lm_head.weight"
-
-_CANONICAL_PREFIXES = (
-    (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), "vision."),
-    (re.compile(r"^(model\.)?multi_modal_projector\."), "projector."),
-    (re.compile(r"^(language_model\.)?lm_head\."), "lm_head."),
-    (re.compile(r"^(model\.language_model\.|language_model\.model\.|model\.)"), "text."),
-)
 
 
 def load_weights(directory: Path, config: Gemma3Config, *, device: torch.device, dtype: torch.dtype) -> Gemma3Weights:
     """The weights of the checkpoint in `directory`, norms in float32 and the rest in `dtype`, on `device`.
+
+    Matrices that the checkpoint keeps quantised stay so, and are to be computed in `dtype`.
 
     Raises
     ------
@@ -56,11 +48,12 @@ def load_weights(directory: Path, config: Gemma3Config, *, device: torch.device,
     """
     with ExitStack() as stack:
         tensors = _TensorFiles(directory, stack)
-        expected = _expected_shapes(config)
-        if config.text.tied_head and _HEAD not in tensors:
-            del expected[_HEAD]
-        tensors.check(expected)
-        loader = _Loader(tensors, device, dtype)
+        quantized = _QuantizedModules(weight_format(directory), tensors)
+        shapes = expected_shapes(config)
+        if config.text.tied_head and not tensors.hold_module(_module(HEAD)):
+            del shapes[HEAD]
+        tensors.check(quantized.expected(shapes))
+        loader = _Loader(tensors, quantized, device, dtype)
         return Gemma3Weights(
             text=_load_text(loader, config.text),
             vision=_load_vision(loader, config.vision) if config.vision else None,
@@ -81,7 +74,7 @@ class _TensorFiles:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}; {_REMEDY}") from None
             for key in keys:
-                canonical = _canonical_name(key)
+                canonical = canonical_name(key)
                 if canonical in self._sources:
                     raise CheckpointError(f"{directory} holds {key} twice, in {name} and under another name or file")
                 self._sources[canonical] = (file, key)
@@ -89,25 +82,39 @@ class _TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._sources
 
-    def check(self, expected: Mapping[str, Shape]) -> None:
-        """CheckpointError unless the tensors' names and shapes are exactly those `expected`, their types known."""
-        self._refuse("lacks", expected.keys() - self._sources.keys(), _REMEDY)
+    def hold_module(self, module: str) -> bool:
+        """Whether any tensor is one of this module's."""
+        return any(name.startswith(f"{module}.") for name in self._sources)
+
+    def check(self, expected: Mapping[str, Stored]) -> None:
+        """CheckpointError unless the tensors' names, shapes and types are exactly those `expected`."""
+        required = {name for name, stored in expected.items() if not stored.optional}
+        self._refuse("lacks", required - self._sources.keys(), _REMEDY)
         extra = [self._sources[name][1] for name in self._sources.keys() - expected.keys()]
         self._refuse("holds beside what config.json calls for", extra, "does config.json belong to these weights?")
         shapes, types = [], []
-        for name, shape in expected.items():
-            file, key = self._sources[name]
-            stored = file.get_slice(key)
-            if tuple(stored.get_shape()) != shape:
-                shapes.append(f"{key} {stored.get_shape()} in place of {list(shape)}")
-            if stored.get_dtype() not in _DTYPES:
-                types.append(f"{key} {stored.get_dtype()} in place of {' or '.join(_DTYPES)}")
+        for name in expected.keys() & self._sources.keys():
+            key, allowed = self._sources[name][1], expected[name]
+            if self.shape(name) not in allowed.shapes:
+                wanted = " or ".join(str(list(shape)) for shape in allowed.shapes)
+                shapes.append(f"{key} {list(self.shape(name))} in place of {wanted}")
+            if self.type(name) not in allowed.types:
+                types.append(f"{key} {self.type(name)} in place of {' or '.join(allowed.types)}")
         self._refuse("holds in other shapes than config.json says", shapes, "does config.json belong to these weights?")
-        self._refuse("holds in an unknown type", types, "quantised checkpoints are not read")
+        self._refuse(
+            "holds in an unknown type",
+            types,
+            "a quantised checkpoint needs the quantization_config in config.json that it was published with",
+        )
 
     def shape(self, name: str) -> Shape:
         file, key = self._sources[name]
         return tuple(file.get_slice(key).get_shape())
+
+    def type(self, name: str) -> str:
+        """By safetensors' name for it."""
+        file, key = self._sources[name]
+        return str(file.get_slice(key).get_dtype())
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU."""
@@ -141,95 +148,59 @@ def _file_names(directory: Path) -> list[str]:
     return names
 
 
-def _canonical_name(key: str) -> str:
-    for prefix, canonical in _CANONICAL_PREFIXES:
-        if match := prefix.match(key):
-            return canonical + key[match.end() :]
-    return key
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
 
 
-def _expected_shapes(config: Gemma3Config) -> dict[str, Shape]:
-    """Canonical name and shape of every tensor that the config calls for, a head of its own included."""
-    text = config.text
-    shapes = dict(_text_shapes(text))
-    if vision := config.vision:
-        shapes |= _vision_shapes(vision)
-        shapes["projector.mm_soft_emb_norm.weight"] = (vision.hidden_size,)
-        shapes["projector.mm_input_projection_weight"] = (vision.hidden_size, text.hidden_size)
-    return shapes
+class _QuantizedModules:
+    """Which linear modules of a checkpoint are quantised, and how.
 
+    The files tell which they are, whatever config.json says that it ignored: those not stored as plain ones are.
+    """
 
-def _text_shapes(text: TextConfig) -> Iterator[tuple[str, Shape]]:
-    D, F = text.hidden_size, text.intermediate_size
-    heads = {"q": text.num_heads, "k": text.num_kv_heads, "v": text.num_kv_heads}
-    yield _HEAD, (text.vocab_size, D)
-    yield "text.embed_tokens.weight", (text.vocab_size, D)
-    yield "text.norm.weight", (D,)
-    for i in range(text.num_layers):
-        layer = f"text.layers.{i}"
-        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            yield f"{layer}.{norm}_layernorm.weight", (D,)
-        for name, count in heads.items():
-            yield f"{layer}.self_attn.{name}_proj.weight", (count * text.head_dim, D)
-            if text.attention_bias:
-                yield f"{layer}.self_attn.{name}_proj.bias", (count * text.head_dim,)
-        yield f"{layer}.self_attn.o_proj.weight", (D, text.num_heads * text.head_dim)
-        if text.attention_bias:
-            yield f"{layer}.self_attn.o_proj.bias", (D,)
-        for name in ("q", "k"):
-            yield f"{layer}.self_attn.{name}_norm.weight", (text.head_dim,)
-        for name in ("gate", "up"):
-            yield f"{layer}.mlp.{name}_proj.weight", (F, D)
-        yield f"{layer}.mlp.down_proj.weight", (D, F)
+    def __init__(self, stored_as: WeightFormat | None, tensors: _TensorFiles) -> None:
+        self._format = stored_as
+        self._tensors = tensors
+        self._shapes: dict[str, Shape] = {}
 
+    def __contains__(self, module: str) -> bool:
+        return module in self._shapes
 
-def _vision_shapes(vision: VisionConfig) -> dict[str, Shape]:
-    D, F = vision.hidden_size, vision.intermediate_size
-    shapes: dict[str, Shape] = {
-        "vision.embeddings.patch_embedding.weight": (D, vision.num_channels, vision.patch_size, vision.patch_size),
-        "vision.embeddings.patch_embedding.bias": (D,),
-        "vision.embeddings.position_embedding.weight": (vision.patches_per_side**2, D),
-        "vision.post_layernorm.weight": (D,),
-        "vision.post_layernorm.bias": (D,),
-    }
-    linears = {f"self_attn.{name}": (D, D) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
-    linears |= {"mlp.fc1": (F, D), "mlp.fc2": (D, F)}
-    for i in range(vision.num_layers):
-        layer = f"vision.encoder.layers.{i}"
-        for name, shape in linears.items():
-            shapes[f"{layer}.{name}.weight"] = shape
-            shapes[f"{layer}.{name}.bias"] = shape[:1]
-        for norm in ("layer_norm1", "layer_norm2"):
-            shapes[f"{layer}.{norm}.weight"] = (D,)
-            shapes[f"{layer}.{norm}.bias"] = (D,)
-    if vision.vision_use_head:
-        shapes |= _pooling_head_shapes(vision)
-    return shapes
+    def expected(self, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
+        """The tensors that a checkpoint must hold whose plain one would hold those of `shapes`."""
+        expected = {}
+        for name, shape in shapes.items():
+            if self._format is None or not may_be_quantized(name) or self._is_plain(name):
+                expected[name] = Stored((shape,), PLAIN_TYPES)
+                continue
+            module = _module(name)
+            self._shapes[module] = shape
+            expected |= {f"{module}.{part}": stored for part, stored in self._format.stored(shape).items()}
+        return expected
 
+    def matrix(self, module: str, *, device: torch.device, dtype: torch.dtype) -> QuantizedMatrix:
+        """The matrix of a module that is one of these."""
+        assert self._format is not None
+        shape = self._shapes[module]
+        names = {part: f"{module}.{part}" for part in self._format.stored(shape)}
+        tensors = {part: self._tensors.read(name).to(device) for part, name in names.items() if name in self._tensors}
+        try:
+            return self._format.matrix(tensors, shape, dtype=dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{module} holds {error}; {_REMEDY}") from None
 
-def _pooling_head_shapes(vision: VisionConfig) -> dict[str, Shape]:
-    """SigLIP's pooling head: present in some checkpoints, never loaded."""
-    D, F = vision.hidden_size, vision.intermediate_size
-    return {
-        "vision.head.probe": (1, 1, D),
-        "vision.head.attention.in_proj_weight": (3 * D, D),
-        "vision.head.attention.in_proj_bias": (3 * D,),
-        "vision.head.attention.out_proj.weight": (D, D),
-        "vision.head.attention.out_proj.bias": (D,),
-        "vision.head.layernorm.weight": (D,),
-        "vision.head.layernorm.bias": (D,),
-        "vision.head.mlp.fc1.weight": (F, D),
-        "vision.head.mlp.fc1.bias": (F,),
-        "vision.head.mlp.fc2.weight": (D, F),
-        "vision.head.mlp.fc2.bias": (D,),
-    }
+    def _is_plain(self, name: str) -> bool:
+        return name in self._tensors and self._tensors.type(name) in PLAIN_TYPES
 
 
 class _Loader:
     """Copies checked tensors to the device, fused and in the type wanted."""
 
-    def __init__(self, tensors: _TensorFiles, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, tensors: _TensorFiles, quantized: _QuantizedModules, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._tensors = tensors
+        self._quantized = quantized
         self._device = device
         self._dtype = dtype
 
@@ -241,6 +212,20 @@ class _Loader:
             part.copy_(self._tensors.read(name))
         return fused
 
+    def weight(self, *modules: str) -> Weight:
+        """The matrices of `modules`, stacked; plain ones if any of them is plain."""
+        quantized = [module in self._quantized for module in modules]
+        if not any(quantized):
+            return self.tensor(*(f"{module}.weight" for module in modules))
+        if not all(quantized):
+            return torch.cat([self._plain(module) for module in modules])
+        parts = [self._quantized.matrix(module, device=self._device, dtype=self._dtype) for module in modules]
+        return parts[0] if len(parts) == 1 else type(parts[0]).stacked(parts)
+
+    def _plain(self, module: str) -> Tensor:
+        weight = self.weight(module)
+        return weight if isinstance(weight, Tensor) else weight.dequantized()
+
     def affine(self, *modules: str) -> Affine:
         """Weights and biases of `modules`, each stacked."""
         return Affine(self.tensor(*(f"{m}.weight" for m in modules)), self.tensor(*(f"{m}.bias" for m in modules)))
@@ -249,12 +234,13 @@ class _Loader:
         """1 + weight of one of Gemma's norms, float32."""
         return 1.0 + self._tensors.read(f"{module}.weight").to(self._device, torch.float32)
 
-    def head(self, embedding: Tensor) -> Tensor:
+    def head(self, embedding: Tensor) -> Weight:
         """The head: `embedding` where the checkpoint has no other, or repeats it."""
-        if _HEAD not in self._tensors:
+        module = _module(HEAD)
+        if not self._tensors.hold_module(module):
             return embedding
-        head = self.tensor(_HEAD)
-        return embedding if torch.equal(head, embedding) else head
+        head = self.weight(module)
+        return embedding if isinstance(head, Tensor) and torch.equal(head, embedding) else head
 
 
 def _load_text(load: _Loader, config: TextConfig) -> TextWeights:
@@ -273,15 +259,15 @@ def _load_layer(load: _Loader, config: TextConfig, layer: str) -> LayerWeights:
     q_norm, k_norm = load.norm(f"{attention}.q_norm"), load.norm(f"{attention}.k_norm")
     return LayerWeights(
         input_norm=load.norm(f"{layer}.input_layernorm"),
-        qkv=load.tensor(*(f"{p}.weight" for p in projections)),
+        qkv=load.weight(*projections),
         qkv_bias=load.tensor(*(f"{p}.bias" for p in projections)) if config.attention_bias else None,
         qk_norm=torch.cat((q_norm.expand(config.num_heads, -1), k_norm.expand(config.num_kv_heads, -1))),
-        out=load.tensor(f"{attention}.o_proj.weight"),
+        out=load.weight(f"{attention}.o_proj"),
         out_bias=load.tensor(f"{attention}.o_proj.bias") if config.attention_bias else None,
         post_attention_norm=load.norm(f"{layer}.post_attention_layernorm"),
         pre_feedforward_norm=load.norm(f"{layer}.pre_feedforward_layernorm"),
-        gate_up=load.tensor(f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"),
-        down=load.tensor(f"{layer}.mlp.down_proj.weight"),
+        gate_up=load.weight(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
+        down=load.weight(f"{layer}.mlp.down_proj"),
         post_feedforward_norm=load.norm(f"{layer}.post_feedforward_layernorm"),
     )
 

@@ -112,8 +112,6 @@ class Gemma3Config:
         path = directory / "config.json"
         top = ConfigFields(path, read_json(path))
         model_type = top.choice("model_type", ("gemma3", "gemma3_text"))
-        if "quantization_config" in top:
-            raise top.error("quantization_config", "absent: only float32, bfloat16 and float16 checkpoints are read")
         text_fields = top if model_type == "gemma3_text" else top.section("text_config")
         text_fields.choice("model_type", ("gemma3_text",), default="gemma3_text")
         tokens_per_image = top.integer("mm_tokens_per_image", default=256)

@@ -21,6 +21,10 @@ class ConfigFields:
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
+    def sections(self) -> tuple[ConfigFields, ...]:
+        """The nested objects, all of whose values are such."""
+        return tuple(self.section(key) for key in self._values)
+
     def error(self, key: str, allowed: str) -> CheckpointError:
         """The error for a value that cannot be used, to be raised by the caller."""
         seen = repr(self._values[key]) if key in self._values else "missing"
