@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.staticfiles import StaticFiles
 
 from wicore_backend.gateway import chat_socket, inference, status
 from wicore_backend.gateway.backend import Backend
@@ -18,8 +16,7 @@ from wicore_backend.gateway.extensions import Extension, standard_extensions
 from wicore_backend.gateway.generation import Generations
 from wicore_backend.gateway.openai import chat, completions, models, responses
 from wicore_backend.gateway.settings import GatewaySettings
-
-WEB = Path(__file__).parent / "web"
+from wicore_backend.gateway.web import add_pages
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +65,5 @@ def create_app(
         chat_socket.router,
     ):
         app.include_router(router)
-    if WEB.is_dir():
-        app.mount("/", StaticFiles(directory=WEB, html=True), name="web")
+    add_pages(app)
     return app

@@ -1,0 +1,48 @@
+// A conversation is a tree of messages: an edited question or another try at an answer is a sibling, and nothing is lost.
+//
+// A message is {id, conversation, parent, role, text, pictures, created, ...}; `parent` is null for the first question.
+
+/** From the first question to the message, the one read on the page. */
+export function pathTo(messages, id) {
+  const path = [];
+  for (let message = messages.get(id); message; message = messages.get(message.parent)) path.push(message);
+  return path.reverse();
+}
+
+/** The versions of a message, itself among them, the oldest first. */
+export function versions(messages, message) {
+  return [...messages.values()].filter((other) => other.parent === message.parent).sort((a, b) => a.created - b.created);
+}
+
+/** The end of the newest path through a message. */
+export function newestEnd(messages, id) {
+  for (;;) {
+    const replies = [...messages.values()].filter((message) => message.parent === id);
+    if (replies.length === 0) return id;
+    id = replies.reduce((newest, reply) => (reply.created > newest.created ? reply : newest)).id;
+  }
+}
+
+/**
+ * What goes to the server for a path: its messages in turn. Answers that never came are left out, and questions that then follow
+ * one another are joined, since models want turns.
+ *
+ * @param {(picture) => string} url of a picture, as the wire takes it
+ */
+export function wireMessages(path, system, url) {
+  const turns = [];
+  for (const { role, text, pictures = [] } of path) {
+    if (role === "assistant" && text === "") continue;
+    const parts = [...pictures.map((picture) => ({ type: "image_url", image_url: { url: url(picture) } }))];
+    if (text !== "") parts.push({ type: "text", text });
+    if (turns.at(-1)?.role === role) turns.at(-1).content.push(...parts);
+    else turns.push({ role, content: parts });
+  }
+  const messages = turns.map(({ role, content }) => ({ role, content: plainIfText(content) }));
+  return system.trim() === "" ? messages : [{ role: "system", content: system.trim() }, ...messages];
+}
+
+function plainIfText(parts) {
+  if (parts.some((part) => part.type !== "text")) return parts;
+  return parts.map((part) => part.text).join("\n\n");
+}
