@@ -83,7 +83,7 @@ def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int
     write_directory(args.shape, directory, like=args.model)
     weight_bytes = 0
 
-    def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
+    def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype, **__: Any) -> Any:
         nonlocal weight_bytes
         weights = random_weights(config, device=device, dtype=dtype)
         tensors = [t for layer in weights.text.layers for t in (layer.qkv, layer.out, layer.gate_up, layer.down)]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from wicore_backend.errors import CheckpointError
 from wicore_backend.models.gemma3 import upload
-from wicore_backend.models.gemma3.upload import StoredTensor, Uploader
+from wicore_backend.models.gemma3.upload import StoredTensor, Uploader, stored_tensors
 
 CPU = torch.device("cpu")
 
@@ -35,14 +36,27 @@ def test_every_byte_arrives_in_its_type(tmp_path):
     rng = random.Random(0)
     shapes = [(rng.randrange(1, 300), rng.randrange(1, 200)) for _ in range(20)] + [(1,), (2048,), (2049,)]
     tensors = [torch.randn(shape).to(rng.choice([torch.float32, torch.bfloat16, torch.float16])) for shape in shapes]
-    with Uploader(CPU) as uploader:
+    read = []
+    with Uploader(CPU, progress=read.append) as uploader:
         for place, tensor in zip(stored(tmp_path / "weights", tensors), tensors, strict=True):
             same, wider = torch.empty_like(tensor), torch.empty(tensor.shape, dtype=torch.float32)
             uploader.copy(place, same)
             uploader.copy(place, wider)
             assert torch.equal(same, tensor)
             assert torch.equal(wider, tensor.float())
-        assert uploader.bytes_read == 2 * sum(tensor.nbytes for tensor in tensors)
+    assert sum(read) == 2 * sum(tensor.nbytes for tensor in tensors)
+
+
+def test_the_places_of_a_safetensors_file_are_those_of_the_library(tmp_path):
+    tensors = {f"{n}": torch.randint(-100, 100, (n + 1, 3)).to(dtype) for n, dtype in enumerate(upload._TYPES.values())}
+    save_file(tensors, tmp_path / "weights.safetensors", metadata={"format": "pt"})
+    places = stored_tensors(tmp_path / "weights.safetensors")
+    assert places.keys() == tensors.keys()
+    with Uploader(CPU) as uploader:
+        for name, tensor in tensors.items():
+            into = torch.empty_like(tensor)
+            uploader.copy(places[name], into)
+            assert torch.equal(into.view(torch.uint8), tensor.view(torch.uint8))
 
 
 @pytest.mark.usefixtures("small_pieces")

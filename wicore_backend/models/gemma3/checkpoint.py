@@ -1,12 +1,12 @@
 """Reads Gemma-3 weights, plain or quantised, from safetensors files in Hugging Face layout.
 
-What the config calls for and what the files hold must agree exactly, before anything is loaded. Tensors are read one by
-one, straight to where they stay, so that the peak is the model and one tensor.
+What the config calls for and what the files hold must agree exactly, before anything is loaded. Tensors are read
+straight to where they stay, so that the peak is the model, and one matrix where such are repacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from wicore_backend.errors import CheckpointError
 from wicore_backend.models.gemma3.config import Gemma3Config, TextConfig, VisionConfig
 from wicore_backend.models.gemma3.tensor_names import HEAD, Shape, canonical_name, expected_shapes, may_be_quantized
+from wicore_backend.models.gemma3.upload import StoredTensor, Uploader, stored_tensors
 from wicore_backend.models.gemma3.weight_format import weight_format
 from wicore_backend.models.gemma3.weights import (
     Affine,
@@ -36,10 +37,22 @@ _SINGLE = "model.safetensors"
 _REMEDY = "download the checkpoint again, or point the model setting at a complete one"
 
 
-def load_weights(directory: Path, config: Gemma3Config, *, device: torch.device, dtype: torch.dtype) -> Gemma3Weights:
+def load_weights(
+    directory: Path,
+    config: Gemma3Config,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], object] = lambda _, __: None,
+) -> Gemma3Weights:
     """The weights of the checkpoint in `directory`, norms in float32 and the rest in `dtype`, on `device`.
 
     Matrices that the checkpoint keeps quantised stay so, and are to be computed in `dtype`.
+
+    Parameters
+    ----------
+    progress
+        Called with the bytes read so far and the bytes there are, often.
 
     Raises
     ------
@@ -47,7 +60,7 @@ def load_weights(directory: Path, config: Gemma3Config, *, device: torch.device,
         If a file is missing or broken, or if its tensors are not those that `config` calls for.
     """
     with ExitStack() as stack:
-        tensors = _TensorFiles(directory, stack)
+        tensors = _TensorFiles(directory, stack, device, progress)
         quantized = _QuantizedModules(weight_format(directory), tensors)
         shapes = expected_shapes(config)
         if config.text.tied_head and not tensors.hold_module(_module(HEAD)):
@@ -61,16 +74,24 @@ def load_weights(directory: Path, config: Gemma3Config, *, device: torch.device,
 
 
 class _TensorFiles:
-    """The tensors of a checkpoint's open files, under canonical names."""
+    """The tensors of a checkpoint's open files, under canonical names, on their way to `device`."""
 
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
+    def __init__(
+        self, directory: Path, stack: ExitStack, device: torch.device, progress: Callable[[int, int], object]
+    ) -> None:
         self._directory = directory
+        self._device = device
         self._sources: dict[str, tuple[Any, str]] = {}
+        self._places: dict[str, StoredTensor] = {}
+        self._done = 0
+        self._progress = progress
+        self._uploader = stack.enter_context(Uploader(device, progress=self._read_on))
         for name in _file_names(directory):
             path = directory / name
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 keys = list(file.keys())
+                places = stored_tensors(path)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}; {_REMEDY}") from None
             for key in keys:
@@ -78,6 +99,9 @@ class _TensorFiles:
                 if canonical in self._sources:
                     raise CheckpointError(f"{directory} holds {key} twice, in {name} and under another name or file")
                 self._sources[canonical] = (file, key)
+                if key in places:
+                    self._places[canonical] = places[key]
+        self._total = sum(place.nbytes for place in self._places.values())
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
@@ -117,10 +141,19 @@ class _TensorFiles:
         return str(file.get_slice(key).get_dtype())
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU."""
-        file, key = self._sources[name]
-        tensor: Tensor = file.get_tensor(key)
+        """The tensor as stored."""
+        place = self._places[name]
+        tensor = torch.empty(place.shape, dtype=place.dtype, device=self._device)
+        self._uploader.copy(place, tensor)
         return tensor
+
+    def fill(self, into: Tensor, name: str) -> None:
+        """Read the tensor into one of its shape, and in the type of that."""
+        self._uploader.copy(self._places[name], into)
+
+    def _read_on(self, size: int) -> None:
+        self._done += size
+        self._progress(self._done, self._total)
 
     def _refuse(self, what: str, names: Iterable[str], remedy: str) -> None:
         if names := sorted(names):
@@ -178,12 +211,12 @@ class _QuantizedModules:
             expected |= {f"{module}.{part}": stored for part, stored in self._format.stored(shape).items()}
         return expected
 
-    def matrix(self, module: str, *, device: torch.device, dtype: torch.dtype) -> QuantizedMatrix:
+    def matrix(self, module: str, *, dtype: torch.dtype) -> QuantizedMatrix:
         """The matrix of a module that is one of these."""
         assert self._format is not None
         shape = self._shapes[module]
         names = {part: f"{module}.{part}" for part in self._format.stored(shape)}
-        tensors = {part: self._tensors.read(name).to(device) for part, name in names.items() if name in self._tensors}
+        tensors = {part: self._tensors.read(name) for part, name in names.items() if name in self._tensors}
         try:
             return self._format.matrix(tensors, shape, dtype=dtype)
         except ValueError as error:
@@ -209,7 +242,7 @@ class _Loader:
         rows, *rest = zip(*(self._tensors.shape(name) for name in names), strict=True)
         fused = torch.empty(sum(rows), *(sizes[0] for sizes in rest), device=self._device, dtype=self._dtype)
         for part, name in zip(torch.split(fused, list(rows)), names, strict=True):
-            part.copy_(self._tensors.read(name))
+            self._tensors.fill(part, name)
         return fused
 
     def weight(self, *modules: str) -> Weight:
@@ -219,7 +252,7 @@ class _Loader:
             return self.tensor(*(f"{module}.weight" for module in modules))
         if not all(quantized):
             return torch.cat([self._plain(module) for module in modules])
-        parts = [self._quantized.matrix(module, device=self._device, dtype=self._dtype) for module in modules]
+        parts = [self._quantized.matrix(module, dtype=self._dtype) for module in modules]
         return parts[0] if len(parts) == 1 else type(parts[0]).stacked(parts)
 
     def _plain(self, module: str) -> Tensor:
@@ -232,7 +265,7 @@ class _Loader:
 
     def norm(self, module: str) -> Tensor:
         """1 + weight of one of Gemma's norms, float32."""
-        return 1.0 + self._tensors.read(f"{module}.weight").to(self._device, torch.float32)
+        return 1.0 + self._tensors.read(f"{module}.weight").float()
 
     def head(self, embedding: Tensor) -> Weight:
         """The head: `embedding` where the checkpoint has no other, or repeats it."""

@@ -7,12 +7,15 @@ asked of the kernel ahead. Reads go through the page cache: an engine that start
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import cycle
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -25,11 +28,26 @@ _PIECE_BYTES = 8 << 20
 _THREADS = 8
 _PIECES = 2 * _THREADS
 _AHEAD_BYTES = 512 << 20
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' names of types."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies in a file, row-major.
+    """Where a tensor lies in a file, row-major and little-endian.
 
     Attributes
     ----------
@@ -41,6 +59,25 @@ class StoredTensor:
     start: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Where each tensor lies in a safetensors file that the library has opened, and so has checked, before.
+
+    The format: https://github.com/huggingface/safetensors#format. Tensors of types that PyTorch has not are left out.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        name: StoredTensor(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), _TYPES[entry["dtype"]])
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in _TYPES
+    }
 
 
 @dataclass(slots=True, eq=False)
@@ -54,20 +91,20 @@ class _Piece:
 class Uploader(AbstractContextManager["Uploader"]):
     """Reads stored tensors into tensors on `device`; one thread at a time may call it.
 
-    Attributes
+    Parameters
     ----------
-    bytes_read
-        Since it was made.
+    progress
+        Called with the bytes read since the last call.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, progress: Callable[[int], object] = lambda _: None) -> None:
         self._device = device
+        self._progress = progress
         self._files: dict[Path, int] = {}
         self._readers = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-weights")
         locked = device.type == "cuda"
         self._pieces = [_Piece(torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=locked)) for _ in range(_PIECES)]
         self._next_piece = cycle(self._pieces)
-        self.bytes_read = 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -89,8 +126,8 @@ class Uploader(AbstractContextManager["Uploader"]):
         CheckpointError
             If the file cannot be read or ends before the tensor does.
         """
-        values, width = into.view(-1), stored.dtype.itemsize
-        file, size = self._file(stored.path), values.numel() * width
+        values, width, size = into.view(-1), stored.dtype.itemsize, stored.nbytes
+        file = self._file(stored.path)
         os.posix_fadvise(file, stored.start, size + _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
         reading: deque[tuple[int, int, _Piece, Future[None]]] = deque()
         try:
@@ -106,7 +143,6 @@ class Uploader(AbstractContextManager["Uploader"]):
             for _, _, _, job in reading:  # After an error nobody may write into the pieces any more.
                 if not job.cancel():
                     job.exception()
-        self.bytes_read += size
 
     def _file(self, path: Path) -> int:
         if path not in self._files:
@@ -127,6 +163,7 @@ class Uploader(AbstractContextManager["Uploader"]):
                 f"{error.strerror or error}; download the checkpoint again, or look at the disk"
             ) from None
         read = piece.memory[: (last - first) * stored.dtype.itemsize].view(stored.dtype)
+        self._progress(read.nbytes)
         # Across devices and types at once, PyTorch would convert on the CPU.
         values[first:last].copy_(read.to(self._device, non_blocking=True))
         if self._device.type == "cuda":
