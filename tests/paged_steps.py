@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wicore_backend.attention.base import MEASURED_QUERIES, PackedStep
 from wicore_backend.attention.torch_paged import TorchPagedAttention
+from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
@@ -21,7 +22,7 @@ LAYERS = (LayerGroup.LOCAL, LayerGroup.GLOBAL, LayerGroup.LOCAL, LayerGroup.GLOB
 GLOBAL_LAYERS = (1, 3)
 HEAD_DIM = 8
 SCALE = 0.3
-RUBBISH = 1e3
+RUBBISH = 448.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Shape:
     window: int = 10
     softcap: float | None = None
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
+    """Of the pools, if not `dtype`."""
+
+    @property
+    def stored(self) -> torch.dtype:
+        return self.kv_dtype or self.dtype
 
 
 Masses = Mapping[int, NDArray[np.floating[Any]]]
@@ -77,15 +84,15 @@ def check(
         kv_heads=shape.kv_heads,
         head_dim=HEAD_DIM,
         window=shape.window,
-        bytes_per_value=shape.dtype.itemsize,
+        bytes_per_value=shape.stored.itemsize,
     )
     counts = [-(-(part.past + part.new) // shape.block_size) for part in parts]
     blocks = sum(counts) + 3
-    pools = KVPools.allocate(layout, dict.fromkeys(LayerGroup, blocks), device=torch.device("cpu"), dtype=shape.dtype)
+    pools = KVPools.allocate(layout, dict.fromkeys(LayerGroup, blocks), device=torch.device("cpu"), dtype=shape.stored)
     for pool in pools.tensors.values():
         pool.fill_(RUBBISH)
     step = step_of(shape, parts, counts, blocks, np.random.default_rng(seed), measured or {})
-    attention = TorchPagedAttention(pools, scale=SCALE, window=shape.window, softcap=shape.softcap)
+    attention = TorchPagedAttention(pools, scale=SCALE, window=shape.window, softcap=shape.softcap, dtype=shape.dtype)
     plan = attention.plan(step)
     tokens = int(step.query_lens.sum())
     checked = Checked()
@@ -103,13 +110,15 @@ def check(
 
         attended = attention.attend(plan, layer, q, k, v)
 
-        keys_values = [torch.cat((old, fresh), 1) for old, fresh in zip(past, new, strict=True)]
+        keys_values = [
+            torch.cat((old, fresh), 1).to(shape.stored).to(shape.dtype) for old, fresh in zip(past, new, strict=True)
+        ]
         expected, weights = _dense(shape, group, step, parts, q, keys_values)
         tolerance = 1e-6 if shape.dtype is torch.float32 else 2e-2
         assert attended.shape == (tokens, shape.kv_heads * shape.group_size * HEAD_DIM)
         assert attended.dtype == shape.dtype
         assert (attended.double() - expected).norm() <= tolerance * expected.norm()
-        assert torch.equal(pools.tensors[group], expected_pool), "keys or values went elsewhere"
+        assert torch.equal(bits(pools.tensors[group]), bits(expected_pool)), "keys or values went elsewhere"
         checked.attended.append(attended)
         for sequence in step.measured.get(layer, ()):
             shares.setdefault(sequence, []).append(_by_block(shape, parts[sequence], weights[sequence]))
@@ -158,7 +167,7 @@ def step_of(
 
 def store(pool: Tensor, layer: int, table: Any, keys_values: Any, starts: list[int]) -> None:
     """Write keys and values [2, tokens, heads, d] of each sequence by its block table."""
-    size = pool.shape[3]
+    size, dtype, pool = pool.shape[3], pool.dtype, bits(pool)
     for row, kv, start in zip(table, keys_values, starts, strict=True):
         positions = np.arange(start, start + kv.shape[1])
         blocks = row[positions // size]
@@ -166,7 +175,12 @@ def store(pool: Tensor, layer: int, table: Any, keys_values: Any, starts: list[i
         blocks, places, held = (
             torch.from_numpy(x).to(pool.device) for x in (blocks[held], positions[held] % size, held)
         )
-        pool[blocks.long(), layer, :, places] = kv[:, held].transpose(0, 1).to(pool.dtype)
+        pool[blocks.long(), layer, :, places] = bits(kv[:, held].transpose(0, 1).to(dtype))
+
+
+def bits(pool: Tensor) -> Tensor:
+    """A pool of FP8 as its bytes, since PyTorch does little with such numbers; any other as it is."""
+    return pool.view(torch.uint8) if pool.dtype == FP8 else pool
 
 
 def _dense(

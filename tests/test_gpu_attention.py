@@ -19,16 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tests.paged_steps import DECODES, LAYERS, PREFILLS, SCALE, Part, Shape, step_of, store
+from tests.paged_steps import DECODES, LAYERS, PREFILLS, SCALE, Part, Shape, bits, step_of, store
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
 from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
 from wicore_backend.attention.torch_paged import TorchPagedAttention
+from wicore_backend.hmt.fp8 import FP8, to_fp8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter")
 
+NAN = 0x7F
+"""Of e4m3."""
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Tuning(Launch(16, 4, 2, 1), PrefillLaunch(16, 4, 1, 1, rows=16, least_keys=16))
 """Small tiles, so that short sequences have several."""
@@ -54,13 +57,13 @@ class Bench:
             kv_heads=self.shape.kv_heads,
             head_dim=self.head_dim,
             window=self.shape.window,
-            bytes_per_value=self.shape.dtype.itemsize,
+            bytes_per_value=self.shape.stored.itemsize,
         )
         self.counts = [-(-(part.past + part.new) // self.shape.block_size) for part in self.parts]
         self.blocks = sum(self.counts) + 3
-        self.expected_pools, self.pools = self._pools(torch.float32), self._pools(self.shape.dtype)
+        self.expected_pools, self.pools = self._pools(torch.float32), self._pools(self.shape.stored)
         for pool in self.pools.tensors.values():
-            pool.fill_(torch.nan)
+            bits(pool).fill_(NAN if pool.dtype == FP8 else torch.nan)
         settings: dict[str, Any] = {"scale": SCALE, "window": self.shape.window, "softcap": self.shape.softcap}
         self.twin = TorchPagedAttention(self.expected_pools, **settings)
         self.attention = GpuPagedAttention(
@@ -68,6 +71,7 @@ class Bench:
             query_heads=self.shape.kv_heads * self.shape.group_size,
             tuning=self.tuning,
             processors=self.processors,
+            dtype=self.shape.dtype,
             **settings,
         )
 
@@ -78,13 +82,17 @@ class Bench:
         random = torch.randn(*size, generator=self.generator, device=self.device)
         return random.to(self.shape.dtype)
 
+    def stored(self, numbers: Tensor) -> Tensor:
+        """float32, as the pools hold them."""
+        return (to_fp8(numbers) if self.shape.stored == FP8 else numbers).float()
+
     def step(self, measured: Mapping[int, Sequence[int]] | None = None, *, seed: int = 0) -> PackedStep:
         """The parts' step, over whose past the pools are filled."""
         step = step_of(self.shape, self.parts, self.counts, self.blocks, np.random.default_rng(seed), measured or {})
         for group, index in self.layout.layers:
             if group not in self.layout.groups:
                 continue
-            past = [self.random(2, part.past, self.shape.kv_heads, self.head_dim) for part in self.parts]
+            past = [self.stored(self.random(2, part.past, self.shape.kv_heads, self.head_dim)) for part in self.parts]
             for pools in (self.expected_pools, self.pools):
                 store(pools.tensors[group], index, step.block_tables[group], past, [0] * len(past))
         return step
@@ -104,13 +112,14 @@ class Bench:
         for layer, (group, _) in enumerate(self.layout.layers):
             q, k, v = self.qkv(rows or tokens)
             attended = self.attention.attend(plan, layer, q, k, v)
-            expected = self.twin.attend(expected_plan, layer, *(x[:tokens].float() for x in (q, k, v)))
+            new = (self.stored(x[:tokens]) for x in (k, v))
+            expected = self.twin.attend(expected_plan, layer, q[:tokens].float(), *new)
             error = (attended[:tokens].float() - expected).norm() / expected.norm()
             assert error <= (1e-5 if self.shape.dtype is torch.float32 else 1e-2), f"layer {layer}: {error}"
             assert attended.isfinite().all()
-            pool, expected_pool = self.pools.tensors[group], self.expected_pools.tensors[group]
+            pool, expected_pool = self.pools.tensors[group].float(), self.expected_pools.tensors[group]
             written = ~pool.isnan()
-            assert torch.equal(pool[written].float(), expected_pool[written])
+            assert torch.equal(pool[written], expected_pool[written])
             assert (expected_pool[~written] == 0).all(), "keys or values have not been written"
             results.append(attended.clone())
         self.check_mass(self.attention.mass(plan), self.twin.mass(expected_plan))
@@ -174,6 +183,33 @@ def test_half_precision_is_near_the_twin(kernel_device):
     check(Shape(kv_heads=1, dtype=torch.float16), [DECODES[2], DECODES[4], PREFILLS[1]], kernel_device, {1: [0, 2]})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("parts", [DECODES[2:], PREFILLS[1:3], HOLES[3:5]], ids=["decodes", "prefills", "with holes"])
+def test_keys_and_values_in_fp8(parts, dtype, kernel_device):
+    measured = {1: range(len(parts)), 3: [0]}
+    check(Shape(kv_heads=2, softcap=0.8, dtype=dtype, kv_dtype=FP8), parts, kernel_device, measured)
+
+
+def test_what_fp8_cannot_hold_becomes_the_largest_it_can_and_nan_0(kernel_device):
+    shape = Shape(kv_heads=1, group_size=1, kv_dtype=FP8)
+    bench = Bench(shape, [Part(5, 1), Part(4, 3)], kernel_device)
+    step = bench.step()
+    q, k, v = (x.contiguous() for x in bench.qkv(4))
+    numbers = torch.tensor([1e9, -449, torch.inf, -torch.inf, torch.nan, 2.0**-10, 1.5 * 2**-9, 17.0, -0.0, 464.0])
+    k[:, 0, :10], v[1, 0, :10] = numbers.to(k), -numbers.to(v)
+    q[:] = 0  # What is written is looked at, so weights are not to be those of rows at the end of the range.
+    plan, expected_plan = bench.attention.plan(step), bench.twin.plan(step)
+    for layer, (group, _) in enumerate(bench.layout.layers):
+        attended = bench.attention.attend(plan, layer, q, k, v)
+        torch.testing.assert_close(
+            attended, bench.twin.attend(expected_plan, layer, q, bench.stored(k), bench.stored(v))
+        )
+        pool = bench.pools.tensors[group].float()
+        assert torch.equal(pool.nan_to_num(0.0), bench.expected_pools.tensors[group])
+    expected = [448, -448, 448, -448, 0, 0, 2.0**-8, 16, 0, 448]
+    assert bench.stored(numbers).tolist() == expected
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_steps_equal_the_twin(seed, kernel_device):
     rng = np.random.default_rng(seed)
@@ -204,7 +240,6 @@ def test_a_bucket_serves_whatever_fits_it_at_the_same_addresses(kernel_device):
     before = [result.data_ptr() for result in (bucket.plan.out, bucket.plan.decodes[LayerGroup.GLOBAL].items)]
     for parts, measured in steps:
         other = Bench(Shape(kv_heads=1), parts, kernel_device)
-        other.attention._pools = other.pools.tensors
         step = other.step(measured)
         bench.attention._pools = other.attention._pools
         other.attention = bench.attention
@@ -256,10 +291,11 @@ class TestOnTheDevice:
         Part(1000, 300, gone=frozenset(range(3, 20))),
     )
 
+    @pytest.mark.parametrize("kv_dtype", [None, FP8])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize(("heads", "head_dim"), [((16, 2), 128), ((2, 2), 64), ((4, 2), 256), ((1, 4), 256)])
-    def test_real_shapes(self, heads, head_dim, dtype):
-        shape = Shape(32, *heads, 1024, dtype=dtype)
+    def test_real_shapes(self, heads, head_dim, dtype, kv_dtype):
+        shape = Shape(32, *heads, 1024, dtype=dtype, kv_dtype=kv_dtype)
         measured = {1: range(len(self.PARTS))}
         layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
         device = torch.device("cuda")
@@ -277,9 +313,11 @@ class TestOnTheDevice:
         tuning = replace(Tuning.of(128, torch.bfloat16), prefill=launch)
         check(shape, parts, device, head_dim=128, tuning=tuning, processors=8, layers=layers)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_a_captured_graph_serves_other_steps(self, dtype):
-        shape, device = Shape(32, 4, 2, 1024, dtype=dtype), torch.device("cuda")
+    @pytest.mark.parametrize(
+        ("dtype", "kv_dtype"), [(torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, FP8)]
+    )
+    def test_a_captured_graph_serves_other_steps(self, dtype, kv_dtype):
+        shape, device = Shape(32, 4, 2, 1024, dtype=dtype, kv_dtype=kv_dtype), torch.device("cuda")
         layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
         lengths = [[5, 700, 1500, 9000], [9001, 30], [8000, 8000, 8000, 8000], [0]]
         bench = Bench(shape, [Part(9000, 1)] * 4, device, head_dim=128, tuning=None, processors=None, layers=layers)
@@ -313,8 +351,8 @@ class TestOnTheDevice:
                 later = bench.attention.collect(bucket.plan)
             expected_plan = bench.twin.plan(step)
             for layer, result in enumerate(results):
-                q, k, v = (x[: len(past)].float() for x in qkv[layer])
-                expected = bench.twin.attend(expected_plan, layer, q, k, v)
+                q, k, v = (x[: len(past)] for x in qkv[layer])
+                expected = bench.twin.attend(expected_plan, layer, q.float(), bench.stored(k), bench.stored(v))
                 error = (result[: len(past)].float() - expected).norm() / expected.norm()
                 assert error <= (1e-5 if dtype is torch.float32 else 1e-2)
             bench.check_mass(later(), bench.twin.mass(expected_plan))

@@ -12,6 +12,7 @@ from tests.paged_steps import DECODES, PREFILLS, Part, Shape, check, parts_of_a_
 from wicore_backend.attention import torch_paged
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.closing_up import close_up
+from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 
 
@@ -26,6 +27,12 @@ def test_a_step_equals_dense_attention(parts: list[Part], heads: tuple[int, int]
 @pytest.mark.parametrize("softcap", [None, 0.8])
 def test_half_precision_is_near_dense_attention(dtype: torch.dtype, softcap: float | None) -> None:
     check(Shape(dtype=dtype, softcap=softcap), DECODES + PREFILLS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_attention_over_fp8_is_dense_attention_over_what_was_rounded(dtype: torch.dtype, softcap: float | None) -> None:
+    check(Shape(dtype=dtype, kv_dtype=FP8, softcap=softcap), DECODES + PREFILLS, measured={1: [0, 4, 6]})
 
 
 @pytest.mark.parametrize("parts", [[Part(0, 1)], [Part(50, 1)], [Part(0, 1100)], [Part(100, 520, image=(505, 12))]])

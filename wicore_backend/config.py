@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.processor.limits import PromptLimits
 from wicore_backend.settings import Settings
+
+if TYPE_CHECKING:
+    from wicore_backend.hmt.codecs import CodecName
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -26,6 +29,11 @@ class EngineConfig(Settings):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights, activations and KV cache; auto is bfloat16 on CUDA and float32 on the CPU."""
+
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """How keys and values are kept; auto is `dtype`. fp8 (e4m3) is LOSSY: a byte each, half of a 16-bit type's memory,
+    reads and copies, each number rounded to 4 significant bits. Blocks then go to host memory and disk as they are, so
+    that `host_cache_codec` and `nvme_codec` have to be exact."""
 
     threads: Positive | None = None
     """CPU threads of one operator; None is PyTorch's choice, and in a server one less than the CPUs."""
@@ -68,6 +76,10 @@ class EngineConfig(Settings):
     block_size: Annotated[int, Field(ge=1, le=256)] = 32
     """Tokens a block of the KV cache."""
 
+    cuda_graphs: bool = True
+    """Record steps as CUDA graphs when the model is loaded, which takes some seconds, and some memory for every
+    sequence of `max_running`. False computes them kernel by kernel: tokens take several times as long."""
+
     kv_cache_bytes: Positive | None = None
     """Device memory of the KV cache; None takes `hmt_gpu_threshold` of what is free on CUDA, 1 GiB on the CPU. What is
     on its way to or from host memory takes a 16th of it on CUDA, at most 1 GiB: besides, if a number is given here."""
@@ -98,9 +110,10 @@ class EngineConfig(Settings):
     nvme_cache_bytes: Positive = 8 * 2**30
     """All that its files may take; taken at once."""
 
-    nvme_codec: Literal["exact", "fp8", "q8", "q4"] = "q8"
+    nvme_codec: Literal["exact", "fp8", "q8", "q4"] | None = None
     """How blocks are stored there: exact keeps every bit, q8 and fp8 take half of a 16-bit type, q4 a quarter. All but
-    exact are lossy: what comes back from the disk was rounded, once."""
+    exact are lossy: what comes back from the disk was rounded, once. None is q8, or exact if `kv_cache_dtype` is
+    fp8."""
 
     nvme_write_behind_bytes_per_second: Annotated[int, Field(ge=0)] = 200_000_000
     """While it is idle, the engine stores at this pace what is cached and not on disk yet, so that it outlives a kill.
@@ -117,6 +130,11 @@ class EngineConfig(Settings):
 
     pan_and_scan: bool | None = None
     """Send crops of long pictures along with them; None does as the checkpoint's preprocessor_config.json says."""
+
+    @property
+    def disk_codec(self) -> CodecName:
+        """What `nvme_codec` says or stands for."""
+        return self.nvme_codec or ("q8" if self.kv_cache_dtype == "auto" else "exact")
 
     def context(self, positions: int) -> int:
         """The longest sequence of a model that has `positions` of them.

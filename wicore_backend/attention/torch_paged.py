@@ -27,6 +27,7 @@ from torch import Tensor
 
 from wicore_backend.attention.base import MEASURED_QUERIES, PackedStep
 from wicore_backend.attention.closing_up import ClosedUp, close_up
+from wicore_backend.hmt.fp8 import FP8, to_fp8
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
@@ -50,6 +51,8 @@ class _Piece:
     decode: bool
     sources: tuple[Tensor, ...]
     """For each layer of the group, rows [2 B n] of its keys, then its values, in the pool seen as [rows, block]."""
+    rounded: Tensor | None
+    """Of a pool in FP8, scratch uint8 [2 B n, block] that the gather fills before `gathered` is made of it."""
     gathered: Tensor
     """Scratch [2 B n, block] that the gather fills, ..."""
     keys: Tensor
@@ -100,10 +103,12 @@ class Plan:
 
 
 class TorchPagedAttention:
-    """`Attention` over `pools`, on their device and in their type.
+    """`Attention` over `pools`, on their device.
 
     Parameters
     ----------
+    dtype
+        Of queries, new keys and values, and results; the pools' own if it is None. Pools in FP8 need one.
     scale
         Factor of the scores.
     window
@@ -112,18 +117,29 @@ class TorchPagedAttention:
         Scores s become softcap * tanh(s / softcap), or stay as they are if it is None.
     """
 
-    def __init__(self, pools: KVPools, *, scale: float, window: int, softcap: float | None) -> None:
+    def __init__(
+        self,
+        pools: KVPools,
+        *,
+        scale: float,
+        window: int,
+        softcap: float | None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         layout = pools.layout
         self._layout = layout
         self._scale = scale
         self._window = window
         self._softcap = softcap
         token = layout.kv_heads * layout.head_dim
-        self._tokens = {group: pools.tensors[group].view(-1, token) for group in layout.groups}
-        self._blocks = {group: pools.tensors[group].view(-1, layout.block_size * token) for group in layout.groups}
+        self._fp8 = pools.dtype == FP8
+        held = {group: pool.view(torch.uint8) if self._fp8 else pool for group, pool in pools.tensors.items()}
+        self._tokens = {group: held[group].view(-1, token) for group in layout.groups}
+        self._blocks = {group: held[group].view(-1, layout.block_size * token) for group in layout.groups}
         any_pool = next(iter(self._blocks.values()))
-        self._scratch = any_pool.new_empty(0)
-        block_bytes = 2 * any_pool[0].nbytes
+        self._rounded = any_pool.new_empty(0)
+        self._scratch = torch.empty(0, dtype=pools.dtype if dtype is None else dtype, device=any_pool.device)
+        block_bytes = 2 * any_pool[0].numel() * self._scratch.itemsize
         self._decode_blocks = max(1, _DECODE_SCRATCH_BYTES // block_bytes)
 
     def plan(self, step: PackedStep) -> Plan:
@@ -140,8 +156,8 @@ class TorchPagedAttention:
         group, index = self._layout.layers[layer]
         of_group = plan.groups[group]
         tokens, blocks = self._tokens[group], self._blocks[group]
-        tokens.index_copy_(0, of_group.key_rows[index], k.flatten(1))
-        tokens.index_copy_(0, of_group.value_rows[index], v.flatten(1))
+        tokens.index_copy_(0, of_group.key_rows[index], self._stored(k.flatten(1)))
+        tokens.index_copy_(0, of_group.value_rows[index], self._stored(v.flatten(1)))
         if len(of_group.pieces) == 1:
             piece = of_group.pieces[0]
             attended = self._attend_piece(piece, index, blocks, q)
@@ -182,11 +198,19 @@ class TorchPagedAttention:
 
     def _attend_piece(self, piece: _Piece, index: int, blocks: Tensor, q: Tensor) -> Tensor:
         """Attention [queries, query heads * d] of `q` [queries, query heads, d]."""
-        torch.index_select(blocks, 0, piece.sources[index], out=piece.gathered)
+        if piece.rounded is None:
+            torch.index_select(blocks, 0, piece.sources[index], out=piece.gathered)
+        else:
+            torch.index_select(blocks, 0, piece.sources[index], out=piece.rounded)
+            piece.gathered.copy_(piece.rounded.view(FP8))
         if piece.decode:  # The queries of one KV head are rows of one small matrix.
             grouped = q.reshape(len(q), self._layout.kv_heads, -1, self._layout.head_dim)
             return self._sdpa(piece, grouped).flatten(1)
         return self._sdpa(piece, q.transpose(0, 1).unsqueeze(0)).squeeze(0).transpose(0, 1).flatten(1)
+
+    def _stored(self, numbers: Tensor) -> Tensor:
+        """As the pools hold them."""
+        return to_fp8(numbers).view(torch.uint8) if self._fp8 else numbers
 
     def _sdpa(self, piece: _Piece, q: Tensor) -> Tensor:
         """Attention [B, heads, queries, d]; each KV head serves as many heads of `q` as there are."""
@@ -349,7 +373,7 @@ class TorchPagedAttention:
         """A piece that attends to `num_keys` keys of `blocks` [B, n] from key `first` of the first block on."""
         layers = self._layout.layers_in[group]
         sources = blocks.astype(np.int64) * (2 * layers) + np.arange(2 * layers).reshape(layers, 2, 1, 1)
-        gathered = self._scratch_blocks(group, 2 * blocks.size)
+        gathered, rounded = self._scratch_blocks(group, 2 * blocks.size)
         shape = (2, len(blocks), -1, self._layout.kv_heads, self._layout.head_dim)
         keys, values = gathered.view(shape)[:, :, first : first + num_keys].transpose(2, 3).unbind()
         return _Piece(
@@ -357,6 +381,7 @@ class TorchPagedAttention:
             rows=rows,
             decode=decode,
             sources=self._tensor(sources).flatten(1).unbind(),
+            rounded=rounded,
             gathered=gathered,
             keys=keys,
             values=values,
@@ -364,12 +389,17 @@ class TorchPagedAttention:
             causal=causal,
         )
 
-    def _scratch_blocks(self, group: LayerGroup, count: int) -> Tensor:
-        """The first `count` blocks [count, block] of the scratch memory, which grows to the largest piece seen."""
+    def _scratch_blocks(self, group: LayerGroup, count: int) -> tuple[Tensor, Tensor | None]:
+        """The first `count` blocks [count, block] of the scratch memory, which grows to the largest piece seen.
+
+        And, for a pool in FP8, as many bytes of the memory that it is gathered into.
+        """
         width = self._blocks[group].shape[1]
         if self._scratch.numel() < count * width:
             self._scratch = self._scratch.new_empty(count * width)
-        return self._scratch[: count * width].view(count, width)
+            self._rounded = self._rounded.new_empty(count * width if self._fp8 else 0)
+        rounded = self._rounded[: count * width].view(count, width) if self._fp8 else None
+        return self._scratch[: count * width].view(count, width), rounded
 
     def _mask(self, visible: Tensor) -> Tensor:
         hidden = torch.full((), -torch.inf, dtype=self._scratch.dtype, device=self._scratch.device)

@@ -26,12 +26,14 @@ def make_runner(
     normalization: PixelNormalization,
     max_model_len: int,
     max_running: int,
+    max_batch_tokens: int,
+    graphs: bool,
     sampling: MassSampling | None,
 ) -> ModelRunner:
-    """A runner over `pools`, on the device and in the type of `weights`.
+    """A runner over `pools`, computing on the device and in the type of `weights`.
 
-    On a GPU with OpenAI Triton it computes by kernels of its own and replays steps of decodes as CUDA graphs; elsewhere
-    by PyTorch's.
+    On a GPU with OpenAI Triton it computes by kernels of its own, of which it records CUDA graphs here unless `graphs`
+    is False; elsewhere by PyTorch's.
     """
     text, embedding = config.text, weights.text.embedding
     rotary = RotaryTables(config, max_positions=max_model_len, device=embedding.device, dtype=embedding.dtype)
@@ -43,6 +45,8 @@ def make_runner(
         # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
         from wicore_backend.attention.gpu.paged import GpuPagedAttention
         from wicore_backend.engine.graphs import DecodeGraphs
+        from wicore_backend.engine.recording import CudaRecorder
+        from wicore_backend.engine.segments import SegmentGraphs
         from wicore_backend.executor.cuda_executor import CudaExecutor
 
         executor = CudaExecutor(config, weights)
@@ -52,7 +56,33 @@ def make_runner(
             scale=text.attention_scale,
             window=text.window,
             softcap=text.attn_logit_softcapping,
+            dtype=embedding.dtype,
         )
+        replay = segments = None
+        if graphs:
+            record = CudaRecorder(embedding.device)
+            replay = DecodeGraphs(
+                executor=executor,
+                attention=attention,
+                rotary=rotary,
+                layout=pools.layout,
+                max_sequences=max_running,
+                max_keys=max_model_len,
+                measures=sampling is not None,
+                record=record,
+            )
+            segments = SegmentGraphs(
+                executor=executor,
+                attention=attention,
+                rotary=rotary,
+                layout=pools.layout,
+                hidden_size=text.hidden_size,
+                attended_size=text.num_heads * text.head_dim,
+                max_tokens=max_batch_tokens,
+                record=record,
+            )
+            replay.prepare()
+            segments.prepare()
         return ModelRunner(
             executor=executor,
             attention=attention,
@@ -61,20 +91,17 @@ def make_runner(
             layout=pools.layout,
             sampling=sampling,
             arrive=pools.wait,
-            replay=DecodeGraphs(
-                executor=executor,
-                attention=attention,
-                rotary=rotary,
-                layout=pools.layout,
-                max_sequences=max_running,
-                max_keys=max_model_len,
-                measures=sampling is not None,
-            ),
+            replay=replay,
+            segments=segments,
         )
     return ModelRunner(
         executor=TorchExecutor(config, weights),
         attention=TorchPagedAttention(
-            pools, scale=text.attention_scale, window=text.window, softcap=text.attn_logit_softcapping
+            pools,
+            scale=text.attention_scale,
+            window=text.window,
+            softcap=text.attn_logit_softcapping,
+            dtype=embedding.dtype,
         ),
         rotary=rotary,
         normalization=normalization,

@@ -20,6 +20,7 @@ from wicore_backend.errors import CheckpointError, InvalidArgumentError
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.bounded_kv import KVBudget
 from wicore_backend.hmt.budget import divide_host_memory, divide_memory
+from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.hmt.lower_tiers import LowerTiers
@@ -29,6 +30,7 @@ from wicore_backend.hmt.pool import KVPools, slot_bytes, staging_bytes
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
+from wicore_backend.observability.progress import ByteProgress
 from wicore_backend.processor.processor import Processor
 
 _log = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         # This thread's: kernels and events go to the current device, wherever their tensors are.
         torch.cuda.set_device(device.index or 0)
     dtype = _dtype(settings.dtype, device)
+    kv_dtype = _kv_dtype(settings, dtype)
     config = Gemma3Config.from_checkpoint(settings.model)
     positions = config.text.max_position_embeddings
     max_model_len = settings.context(positions)
@@ -93,7 +96,10 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
     processor = Processor.from_checkpoint(
         settings.model, limits=settings.prompt_limits(positions), do_pan_and_scan=settings.pan_and_scan
     )
-    weights = load_weights(settings.model, config, device=device, dtype=dtype)
+    reading = time.monotonic()
+    with ByteProgress(f"{settings.model.name}: reading weights", _log) as progress:
+        weights = load_weights(settings.model, config, device=device, dtype=dtype, progress=progress)
+    read = time.monotonic()
 
     layout = KVLayout.of(
         config.text.layer_groups,
@@ -101,7 +107,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         kv_heads=config.text.num_kv_heads,
         head_dim=config.text.head_dim,
         window=config.text.window,
-        bytes_per_value=dtype.itemsize,
+        bytes_per_value=kv_dtype.itemsize,
     )
     budget = None
     if settings.kv_budget_tokens is not None:
@@ -115,10 +121,10 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         max_chunk=settings.max_batch_tokens,
     )
     host_slots = divide_host_memory(
-        num_blocks, slot_bytes(layout, settings.host_cache_codec, dtype), _host_cache_bytes(settings, device)
+        num_blocks, slot_bytes(layout, settings.host_cache_codec, kv_dtype), _host_cache_bytes(settings, device)
     )
     pools = KVPools.allocate(
-        layout, num_blocks, host_slots, device=device, dtype=dtype, host_codec=settings.host_cache_codec
+        layout, num_blocks, host_slots, device=device, dtype=kv_dtype, host_codec=settings.host_cache_codec
     )
     runner = make_runner(
         config,
@@ -127,17 +133,22 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         normalization=processor.normalization,
         max_model_len=max_model_len,
         max_running=settings.max_running,
+        max_batch_tokens=settings.max_batch_tokens,
+        graphs=settings.cuda_graphs,
         sampling=MassSampling.of(layout) if pools.host or budget or device.type == "cuda" else None,
     )
     _log.info(
-        "%s ready on %s in %s after %.1f s: context %d, KV blocks %s, and in host memory %s",
-        *(settings.model.name, device, dtype, time.monotonic() - began, max_model_len),
+        "%s ready on %s in %s after %.1f s (weights %.1f s, KV cache and kernels %.1f s): context %d, KV in %s, "
+        "its blocks %s, and in host memory %s",
+        *(settings.model.name, device, dtype, time.monotonic() - began, read - reading, time.monotonic() - read),
+        *(max_model_len, kv_dtype),
         {str(group): num_blocks[group] for group in layout.groups},
         {str(group): host_slots[group] for group in layout.groups},
     )
     defaults = generation_defaults(settings.model)
     try:
-        cold = _cold_storage(settings, layout, pools, woken)  # The last thing that can fail: it has threads and a lock.
+        # The last thing that can fail: it has threads and a lock.
+        cold = _cold_storage(settings, layout, pools, dtype, woken)
     except BaseException:
         pools.close()
         raise
@@ -194,6 +205,19 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def _kv_dtype(settings: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values on the device, where `dtype` is what is computed in."""
+    if settings.kv_cache_dtype == "auto":
+        return dtype
+    for setting, codec in (("host_cache_codec", settings.host_cache_codec), ("nvme_codec", settings.disk_codec)):
+        if codec != "exact":
+            raise InvalidArgumentError(
+                f"{setting} = {codec!r}: with kv_cache_dtype = 'fp8' blocks are small already and kept as they are; "
+                "set it to 'exact', or kv_cache_dtype to 'auto'"
+            )
+    return FP8
+
+
 def _host_cache_bytes(settings: EngineConfig, device: torch.device) -> int:
     if settings.host_cache_bytes is not None:
         return settings.host_cache_bytes
@@ -203,7 +227,7 @@ def _host_cache_bytes(settings: EngineConfig, device: torch.device) -> int:
 
 
 def _cold_storage(
-    settings: EngineConfig, layout: KVLayout, pools: KVPools, woken: Callable[[], None]
+    settings: EngineConfig, layout: KVLayout, pools: KVPools, dtype: torch.dtype, woken: Callable[[], None]
 ) -> ColdStorage | None:
     directory = settings.nvme_cache_path
     if directory is None:
@@ -213,19 +237,20 @@ def _cold_storage(
             f"host_cache_bytes = {settings.host_cache_bytes}: nvme_cache_path needs host memory for blocks on their "
             "way to the disk and back; raise it, or leave it at its default"
         )
-    if settings.host_cache_codec not in ("exact", settings.nvme_codec):
+    if settings.host_cache_codec not in ("exact", settings.disk_codec):
         raise InvalidArgumentError(
-            f"nvme_codec = {settings.nvme_codec!r}: the disk takes blocks as host memory keeps them, and "
+            f"nvme_codec = {settings.disk_codec!r}: the disk takes blocks as host memory keeps them, and "
             f"host_cache_codec = {settings.host_cache_codec!r}; set both to the same, or host_cache_codec to 'exact'"
         )
     return ColdStorage(
         directory,
         capacity_bytes=settings.nvme_cache_bytes,
-        codec=settings.nvme_codec,
+        codec=settings.disk_codec,
         layout=layout,
         pools=pools,
         policy=POLICIES[settings.hmt_policy],
-        fingerprint=checkpoint_fingerprint(settings.model),
+        # The codec's own says what blocks are in, which need not be what they were computed in.
+        fingerprint=checkpoint_fingerprint(settings.model) + str(dtype).encode(),
         woken=woken,
         behind_bytes_per_second=settings.nvme_write_behind_bytes_per_second,
     )

@@ -49,6 +49,11 @@ class KVPools:
     _copies: StreamedCopies | None = None
     _memory: tuple[HostMemory, ...] = ()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values on the device."""
+        return next(iter(self.tensors.values())).dtype
+
     @classmethod
     def allocate(
         cls,

@@ -38,6 +38,7 @@ from wicore_backend.attention.gpu.schedule import (
 )
 from wicore_backend.attention.gpu.tuning import Tuning
 from wicore_backend.attention.gpu.upload import Upload, put
+from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
@@ -59,7 +60,7 @@ class GpuPagedAttention:
     ----------
     query_heads
         Of the model, a multiple of its KV heads.
-    scale, window, softcap
+    scale, window, softcap, dtype
         As for `TorchPagedAttention`.
     tuning
         Shapes of tiles; by default those that were measured to be the fastest for the head size and the type.
@@ -75,6 +76,7 @@ class GpuPagedAttention:
         scale: float,
         window: int,
         softcap: float | None,
+        dtype: torch.dtype | None = None,
         tuning: Tuning | None = None,
         processors: int | None = None,
     ) -> None:
@@ -82,11 +84,13 @@ class GpuPagedAttention:
         if query_heads % layout.kv_heads:
             raise ValueError(f"query_heads = {query_heads} must be a multiple of the {layout.kv_heads} KV heads")
         self._layout = layout
-        self._pools = pools.tensors
-        some_pool = next(iter(pools.tensors.values()))
-        self._device = some_pool.device
+        # OpenAI Triton has FP8 for some cards only; kernels are given bytes.
+        self._pools = {
+            group: pool.view(torch.uint8) if pool.dtype == FP8 else pool for group, pool in pools.tensors.items()
+        }
+        self._device = next(iter(pools.tensors.values())).device
         self._shared_masses = torch.empty(0, query_heads, device=self._device)
-        self._dtype = some_pool.dtype
+        self._dtype = pools.dtype if dtype is None else dtype
         self._window = window
         self._query_heads = query_heads
         self._tuning = tuning = tuning or _tuning(layout.head_dim, self._dtype, self._device)
@@ -137,7 +141,7 @@ class GpuPagedAttention:
         }
         self._hopper: HopperPrefill | None = None
         rows, keys, stages = self._tile_tokens * group_rows, tuning.prefill.keys, tuning.prefill.hopper_stages
-        if stages is not None and hopper.fits(layout, self._dtype, self._device, rows=rows, keys=keys):
+        if stages is not None and hopper.fits(layout, pools.dtype, self._device, rows=rows, keys=keys):
             self._hopper = HopperPrefill(layout, self._pools, self._prefill_options, stages=stages)
         self._mass_options = scoring | {
             "TOKENS": max(1, _MASS_ROWS // group_rows),
@@ -147,7 +151,11 @@ class GpuPagedAttention:
 
     # ---- Attention
 
-    def plan(self, step: PackedStep) -> Plan:
+    def plan(self, step: PackedStep, *, out: Tensor | None = None) -> Plan:
+        """As `Attention.plan`. `attend` returns the first rows of `out` [T or more, query heads * d] if it is given."""
+        tokens_in_all = len(step.positions)
+        if out is None:
+            out = self._empty(tokens_in_all, self._query_heads * self._layout.head_dim, dtype=self._dtype)
         closed_up = self._close_up(step)
         arrays: dict[Hashable, Ints] = {}
         tiles: dict[LayerGroup, PrefillTiles] = {}
@@ -179,7 +187,7 @@ class GpuPagedAttention:
         return Plan(
             num_decodes=step.decodes,
             num_prefilled=tokens,
-            out=self._empty(len(step.positions), self._query_heads * self._layout.head_dim, dtype=self._dtype),
+            out=out[:tokens_in_all],
             log_totals=self._empty(tokens, self._query_heads),
             decodes={
                 group: self._decodes(upload, group, len(arrays[group, "items"]), step.decodes)

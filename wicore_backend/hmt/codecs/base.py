@@ -24,7 +24,8 @@ BlockShape = tuple[int, int, int, int, int]
 LEAST = 2.0**-149
 """The smallest float32 above 0: what 0 is divided by instead of 0."""
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NUMBERS = (torch.bfloat16, torch.float16, torch.float32)
+"""Types of blocks that lossy codecs round; in others blocks are kept as they are."""
 _CHUNK_VALUES = 2**19
 """Worked on at once: 2 MiB in float32. With q8 at 2**17, calling operators takes a third of the time."""
 _DEVICE_CHUNK_VALUES = 2**24
@@ -62,14 +63,16 @@ class Codec(ABC):
     name: ClassVar[CodecName]
     version: ClassVar[int] = 1
     """Grows with every change of what is written."""
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = NUMBERS
+    """Of blocks."""
 
     def __init__(self, shape: BlockShape, dtype: torch.dtype) -> None:
         if len(shape) != 5 or min(shape) < 1 or shape[1] != 2:
             raise InvalidArgumentError(
                 f"a block of shape {tuple(shape)} is not [layers, 2 (K, V), block_size, KV heads, head dim]"
             )
-        if dtype not in _DTYPES:
-            raise InvalidArgumentError(f"blocks of {dtype} cannot be encoded, only those of {_DTYPES}")
+        if dtype not in self.dtypes:
+            raise InvalidArgumentError(f"{self.name} cannot encode blocks of {dtype}, only those of {self.dtypes}")
         self.shape = shape
         self.dtype = dtype
         self.encoded_bytes = shape[0] * self._layer_bytes()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wicore_backend.hmt.codecs.base import BlockKernels, Codec
+from wicore_backend.hmt.codecs.base import NUMBERS, BlockKernels, Codec
+from wicore_backend.hmt.fp8 import FP8
 
 if TYPE_CHECKING:
     from wicore_backend.hmt.codecs.kernels.launching import Blocks
@@ -18,6 +19,7 @@ class ExactCodec(Codec):
     """The bytes themselves."""
 
     name = "exact"
+    dtypes = (*NUMBERS, FP8)
 
     def _layer_bytes(self) -> int:
         return prod(self.shape[1:]) * self.dtype.itemsize

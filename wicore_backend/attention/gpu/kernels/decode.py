@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from wicore_backend.attention.gpu.kernels.tiles import FLOOR, capped, load_tile, merge, token_rows
+from wicore_backend.attention.gpu.kernels.tiles import (
+    FLOOR,
+    as_numbers,
+    as_stored,
+    capped,
+    load_tile,
+    merge,
+    operand_type,
+    token_rows,
+)
 from wicore_backend.attention.gpu.schedule import ITEM_FIELDS
 
 _ITEM = tl.constexpr(ITEM_FIELDS)
@@ -40,7 +49,8 @@ def decode_kernel(
     q, k, v
         [B, heads, HEAD_DIM] with any token and head strides.
     pool
-        [blocks, layers, 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM]; the layer's keys begin at `layer_at` of a block.
+        [blocks, layers, 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM]; the layer's keys begin at `layer_at` of a block. Of the
+        type of `k` and `v`, or uint8: e4m3 numbers.
     out
         [B, query heads * HEAD_DIM], contiguous.
     items, tables
@@ -74,7 +84,8 @@ def decode_kernel(
     of_group, of_head = rows < GROUP, dims < HEAD_DIM
     of_queries = of_group[:, None] & of_head[None, :]
     query_rows = q + sequence * q_token + (head * GROUP + rows) * q_head
-    queries = tl.load(query_rows[:, None] + dims[None, :], mask=of_queries, other=0.0)
+    operand: tl.constexpr = operand_type(q.dtype.element_ty, pool.dtype.element_ty)
+    queries = tl.load(query_rows[:, None] + dims[None, :], mask=of_queries, other=0.0).to(operand)
     ROW: tl.constexpr = KV_HEADS * HEAD_DIM
     VALUES: tl.constexpr = BLOCK_SIZE * ROW
     keys_at = pool + layer_at + head * HEAD_DIM
@@ -92,18 +103,17 @@ def decode_kernel(
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, DIMS], tl.float32)
     if end > new:
-        key = tl.load(k + sequence * k_token + head * k_head + dims, mask=of_head, other=0.0).to(pool.dtype.element_ty)
-        value = tl.load(v + sequence * v_token + head * v_head + dims, mask=of_head, other=0.0).to(
-            pool.dtype.element_ty
-        )
+        key = tl.load(k + sequence * k_token + head * k_head + dims, mask=of_head, other=0.0)
+        value = tl.load(v + sequence * v_token + head * v_head + dims, mask=of_head, other=0.0)
+        key, value = as_stored(key, pool.dtype.element_ty), as_stored(value, pool.dtype.element_ty)
         block = tl.load(table + new // BLOCK_SIZE).to(tl.int64)
         place = keys_at + block * block_stride + (new % BLOCK_SIZE) * ROW + dims
         tl.store(place, key, mask=of_head)
         tl.store(place + VALUES, value, mask=of_head)
-        products = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+        products = tl.sum(queries.to(tl.float32) * as_numbers(key, tl.float32)[None, :], 1)
         top = capped(products, scale, softcap, SOFTCAP)
         total += 1.0
-        attended += value.to(tl.float32)[None, :]
+        attended += as_numbers(value, tl.float32)[None, :]
         if MEASURE:
             tl.store(measured + cells * MASS_ROW + rows, top, mask=asked)
 

@@ -12,7 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from wicore_backend.attention.gpu.kernels.tiles import FLOOR, capped, load_tile, merge, token_rows
+from wicore_backend.attention.gpu.kernels.tiles import (
+    FLOOR,
+    as_stored,
+    capped,
+    load_tile,
+    merge,
+    operand_type,
+    token_rows,
+)
 from wicore_backend.attention.gpu.masses import MEASUREMENT_FIELDS
 from wicore_backend.attention.gpu.schedule import TILE_FIELDS
 
@@ -42,8 +50,8 @@ def write_kernel(
     token = token.to(tl.int64)
     key = tl.load(k + token * k_token + heads * k_head + dims, mask=given, other=0.0)
     value = tl.load(v + token * v_token + heads * v_head + dims, mask=given, other=0.0)
-    tl.store(place, key.to(pool.dtype.element_ty), mask=given)
-    tl.store(place + BLOCK_SIZE * KV_HEADS * HEAD_DIM, value.to(pool.dtype.element_ty), mask=given)
+    tl.store(place, as_stored(key, pool.dtype.element_ty), mask=given)
+    tl.store(place + BLOCK_SIZE * KV_HEADS * HEAD_DIM, as_stored(value, pool.dtype.element_ty), mask=given)
 
 
 @triton.jit
@@ -107,7 +115,8 @@ def prefill_kernel(
     of_queries = of_rows[:, None] & of_head[None, :]
     token = (first_token + rows // GROUP_ROWS).to(tl.int64)
     query_rows = q + token * q_token + (head * GROUP + member) * q_head
-    queries = tl.load(query_rows[:, None] + dims[None, :], mask=of_queries, other=0.0)
+    operand: tl.constexpr = operand_type(q.dtype.element_ty, pool.dtype.element_ty)
+    queries = tl.load(query_rows[:, None] + dims[None, :], mask=of_queries, other=0.0).to(operand)
     lower = tl.load(lowers + token, mask=of_rows, other=0)
     upper = tl.load(uppers + token, mask=of_rows, other=0)
     ROW: tl.constexpr = KV_HEADS * HEAD_DIM
@@ -201,7 +210,8 @@ def prefill_mass_kernel(
     positions = at + tl.arange(0, KEYS)
     there = positions < end
     tokens = token_rows(keys_at, table, at, there, block_stride, ROW, KEYS, BLOCK_SIZE, True)
-    keys = load_tile(tokens, there, q.dtype.element_ty, HEAD_DIM, DIMS, True)
+    operand: tl.constexpr = operand_type(q.dtype.element_ty, pool.dtype.element_ty)
+    keys = load_tile(tokens, there, operand, HEAD_DIM, DIMS, True)
     rows, dims = tl.arange(0, TOKENS * GROUP_ROWS), tl.arange(0, DIMS)
     member = rows % GROUP_ROWS
     weights = tl.zeros([KEYS], tl.float32)
@@ -211,7 +221,7 @@ def prefill_mass_kernel(
         token = (first_token + nth).to(tl.int64)
         query_rows = q + token * q_token + (head * GROUP + member) * q_head
         of_queries = of_rows[:, None] & (dims < HEAD_DIM)[None, :]
-        queries = tl.load(query_rows[:, None] + dims[None, :], mask=of_queries, other=0.0)
+        queries = tl.load(query_rows[:, None] + dims[None, :], mask=of_queries, other=0.0).to(operand)
         log_total = tl.load(log_totals + (token * KV_HEADS + head) * GROUP + member, mask=of_rows, other=0.0)
         upper = tl.load(uppers + token, mask=of_rows, other=-1)
         scores = capped(tl.dot(queries, tl.trans(keys), input_precision=PRECISION), scale, softcap, SOFTCAP)

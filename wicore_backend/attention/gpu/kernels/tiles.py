@@ -1,5 +1,7 @@
 """What the attention kernels share: keys and values out of blocks, and the running softmax over tiles of them.
 
+A pool of bytes holds e4m3 numbers (`hmt/fp8.py`). They are multiplied as float16, which holds them exactly.
+
 Scores are kept in powers of two, since that is the exponential that the hardware has: 2^(s log2 e) = e^s.
 """
 
@@ -7,7 +9,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
+from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_of, finite
+from wicore_backend.hmt.fp8 import LARGEST
+
+_LARGEST = tl.constexpr(LARGEST)
 LOG2_E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1e30)
 """Below any score. Finite, so that a row that has seen no key yet is no NaN."""
@@ -33,6 +40,32 @@ def token_rows(
 
 
 @triton.jit
+def as_stored(numbers, element: tl.constexpr):
+    """Keys or values as elements of a pool."""
+    return e4m3_of(finite(numbers.to(tl.float32), _LARGEST)) if element == tl.uint8 else numbers.to(element)
+
+
+@triton.jit
+def as_numbers(stored, dtype: tl.constexpr):
+    """Elements of a pool as numbers of `dtype`."""
+    if stored.dtype == tl.uint8:
+        if cuda_capability_geq(8, 9):
+            numbers = stored.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        else:  # Their exponents count from 7, those of float16 from 15.
+            bits = ((stored.to(tl.uint16) & 0x7F) << 7) | ((stored.to(tl.uint16) & 0x80) << 8)
+            numbers = bits.to(tl.float16, bitcast=True) * 256.0
+    else:
+        numbers = stored
+    return numbers.to(dtype)
+
+
+@triton.constexpr_function
+def operand_type(queries, element):
+    """The type in which queries of one type are multiplied with elements of a pool of another."""
+    return tl.float16 if element == tl.uint8 and queries == tl.bfloat16 else queries
+
+
+@triton.jit
 def load_tile(rows, there, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, MASKED: tl.constexpr):
     """Keys or values [keys, DIMS] as `dtype`, whatever the pool holds; 0 where a key is not `there` and past HEAD_DIM.
 
@@ -41,12 +74,12 @@ def load_tile(rows, there, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl
     dims = tl.arange(0, DIMS)
     pointers = rows[:, None] + dims[None, :]
     if MASKED:
-        tile = tl.load(pointers, mask=there[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=there[:, None] & (dims < HEAD_DIM)[None, :], other=0)
     elif HEAD_DIM < DIMS:
-        tile = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0)
     else:
         tile = tl.load(pointers)
-    return tile.to(dtype)
+    return as_numbers(tile, dtype)
 
 
 @triton.jit
