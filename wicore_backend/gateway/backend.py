@@ -125,5 +125,6 @@ class Backend(Protocol):
 
     async def status(self) -> BackendStatus: ...
 
-    async def fingerprint(self) -> str:
-        """Changes when the server, its models or their configuration do; for `system_fingerprint`."""
+    async def fingerprint(self) -> str | None:
+        """Changes when the server, its models or their configuration do; for `system_fingerprint`. None while that is
+        not known. Never raises."""

@@ -33,6 +33,11 @@ class Caller:
     priority: int = 0
     models: frozenset[str] | None = None
 
+    @property
+    def default_priority(self) -> int:
+        """The class of a request that asks for none: the key's, or interactive for anybody."""
+        return self.priority if self.key_id else max(0, self.priority)
+
     def check_model(self, model: str) -> None:
         """Raise NotFoundError, as for a model that does not exist, if this caller may not use `model`."""
         if self.models is not None and model not in self.models:

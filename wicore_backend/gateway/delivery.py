@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
+import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -70,15 +71,18 @@ class EventStream(Response):
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await unless_gone(receive, self._send_all(send))
-        except (ClientGoneError, OSError):
-            pass
+        async with aclosing(self._events):
+            with suppress(ClientGoneError, OSError, TimeoutError):
+                await unless_gone(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for event in events:
-                async with asyncio.timeout(self._stalled_after_s):
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            async with asyncio.timeout(self._stalled_after_s):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def json_response(content: Any) -> Response:
+    """A whole answer."""
+    return Response(orjson.dumps(content), media_type="application/json")

@@ -11,7 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from wicore_backend.gateway.errors import ApiError, InternalError, InvalidRequestError, NotFoundError
+from wicore_backend.gateway.errors import ApiError, InternalError, InvalidRequestError, NotFoundError, UnsupportedError
+from wicore_backend.gateway.openai.fields import REFUSED
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def invalid_request(problems: Sequence[Any]) -> InvalidRequestError:
         )
     if problem["type"] == "missing":
         return InvalidRequestError(f"{param or 'the body'} is missing{more}", param=param, code="missing_parameter")
+    if problem["type"] == REFUSED:
+        return UnsupportedError(f"{param} is not supported{more}: {problem['msg']}", param=param)
     if problem["type"] == "json_invalid":
         return InvalidRequestError(f"the body is not JSON: {problem['ctx']['error']}", code="invalid_json")
     seen = ascii(problem.get("input"))

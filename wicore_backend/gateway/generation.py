@@ -156,6 +156,6 @@ class Generations:
         return True
 
 
-def new_id() -> str:
-    """A name for a request."""
-    return uuid.uuid4().hex
+def request_id(connection: HTTPConnection) -> str:
+    """The name of a request in all logs: what the access log calls it, or a new one."""
+    return getattr(connection.state, "request_id", None) or uuid.uuid4().hex

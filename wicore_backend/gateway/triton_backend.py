@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -25,6 +27,8 @@ _QUESTION_TIMEOUT_S = 3.0
 """For what is not an answer of the engine: is it ready, what is there, its metrics."""
 
 _LAST_WORD_S = 2.0
+_FINGERPRINT_S = 30.0
+"""For how long a fingerprint is believed to be right."""
 
 
 class TritonBackend:
@@ -37,6 +41,9 @@ class TritonBackend:
         self._url = settings.triton_url
         self._metrics_url = settings.triton_metrics_url
         self._model = settings.model
+        self._token_model = settings.token_model
+        self._fingerprint: str | None = None
+        self._fingerprint_until = 0.0
         self._patience_s = settings.first_response_timeout_s
         self._options = [
             ("grpc.max_send_message_length", -1),
@@ -106,10 +113,21 @@ class TritonBackend:
         )
         return BackendStatus(server, models, statistics, metrics)
 
-    async def fingerprint(self) -> str:
-        message = await self._ask("ModelConfig", pb.ModelConfigRequest(name=self._model))
-        config = message.config.SerializeToString(deterministic=True)
-        return "fp_" + hashlib.sha256(config + (await self._server()).encode()).hexdigest()[:12]
+    async def fingerprint(self) -> str | None:
+        now = time.monotonic()
+        if now > self._fingerprint_until:
+            self._fingerprint_until = now + _FINGERPRINT_S
+            with suppress(ApiError):
+                self._fingerprint = await self._make_fingerprint()
+        return self._fingerprint
+
+    async def _make_fingerprint(self) -> str:
+        """Of the server and the models' configurations."""
+        digest = hashlib.sha256((await self._server()).encode())
+        for name in (self._model, self._token_model):
+            message = await self._ask("ModelConfig", pb.ModelConfigRequest(name=name))
+            digest.update(message.config.SerializeToString(deterministic=True))
+        return f"fp_{digest.hexdigest()[:12]}"
 
     async def _index(self) -> tuple[Model, ...]:
         index = await self._ask("RepositoryIndex", pb.RepositoryIndexRequest())
