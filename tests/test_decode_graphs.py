@@ -1,4 +1,4 @@
-"""Steps of decodes replayed over memory that stays, against the same steps run layer by layer."""
+"""Steps replayed over memory that stays, whole or segment by segment, against the same steps run layer by layer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from tests.gemma3_random import write_random_checkpoint
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
-from wicore_backend.engine.graphs import DecodeGraphs, bucket_sizes, capture
+from wicore_backend.engine.graphs import DecodeGraphs, bucket_sizes
+from wicore_backend.engine.recording import CudaRecorder
 from wicore_backend.engine.runner import run_layers
+from wicore_backend.engine.segments import SegmentGraphs, token_counts
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.pool import KVPools
@@ -68,6 +70,20 @@ class Model:
         logits = self.executor.last(hidden, attended, torch.arange(len(ids), device=ids.device))
         return logits, self.attention.mass(work)
 
+    def compare(self, step, ids, run):
+        """Assert that `run` gives the logits, the masses and the pools that the layers one by one give."""
+        self.reset()
+        expected, masses = self.layer_by_layer(step, ids)
+        written = {group: pool.clone() for group, pool in self.pools.tensors.items()}
+        self.reset()
+        logits, measured = run()
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        for group, pool in self.pools.tensors.items():
+            torch.testing.assert_close(pool, written[group])
+        assert measured.keys() == masses.keys() == {s for of in step.measured.values() for s in of}
+        for sequence, mass in measured.items():
+            np.testing.assert_allclose(mass, masses[sequence], rtol=1e-4, atol=1e-5)
+
 
 def decodes(positions, measured=None):
     """A step of one token at each of `positions`, with blocks of its sequences' own."""
@@ -88,12 +104,44 @@ def decodes(positions, measured=None):
     )
 
 
+def prompts(lens, *, decoded=(), measured=None):
+    """A step of decodes at positions `decoded`, then of the first tokens of as many prompts as `lens` has."""
+    of_decodes = decodes([*decoded, *(n - 1 for n in lens)])
+    positions = np.concatenate([np.array(decoded, np.int32), *(np.arange(n, dtype=np.int32) for n in lens)])
+    return PackedStep(
+        positions=positions,
+        attend_limits=positions,
+        query_lens=np.array([1] * len(decoded) + list(lens), np.int32),
+        decodes=len(decoded),
+        block_tables=of_decodes.block_tables,
+        measured=measured or {},
+    )
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, kernel_device):
     return Model(tmp_path_factory.mktemp("model"), kernel_device)
 
 
-def graphs_of(model, record):
+class Repeated:
+    """What is recorded where there are no graphs: the work itself."""
+
+    def __init__(self, work):
+        self._work = work
+
+    def __call__(self):
+        return self._work()
+
+    def lend(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def record(kernel_device):
+    return CudaRecorder(kernel_device) if kernel_device.type == "cuda" else Repeated
+
+
+def decode_graphs(model, record):
     return DecodeGraphs(
         executor=model.executor,
         attention=model.attention,
@@ -106,9 +154,43 @@ def graphs_of(model, record):
     )
 
 
-@pytest.fixture
-def graphs(model, kernel_device):
-    return graphs_of(model, capture if kernel_device.type == "cuda" else lambda work: work)
+def segment_graphs(model, record, max_tokens):
+    text = model.config.text
+    return SegmentGraphs(
+        executor=model.executor,
+        attention=model.attention,
+        rotary=model.rotary,
+        layout=model.layout,
+        hidden_size=text.hidden_size,
+        attended_size=text.num_heads * text.head_dim,
+        max_tokens=max_tokens,
+        record=record,
+    )
+
+
+@pytest.fixture(scope="module")
+@torch.inference_mode()
+def graphs(model, record):
+    graphs = decode_graphs(model, record)
+    graphs.prepare()
+    return graphs
+
+
+@pytest.fixture(scope="module")
+@torch.inference_mode()
+def segments(model, record):
+    segments = segment_graphs(model, record, max_tokens=40)
+    segments.prepare()
+    return segments
+
+
+@torch.inference_mode()
+def test_preparing_graphs_touches_no_pool(model, record):
+    model.reset()
+    decode_graphs(model, record).prepare()
+    segment_graphs(model, record, max_tokens=16).prepare()
+    for group, keys in model.keys.items():
+        assert torch.equal(model.pools.tensors[group], keys)
 
 
 @torch.inference_mode()
@@ -117,41 +199,67 @@ def test_replays_compute_what_the_layers_do_one_by_one(model, graphs, kernel_dev
     steps = [decodes([9]), decodes([5, 30, 17]), decodes([40]), decodes([2, 47, 8], {1: [0, 2]}), decodes([20, 21])]
     for number, step in enumerate(steps):
         ids = torch.arange(8 + number, 8 + number + len(step.positions), device=kernel_device)
-        model.reset()
-        expected, masses = model.layer_by_layer(step, ids)
-        written = {group: pool.clone() for group, pool in model.pools.tensors.items()}
-        model.reset()
-        output = graphs.run(step, ids)
-        rows = list(range(len(ids)))
-        torch.testing.assert_close(output.logits(rows), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(output.logits(rows[::-1]), expected.flip(0), rtol=1e-4, atol=1e-4)
-        for group, pool in model.pools.tensors.items():
-            torch.testing.assert_close(pool, written[group])
-        assert output.offsets == tuple(range(len(ids) + 1))
-        measured = output.mass()
-        assert measured.keys() == masses.keys() == {s for of in step.measured.values() for s in of}
-        for sequence, mass in measured.items():
-            np.testing.assert_allclose(mass, masses[sequence], rtol=1e-4, atol=1e-5)
+
+        def run(step=step, ids=ids):
+            output = graphs.run(step, ids)
+            assert output.offsets == tuple(range(len(ids) + 1))
+            rows = list(range(len(ids)))
+            logits = output.logits(rows)
+            torch.testing.assert_close(output.logits(rows[::-1]).flip(0), logits, rtol=1e-4, atol=1e-4)
+            return logits, output.mass()
+
+        model.compare(step, ids, run)
 
 
 @torch.inference_mode()
-def test_what_no_graph_fits_is_left_to_the_layers(graphs, kernel_device):
+def test_segments_compute_what_the_layers_do_one_by_one(model, segments, kernel_device):
+    # A step for each bucket, one beside decodes, one whose mass is measured, and a smaller one in memory used before.
+    steps = [prompts([40]), prompts([7, 9]), prompts([5, 20], decoded=[30, 3]), prompts([33], measured={1: [0]})]
+    for number, step in enumerate([*steps, prompts([2], decoded=[8])]):
+        ids = torch.arange(8 + number, 8 + number + len(step.positions), device=kernel_device)
+        arrived = []
+
+        def run(step=step, ids=ids, arrived=arrived):
+            attended = segments.run(step, model.executor.embed(ids, None, None), arrived.append)
+            rows = torch.arange(len(ids), device=ids.device)
+            logits = model.executor.last(attended.hidden, attended.attention, rows)
+            return logits, model.attention.mass(attended.plan)
+
+        model.compare(step, ids, run)
+        assert arrived == list(range(len(model.layout.layers)))
+
+
+@torch.inference_mode()
+def test_what_no_graph_fits_is_left_to_the_layers(model, graphs, segments, kernel_device):
     assert graphs.run(decodes([1, 2, 3, 4]), torch.arange(4, device=kernel_device)) is None
     assert graphs.run(decodes([MAX_KEYS]), torch.arange(1, device=kernel_device)) is None
+    many = prompts([21, 20])
+    hidden = torch.zeros(41, model.config.text.hidden_size, device=kernel_device)
+    assert segments.run(many, hidden, lambda _: None) is None
 
 
 @torch.inference_mode()
-def test_what_cannot_be_captured_is_left_to_the_layers_from_then_on(model, kernel_device):
-    tried = []
+def test_a_size_that_cannot_be_recorded_takes_the_next_and_the_largest_is_left_to_the_layers(model, kernel_device):
+    sizes = []
 
     def record(work):
-        tried.append(work)
-        raise torch.OutOfMemoryError("no room for a graph")
+        sizes.append(len(work()[0]))
+        if sizes[-1] in (1, 3, 40):
+            raise torch.OutOfMemoryError("no room for a graph")
+        return Repeated(work)
 
-    graphs = graphs_of(model, record)
-    for _ in range(2):
-        assert graphs.run(decodes([9]), torch.arange(1, device=kernel_device)) is None
-    assert len(tried) == 1
+    graphs = decode_graphs(model, record)
+    graphs.prepare()
+    assert sizes == [3, 2, 1]
+    one, three = decodes([9]), decodes([5, 30, 17])
+    ids = torch.arange(3, device=kernel_device)
+    assert graphs.run(three, ids) is None
+    model.compare(one, ids[:1], lambda: (graphs.run(one, ids[:1]).logits([0]), {}))
+    segments = segment_graphs(model, record, max_tokens=40)
+    segments.prepare()
+    hidden = torch.zeros(40, model.config.text.hidden_size, device=kernel_device)
+    assert segments.run(prompts([40]), hidden, lambda _: None) is None
+    assert segments.run(prompts([32]), hidden[:32], lambda _: None) is not None
 
 
 @pytest.mark.parametrize("most", [1, 3, 16, 100, 256])
@@ -163,3 +271,12 @@ def test_buckets_rise_to_the_most_that_run(most):
     # What a step is padded by: at most as much again, and two thirds or less where steps take the longest.
     assert all(after <= 2 * before for before, after in pairwise(sizes))
     assert all(3 * (after - before) <= 2 * before for before, after in pairwise(sizes) if before > 8)
+
+
+@pytest.mark.parametrize("most", [1, 40, 128, 512, 700, 8192])
+def test_token_counts_rise_to_what_is_worth_recording(most):
+    sizes = token_counts(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == min(most, 1024)
+    # No more tiles of the products than the tokens have themselves.
+    assert all(-(-(before + 1) // 128) == -(-after // 128) for before, after in pairwise(sizes))

@@ -1,7 +1,7 @@
 """Steps of decodes as CUDA graphs: launched at once, in place of hundreds of kernels one by one.
 
 A step of decodes alone runs the same kernels whatever its sequences are, so long as there are as many of them. It is
-captured once for each of a few numbers, over memory that stays where it is; a step of fewer sequences is padded to the
+recorded once for each of a few numbers, over memory that stays where it is; a step of fewer sequences is padded to the
 next number. What differs between steps, tokens, positions and block tables, is copied there before the replay.
 """
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
+from wicore_backend.engine.recording import Record, Recorded
 from wicore_backend.engine.runner import StepOutput, run_layers, when_done
 from wicore_backend.executor.base import Executor
 from wicore_backend.executor.upload import to_device
@@ -52,45 +53,11 @@ class BucketAttention(Attention[Any], Protocol):
 
 
 class Results(NamedTuple):
-    """What a captured step leaves: hidden states and attention before the end of the last layer, and the logits."""
+    """What a recorded step leaves: hidden states and attention before the end of the last layer, and the logits."""
 
     hidden: Tensor
     attention: Tensor
     logits: Tensor
-
-
-Work = Callable[[], Results]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Captured:
-    """A CUDA graph, to be called."""
-
-    graph: torch.cuda.CUDAGraph
-    results: Results
-    work: Work
-    """What was captured: it keeps the tensors whose memory the graph reads."""
-
-    def __call__(self) -> Results:
-        self.graph.replay()
-        return self.results
-
-
-def capture(work: Work) -> Work:
-    """`work` as a CUDA graph: the same kernels over the same memory, that of the results included, at each call.
-
-    What it compiles and allocates once, a call before must have done.
-    """
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    try:
-        # Other threads may use the device meanwhile, to move blocks between the tiers; that is no part of the graph.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = work()
-    except BaseException:
-        torch.cuda.set_stream(stream)  # PyTorch stays on the stream of a capture that cannot be ended.
-        raise
-    return _Captured(graph, results, work)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,11 +67,11 @@ class _Graph:
     """int64 [sequences], the tokens; ..."""
     positions: Tensor
     """... int32 [sequences], where they are."""
-    replay: Work
+    replay: Recorded[Results]
 
 
 class DecodeGraphs:
-    """`DecodeReplay` by CUDA graphs. Each is captured when a step first needs it, which takes that one about a second.
+    """`DecodeReplay` by CUDA graphs, of the numbers of sequences that have been prepared.
 
     To be used under `torch.inference_mode()`, on one thread and stream.
 
@@ -128,7 +95,7 @@ class DecodeGraphs:
         max_sequences: int,
         max_keys: int,
         measures: bool,
-        record: Callable[[Work], Work] = capture,
+        record: Record,
     ) -> None:
         self._executor = executor
         self._attention = attention
@@ -137,23 +104,34 @@ class DecodeGraphs:
         self._max_keys = max_keys
         self._measures = measures
         self._record = record
-        self._sizes = bucket_sizes(max_sequences)
-        self._graphs: dict[int, _Graph | None] = {}
+        self._wanted = bucket_sizes(max_sequences)
+        self._sizes: Sequence[int] = []
+        self._graphs: dict[int, _Graph] = {}
+
+    def prepare(self) -> None:
+        """Record steps of all sizes, the largest first, so that the others find room in what it takes.
+
+        Steps of a size for which that fails, for lack of memory for example, take that of the next one.
+        """
+        for number, size in enumerate(reversed(self._wanted), 1):
+            try:
+                self._graphs[size] = self._prepared(size)
+            except Exception:
+                _log.exception("steps of %d decodes cannot be recorded as a CUDA graph; they will do without", size)
+                continue
+            _log.info("CUDA graph %d of %d: steps of %d decodes", number, len(self._wanted), size)
+        self._sizes = sorted(self._graphs)
 
     def run(self, step: PackedStep, ids: Tensor) -> StepOutput | None:
-        """What `step`, of decodes alone, gives for the tokens `ids` int64 [T]; None if there is no graph for it.
+        """What `step`, of decodes alone, gives for the tokens `ids` int64 [T]; None if it fits none that is prepared.
 
-        Such is one that is larger than any, and one whose graph could not be had, for lack of memory for example.
+        Its logits are good until the next one.
         """
         count = len(ids)
-        if count > self._sizes[-1] or int(step.positions.max()) >= self._max_keys:
+        fitting = bisect_left(self._sizes, count)
+        if fitting == len(self._sizes) or int(step.positions.max()) >= self._max_keys:
             return None
-        size = self._sizes[bisect_left(self._sizes, count)]
-        if size not in self._graphs:
-            self._graphs[size] = self._prepared(size, step, ids)
-        graph = self._graphs[size]
-        if graph is None:
-            return None
+        graph = self._graphs[self._sizes[fitting]]
         plan = self._fill(graph, step, ids)
         results = graph.replay()
         return StepOutput(
@@ -171,21 +149,13 @@ class DecodeGraphs:
         graph.positions[: len(ids)].copy_(to_device(step.positions, ids.device))
         return self._attention.refresh(graph.bucket, step)
 
-    def _prepared(self, size: int, step: PackedStep, ids: Tensor) -> _Graph | None:
-        """The graph for `size` sequences, if it can be had."""
-        try:
-            return self._prepare(size, step, ids)
-        except Exception:
-            _log.exception("steps of %d decodes cannot be captured; they are run layer by layer from now on", size)
-            return None
-
-    def _prepare(self, size: int, step: PackedStep, ids: Tensor) -> _Graph:
-        """The graph for `size` sequences. It is run with `step` first, which does no harm: it will be run again."""
+    def _prepared(self, size: int) -> _Graph:
+        """The graph for `size` sequences, recorded without any: none of its rows touches the pools."""
         executor, attention, rotary, layers = self._executor, self._attention, self._rotary, self._layout.layers
         bucket = attention.decode_bucket(sequences=size, max_keys=self._max_keys, measures=self._measures)
-        tokens = torch.zeros(size, dtype=torch.int64, device=ids.device)
-        positions = torch.zeros(size, dtype=torch.int32, device=ids.device)
-        rows = torch.arange(size, device=ids.device)
+        tokens = torch.zeros(size, dtype=torch.int64, device=executor.device)
+        positions = torch.zeros(size, dtype=torch.int32, device=executor.device)
+        rows = torch.arange(size, device=executor.device)
 
         def work() -> Results:
             hidden = executor.embed(tokens, None, None)
@@ -193,12 +163,13 @@ class DecodeGraphs:
             hidden, attended = run_layers(executor, attention, bucket.plan, layers, hidden, rope)
             return Results(hidden, attended, executor.last(hidden, attended, rows))
 
-        self._fill(_Graph(bucket, tokens, positions, work), step, ids)
         work()
-        return _Graph(bucket, tokens, positions, self._record(work))
+        recorded = self._record(work)
+        recorded.lend()
+        return _Graph(bucket, tokens, positions, recorded)
 
 
 def bucket_sizes(max_sequences: int) -> Sequence[int]:
-    """Numbers of sequences to capture, rising: powers of two, with others between where those are far apart."""
+    """Numbers of sequences to record, rising: powers of two, with others between where those are far apart."""
     sizes = {1, 2, 4, 8, 16, 24, 32, 48, *range(64, max_sequences, 32)}
     return sorted({size for size in sizes if size < max_sequences} | {max_sequences})

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -56,7 +56,28 @@ class DecodeReplay(Protocol):
     """A quicker way to run steps of decodes alone: see `engine/graphs.py`."""
 
     def run(self, step: PackedStep, ids: Tensor) -> StepOutput | None:
-        """What `step` gives for the tokens `ids` int64 [T]; None for a step that has to be run layer by layer."""
+        """What `step` gives for the tokens `ids` int64 [T]; None for a step that has to be run otherwise."""
+
+
+class Attended(NamedTuple):
+    """A step up to the last layer's attention."""
+
+    plan: Any
+    """The attention's."""
+    hidden: Tensor
+    """[T, D], before the end of the last layer."""
+    attention: Tensor
+    """[T, query heads * d], the last layer's."""
+
+
+class SegmentReplay(Protocol):
+    """A quicker way to run steps of few tokens: see `engine/segments.py`."""
+
+    def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int], None]) -> Attended | None:
+        """What the layers make of the embeddings `hidden` [T, D]; None for a step that has to be run layer by layer.
+
+        `arrive` is called with each layer before its attention.
+        """
 
 
 def run_layers(
@@ -95,7 +116,9 @@ class ModelRunner:
         Called before each layer's attention, or with None before all: its blocks may still be on their way
         (`KVPools.wait`).
     replay
-        What runs the steps of decodes alone that it can.
+        What runs the steps of decodes alone that it can; ...
+    segments
+        ... and of the others those that it can.
     """
 
     def __init__(
@@ -109,6 +132,7 @@ class ModelRunner:
         sampling: MassSampling | None = None,
         arrive: Callable[[int | None], None] = lambda _: None,
         replay: DecodeReplay | None = None,
+        segments: SegmentReplay | None = None,
     ) -> None:
         self._executor = executor
         self._attention = attention
@@ -118,6 +142,7 @@ class ModelRunner:
         self.sampling = sampling
         self._arrive = arrive
         self._replay = replay
+        self._segments = segments
 
     def run(self, plan: StepPlan, ahead: Tensor | None = None) -> StepOutput:
         """Compute a step, whose blocks are in place, and write its keys and values to the pools.
@@ -138,13 +163,19 @@ class ModelRunner:
             output = self._replay.run(step, ids)
             if output is not None:
                 return output
-        work = attention.plan(step)
-        rope = self._rotary.lookup(to_device(step.positions, executor.device))
         offsets = np.concatenate([[0], step.query_lens.cumsum()]).tolist()
         hidden = executor.embed(ids, *self._soft_tokens(chunks, offsets))
-        hidden, attended = run_layers(executor, attention, work, self._layout.layers, hidden, rope, self._arrive)
-        mass, done = partial(attention.mass, work), when_done(executor.device)
-        return StepOutput(executor, hidden, attended, tuple(offsets), mass, done)
+        attended = None if self._segments is None else self._segments.run(step, hidden, self._arrive)
+        if attended is None:
+            attended = self._run_layers(step, hidden)
+        mass, done = partial(attention.mass, attended.plan), when_done(executor.device)
+        return StepOutput(executor, attended.hidden, attended.attention, tuple(offsets), mass, done)
+
+    def _run_layers(self, step: PackedStep, hidden: Tensor) -> Attended:
+        work = self._attention.plan(step)
+        rope = self._rotary.lookup(to_device(step.positions, hidden.device))
+        layers, arrive = self._layout.layers, self._arrive
+        return Attended(work, *run_layers(self._executor, self._attention, work, layers, hidden, rope, arrive))
 
     def _ids(self, plan: StepPlan, ahead: Tensor | None) -> Tensor:
         """int64 [T], the step's tokens."""

@@ -1,0 +1,210 @@
+"""Steps with prompts as CUDA graphs, one for each dense segment between two attentions.
+
+The dense segments of a step run the same kernels whatever its sequences are, so long as it has as many tokens. They are
+recorded once for each of a few numbers of tokens, and a step is padded to the next; attention, whose work depends on
+the sequences, is launched in between. A short prompt's kernels end sooner than a host launches them one by one; of long
+steps the device is the slower part, and they are left as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from wicore_backend.attention.base import Attention, PackedStep
+from wicore_backend.engine.recording import Record, Recorded
+from wicore_backend.engine.runner import Attended
+from wicore_backend.executor.base import Executor
+from wicore_backend.executor.upload import to_device
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.models.gemma3.rope import RotaryTables
+
+_log = logging.getLogger(__name__)
+
+MOST_TOKENS = 1024
+"""On an H200, twice the tokens whose kernels take as long as launching them one by one did."""
+
+
+class PlacingAttention(Attention[Any], Protocol):
+    """Attention that puts its results where it is told, as `GpuPagedAttention`."""
+
+    def plan(self, step: PackedStep, *, out: Tensor | None = None) -> Any:
+        """As ever; `attend` returns the first rows of `out` if that is given."""
+
+
+class Between(NamedTuple):
+    """What a segment leaves to the next one, and to the attention before it."""
+
+    hidden: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class _Walk:
+    """The segments of a step one after the other, all but the end of the last layer.
+
+    Parameters
+    ----------
+    embedded
+        [T, D], the embeddings.
+    positions
+        int32 [T]
+    attended
+        [T, query heads * d], which all but the first segment read.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        rotary: RotaryTables,
+        layout: KVLayout,
+        *,
+        embedded: Tensor,
+        positions: Tensor,
+        attended: Tensor,
+    ) -> None:
+        self._executor = executor
+        self._rotary = rotary
+        self._groups = [group for group, _ in layout.layers]
+        self._positions = positions
+        self._rope: Mapping[LayerGroup, tuple[Tensor, Tensor]] = {}
+        self.embedded = embedded
+        self.attended = attended
+        self.hidden = embedded
+
+    def segments(self) -> Iterator[Callable[[], Between]]:
+        """To be called in this order, each after the attention of the layer that the one before it begins."""
+        yield self._first
+        for layer in range(len(self._groups) - 1):
+            yield partial(self._mid, layer)
+
+    def _first(self) -> Between:
+        self._rope = self._rotary.lookup(self._positions)
+        self.hidden = self.embedded
+        return Between(self.hidden, *self._executor.first(self.hidden, *self._rope[self._groups[0]]))
+
+    def _mid(self, layer: int) -> Between:
+        rope = self._rope[self._groups[layer + 1]]
+        self.hidden, qkv = self._executor.mid(layer, self.hidden, self.attended, *rope)
+        return Between(self.hidden, *qkv)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bucket:
+    """Memory for the inputs of steps of so many tokens, and their segments over it."""
+
+    embedded: Tensor
+    positions: Tensor
+    attended: Tensor
+    segments: Sequence[Recorded[Between]]
+
+
+class SegmentGraphs:
+    """`SegmentReplay` by CUDA graphs, of the numbers of tokens that have been prepared.
+
+    To be used under `torch.inference_mode()`, on one thread and stream.
+
+    Parameters
+    ----------
+    hidden_size, attended_size
+        Values of a token's hidden state, and of its attention.
+    max_tokens
+        Of a step.
+    record
+        Makes a segment's work repeatable.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        attention: PlacingAttention,
+        rotary: RotaryTables,
+        layout: KVLayout,
+        hidden_size: int,
+        attended_size: int,
+        max_tokens: int,
+        record: Record,
+    ) -> None:
+        self._executor = executor
+        self._attention = attention
+        self._rotary = rotary
+        self._layout = layout
+        self._record = record
+        self._wanted = token_counts(max_tokens)
+        most, device = self._wanted[-1], executor.device
+        self._embedded = torch.zeros(most, hidden_size, dtype=executor.dtype, device=device)
+        self._positions = torch.zeros(most, dtype=torch.int32, device=device)
+        self._attended = torch.zeros(most, attended_size, dtype=executor.dtype, device=device)
+        self._buckets: dict[int, _Bucket] = {}
+        self._sizes: Sequence[int] = []
+
+    def prepare(self) -> None:
+        """Record steps of all sizes, the largest first, so that the others find room in what it takes.
+
+        Steps of a size for which that fails, for lack of memory for example, take that of the next one.
+        """
+        for number, size in enumerate(reversed(self._wanted), 1):
+            try:
+                self._buckets[size] = self._prepared(size)
+            except Exception:
+                _log.exception("steps of %d tokens cannot be recorded as CUDA graphs; they will do without", size)
+                continue
+            _log.info("CUDA graphs %d of %d: steps of %d tokens", number, len(self._wanted), size)
+        self._sizes = sorted(self._buckets)
+
+    def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int], None]) -> Attended | None:
+        """What the layers make of the embeddings `hidden` [T, D] of a step; None if it fits none that is prepared.
+
+        The results are good until the next step. `arrive` is called with each layer before its attention.
+        """
+        count = len(hidden)
+        fitting = bisect_left(self._sizes, count)
+        if fitting == len(self._sizes):
+            return None
+        bucket = self._buckets[self._sizes[fitting]]
+        bucket.embedded[:count].copy_(hidden)
+        bucket.positions[:count].copy_(to_device(step.positions, hidden.device))
+        between = bucket.segments[0]()
+        plan = self._attention.plan(step, out=bucket.attended)  # While the device is at it.
+        for layer, segment in enumerate(bucket.segments[1:]):
+            arrive(layer)
+            self._attend(plan, layer, between, count)
+            between = segment()
+        last = len(bucket.segments) - 1
+        arrive(last)
+        attended = self._attend(plan, last, between, count)
+        return Attended(plan, between.hidden[:count], attended)
+
+    def _attend(self, plan: Any, layer: int, between: Between, count: int) -> Tensor:
+        return self._attention.attend(plan, layer, between.q[:count], between.k[:count], between.v[:count])
+
+    def _prepared(self, size: int) -> _Bucket:
+        """The segments for `size` tokens; they touch no pool."""
+        embedded, positions, attended = self._embedded[:size], self._positions[:size], self._attended[:size]
+        walk = _Walk(
+            self._executor, self._rotary, self._layout, embedded=embedded, positions=positions, attended=attended
+        )
+        for segment in walk.segments():
+            segment()
+        recorded = []
+        for segment in walk.segments():
+            recorded.append(self._record(segment))
+            recorded[-1].lend()  # The hidden state, which the next one reads, is the walk's as well.
+        walk.hidden = embedded
+        return _Bucket(embedded, positions, attended, recorded)
+
+
+def token_counts(max_tokens: int) -> Sequence[int]:
+    """Numbers of tokens to record, rising: tiles of the products are of 128 rows; what is less reads as much."""
+    most = min(max_tokens, MOST_TOKENS)
+    sizes = {16, 32, 64, *range(128, most, 128)}
+    return sorted({size for size in sizes if size < most} | {most})
