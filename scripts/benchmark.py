@@ -253,6 +253,8 @@ def benchmark_serving(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
+    if args.device == "cuda":  # Twice beside each other where a server is measured against it.
+        return EngineConfig(model=args.model, device="cuda", max_running=args.streams, kv_cache_bytes=args.kv_bytes)
     return EngineConfig(model=args.model, device="cpu", dtype="float32", threads=args.threads)
 
 
@@ -281,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["engine", "serving", "scheduler"])
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of engine and serving")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads of one operator")
     parser.add_argument("--streams", type=int, default=16)
