@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from wicore_backend.executor.base import QKV
-from wicore_backend.executor.kernels.small import add_norm, embed, norm, qk_norm_rope
-from wicore_backend.executor.matrix import matrix_of
+from wicore_backend.executor.kernels.small import embed, norm, qk_norm_rope
+from wicore_backend.executor.matrix import Matrix, add_norm, feedforward, matrix_of
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.layers import embedding_scale
 from wicore_backend.models.gemma3.vision import encode_images
 from wicore_backend.models.gemma3.weights import Gemma3Weights, LayerWeights
+from wicore_backend.quantization.fp8 import Rows
 
 
 class CudaExecutor:
@@ -49,12 +50,14 @@ class CudaExecutor:
 
     def mid(self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, QKV]:
         following = self._layers[layer + 1]
-        hidden, normed = self._layers[layer].after_attention(hidden, attention, following.input_norm)
+        hidden, normed = self._layers[layer].after_attention(
+            hidden, attention, following.input_norm, reader=following.qkv
+        )
         return hidden, following.before_attention(normed, cos, sin)
 
     def last(self, hidden: Tensor, attention: Tensor, rows: Tensor) -> Tensor:
         hidden, attention = hidden.index_select(0, rows), attention.index_select(0, rows)
-        _, normed = self._layers[-1].after_attention(hidden, attention, self._norm)
+        _, normed = self._layers[-1].after_attention(hidden, attention, self._norm, reader=self._head)
         logits = self._head(normed)
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
@@ -73,22 +76,23 @@ class _Layer:
         self._eps = text.rms_norm_eps
         self._weights = weights
         self.input_norm = weights.input_norm
-        self._qkv = matrix_of("qkv", weights.qkv, weights.qkv_bias)
+        self.qkv = matrix_of("qkv", weights.qkv, weights.qkv_bias)
         self._out = matrix_of("out", weights.out, weights.out_bias)
         self._gate_up = matrix_of("gate_up", weights.gate_up)
         self._down = matrix_of("down", weights.down)
 
-    def before_attention(self, normed: Tensor, cos: Tensor, sin: Tensor) -> QKV:
+    def before_attention(self, normed: Rows, cos: Tensor, sin: Tensor) -> QKV:
         """`normed` is the layer's input after its norm."""
-        product = self._qkv(normed)
+        product = self.qkv(normed)
         qk_norm_rope(product, self._weights.qk_norm, cos, sin, self._eps)
         return QKV(*torch.split(product.view(self._heads_shape), self._heads, 1))
 
-    def after_attention(self, hidden: Tensor, attention: Tensor, next_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream after the layer, and its norm by `next_norm`, which is read next."""
-        weights = self._weights
-        hidden, normed = add_norm(
-            self._out(attention), hidden, weights.post_attention_norm, weights.pre_feedforward_norm, self._eps
-        )
-        fed = self._down(self._gate_up(normed))
-        return add_norm(fed, hidden, weights.post_feedforward_norm, next_norm, self._eps)
+    def after_attention(
+        self, hidden: Tensor, attention: Tensor, next_norm: Tensor, *, reader: Matrix
+    ) -> tuple[Tensor, Rows]:
+        """The residual stream after the layer, and its norm by `next_norm`, which `reader` multiplies next."""
+        weights, eps = self._weights, self._eps
+        norms = weights.post_attention_norm, weights.pre_feedforward_norm
+        hidden, normed = add_norm(self._out(attention), hidden, *norms, eps, reader=self._gate_up)
+        fed = feedforward(self._gate_up, self._down, normed)
+        return add_norm(fed, hidden, weights.post_feedforward_norm, next_norm, eps, reader=reader)

@@ -2,24 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wicore_backend.executor.kernels.small import gated
+from wicore_backend.executor.kernels.fp8_products import fp8_product
+from wicore_backend.executor.kernels.fp8_rows import gated_quantized, quantize_rows
+from wicore_backend.executor.kernels.products import Tile
+from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
-from wicore_backend.quantization.fp8 import Fp8Matrix
+from wicore_backend.quantization.fp8 import Fp8Matrix, Rows
+
+FP8_TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
+    "qkv": {1: (Tile(8, 512, 4, 1280, dot=False),), 16: (Tile(64, 256, 4, 256),)},
+    "out": {1: (Tile(8, 512, 4, 1024, dot=False),), 16: (Tile(64, 256, 4, 256, splits=2),)},
+    "gate_up": {1: (Tile(4, 512, 5, 1280, dot=False),), 16: (Tile(64, 128, 5, 256),)},
+    "down": {1: (Tile(8, 512, 4, 1024, dot=False),), 16: (Tile(64, 256, 4, 256, splits=2),)},
+    "head": {1: (Tile(8, 512, 4, 1280, dot=False),), 16: (Tile(64, 256, 4, 256),)},
+}
+"""For each role, by the largest number of rows, the tilings that are faster than cuBLAS: the first that fits is taken.
+
+Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/fp8.md).
+"""
+
+_ALIGNED = 16
+"""Both sides of a matrix must be multiples of it for cuBLAS to take it in FP8."""
 
 
 class Fp8GpuMatrix:
-    """`Matrix` of an `Fp8Matrix`."""
+    """`Matrix` of an `Fp8Matrix`.
+
+    One row is multiplied as it is. More are quantised, each by its own largest value, and multiplied by tensor cores:
+    streamed while they are few, by cuBLAS beyond. Where neither can be, the matrix is widened each time it is read.
+    """
 
     def __init__(self, role: Role, weight: Fp8Matrix, bias: Tensor | None = None) -> None:
         self._role = role
         self._weight = weight
         self._bias = bias
+        # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
+        self._streamed = weight.dtype.itemsize == 2 and bias is None and overlaps(weight.values)
+        self._by_cublas = weight.dtype is torch.bfloat16 and _cublas_takes(weight)
+        self._choices: dict[int, Tile | None] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        whole = F.linear(x, self._weight.dequantized(), self._bias)
+    def takes_fp8(self, rows: int) -> bool:
+        """Whether a product with so many rows is of rows in FP8, which this quantises unless they already are."""
+        tile = self._tile(rows)
+        return self._by_cublas if tile is None else tile.dot
+
+    def __call__(self, x: Rows) -> Tensor:
         if self._role == "gate_up":
-            return gated(whole)
+            fed = self.gated(x)
+            assert isinstance(fed, Tensor)
+            return fed
+        x = self._read(x)
+        if (tile := self._tile(len(x))) is not None:
+            return fp8_product(x, self._weight, tile, result_type=torch.float32 if self._role == "head" else None)
+        whole = self._whole(x)
         return whole.float() if self._role == "head" else whole
+
+    def gated(self, x: Rows, *, reader: Fp8GpuMatrix | None = None) -> Rows:
+        """GELU of the first half of x W^T times the second, in FP8 if that is at hand and what `reader` takes."""
+        x = self._read(x)
+        if (tile := self._tile(len(x))) is not None:
+            return fp8_product(x, self._weight, tile, gated=True)
+        whole = self._whole(x)
+        return gated_quantized(whole) if reader is not None and reader.takes_fp8(len(x)) else gated(whole)
+
+    def _read(self, x: Rows) -> Rows:
+        return quantize_rows(x) if isinstance(x, Tensor) and self.takes_fp8(len(x)) else x
+
+    def _whole(self, x: Rows) -> Tensor:
+        weight = self._weight
+        if isinstance(x, Tensor):
+            return F.linear(x, weight.dequantized(), self._bias)
+        product = torch._scaled_mm(
+            *(x.values, weight.values.T),
+            scale_a=x.scale[:, None],
+            scale_b=weight.scale[None, :],
+            out_dtype=weight.dtype,
+            use_fast_accum=True,
+        )
+        return product if self._bias is None else product.add_(self._bias)
+
+    def _tile(self, rows: int) -> Tile | None:
+        """How to cut a product of so many rows; None to leave it to cuBLAS."""
+        if not self._streamed:
+            return None
+        if rows not in self._choices:
+            by_rows = FP8_TILES[self._role]
+            at_most = min((most for most in by_rows if rows <= most), default=0)
+            fits = (t for t in by_rows.get(at_most, ()) if t.fits(self._weight.values, gated=self._role == "gate_up"))
+            self._choices[rows] = next(fits, None)
+        return self._choices[rows]
+
+
+def _cublas_takes(weight: Fp8Matrix) -> bool:
+    """Ada's tensor cores were the first with FP8."""
+    aligned = all(side % _ALIGNED == 0 for side in weight.shape)
+    return aligned and weight.values.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 9)

@@ -11,6 +11,7 @@ from torch import Tensor
 from wicore_backend.executor.kernels.products import MAX_ROWS, Tile, product
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
+from wicore_backend.quantization.fp8 import Rows
 
 TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
     "qkv": {1: (Tile(64, 128, 6, 256), Tile(8, 256, 4, 1024, dot=False)), 16: (Tile(64, 128, 6, 512),)},
@@ -42,7 +43,8 @@ class PlainMatrix:
         self._streamed = weight.dtype.itemsize == 2 and bias is None and overlaps(weight)
         self._choices: dict[int, Tile | None] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
+        assert isinstance(x, Tensor), "only an FP8 matrix is given rows in FP8"
         tile = self._tile(len(x))
         if tile is not None:
             result_type = torch.float32 if self._role == "head" else x.dtype

@@ -48,15 +48,39 @@ class Fp8Matrix:
         return cls(values, torch.cat([part.scale for part in parts]), parts[0].dtype)
 
 
-def quantized_fp8(matrix: Tensor) -> Fp8Matrix:
-    """`matrix` [N, K] in FP8: the largest magnitude of each row becomes 448, the rest is rounded to nearest.
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Rows:
+    """Rows, one a token, whose row t is `values[t] * scale[t]`."""
 
-    Products with it are computed in the type of `matrix`.
-    """
-    wide = matrix.float()
+    values: Tensor
+    """float8_e4m3fn [T, K]"""
+    scale: Tensor
+    """float32 [T]"""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def dequantized(self) -> Tensor:
+        """float32 [T, K]"""
+        return self.values.float().mul_(self.scale[:, None])
+
+
+Rows = Tensor | Fp8Rows
+"""What a matrix multiplies, [T, K]; only an FP8 matrix is given rows in FP8."""
+
+
+def quantized_rows(x: Tensor) -> Fp8Rows:
+    """`x` [T, K] in FP8: the largest magnitude of each row becomes 448, the rest is rounded to nearest."""
+    wide = x.float()
     scale = wide.abs().amax(1).div_(FP8_MAX)
     scale.masked_fill_(scale == 0, 1.0)  # A row of zeros is one whatever its scale.
-    return Fp8Matrix((wide / scale[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale, matrix.dtype)
+    return Fp8Rows((wide / scale[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale)
+
+
+def quantized_fp8(matrix: Tensor) -> Fp8Matrix:
+    """`matrix` [N, K] in FP8, row by row; products with it are computed in its type."""
+    rows = quantized_rows(matrix)
+    return Fp8Matrix(rows.values, rows.scale, matrix.dtype)
 
 
 @dataclass(frozen=True, slots=True)
