@@ -32,6 +32,8 @@ from wicore_backend.engine.computation import Computed, StepFailedError, compute
 from wicore_backend.engine.emission import Choice, Emitter
 from wicore_backend.engine.explain import CachedPrompt, CacheQuestion
 from wicore_backend.engine.generation import Generation
+from wicore_backend.engine.grammar.compiler import GrammarCompiler
+from wicore_backend.engine.grammar.progress import GrammarProgress
 from wicore_backend.engine.health import Health, HealthMonitor
 from wicore_backend.engine.job import Job
 from wicore_backend.engine.ledger import CLOSING_RETRY_S, RequestLedger
@@ -144,9 +146,10 @@ class Engine:
         Raises
         ------
         InvalidArgumentError
-            If the prompt does not fit the context or a token id is not in the vocabulary.
+            If the prompt does not fit the context, a token id is not in the vocabulary, or the grammar is not
+            supported: it is compiled here, on the caller's thread, which may take a second or two.
         OverloadedError
-            If the engine is closing or draining.
+            If the engine is closing or draining, or has too many grammars to compile.
         EngineError
             If the engine's loop has broken down.
         """
@@ -165,14 +168,16 @@ class Engine:
             retention=retention or Retention(),
         )
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        job = Job(request, [self._generation(request, index, seed) for index in range(params.answers)])
+        grammars = self._grammars.begin(params.grammar, params.answers)
+        generations = [self._generation(request, index, seed, grammar) for index, grammar in enumerate(grammars)]
+        job = Job(request, generations)
         with self._lock:
             self._check_open(for_request=True)
             self._unfinished += 1
             self._inbox.put(partial(self._ledger.add, job))
         return request.id
 
-    def _generation(self, request: Request, index: int, seed: int) -> Generation:
+    def _generation(self, request: Request, index: int, seed: int, grammar: GrammarProgress | None) -> Generation:
         """One of a request's answers, its blocks' names worked out here, on the caller's thread."""
         params, room = request.params, self._model.max_model_len - len(request.prompt)
         sequence = Sequence(request, len(request.prompt) + min(params.max_tokens or room, room), index=index)
@@ -186,6 +191,7 @@ class Engine:
             stop_tokens=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._model.eos_token_ids),
             seed=(seed + index) % 2**63,
+            grammar=grammar,
         )
 
     def cancel(self, request_id: str) -> None:
@@ -350,7 +356,8 @@ class Engine:
             raise InvalidArgumentError(
                 f"the prompt has {len(prompt):,} tokens; it takes 1 to {limit - 1:,} (max_model_len = {limit:,})"
             )
-        for token in (int(prompt.token_ids.min()), int(prompt.token_ids.max()), *params.stop_token_ids):
+        prompted = int(prompt.token_ids.min()), int(prompt.token_ids.max())
+        for token in (*prompted, *params.stop_token_ids, *params.logit_bias):
             if not 0 <= token < vocab:
                 raise InvalidArgumentError(f"token id {token} is outside the vocabulary of {vocab:,}")
         if prompt.images and not self._model.soft_tokens_per_image:
@@ -393,6 +400,11 @@ class Engine:
             self._ledger = RequestLedger(self._scheduler, self._recorder, self.config, self._one_ended)
             self._emitter = Emitter(self._ledger)
             self._monitor = HealthMonitor(step_timeout_s=self.config.step_timeout_s)
+            self._grammars = GrammarCompiler(
+                self._model.processor.tokenizer,
+                vocab_size=self._model.vocab_size,
+                eos_token_ids=self._model.eos_token_ids,
+            )
         except BaseException:
             self._model.mover.close(persist_s=0.0)
             raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from wicore_backend.engine.detokenizer import Detokenizer
+from wicore_backend.engine.grammar.progress import GrammarProgress
 from wicore_backend.engine.request import FinishReason, Sequence, TokenLogprob, TokensEvent
 from wicore_backend.engine.sampler import SamplingRow
 
@@ -18,6 +20,8 @@ class Generation:
         Tokens that end the answer: the model's own, unless ignored, and the request's.
     seed
         Of this answer's random choices.
+    grammar
+        What the answer keeps to, if anything, with nothing of it taken yet.
     """
 
     def __init__(
@@ -27,6 +31,7 @@ class Generation:
         token_bytes: Callable[[int], bytes],
         stop_tokens: frozenset[int],
         seed: int,
+        grammar: GrammarProgress | None = None,
     ) -> None:
         self.sequence = sequence
         self.params = sequence.request.params
@@ -36,15 +41,16 @@ class Generation:
         self._detokenizer = Detokenizer(token_bytes, self.params.stop)
         self._stop_tokens = stop_tokens
         self._seed = seed
+        self._grammar = grammar
 
     @property
     def sampling_row(self) -> SamplingRow:
         """What the sampler needs for the next token."""
-        tokens, prompt_len, params = self.sequence.tokens, self.sequence.prompt_len, self.params
+        tokens, prompt_len = self.sequence.tokens, self.sequence.prompt_len
         place = len(tokens) - prompt_len
-        if params.repetition_penalty == 1 and not params.presence_penalty and not params.frequency_penalty:
-            return SamplingRow(params, self._seed, place)
-        return SamplingRow(params, self._seed, place, tokens[:prompt_len], tokens[prompt_len:])
+        held_back = self._stop_tokens if place < self.params.min_tokens else frozenset()
+        row = SamplingRow(self.params, self._seed, place, grammar=self._grammar, held_back=held_back)
+        return replace(row, prompt=tokens[:prompt_len], answer=tokens[prompt_len:]) if row.penalised else row
 
     @property
     def logprobs(self) -> int | None:
@@ -60,7 +66,7 @@ class Generation:
             self.reason = FinishReason.STOP
         else:
             text = self._detokenizer.push(token)
-            if self._detokenizer.stopped_by is not None:
+            if self._detokenizer.stopped_by is not None or self._completes(token):
                 self.reason = FinishReason.STOP
             elif len(self.sequence.tokens) >= self.sequence.max_tokens:
                 self.reason = FinishReason.LENGTH
@@ -76,6 +82,13 @@ class Generation:
             logprobs=None if logprob is None or self.params.logprobs is None else (logprob,),
             prompt_logprobs=tuple(self.prompt_logprobs) if first and self.prompt_logprobs else None,
         )
+
+    def _completes(self, token: int) -> bool:
+        """Take the token into the grammar; whether it leaves nothing to follow."""
+        if self._grammar is None:
+            return False
+        self._grammar.accept(token)
+        return self._grammar.complete
 
     def take_prompt_logprobs(self, logprobs: list[TokenLogprob | None]) -> None:
         """Take those of the prompt's next part, or again of its first one: after a preemption it is computed anew."""

@@ -109,7 +109,8 @@ class RequestLedger:
     def fail(self, sequence: Sequence, fault: Exception) -> None:
         """End the request of a sequence that cannot be computed."""
         if sequence in self._owners:
-            error = EngineError(f"the engine failed while it computed this request: {fault}")
+            own_words = fault if isinstance(fault, WicoreError) else None
+            error = own_words or EngineError(f"the engine failed while it computed this request: {fault}")
             self._finish(self._owners[sequence][0], FinishReason.ERROR, error)
 
     def finish_all(self, why: str) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from wicore_backend.engine.grammar.progress import GrammarProgress, allowed_tokens
 from wicore_backend.engine.request import TokenLogprob
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.executor.upload import to_device
@@ -25,6 +27,9 @@ class SamplingRow:
     prompt: Rows[int] = ()
     answer: Rows[int] = ()
     """Tokens so far; needed, like the prompt's, only where a penalty looks at them."""
+    grammar: GrammarProgress | None = None
+    held_back: frozenset[int] = frozenset()
+    """Tokens that are not to be chosen yet, unless the grammar allows no other."""
 
     @property
     def penalised(self) -> bool:
@@ -32,16 +37,19 @@ class SamplingRow:
         params = self.params
         return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
 
+    @property
+    def reshaped(self) -> bool:
+        """Whether its logits are others than the model's before the temperature."""
+        return bool(self.penalised or self.params.logit_bias or self.grammar or self.held_back)
+
 
 def sample(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
     """The next token of each row of `logits` float32 [R, V]: int64 [R], on its device.
 
     The order of operations is that of `SamplingParams`. The device is not waited for.
     """
-    if any(r.penalised for r in rows):
-        logits = logits.clone()
-        for own_logits, r in zip(logits, rows, strict=True):
-            _penalise(own_logits, r)
+    if any(r.reshaped for r in rows):
+        logits = _reshape(logits.clone(), rows)
     drawn = [row for row, r in enumerate(rows) if r.params.temperature > 0]
     if len(drawn) == len(rows):
         return _draw(logits, rows)
@@ -63,6 +71,49 @@ def logprobs_of(logits: Tensor, tokens: Rows[int], tops: Rows[int]) -> list[Toke
             tokens, chosen, tops, ids.tolist(), values.tolist(), strict=True
         )
     ]
+
+
+def _reshape(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
+    """What comes before the temperature, in place and in its order."""
+    for own_logits, row in zip(logits, rows, strict=True):
+        if row.penalised:
+            _penalise(own_logits, row)
+    biases = [
+        (place * logits.shape[1] + token, bias)
+        for place, row in enumerate(rows)
+        for token, bias in (row.params.logit_bias | dict.fromkeys(_held_back(row), -np.inf)).items()
+    ]
+    if biases:
+        places, values = zip(*biases, strict=True)
+        flat = to_device(np.array(places, np.int64), logits.device)
+        logits.view(-1).index_add_(0, flat, to_device(np.array(values, np.float32), logits.device))
+    answers = {place: row.grammar for place, row in enumerate(rows) if row.grammar is not None}
+    if answers:
+        allowed = allowed_tokens(answers, len(rows), logits.shape[1])
+        for place in answers:
+            _hold_back(allowed[place], rows[place].held_back)
+        logits.masked_fill_(_unset(to_device(allowed, logits.device), logits.shape[1]), -torch.inf)
+    return logits
+
+
+def _held_back(row: SamplingRow) -> frozenset[int]:
+    """What cannot be chosen, whatever else can: a grammar decides for itself."""
+    return row.held_back if row.grammar is None else frozenset()
+
+
+def _hold_back(allowed: NDArray[np.uint8], tokens: frozenset[int]) -> None:
+    """Clear the bits of tokens in `allowed` uint8 [V / 8], if others stay."""
+    kept = allowed.copy()
+    for token in tokens:
+        kept[token // 8] &= 0xFF ^ (1 << token % 8)
+    if kept.any():
+        allowed[:] = kept
+
+
+def _unset(bits: Tensor, vocab: int) -> Tensor:
+    """bool [R, vocab]: True where `bits` uint8 [R, V / 8] has a zero."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, :, None] >> shifts) & 1).flatten(1)[:, :vocab] == 0
 
 
 def _penalise(logits: Tensor, row: SamplingRow) -> None:

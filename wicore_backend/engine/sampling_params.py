@@ -7,25 +7,61 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from wicore_backend.engine.grammar.spec import Grammar
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
-from wicore_backend.settings import Settings
+from wicore_backend.settings import Settings, parse_json
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Token = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _grammar(value: Any) -> Any:
+    """A grammar as its fields, or those as JSON, which is what a parameter of a Triton request can carry."""
+    value = _object(value, "grammar")
+    try:
+        return Grammar(**value) if isinstance(value, dict) else value
+    except InvalidArgumentError as error:
+        raise ValueError(str(error)) from None
+
+
+def _biases(value: Any) -> Any:
+    """Token ids are texts in JSON; the same one in two spellings is refused."""
+    value = _object(value, "logit_bias")
+    if not isinstance(value, dict):
+        return value
+    biases: dict[Any, Any] = {}
+    for name, bias in value.items():
+        token = int(name) if isinstance(name, str) and name.isascii() and name.isdecimal() and len(name) < 12 else name
+        if token in biases:
+            raise ValueError(f"token {token} is there twice")
+        biases[token] = bias
+    return biases
+
+
+def _object(value: Any, name: str) -> Any:
+    try:
+        return parse_json(value, name) if isinstance(value, str) else value
+    except InvalidArgumentError as error:
+        raise ValueError(str(error)) from None
 
 
 class SamplingParams(Settings):
     """Sampling and stopping of one request.
 
     A token is chosen from the logits after, in this order: repetition penalty (over prompt and answer), presence and
-    frequency penalty (over the answer), temperature, top_k, top_p, min_p. Logprobs are of the model's own
-    distribution, before any of these.
+    frequency penalty (over the answer), logit_bias, grammar, temperature, top_k, top_p, min_p. Logprobs are of the
+    model's own distribution, before any of these.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer in tokens; None goes on to the end of the context."""
+
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Before so many tokens none is chosen that ends the answer. A stop text, or a grammar that is complete, ends it
+    all the same."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     """0 takes the most likely token."""
@@ -47,6 +83,15 @@ class SamplingParams(Settings):
 
     frequency_penalty: Penalty = 0.0
     """Subtracted from a token's logit for each time it stands in the answer."""
+
+    logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_biases), Field(max_length=1024)] = Field(
+        default_factory=dict
+    )
+    """Added to the logits of these tokens: -100 as good as rules a token out, 100 leaves hardly any other."""
+
+    grammar: Annotated[Grammar | None, BeforeValidator(_grammar)] = None
+    """The form of the answer, kept by choosing among the tokens that it allows. The answer ends as soon as nothing
+    can follow, and not before the grammar lets it, unless a stop text or max_tokens cut it short."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """The same seed, prompt and settings give the same answer; None draws a seed."""
@@ -73,9 +118,13 @@ class SamplingParams(Settings):
     """The same for the prompt's tokens."""
 
     @model_validator(mode="after")
-    def _best_of_at_least_n(self) -> Self:
+    def _in_proportion(self) -> Self:
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(f"best_of is {self.best_of}, less than n = {self.n}; it is the larger of the two")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}, more than max_tokens = {self.max_tokens}")
+        if self.grammar is not None and self.ignore_eos:
+            raise ValueError("ignore_eos does not go with a grammar, which says where an answer ends; use min_tokens")
         return self
 
     @property
