@@ -15,6 +15,7 @@ from tests.gemma3_driver import Driver
 from tests.paged_steps import DECODES, GLOBAL_LAYERS, LAYERS, PREFILLS, Checked, Part, Shape, check, parts_with_holes
 from wicore_backend.attention import torch_paged
 from wicore_backend.attention.mass_sampling import MassSampling
+from wicore_backend.engine.pictures import PictureEncoder
 from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.engine.request import Request, Sequence
 from wicore_backend.engine.runner import ModelRunner
@@ -146,7 +147,13 @@ def test_a_runner_gives_the_mass_of_prompts_that_end_and_of_decodes_in_their_tur
         executor=driver.executor,
         attention=driver.attention,
         rotary=driver.rotary,
-        normalization=PixelNormalization(),
+        pictures=PictureEncoder(
+            driver.executor.vision,
+            PixelNormalization(),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            cache_bytes=0,
+        ),
         layout=driver.layout,
     )
     blocks = BlockManager(driver.layout, dict.fromkeys(LayerGroup, 20), max_chunk=64)

@@ -1,14 +1,14 @@
 """Pictures are encoded once while they are remembered, whoever asks and in whatever order, and alike every time."""
 
 import random
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder
-from wicore_backend.executor.base import Executor
+from wicore_backend.engine.vision_graphs import VisionGraphs
 from wicore_backend.processor.images import PixelNormalization, digest
 from wicore_backend.processor.prompt import PromptImage
 
@@ -19,17 +19,33 @@ NORMALIZATION = PixelNormalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
 MAP = torch.from_numpy(np.random.default_rng(0).normal(size=(3 * SIDE * SIDE, TOKENS * HIDDEN)).astype(np.float32))
 
 
-@dataclass
 class Tower:
-    """An executor's vision, which notes the sizes of its batches."""
+    """Notes the sizes of its batches."""
 
-    device: torch.device = CPU
-    dtype: torch.dtype = torch.float32
-    batches: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.batches: list[int] = []
 
-    def vision(self, pixels):
+    def vision(self, pixels: torch.Tensor) -> Any:
         self.batches.append(len(pixels))
         return (pixels.flatten(1) @ MAP).view(-1, TOKENS, HIDDEN)
+
+
+class Recorder:
+    """`Record` without a device: the work is done anew into the memory that the first results are in."""
+
+    def __init__(self, *, fails_at: int) -> None:
+        self._fails_at = fails_at
+
+    def __call__(self, work):
+        results = work()
+        if len(results.tokens) == self._fails_at:
+            raise torch.OutOfMemoryError("no room")
+
+        def again():
+            results.tokens.copy_(work().tokens)
+            return results
+
+        return again
 
 
 def picture(seed: int, tenant: str = "") -> Picture:
@@ -44,8 +60,9 @@ def expected(pictures: list[Picture]) -> torch.Tensor:
 
 def encoder(tower: Tower, pictures: int) -> PictureEncoder:
     """One that remembers so many pictures."""
-    executor: Executor = tower  # type: ignore[assignment]
-    return PictureEncoder(executor, NORMALIZATION, cache_bytes=pictures * PICTURE_BYTES)
+    return PictureEncoder(
+        tower.vision, NORMALIZATION, device=CPU, dtype=torch.float32, cache_bytes=pictures * PICTURE_BYTES
+    )
 
 
 @pytest.mark.parametrize("remembered", [0, 1, 5, 100])
@@ -99,25 +116,37 @@ def test_many_pictures_go_through_in_batches():
     assert tower.batches == [MAX_BATCH, MAX_BATCH, 3]
 
 
+def test_graphs_of_the_tower_take_any_number_of_pictures():
+    tower = Tower()
+    graphs = VisionGraphs(tower.vision, Recorder(fails_at=4))
+    graphs.prepare(torch.zeros(3, SIDE, SIDE))
+    for count in range(1, 11):
+        pixels = torch.randn(count, 3, SIDE, SIDE)
+        first, expected = graphs(pixels), Tower().vision(pixels)
+        graphs(torch.randn(count, 3, SIDE, SIDE))
+        torch.testing.assert_close(first, expected)  # It is the caller's own, whatever comes after.
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
-def test_beside_other_work_and_as_graphs_the_tokens_are_the_same(monkeypatch):
-    from wicore_backend.executor.vision_graphs import VisionGraphs
+@torch.inference_mode()
+def test_beside_other_work_and_as_graphs_the_tokens_are_the_same():
+    from wicore_backend.engine.recording import CudaRecorder
 
     cuda = torch.device("cuda")
-    monkeypatch.setitem(globals(), "MAP", MAP.to(cuda))
-    tower = Tower(cuda)
-    graphs = VisionGraphs(tower.vision)
-    ours = PictureEncoder(tower, NORMALIZATION, cache_bytes=6 * PICTURE_BYTES)  # type: ignore[arg-type]
-    monkeypatch.setattr(tower, "vision", graphs, raising=False)
+    weights = MAP.to(cuda)
+
+    def encode(pixels):
+        return (pixels.flatten(1) @ weights).view(-1, TOKENS, HIDDEN)
+
+    graphs = VisionGraphs(encode, CudaRecorder(cuda))
+    graphs.prepare(torch.zeros(3, SIDE, SIDE, device=cuda))
+    assert graphs._graphs.keys() == {1, 2, 4, 8}
+    ours = PictureEncoder(graphs, NORMALIZATION, device=cuda, dtype=torch.float32, cache_bytes=6 * PICTURE_BYTES)
     rng = random.Random(0)
-    with torch.inference_mode():
-        for _ in range(200):
-            pictures = [picture(rng.randrange(9)) for _ in range(rng.randrange(1, 12))]
-            ours.foresee(pictures[: rng.randrange(3)])
-            torch.cuda._sleep(rng.randrange(200_000))
-            pixels = NORMALIZATION.apply(np.stack([p.image.pixels for p in pictures]))
-            tokens = ours.soft_tokens(pictures)
-            wanted = (torch.from_numpy(pixels).to(cuda).flatten(1) @ MAP).view(-1, HIDDEN)
-            torch.testing.assert_close(tokens, wanted, rtol=1e-3, atol=1e-3)
+    for _ in range(200):
+        pictures = [picture(rng.randrange(9)) for _ in range(rng.randrange(1, 12))]
+        ours.foresee(pictures[: rng.randrange(3)])
+        torch.cuda._sleep(rng.randrange(200_000))
+        torch.testing.assert_close(ours.soft_tokens(pictures).cpu(), expected(pictures), rtol=1e-3, atol=1e-3)
     assert ours.hits > 100

@@ -84,6 +84,10 @@ class EngineConfig(Settings):
     """Device memory of the KV cache; None takes `hmt_gpu_threshold` of what is free on CUDA, 1 GiB on the CPU. What is
     on its way to or from host memory takes a 16th of it on CUDA, at most 1 GiB: besides, if a number is given here."""
 
+    image_cache_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Device memory that keeps what became of the pictures seen last, so that a picture that comes again is not encoded
+    again; None takes 256 MiB on CUDA and 64 MiB on the CPU. A picture takes 2.6 MiB in gemma-3-27b."""
+
     hmt_gpu_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of the free CUDA memory, weights loaded, that the KV cache takes when `kv_cache_bytes` is None."""
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+
+import torch
+from torch import Tensor
 
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.attention.torch_paged import TorchPagedAttention
+from wicore_backend.engine.pictures import PictureEncoder
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.pool import KVPools
@@ -28,6 +34,7 @@ def make_runner(
     max_running: int,
     max_batch_tokens: int,
     graphs: bool,
+    image_cache_bytes: int,
     sampling: MassSampling | None,
 ) -> ModelRunner:
     """A runner over `pools`, computing on the device and in the type of `weights`.
@@ -36,6 +43,10 @@ def make_runner(
     is False; elsewhere by PyTorch's.
     """
     text, embedding = config.text, weights.text.embedding
+    device, dtype = embedding.device, embedding.dtype
+    pictures = partial(
+        PictureEncoder, normalization=normalization, device=device, dtype=dtype, cache_bytes=image_cache_bytes
+    )
     rotary = RotaryTables(config, max_positions=max_model_len, device=embedding.device, dtype=embedding.dtype)
     if embedding.is_cuda and find_spec("triton") is None:
         _log.warning(
@@ -47,6 +58,7 @@ def make_runner(
         from wicore_backend.engine.graphs import DecodeGraphs
         from wicore_backend.engine.recording import CudaRecorder
         from wicore_backend.engine.segments import SegmentGraphs
+        from wicore_backend.engine.vision_graphs import VisionGraphs
         from wicore_backend.executor.cuda_executor import CudaExecutor
 
         executor = CudaExecutor(config, weights)
@@ -59,6 +71,7 @@ def make_runner(
             dtype=embedding.dtype,
         )
         replay = segments = None
+        vision: Callable[[Tensor], Tensor] = executor.vision
         if graphs:
             record = CudaRecorder(embedding.device)
             replay = DecodeGraphs(
@@ -83,19 +96,24 @@ def make_runner(
             )
             replay.prepare()
             segments.prepare()
+            if config.vision is not None:
+                side = config.vision.image_size
+                vision = tower = VisionGraphs(executor.vision, CudaRecorder(device))
+                tower.prepare(torch.zeros(3, side, side, dtype=dtype, device=device))
         return ModelRunner(
             executor=executor,
             attention=attention,
             rotary=rotary,
-            normalization=normalization,
+            pictures=pictures(vision),
             layout=pools.layout,
             sampling=sampling,
             arrive=pools.wait,
             replay=replay,
             segments=segments,
         )
+    plain = TorchExecutor(config, weights)
     return ModelRunner(
-        executor=TorchExecutor(config, weights),
+        executor=plain,
         attention=TorchPagedAttention(
             pools,
             scale=text.attention_scale,
@@ -104,7 +122,7 @@ def make_runner(
             dtype=embedding.dtype,
         ),
         rotary=rotary,
-        normalization=normalization,
+        pictures=pictures(plain.vision),
         layout=pools.layout,
         sampling=sampling,
         arrive=pools.wait,

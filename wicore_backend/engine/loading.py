@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 _CPU_KV_CACHE_BYTES = 2**30
 _CUDA_HOST_CACHE_BYTES = 4 * 2**30
 _CPU_HOST_CACHE_BYTES = 2**28
+_CUDA_IMAGE_CACHE_BYTES = 2**28
+_CPU_IMAGE_CACHE_BYTES = 2**26
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +137,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         max_running=settings.max_running,
         max_batch_tokens=settings.max_batch_tokens,
         graphs=settings.cuda_graphs,
+        image_cache_bytes=_image_cache_bytes(settings, device),
         sampling=MassSampling.of(layout) if pools.host or budget or device.type == "cuda" else None,
     )
     _log.info(
@@ -226,6 +229,12 @@ def _host_cache_bytes(settings: EngineConfig, device: torch.device) -> int:
     return 0 if settings.nvme_cache_path is None else _CPU_HOST_CACHE_BYTES
 
 
+def _image_cache_bytes(settings: EngineConfig, device: torch.device) -> int:
+    if settings.image_cache_bytes is not None:
+        return settings.image_cache_bytes
+    return _CUDA_IMAGE_CACHE_BYTES if device.type == "cuda" else _CPU_IMAGE_CACHE_BYTES
+
+
 def _cold_storage(
     settings: EngineConfig, layout: KVLayout, pools: KVPools, dtype: torch.dtype, woken: Callable[[], None]
 ) -> ColdStorage | None:
@@ -260,5 +269,5 @@ def _free_memory(settings: EngineConfig, device: torch.device) -> int:
     """Bytes for the KV cache where no setting says how many."""
     if device.type != "cuda":
         return _CPU_KV_CACHE_BYTES
-    share = int(torch.cuda.mem_get_info(device)[0] * settings.hmt_gpu_threshold)
+    share = int(torch.cuda.mem_get_info(device)[0] * settings.hmt_gpu_threshold) - _image_cache_bytes(settings, device)
     return share - staging_bytes(share) if _host_cache_bytes(settings, device) else share

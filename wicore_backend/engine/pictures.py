@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wicore_backend.executor.base import Executor
 from wicore_backend.executor.upload import to_device
 from wicore_backend.processor.images import PixelNormalization
 from wicore_backend.processor.prompt import PromptImage
@@ -52,6 +51,10 @@ class PictureEncoder:
 
     Parameters
     ----------
+    encode
+        Soft tokens [N, M, D] of pixels [N, 3, S, S], for at most `MAX_BATCH` pictures: `Executor.vision`.
+    device, dtype
+        Of the pixels.
     cache_bytes
         0 keeps nothing, and then nothing is encoded ahead.
 
@@ -61,11 +64,18 @@ class PictureEncoder:
         Pictures that went through the tower, and pictures that did not have to.
     """
 
-    def __init__(self, executor: Executor, normalization: PixelNormalization, *, cache_bytes: int) -> None:
-        self._executor = executor
-        device = executor.device
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        normalization: PixelNormalization,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache_bytes: int,
+    ) -> None:
+        self._encode_pixels = encode
         # A byte of a channel becomes one of 256 values: looked up, they are the same on every device.
-        self._values = torch.from_numpy(normalization.table()).to(device, executor.dtype).flatten()
+        self._values = torch.from_numpy(normalization.table()).to(device, dtype).flatten()
         self._channels = torch.arange(3, device=device).view(1, 3, 1, 1) * 256
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[_Key, _Encoded] = OrderedDict()
@@ -112,8 +122,8 @@ class PictureEncoder:
         with torch.cuda.stream(self._beside):
             for first in range(0, len(pictures), MAX_BATCH):
                 batch = pictures[first : first + MAX_BATCH]
-                pixels = to_device(np.stack([p.image.pixels for p in batch]), self._executor.device)
-                tokens = self._executor.vision(self._values[pixels.int() + self._channels])
+                pixels = to_device(np.stack([p.image.pixels for p in batch]), self._values.device)
+                tokens = self._encode_pixels(self._values[pixels.int() + self._channels])
                 made |= {p.key: _Encoded(own.clone()) for p, own in zip(batch, tokens, strict=True)}
             if self._beside is not None and made:
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep, PlanT
 from wicore_backend.attention.mass_sampling import MassSampling
+from wicore_backend.engine.pictures import Picture, PictureEncoder
 from wicore_backend.engine.plan import Chunk, StepPlan
+from wicore_backend.engine.request import Request
 from wicore_backend.executor.base import Executor
 from wicore_backend.executor.upload import to_device
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.models.gemma3.rope import RotaryTables
-from wicore_backend.processor.images import PixelNormalization
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +105,7 @@ def run_layers(
 
 
 class ModelRunner:
-    """Packs chunks, encodes their images and drives the executor and the attention layer by layer.
+    """Packs chunks, has their images encoded and drives the executor and the attention layer by layer.
 
     To be used under `torch.inference_mode()`.
 
@@ -127,7 +128,7 @@ class ModelRunner:
         executor: Executor,
         attention: Attention[Any],
         rotary: RotaryTables,
-        normalization: PixelNormalization,
+        pictures: PictureEncoder,
         layout: KVLayout,
         sampling: MassSampling | None = None,
         arrive: Callable[[int | None], None] = lambda _: None,
@@ -137,7 +138,7 @@ class ModelRunner:
         self._executor = executor
         self._attention = attention
         self._rotary = rotary
-        self._normalization = normalization
+        self._pictures = pictures
         self._layout = layout
         self.sampling = sampling
         self._arrive = arrive
@@ -218,20 +219,22 @@ class ModelRunner:
             measured=measured,
         )
 
+    def foresee(self, request: Request, computed: int) -> None:
+        """Begin to encode the pictures of a request that waits, of whose prompt `computed` tokens are in the cache."""
+        images = request.prompt.images
+        self._pictures.foresee(Picture(request.tenant, image) for image in images if image.start >= computed)
+
     def _soft_tokens(self, chunks: Rows[Chunk], offsets: list[int]) -> tuple[Tensor | None, Tensor | None]:
         """Soft tokens [R, D] of all images in the step and the packed rows that they replace."""
-        pixels, rows = [], []
+        pictures, rows = [], []
         for chunk, offset in zip(chunks, offsets, strict=False):
             for image in chunk.images:
                 first = offset + image.start - chunk.start
-                pixels.append(image.pixels)
+                pictures.append(Picture(chunk.sequence.tenant, image))
                 rows.append(np.arange(first, first + image.length))
-        if not pixels:
+        if not pictures:
             return None, None
-        executor = self._executor
-        normalised = to_device(self._normalization.apply(np.stack(pixels)), executor.device)
-        soft = executor.vision(normalised.to(executor.dtype)).flatten(0, 1)
-        return soft, to_device(np.concatenate(rows), executor.device)
+        return self._pictures.soft_tokens(pictures), to_device(np.concatenate(rows), self._executor.device)
 
 
 def when_done(device: torch.device) -> Callable[[], None]:
