@@ -1,18 +1,24 @@
 """Pictures are encoded once while they are remembered, whoever asks and in whatever order, and alike every time."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder
 from wicore_backend.engine.vision_graphs import VisionGraphs
 from wicore_backend.processor.images import PixelNormalization, digest
 from wicore_backend.processor.prompt import PromptImage
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_MODEL = ROOT / "models" / "wicore-demo"
+PICTURE = (ROOT / "client" / "wicore_client" / "assets" / "shapes.png").read_bytes()
 SIDE, TOKENS, HIDDEN = 8, 4, 6
 PICTURE_BYTES = TOKENS * HIDDEN * 4
 NORMALIZATION = PixelNormalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
@@ -25,7 +31,7 @@ class Tower:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def vision(self, pixels: torch.Tensor) -> Any:
+    def vision(self, pixels: Any) -> Any:
         self.batches.append(len(pixels))
         return (pixels.flatten(1) @ MAP).view(-1, TOKENS, HIDDEN)
 
@@ -53,7 +59,7 @@ def picture(seed: int, tenant: str = "") -> Picture:
     return Picture(tenant, PromptImage(0, TOKENS, pixels, digest(pixels)))
 
 
-def expected(pictures: list[Picture]) -> torch.Tensor:
+def expected(pictures: list[Picture]) -> Any:
     pixels = NORMALIZATION.apply(np.stack([p.image.pixels for p in pictures]))
     return Tower().vision(torch.from_numpy(pixels)).flatten(0, 1)
 
@@ -150,3 +156,28 @@ def test_beside_other_work_and_as_graphs_the_tokens_are_the_same():
         torch.cuda._sleep(rng.randrange(200_000))
         torch.testing.assert_close(ours.soft_tokens(pictures).cpu(), expected(pictures), rtol=1e-3, atol=1e-3)
     assert ours.hits > 100
+
+
+def test_a_new_requests_unseen_pictures_are_encoded_ahead_and_a_fault_in_that_costs_nothing(monkeypatch):
+    asked = [
+        {"type": "text", "text": "a long story " * 40},
+        {"type": "image"},
+        {"type": "text", "text": "Describe it."},
+    ]
+    question = [{"role": "user", "content": asked}]
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    with Engine(EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32")) as engine:
+        engine._model = replace(engine._model, overlaps=True)
+        foreseen = []
+
+        def foresee(_request, computed):
+            foreseen.append(computed)
+            raise RuntimeError("no memory for that")
+
+        monkeypatch.setattr(engine._model.runner, "foresee", foresee)
+        answers = [engine.generate(question, params, images=[PICTURE]).token_ids for _ in range(2)]
+        engine.generate("no picture", params)
+    assert answers[0] == answers[1]
+    first, second = foreseen
+    assert first == 0
+    assert second > 100  # What was cached meanwhile, the picture among it.

@@ -174,7 +174,7 @@ class Engine:
         with self._lock:
             self._check_open(for_request=True)
             self._unfinished += 1
-            self._inbox.put(partial(self._ledger.add, job))
+            self._inbox.put(partial(self._add, job))
         return request.id
 
     def _generation(self, request: Request, index: int, seed: int, grammar: GrammarProgress | None) -> Generation:
@@ -436,6 +436,18 @@ class Engine:
         with suppress(Empty):
             while True:
                 self._inbox.get_nowait()()
+
+    def _add(self, job: Job) -> None:
+        self._ledger.add(job)
+        if job.request.prompt.images and self._model.overlaps:
+            self._foresee(job)
+
+    def _foresee(self, job: Job) -> None:
+        """Have the pictures that a new request will show encoded beside the steps for which it waits."""
+        try:
+            self._model.runner.foresee(job.request, self._scheduler.kept(job.generations[0].sequence))
+        except Exception:
+            _log.exception("the pictures of %s were not encoded ahead; its own step does it", job.request.id)
 
     def _idle(self) -> None:
         """Wait for something to do, and if nothing comes soon prove the books, and that the engine can compute."""

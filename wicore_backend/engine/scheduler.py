@@ -374,6 +374,10 @@ class Scheduler:
         )
         return match if min(room.values()) >= 0 else None
 
+    def kept(self, sequence: Sequence) -> int:
+        """Tokens of a sequence that waits which would not have to be computed if it started now."""
+        return self._match(sequence).resume * self._blocks.block_size
+
     def _match(self, sequence: Sequence) -> PrefixMatch:
         if sequence.names is None:
             return PrefixMatch()
