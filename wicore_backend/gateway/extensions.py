@@ -7,6 +7,12 @@ from typing import Protocol
 
 from fastapi import FastAPI
 
+from wicore_backend.gateway.access.extension import AccessExtension
+from wicore_backend.gateway.caller import Caller
+from wicore_backend.gateway.limits.extension import CorsExtension, LimitsExtension
+from wicore_backend.gateway.observability.extension import ObservabilityExtension
+from wicore_backend.gateway.observability.metrics import GatewayMetrics
+from wicore_backend.gateway.picture_urls import PictureFetcher, PictureUrlSettings
 from wicore_backend.gateway.settings import GatewaySettings
 
 
@@ -24,6 +30,44 @@ class Extension(Protocol):
         """Called after the last."""
 
 
-def standard_extensions(settings: GatewaySettings) -> Sequence[Extension]:  # noqa: ARG001
-    """Those that the settings ask for, in the order of their installation."""
-    return ()
+class PictureUrls:
+    """Pictures by URL, for routes that ask `app.state.fetch_image`; without it they refuse URLs."""
+
+    def __init__(self, settings: PictureUrlSettings) -> None:
+        self._fetcher = PictureFetcher(settings)
+
+    def install(self, app: FastAPI) -> None:
+        """Set `app.state.fetch_image`."""
+        app.state.fetch_image = self._fetch
+
+    async def start(self) -> None:
+        """Nothing to do."""
+
+    async def close(self) -> None:
+        """Nothing to do: connections end with their fetch."""
+
+    async def _fetch(self, url: str, _caller: Caller) -> bytes:
+        return await self._fetcher.fetch(url)
+
+
+def standard_extensions(settings: GatewaySettings) -> Sequence[Extension]:
+    """Those that the settings ask for, in the order of their installation: what comes later lies further out.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the keys' file is wrong.
+    """
+    metrics = GatewayMetrics((settings.model, *settings.aliases))
+    access = AccessExtension(settings, metrics)
+    limits = LimitsExtension(
+        settings, limits_of_key=access.limits_of_key, limits_of_tenant=access.limits_of_tenant, listener=metrics
+    )
+    pictures = [PictureUrls(settings.picture_urls)] if settings.picture_urls.hosts else []
+    return (
+        *pictures,
+        limits,
+        access,
+        CorsExtension(settings.cors),
+        ObservabilityExtension(settings, metrics),
+    )

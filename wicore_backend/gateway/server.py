@@ -15,7 +15,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from wicore_backend.errors import InvalidArgumentError
+from wicore_backend.gateway.access.key_command import keys_command
 from wicore_backend.gateway.app import create_app
+from wicore_backend.gateway.limits.connections import bounded_protocols
+from wicore_backend.gateway.observability.logs import log_to_stderr
 from wicore_backend.gateway.settings import GatewaySettings
 from wicore_backend.gateway.triton_backend import TritonBackend
 from wicore_backend.settings import parse_json
@@ -48,27 +51,35 @@ class DrainingServer(uvicorn.Server):
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code: 0 when it was told to stop, 1 when it could not start, 2 for wrong settings."""
-    parser = argparse.ArgumentParser(prog="wicore_backend.gateway", description=__doc__)
+    if arguments[:1] == ["keys"]:
+        return keys_command(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="wicore_backend.gateway", description=__doc__, epilog="`keys --help`: API keys, made, listed and revoked."
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
     given = parser.parse_args(arguments)
     try:
         settings = read_settings(os.environ.get(VARIABLE, "{}"), given.settings)
+        app = create_app(settings, TritonBackend(settings))
     except InvalidArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    app = create_app(settings, TritonBackend(settings))
+    log_to_stderr()
+    protocols = bounded_protocols(settings.connections, on_refusal=app.state.metrics.connection_refused)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
-        ws="websockets-sansio",
+        http=protocols.http,
+        ws=protocols.ws,
         ws_max_size=settings.socket_message_bytes,
         lifespan="on",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=settings.connections.keep_alive_s,
         timeout_graceful_shutdown=5,
+        **settings.tls.uvicorn_options(),
     )
     server = DrainingServer(config, app)
     server.run()
@@ -76,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read_settings(environment: str, assignments: Sequence[str]) -> GatewaySettings:
-    """The settings of a JSON object, then of NAME=VALUE, whose values are JSON or text.
+    """The settings of a JSON object, then of NAME=VALUE or SECTION.NAME=VALUE, whose values are JSON or text.
 
     Raises
     ------
@@ -90,7 +101,13 @@ def read_settings(environment: str, assignments: Sequence[str]) -> GatewaySettin
         name, equals, text = assignment.partition("=")
         if not (name and equals):
             raise InvalidArgumentError(f"--set {assignment!r} is not NAME=VALUE")
-        values[name] = _value(text)
+        *sections, last = name.split(".")
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise InvalidArgumentError(f"--set {assignment!r}: {part!r} has been given a value already")
+        section[last] = _value(text)
     return GatewaySettings(**values)
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from wicore_backend.gateway.access.origins import is_loopback
+from wicore_backend.gateway.access.settings import AccessSettings
+from wicore_backend.gateway.limits.settings import ConnectionSettings, CorsSettings, LimitSettings, TlsSettings
+from wicore_backend.gateway.observability.settings import ObservabilitySettings
+from wicore_backend.gateway.picture_urls import PictureUrlSettings
 from wicore_backend.settings import Settings
 
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
@@ -56,3 +61,20 @@ class GatewaySettings(Settings):
 
     drain_notice_s: Seconds = 0.0
     """For how long it goes on listening, not ready, before that: what a load balancer takes to notice."""
+
+    access: AccessSettings = AccessSettings()
+    limits: LimitSettings = LimitSettings()
+    connections: ConnectionSettings = ConnectionSettings()
+    cors: CorsSettings = CorsSettings()
+    tls: TlsSettings = TlsSettings()
+    picture_urls: PictureUrlSettings = PictureUrlSettings()
+    observability: ObservabilitySettings = ObservabilitySettings()
+
+    @model_validator(mode="after")
+    def _not_open_to_the_network(self) -> GatewaySettings:
+        if self.access.keys_file is None and not self.access.open_to_network and not is_loopback(self.host):
+            raise ValueError(
+                f"host = {self.host!r} lets everybody in the network in, since there is no access.keys_file; make one"
+                " (`python -m wicore_backend.gateway keys add`), or set access.open_to_network to true"
+            )
+        return self

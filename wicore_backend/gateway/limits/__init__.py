@@ -1,0 +1,1 @@
+"""How much may be asked for: rates of requests and tokens, sizes, times, connections."""
