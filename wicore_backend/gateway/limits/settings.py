@@ -46,7 +46,7 @@ class ConnectionSettings(Settings):
     header_timeout_s: PositiveSeconds = 10.0
     """From the connection, or the first byte of a later request, to the end of its headers."""
 
-    keep_alive_s: PositiveSeconds = 60.0
+    keep_alive_s: Annotated[int, Field(ge=1, le=86_400)] = 60
     """An idle connection is closed after so long without a request."""
 
     body_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**20

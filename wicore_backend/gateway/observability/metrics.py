@@ -19,7 +19,7 @@ from prometheus_client import (
 
 from wicore_backend.gateway.generation import Generation
 
-disable_created_metrics()  # They double the page, and say when this process began.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # They double the page, and say when this process began.
 
 OTHER = "other"
 
