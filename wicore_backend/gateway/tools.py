@@ -1,59 +1,230 @@
-"""OpenAI's tools: their definitions to the model, its calls back out of its text."""
+"""OpenAI's tools: their definitions to the model, its calls back out of its text.
+
+The engine's grammar lets the model write text or calls, and arguments only as the schemas of the tools have them: what
+`plan` asks for and what `ToolCallParser` reads is one form, that of `call_format`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from wicore_backend.gateway.errors import UnsupportedError
+from wicore_backend.gateway.call_format import (
+    CALL_TAILS,
+    CLOSING,
+    SEPARATOR,
+    TEXT_TAILS,
+    TRIGGER,
+    call_opening,
+    call_text,
+    declaration,
+    result_text,
+)
+from wicore_backend.gateway.call_parser import CallArguments, CallStart, TextDelta, ToolCallParser
+from wicore_backend.gateway.errors import InvalidRequestError
+from wicore_backend.gateway.functions import Function, checked_fields, read_functions
 
-
-class TextDelta(NamedTuple):
-    text: str
-
-
-class CallStart(NamedTuple):
-    index: int
-    id: str
-    name: str
-
-
-class CallArguments(NamedTuple):
-    index: int
-    text: str
-
-
-class ToolCallParser(Protocol):
-    """Reads one answer."""
-
-    called: bool
-
-    def feed(self, text: str) -> list[TextDelta | CallStart | CallArguments]: ...
-
-    def finish(self) -> list[TextDelta | CallStart | CallArguments]: ...
+__all__ = ["CallArguments", "CallStart", "TextDelta", "ToolCallParser", "ToolPlan", "plan", "render_messages"]
 
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """How tools are told to the model, and what constrains its answer."""
+    """How tools are told to the model, and what constrains its answer.
 
-    options: dict[str, Any] = field(default_factory=dict)
+    Attributes
+    ----------
+    functions
+        Those that it may call, at least one.
+    required
+        It must call one.
+    parallel
+        It may call several.
+    content
+        The JSON Schema of an answer that is no call; None for text.
+    """
 
-    def parser(self) -> ToolCallParser | None:
-        return None
+    functions: tuple[Function, ...]
+    required: bool
+    parallel: bool
+    content: dict[str, Any] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For the wire."""
+        text = not self.required and self.content is None
+        tags = [
+            {"begin": call_opening(function.name), "json_schema": function.parameters, "end": CLOSING}
+            for function in self.functions
+        ]
+        form = {
+            "trigger": TRIGGER,
+            "tags": tags,
+            "text": text,
+            "many": self.parallel,
+            "separator": SEPARATOR,
+            "tails": list(TEXT_TAILS if text else CALL_TAILS),
+        }
+        if self.content is not None and not self.required:
+            form["otherwise"] = self.content
+        return {"grammar": {"tags": form}}
+
+    @property
+    def declaration(self) -> str:
+        """What the model is told."""
+        declared = [function.declaration for function in self.functions]
+        return declaration(declared, required=self.required, parallel=self.parallel)
+
+    def parser(self) -> ToolCallParser:
+        """Reads one answer."""
+        return ToolCallParser(function.name for function in self.functions)
 
 
 def plan(
-    tools: list[dict[str, Any]] | None, tool_choice: str | dict[str, Any] | None, parallel_tool_calls: bool
+    tools: list[dict[str, Any]] | None,
+    tool_choice: str | dict[str, Any] | None,
+    parallel_tool_calls: bool,
+    content: dict[str, Any] | None = None,
 ) -> ToolPlan | None:
-    if tools:
-        raise UnsupportedError("this server calls no tools", param="tools")
-    if tool_choice not in (None, "none", "auto") or not parallel_tool_calls:
-        raise UnsupportedError("this server calls no tools", param="tool_choice")
-    return None
+    """What is done about a request's tools; None if it calls none.
+
+    Parameters
+    ----------
+    content
+        As for ToolPlan.
+
+    Raises
+    ------
+    InvalidRequestError
+        For tools that are no functions, and a choice that is none of them.
+    """
+    if not tools:
+        if tool_choice not in (None, "none", "auto"):
+            raise InvalidRequestError("tool_choice goes with tools, of which there are none", param="tool_choice")
+        return None
+    functions = read_functions(tools)
+    allowed, required = _chosen(tool_choice, functions)
+    return ToolPlan(allowed, required, parallel_tool_calls, content) if allowed else None
 
 
-def render_messages(messages: list[dict[str, Any]], _plan: ToolPlan | None) -> list[dict[str, Any]]:
-    if any("tool_calls" in message or message["role"] == "tool" for message in messages):
-        raise UnsupportedError("this server calls no tools", param="messages")
-    return messages
+def _chosen(choice: str | dict[str, Any] | None, functions: tuple[Function, ...]) -> tuple[tuple[Function, ...], bool]:
+    """The functions that may be called, and whether one must be."""
+    match choice:
+        case None | "auto":
+            return functions, False
+        case "required":
+            return functions, True
+        case "none":
+            return (), False
+        case {"type": "function", **rest}:
+            checked_fields(rest, "tool_choice", known=("function",))
+            return (_named(rest.get("function"), functions, "tool_choice.function"),), True
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]}}:
+            place = "tool_choice.allowed_tools.tools"
+            names = [
+                _named(tool.get("function") if isinstance(tool, Mapping) else tool, functions, f"{place}[{i}].function")
+                for i, tool in enumerate(tools)
+            ]
+            return tuple(dict.fromkeys(names)), mode == "required"
+    raise InvalidRequestError(
+        f'tool_choice is {reprlib.repr(choice)}; it takes none, auto, required, {{"type": "function", "function": '
+        '{"name": ...}} or {"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}',
+        param="tool_choice",
+    )
+
+
+def _named(given: Any, functions: tuple[Function, ...], place: str) -> Function:
+    name = checked_fields(given, place, known=("name",)).get("name")
+    for function in functions:
+        if function.name == name:
+            return function
+    raise InvalidRequestError(
+        f"{place}.name is {reprlib.repr(name)}, which tools does not declare", param=f"{place}.name"
+    )
+
+
+def render_messages(messages: list[dict[str, Any]], plan: ToolPlan | None) -> list[dict[str, Any]]:
+    """A conversation in the roles of the model's template.
+
+    The tools are declared in the system's words. An assistant's calls are its text, as it has written them. The
+    results of calls are a user's turn, together with what the user says next, because turns alternate.
+
+    Parameters
+    ----------
+    messages
+        In OpenAI's form, `content` a text, or for a user a list of parts, or for an assistant that calls None.
+    plan
+        None if the model is to call nothing.
+
+    Raises
+    ------
+    InvalidRequestError
+        For a result of no call, or an assistant that says nothing.
+    """
+    rendered: list[dict[str, Any]] = []
+    called: dict[str, str] = {}
+    for i, message in enumerate(messages):
+        place = f"messages[{i}]"
+        match message["role"]:
+            case "assistant":
+                rendered.append({"role": "assistant", "content": _said(message, place)})
+                called |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
+            case "tool":
+                _answer(rendered, _result(message, called, place))
+            case "user" if _awaits_user(rendered):
+                rendered[-1] = {"role": "user", "content": _joined(rendered[-1]["content"], message["content"])}
+            case _:
+                rendered.append(message)
+    if plan is not None:
+        _declare(rendered, plan.declaration)
+    return [{key: value for key, value in message.items() if key != _RESULTS} for message in rendered]
+
+
+_RESULTS = "results"
+"""Marks a turn of results, to which more may come."""
+
+
+def _said(message: Mapping[str, Any], place: str) -> str:
+    calls = [call_text(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls") or ()]
+    content = message.get("content")
+    if content is None and not calls:
+        raise InvalidRequestError(f"{place} has neither content nor tool_calls", param=f"{place}.content")
+    return "\n".join([*([content] if content else []), *calls])
+
+
+def _result(message: Mapping[str, Any], called: Mapping[str, str], place: str) -> str:
+    call_id = message["tool_call_id"]
+    if call_id not in called:
+        raise InvalidRequestError(
+            f"{place}.tool_call_id is {reprlib.repr(call_id)}, which no call of the assistant's before it has",
+            param=f"{place}.tool_call_id",
+        )
+    return result_text(called[call_id], message["content"])
+
+
+def _answer(rendered: list[dict[str, Any]], result: str) -> None:
+    if _awaits_user(rendered):
+        rendered[-1]["content"] += f"\n{result}"
+    else:
+        rendered.append({"role": "user", "content": result, _RESULTS: True})
+
+
+def _awaits_user(rendered: list[dict[str, Any]]) -> bool:
+    return bool(rendered) and _RESULTS in rendered[-1]
+
+
+def _joined(results: str, content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """A user's words after the results of calls, in one turn."""
+    if isinstance(content, str):
+        return f"{results}\n\n{content}"
+    if content and content[0]["type"] == "text":
+        return [{"type": "text", "text": f"{results}\n\n{content[0]['text']}"}, *content[1:]]
+    return [{"type": "text", "text": results}, *content]
+
+
+def _declare(rendered: list[dict[str, Any]], declared: str) -> None:
+    if rendered and rendered[0]["role"] == "system":
+        rendered[0] = {"role": "system", "content": f"{rendered[0]['content']}\n\n{declared}"}
+    else:
+        rendered.insert(0, {"role": "system", "content": declared})

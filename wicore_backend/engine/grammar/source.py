@@ -78,10 +78,10 @@ def _dumped(schema: JsonSchema) -> str:
 def _tags_source(tags: Tags) -> str:
     """Once a line has begun with the trigger, the lexer's lazy `head` leaves no way back to the text."""
     trigger, rests = _text(tags.trigger), " | ".join(f"rest_{i}" for i in range(len(tags.tags)))
-    start = "first" if tags.text else "tag"
+    start = "TEXT | first" if tags.text else "tag" if tags.otherwise is None else "otherwise | tag"
     more = " (SEPARATOR tag)*" if tags.many else ""
     tail = " TAIL?" if tags.tails else ""
-    rules = [f"start: {'TEXT | ' if tags.text else ''}{start}{more}{tail}", f"tag: {trigger} ({rests})"]
+    rules = [f"start: {start}{more}{tail}", f"tag: {trigger} ({rests})"]
     if tags.text:
         rules += [
             r"TEXT: /(.|\n)*/",
@@ -89,6 +89,8 @@ def _tags_source(tags: Tags) -> str:
             f"head[lazy]: LINES {trigger}",
             f"first: head ({rests})",
         ]
+    if tags.otherwise is not None:
+        rules.append(f"otherwise: %json {_dumped(tags.otherwise)}")
     if tags.many:
         rules.append(f"SEPARATOR: {_text(tags.separator)}")
     if tags.tails:

@@ -35,7 +35,7 @@ class Tags(Settings):
     """Free text that may turn into tagged JSON, or tagged JSON at once: calls of tools, for example.
 
     With `text` the answer is free until a line begins with `trigger`; from there on it is tags. Without, it is tags
-    from its first character. After the last tag the answer ends.
+    from its first character, unless it is JSON by `otherwise`. After the last tag the answer ends.
     """
 
     trigger: Literal
@@ -45,6 +45,9 @@ class Tags(Settings):
 
     text: bool = True
     """Text may come first, or alone."""
+
+    otherwise: JsonSchema | None = None
+    """By what the answer may be JSON instead of tags; not with `text`."""
 
     many: bool = True
     """More than one tag may come."""
@@ -60,6 +63,8 @@ class Tags(Settings):
         for tag in self.tags:
             if not tag.begin.startswith(self.trigger):
                 raise ValueError(f"the tag {tag.begin[:80]!r} does not begin with the trigger {self.trigger[:80]!r}")
+        if self.text and self.otherwise is not None:
+            raise ValueError("otherwise does not go with text = True, which leaves any answer open")
         if "\n" in self.trigger:
             raise ValueError(f"trigger = {self.trigger[:80]!r} has a line break; it is the beginning of one line")
         return self

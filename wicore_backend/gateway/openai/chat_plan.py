@@ -43,8 +43,14 @@ class ChatPlan:
         check_model(body.model, state.settings)
         caller.check_model(body.model)
         options = body.sampling_options(caller) | retention(body)
-        tool_plan = tools.plan(body.tools, body.tool_choice, body.parallel_tool_calls is not False)
-        options |= structured.wire_options(body.response_format) | (tool_plan.options if tool_plan else {})
+        form = structured.wire_options(body.response_format)
+        tool_plan = tools.plan(
+            body.tools,
+            body.tool_choice,
+            body.parallel_tool_calls is not False,
+            structured.content_schema(form),
+        )
+        options |= form | (tool_plan.options if tool_plan else {})
         limit = body.max_completion_tokens or body.max_tokens
         if limit is not None:
             options["max_tokens"] = limit
