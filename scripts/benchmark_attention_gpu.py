@@ -6,6 +6,7 @@
     python -m scripts.benchmark_attention_gpu yardsticks  PyTorch's attention over contiguous keys and values
     python -m scripts.benchmark_attention_gpu decode-variants prefill-variants
                                                           the shapes of tiles that attention/gpu/tuning.py chooses from
+    ... --kv-dtype fp8                                    with keys and values in e4m3
 
 What is timed are replays of a CUDA graph, as decode steps are served, over layers whose keys and values do not fit the
 card's cache together. The read limit and PyTorch's attention on contiguous tensors are from the same run.
@@ -30,13 +31,14 @@ from torch import Tensor
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
 from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
+from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW = 32, 16, 128, 32, 1024
 SCALE = 168**-0.5
 DEVICE = torch.device("cuda")
-_TOKEN_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
+_TOKEN_VALUES = 2 * KV_HEADS * HEAD_DIM
 _MOST_BYTES = 20 * 2**30
 _COLD_BYTES = 2**29
 
@@ -49,6 +51,7 @@ class Load:
     past: int
     batch: int = 1
     new: int = 1
+    kv_dtype: torch.dtype = torch.bfloat16
 
     @property
     def keys(self) -> int:
@@ -59,7 +62,12 @@ class Load:
     @property
     def bytes_read(self) -> int:
         """Keys and values that one layer's decode has to read."""
-        return self.batch * self.keys * _TOKEN_BYTES
+        return self.batch * self.keys * self.token_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """A token's keys and values in one layer."""
+        return _TOKEN_VALUES * self.kv_dtype.itemsize
 
     @property
     def operations(self) -> float:
@@ -81,7 +89,7 @@ class Bench:
         total = -(-(load.past + load.new) // BLOCK_SIZE)
         held = min(held, total)
         blocks = load.batch * held + 1
-        layer_bytes = blocks * BLOCK_SIZE * _TOKEN_BYTES
+        layer_bytes = blocks * BLOCK_SIZE * load.token_bytes
         self.layers = int(max(1, min(10, _COLD_BYTES // layer_bytes + 1, memory.nbytes // layer_bytes)))
         layout = KVLayout.of(
             [load.group] * self.layers,
@@ -89,7 +97,7 @@ class Bench:
             kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             window=WINDOW,
-            bytes_per_value=2,
+            bytes_per_value=load.kv_dtype.itemsize,
         )
         shape = (blocks, *layout.block_shape(load.group))
         pool = memory[: int(np.prod(shape))].view(shape)
@@ -99,6 +107,7 @@ class Bench:
             scale=SCALE,
             window=WINDOW,
             softcap=None,
+            dtype=torch.bfloat16,
             tuning=tuning,
         )
         table = np.zeros((load.batch, total), np.int32)
@@ -168,14 +177,14 @@ def read_limit(memory: Tensor) -> float:
     return values.nbytes / milliseconds(lambda: values.max(), repeats=10) * 1e3
 
 
-def decode_loads() -> Iterator[Load]:
+def decode_loads(kv_dtype: torch.dtype, most_bytes: float) -> Iterator[Load]:
     for group in (LayerGroup.GLOBAL, LayerGroup.LOCAL):
         for context in (576, 8192, 32768, 130_000):
             if group is LayerGroup.LOCAL and context > 8192:
                 continue
             for batch in (1, 16, 64, 128):
-                load = Load(group, context - 1, batch)
-                if load.bytes_read < _MOST_BYTES * 0.95:
+                load = Load(group, context - 1, batch, kv_dtype=kv_dtype)
+                if load.bytes_read < most_bytes:
                     yield load
 
 
@@ -240,7 +249,14 @@ def yardsticks(memory: Tensor) -> Iterator[dict[str, Any]]:
             yield {"torch": backend.name, "prefix": past, "chunk": 8192, "causal": causal, "TFLOP/s": round(tflops, 1)}
 
 
-def decode_variants() -> Iterator[Launch]:
+def decode_variants(kv_dtype: torch.dtype) -> Iterator[Launch]:
+    if kv_dtype == FP8:
+        for keys, warps, stages, fill in (
+            *((32, 2, 5, 4), (32, 1, 6, 4), (64, 2, 3, 4), (64, 2, 4, 4), (64, 2, 4, 3), (64, 2, 4, 5)),
+            *((64, 4, 4, 4), (64, 1, 4, 4), (128, 4, 3, 3), (128, 2, 3, 3)),
+        ):
+            yield Launch(keys, warps, stages, fill)
+        return
     for keys, warps, stages in ((32, 4, 5), (64, 4, 3), (32, 2, 3), (32, 2, 5), (32, 1, 5), (64, 2, 3)):
         yield Launch(keys, warps, stages, 4)
     yield Launch(32, 2, 5, 3)
@@ -261,6 +277,7 @@ def main() -> None:
         nargs="+",
         choices=("decode", "mass", "prefill", "decode-variants", "prefill-variants", "yardsticks", "compile"),
     )
+    parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="of keys and values")
     parser.add_argument("--json", type=Path, help="where to write the results, too")
     parser.add_argument("--nth", default="0/1", help="of compile: which of how many shares of the variants")
     arguments = parser.parse_args()
@@ -273,29 +290,47 @@ def main() -> None:
     torch.manual_seed(0)
     small = "compile" in arguments.what
     memory = torch.empty(2**28 if small else _MOST_BYTES // 2, device=DEVICE, dtype=torch.bfloat16).normal_()
-    chosen = Tuning.of(HEAD_DIM, torch.bfloat16)
+    kv_dtype = FP8 if arguments.kv_dtype == "fp8" else torch.bfloat16
+    memory = memory.to(kv_dtype)
+    of_kind = partial(Load, kv_dtype=kv_dtype)
+    chosen = Tuning.of(HEAD_DIM, torch.bfloat16, kv_dtype)
     if small:
         nth, of = map(int, arguments.nth.split("/"))
-        decodes = [replace(chosen, decode=launch) for launch in decode_variants()]
+        decodes = [replace(chosen, decode=launch) for launch in decode_variants(kv_dtype)]
         prefills = [replace(chosen, prefill=launch) for launch in prefill_variants()]
         for tuning in decodes[nth::of]:
-            Bench(Load(LayerGroup.GLOBAL, 575), memory, tuning).decode_graph()
+            Bench(of_kind(LayerGroup.GLOBAL, 575), memory, tuning).decode_graph()
         for tuning in prefills[nth::of]:
-            for load in (Load(LayerGroup.GLOBAL, 0, 1, 8192), Load(LayerGroup.GLOBAL, 4096, 1, 64)):
+            for load in (of_kind(LayerGroup.GLOBAL, 0, 1, 8192), of_kind(LayerGroup.GLOBAL, 4096, 1, 64)):
                 Bench(load, memory, tuning).prefill()()
         torch.cuda.synchronize()
         return
     limit = read_limit(memory)
-    report({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "read TB/s": round(limit / 1e12, 3)})
+    report(
+        {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "KV": arguments.kv_dtype,
+            "read TB/s": round(limit / 1e12, 3),
+        }
+    )
     if "decode-variants" in arguments.what:
-        loads = [Load(LayerGroup.GLOBAL, 575), Load(LayerGroup.GLOBAL, 575, 64), Load(LayerGroup.LOCAL, 8191, 16)]
-        loads += [Load(LayerGroup.GLOBAL, 129_999), Load(LayerGroup.GLOBAL, 32767, 16), Load(LayerGroup.GLOBAL, 8191)]
-        for launch in decode_variants():
+        loads = [
+            of_kind(LayerGroup.GLOBAL, 575),
+            of_kind(LayerGroup.GLOBAL, 575, 64),
+            of_kind(LayerGroup.LOCAL, 8191, 16),
+        ]
+        loads += [
+            of_kind(LayerGroup.GLOBAL, 129_999),
+            of_kind(LayerGroup.GLOBAL, 32767, 16),
+            of_kind(LayerGroup.GLOBAL, 8191),
+        ]
+        for launch in decode_variants(kv_dtype):
             us = [measure_decode(load, memory, limit, replace(chosen, decode=launch))["us"] for load in loads]
             report({"decode": str(launch), "us": us})
     if "prefill-variants" in arguments.what:
-        chunks = [Load(LayerGroup.GLOBAL, 0, 1, 8192), Load(LayerGroup.GLOBAL, 32768, 1, 8192)]
-        chunks.append(Load(LayerGroup.LOCAL, 8192, 1, 8192))
+        chunks = [of_kind(LayerGroup.GLOBAL, 0, 1, 8192), of_kind(LayerGroup.GLOBAL, 32768, 1, 8192)]
+        chunks.append(of_kind(LayerGroup.LOCAL, 8192, 1, 8192))
         for launch in prefill_variants():
             tflops = [measure_prefill(load, memory, replace(chosen, prefill=launch))["TFLOP/s"] for load in chunks]
             report({"prefill": str(launch), "TFLOP/s": tflops})
@@ -303,18 +338,18 @@ def main() -> None:
         for row in yardsticks(memory):
             report(row)
     if "decode" in arguments.what:
-        for load in decode_loads():
+        for load in decode_loads(kv_dtype, 0.95 * memory.nbytes):
             report(measure_decode(load, memory, limit))
     if "mass" in arguments.what:
         for context, batch in ((576, 64), (8192, 16), (130_000, 1)):
-            report(measure_mass(Load(LayerGroup.GLOBAL, context - 1, batch), memory))
+            report(measure_mass(of_kind(LayerGroup.GLOBAL, context - 1, batch), memory))
     if "prefill" in arguments.what:
         for past in (0, 32768, 131_072):
-            report(measure_prefill(Load(LayerGroup.GLOBAL, past, 1, 8192), memory))
-        report(measure_prefill(Load(LayerGroup.LOCAL, 8192, 1, 8192), memory))
-        report(measure_prefill(Load(LayerGroup.GLOBAL, 0, 1, 512), memory))
-        report(measure_prefill(Load(LayerGroup.LOCAL, 0, 1, 512), memory))
-        report(measure_prefill(Load(LayerGroup.GLOBAL, 131_072, 1, 32), memory))
+            report(measure_prefill(of_kind(LayerGroup.GLOBAL, past, 1, 8192), memory))
+        report(measure_prefill(of_kind(LayerGroup.LOCAL, 8192, 1, 8192), memory))
+        report(measure_prefill(of_kind(LayerGroup.GLOBAL, 0, 1, 512), memory))
+        report(measure_prefill(of_kind(LayerGroup.LOCAL, 0, 1, 512), memory))
+        report(measure_prefill(of_kind(LayerGroup.GLOBAL, 131_072, 1, 32), memory))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

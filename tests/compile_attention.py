@@ -18,17 +18,18 @@ from wicore_backend.attention.gpu.tuning import Launch, Tuning
 
 CARDS = {"T10": (75, 65_536), "RTX 4090, L20": (89, 101_376)}
 """Compute capability and the shared memory that a program may have."""
-IN_HALF = {"q", "k", "v", "pool", "out"}
+IN_HALF = {"q", "k", "v", "out"}
 IN_FLOAT = {"mass", "partial", "stats", "log_totals"}
 NUMBERS = {"items", "tables", "mass_at", "arrived", "tiles", "lowers", "uppers"}
 
 
-def shared_bytes(kernel: Any, constants: dict[str, Any], capability: int, launch: Launch) -> int:
+def shared_bytes(kernel: Any, constants: dict[str, Any], pool: str | None, capability: int, launch: Launch) -> int:
     """What a program of the kernel takes."""
     names = [parameter.name for parameter in kernel.params]
     constants = {name: value for name, value in constants.items() if name in names}
     half = "*fp16" if capability < 80 else "*bf16"
     types = dict.fromkeys(IN_HALF, half) | dict.fromkeys(IN_FLOAT, "*fp32") | dict.fromkeys(NUMBERS, "*i32")
+    types["pool"] = pool or half
     types |= dict.fromkeys(("scale", "softcap"), "fp32") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
@@ -41,7 +42,8 @@ def shared_bytes(kernel: Any, constants: dict[str, Any], capability: int, launch
 if __name__ == "__main__":
     for card, (capability, limit) in CARDS.items():
         for head_dim, kv_heads in ((128, 16), (256, 4)):
-            tuning = Tuning.of(head_dim, torch.float16 if capability < 80 else torch.bfloat16, limit)
+            half = torch.float16 if capability < 80 else torch.bfloat16
+            tuning = Tuning.of(head_dim, half, shared_bytes=limit)
             shape: dict[str, Any] = {
                 "KV_HEADS": kv_heads,
                 "HEAD_DIM": head_dim,
@@ -54,7 +56,11 @@ if __name__ == "__main__":
             decode = shape | {"ROWS": 16, "KEYS": tuning.decode.keys, "CELL": 32, "AT_ONCE": 4096 // (2 * head_dim)}
             decode |= {"MEASURE": True, "OVERLAPPED": False}
             taken = max(
-                shared_bytes(prefill_kernel, prefill, capability, tuning.prefill),
-                shared_bytes(decode_kernel, decode, capability, tuning.decode),
+                shared_bytes(kernel, shape, pool, capability, launch)
+                for pool in (None, "*u8")
+                for kernel, shape, launch in (
+                    (prefill_kernel, prefill, tuning.prefill),
+                    (decode_kernel, decode, tuning.decode),
+                )
             )
             print(f"{card}, heads of {head_dim}:", taken, limit, flush=True)

@@ -257,11 +257,13 @@ def compiled_alone(program: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_kernel_for_hopper_compiles_without_one():
+def test_the_kernels_for_hopper_compile_without_one():
     # Two warpgroups, each with a first tile, those after it and the last: products in steps of 16.
     assert compiled_alone("tests.compile_hopper_prefill") == [
-        "64 4 products 64 copies 8",
-        "128 2 products 96 copies 16",
+        "64 4 products 64 copies 8 widened 0",
+        "128 2 products 96 copies 16 widened 0",
+        "64 4 products 64 copies 12 widened 64",
+        "128 2 products 96 copies 24 widened 128",
     ]
 
 
@@ -301,12 +303,14 @@ class TestOnTheDevice:
         device = torch.device("cuda")
         check(shape, [*self.PARTS], device, measured, head_dim=head_dim, tuning=None, processors=None, layers=layers)
 
+    @pytest.mark.parametrize("kv_dtype", [None, FP8])
     @pytest.mark.parametrize(("keys", "stages"), [(64, None), (64, 4), (128, 2)])
     @pytest.mark.parametrize(
         ("block_size", "heads", "softcap"), [(16, (2, 4), None), (64, (1, 3), 0.8), (32, (16, 2), None)]
     )
-    def test_prefills_by_each_kernel(self, block_size, heads, softcap, keys, stages):
-        shape, device = Shape(block_size, *heads, 600, softcap, torch.bfloat16), torch.device("cuda")
+    def test_prefills_by_each_kernel(self, block_size, heads, softcap, keys, stages, kv_dtype):
+        shape = Shape(block_size, *heads, 600, softcap, torch.bfloat16, kv_dtype)
+        device = torch.device("cuda")
         parts = [Part(0, 1), Part(0, 1000), Part(1900, 1111, image=(700, 256)), Part(3, 4), Part(0, 64)]
         layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
         launch = PrefillLaunch(keys, 8, 2, 1, rows=128, hopper_stages=stages)

@@ -1,4 +1,4 @@
-"""The prefill kernel for Hopper, and what it is for."""
+"""The prefill kernels for Hopper, and what they are for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 
 ROWS = 128
@@ -15,12 +16,15 @@ ROWS = 128
 _PANEL = 64  # 16-bit values in a row of shared memory as the tensor cores read it
 
 
-def fits(layout: KVLayout, dtype: torch.dtype, device: torch.device, *, rows: int, keys: int) -> bool:
-    """Whether the kernel is for these pools on this device, with tiles of so many rows and keys."""
+def fits(
+    layout: KVLayout, pool: torch.dtype, queries: torch.dtype, device: torch.device, *, rows: int, keys: int
+) -> bool:
+    """Whether a kernel is for such pools and queries on this device, with tiles of so many rows and keys."""
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == 9
-        and dtype.itemsize == 2
+        and queries.itemsize == 2
+        and pool in (queries, FP8)
         and layout.head_dim == 128
         and layout.block_size >= 8
         and keys % layout.block_size == 0
@@ -29,7 +33,7 @@ def fits(layout: KVLayout, dtype: torch.dtype, device: torch.device, *, rows: in
 
 
 class HopperPrefill:
-    """`hopper_prefill_kernel` over `pools`.
+    """`hopper_prefill_kernel` over `pools`, or over bytes of e4m3 `hopper_fp8_prefill_kernel`.
 
     Parameters
     ----------
@@ -47,10 +51,12 @@ class HopperPrefill:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         from wicore_backend.attention.gpu.kernels.prefill_hopper import hopper_prefill_kernel
+        from wicore_backend.attention.gpu.kernels.prefill_hopper_fp8 import hopper_fp8_prefill_kernel
 
-        self._kernel = hopper_prefill_kernel
+        size = next(iter(pools.values())).itemsize
+        self._kernel = hopper_fp8_prefill_kernel if size == 1 else hopper_prefill_kernel
         self._layout = layout
-        shared = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        shared = NVMMASharedLayout(swizzle_byte_width=_PANEL * size, element_bitwidth=8 * size, rank=2)
         self._pools = {
             group: TensorDescriptor.from_tensor(pool.flatten(4).flatten(0, 3), [layout.block_size, _PANEL], shared)
             for group, pool in pools.items()

@@ -93,7 +93,7 @@ class GpuPagedAttention:
         self._dtype = pools.dtype if dtype is None else dtype
         self._window = window
         self._query_heads = query_heads
-        self._tuning = tuning = tuning or _tuning(layout.head_dim, self._dtype, self._device)
+        self._tuning = tuning = tuning or _tuning(layout.head_dim, self._dtype, pools.dtype, self._device)
         if processors is None:
             processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._decode_fill = max(1, processors * tuning.decode.fill // layout.kv_heads)
@@ -141,7 +141,8 @@ class GpuPagedAttention:
         }
         self._hopper: HopperPrefill | None = None
         rows, keys, stages = self._tile_tokens * group_rows, tuning.prefill.keys, tuning.prefill.hopper_stages
-        if stages is not None and hopper.fits(layout, pools.dtype, self._device, rows=rows, keys=keys):
+        types = pools.dtype, self._dtype
+        if stages is not None and hopper.fits(layout, *types, self._device, rows=rows, keys=keys):
             self._hopper = HopperPrefill(layout, self._pools, self._prefill_options, stages=stages)
         self._mass_options = scoring | {
             "TOKENS": max(1, _MASS_ROWS // group_rows),
@@ -487,8 +488,9 @@ class GpuPagedAttention:
             )
 
 
-def _tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
+def _tuning(head_dim: int, dtype: torch.dtype, pool: torch.dtype, device: torch.device) -> Tuning:
     if device.type != "cuda":
-        return Tuning.of(head_dim, dtype)
+        return Tuning.of(head_dim, dtype, pool)
     index = torch.cuda.current_device() if device.index is None else device.index
-    return Tuning.of(head_dim, dtype, triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Tuning.of(head_dim, dtype, pool, shared)

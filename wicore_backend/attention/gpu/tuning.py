@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from wicore_backend.hmt.fp8 import FP8
+
 HOPPER_SHARED_BYTES = 232_448
 """What a program may have of a multiprocessor's shared memory on an H100 or H200, ..."""
 _AMPERE_SHARED_BYTES = 166_912
@@ -61,8 +63,15 @@ class Tuning:
     prefill: PrefillLaunch
 
     @classmethod
-    def of(cls, head_dim: int, dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES) -> Tuning:
-        """For a head size, the type of the queries, and a card's shared memory for one program.
+    def of(
+        cls,
+        head_dim: int,
+        dtype: torch.dtype,
+        pool: torch.dtype | None = None,
+        shared_bytes: int = HOPPER_SHARED_BYTES,
+    ) -> Tuning:
+        """For a head size, the type of the queries, that of the pools if it is another, and a card's shared memory for
+        one program.
 
         Measured on Hopper; on cards with less of it, tiles are what fits (tests/compile_attention.py says what does).
         """
@@ -75,5 +84,6 @@ class Tuning:
                 return cls(Launch(32, 4, 3, 4), PrefillLaunch(32, 4, 2, 1, rows=64))
             return cls(Launch(32, 4, 3, 4), PrefillLaunch(64, 8, 2, 1, rows=128))
         if head_dim == 128 and shared_bytes >= HOPPER_SHARED_BYTES:
-            return cls(Launch(32, 2, 5, 4), PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2))
+            decode = Launch(64, 2, 4, 4) if pool == FP8 else Launch(32, 2, 5, 4)
+            return cls(decode, PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2))
         return cls(Launch(32, 2, 5, 4), PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))

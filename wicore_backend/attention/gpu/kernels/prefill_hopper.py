@@ -107,19 +107,19 @@ def _clear_past(values, stage, valid, KEYS: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _attend(
+def attend_rows(
     q, out, log_totals, lowers, uppers, first_token, num_tokens, start, end, full_from, full_to, head,
     scale, softcap, q_token, q_head,
     keys, values, keys_there, values_there, keys_free, values_free, queries,
     WARPGROUP: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_ROWS: gl.constexpr,
     HEAD_DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's rows of the tile of queries."""
+    """A warpgroup's rows of the tile of queries; products are of the type of `keys` and `values`, 16-bit panels."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     of_result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     of_weights: gl.constexpr = gl.DotOperandLayout(0, of_result, 2)
     of_memory: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    dtype: gl.constexpr = q.dtype.element_ty
+    dtype: gl.constexpr = keys.dtype
 
     # Queries to shared memory.
     rows = WARPGROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, of_memory))
@@ -129,7 +129,8 @@ def _attend(
     token = (first_token + rows // GROUP_ROWS).to(gl.int64)
     from_rows = (q + token * q_token + (head * GROUP + member) * q_head)[:, None] + dims[None, :]
     for panel in gl.static_range(2):
-        queries.index(WARPGROUP * 2 + panel).store(gl.load(from_rows + panel * 64, mask=there[:, None], other=0.0))
+        of_panel = gl.load(from_rows + panel * 64, mask=there[:, None], other=0.0).to(dtype)
+        queries.index(WARPGROUP * 2 + panel).store(of_panel)
     fence_async_shared()
 
     score_rows = WARPGROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, of_scores))
@@ -188,9 +189,9 @@ def _attend(
     gl.store(log_totals + score_at, top + gl.log2(total), mask=score_there)
     whole = gl.convert_layout(total, gl.SliceLayout(1, of_result))[:, None]
     to_rows = (out + ((token * KV_HEADS + head) * GROUP + member) * HEAD_DIM)[:, None] + dims[None, :]
-    left = gl.convert_layout((left / whole).to(dtype), of_memory)
+    left = gl.convert_layout((left / whole).to(out.dtype.element_ty), of_memory)
     gl.store(to_rows, left, mask=there[:, None])
-    right = gl.convert_layout((right / whole).to(dtype), of_memory)
+    right = gl.convert_layout((right / whole).to(out.dtype.element_ty), of_memory)
     gl.store(to_rows + 64, right, mask=there[:, None])
 
 
@@ -235,7 +236,7 @@ def hopper_prefill_kernel(
     gl.warp_specialize(
         [
             (
-                _attend,
+                attend_rows,
                 (
                     q, out, log_totals, lowers, uppers, first_token, num_tokens, start, end, full_from, full_to, head,
                     scale, softcap, q_token, q_head,
@@ -244,7 +245,7 @@ def hopper_prefill_kernel(
                 ),
             ),
             (
-                _attend,
+                attend_rows,
                 (
                     q, out, log_totals, lowers, uppers, first_token, num_tokens, start, end, full_from, full_to, head,
                     scale, softcap, q_token, q_head,

@@ -50,7 +50,21 @@ def as_numbers(stored, dtype: tl.constexpr):
     """Elements of a pool as numbers of `dtype`."""
     if stored.dtype == tl.uint8:
         if cuda_capability_geq(8, 9):
-            numbers = stored.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+            # Said to be impure, so that the compiler widens a tile where it was loaded. Else it lays bytes out for the
+            # tensor cores first, and values, which these want by columns, come from shared memory byte by byte.
+            numbers = tl.inline_asm_elementwise(
+                """{
+                .reg .b16 low, high;
+                mov.b32 {low, high}, $2;
+                cvt.rn.f16x2.e4m3x2 $0, low;
+                cvt.rn.f16x2.e4m3x2 $1, high;
+                }""",
+                constraints="=r,=r,r",
+                args=[stored],
+                dtype=tl.float16,
+                is_pure=False,
+                pack=4,
+            )
         else:  # Their exponents count from 7, those of float16 from 15.
             bits = ((stored.to(tl.uint16) & 0x7F) << 7) | ((stored.to(tl.uint16) & 0x80) << 8)
             numbers = bits.to(tl.float16, bitcast=True) * 256.0
