@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ _log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 5.0
 """How long after the last request's end its client may take to be told, before the server is stopped."""
+
+_COMPILING = 8
+"""Requests that wait for their grammars at once, beside all others, which wait for nobody."""
 
 _HARDLY_EVER = 10**9
 """Collections of Python's second generation before a full one."""
@@ -59,6 +63,7 @@ class TritonPythonModel:
         )
         self._replies = ReplySender(self._engine.processor.tokenizer.token_text)
         self._outbox = Outbox(on_end=lambda end: self._metrics.observe(end.usage))
+        self._compiling = ThreadPoolExecutor(_COMPILING, thread_name_prefix="wicore-compiling")
         self._attachable: WeakValueDictionary[bytes, Channel] = WeakValueDictionary()  # The outbox holds what is open.
         self._lifecycle = self._look_after(args["model_name"])
         # A full collection looks through all that has been loaded, and all that the cache's policies remember: 100 ms
@@ -76,16 +81,15 @@ class TritonPythonModel:
                     key = bytes(tensors["tick_in"][0])
                     self._outbox.post(partial(self._attach, key, sender, cancelled=request.is_cancelled()))
                 else:
-                    self._submit(request, tensors, sender)
+                    self._take(request, tensors, sender)
             except Exception as error:
-                if not isinstance(error, WicoreError):
-                    _log.exception("request %r could not be submitted", request.request_id())
-                self._replies.fail(sender, error)
+                self._refuse(request, sender, error)
 
     def finalize(self) -> None:
         if self._lifecycle is not None:
             self._lifecycle.close()
         self._engine.close()
+        self._compiling.shutdown()
         self._outbox.close()
         self._metrics_thread.close()
 
@@ -104,9 +108,30 @@ class TritonPythonModel:
             _log.warning("some clients have not been told of their requests' ends in %g s", _LAST_WORDS_S)
         time.sleep(_SETTLING_S)
 
-    def _submit(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:
+    def _take(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:
+        """Submit a request; one whose grammar is to be compiled first, which may take seconds, on another thread."""
         arrival = arrival_of(tensors, time.monotonic())
         options = RequestOptions.parse(request.parameters(), tensors, json_tensor="request")
+        submit = partial(self._submit, request, tensors, sender, options, arrival)
+        if self._engine.has_compiled(options.sampling.grammar):
+            submit()
+        else:
+            self._compiling.submit(self._submit_late, request, sender, submit)
+
+    def _submit_late(self, request: Any, sender: Any, submit: Callable[[], None]) -> None:
+        try:
+            submit()
+        except Exception as error:
+            self._refuse(request, sender, error)
+
+    def _refuse(self, request: Any, sender: Any, error: Exception) -> None:
+        if not isinstance(error, WicoreError):
+            _log.error("request %r could not be submitted", request.request_id(), exc_info=error)
+        self._replies.fail(sender, error)
+
+    def _submit(
+        self, request: Any, tensors: dict[str, Any], sender: Any, options: RequestOptions, arrival: float
+    ) -> None:
         prompt = prompt_from_tensors(tensors, self._engine.processor.image_size)
         # Clients choose their request ids, also twice the same; inside, each request has its own.
         request_id = f"{request.request_id()}#{secrets.token_hex(8)}"

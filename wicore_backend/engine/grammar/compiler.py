@@ -61,6 +61,10 @@ class GrammarCompiler:
         # A second and a half at a vocabulary of 262,208, and nobody has a grammar yet.
         self._tokenizer = _on_deep_stack(lambda: _tokenizer_of(tokenizer, vocab_size, sorted(eos_token_ids)))
 
+    def has(self, grammar: Grammar | None) -> bool:
+        """Whether `begin` has nothing to compile."""
+        return grammar is None or self._compiled(source_of(grammar)) is not None
+
     def begin(self, grammar: Grammar | None, answers: int) -> list[GrammarProgress] | list[None]:
         """The progress of so many answers, none of which has a token; without a grammar there is none.
 
@@ -76,10 +80,7 @@ class GrammarCompiler:
         if grammar is None:
             return [None] * answers
         source = source_of(grammar)
-        with self._lock:
-            matcher = self._kept.get(source)
-            if matcher is not None:
-                self._kept.move_to_end(source)
+        matcher = self._compiled(source)
         if matcher is None:
             matcher = self._compile(grammar, source)
             with self._lock:
@@ -87,6 +88,13 @@ class GrammarCompiler:
                 if len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
         return [GrammarProgress(matcher.deep_copy()) for _ in range(answers)]
+
+    def _compiled(self, source: str) -> LLMatcher | None:
+        with self._lock:
+            matcher = self._kept.get(source)
+            if matcher is not None:
+                self._kept.move_to_end(source)
+            return matcher
 
     def _compile(self, grammar: Grammar, source: str) -> LLMatcher:
         if not self._slots.acquire(timeout=_LONGEST_S):
