@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +24,13 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scripts.random_gemma3 import random_weights, write_directory
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.runner import ModelRunner
+from wicore_backend.models.gemma3.weights import Weight
+from wicore_backend.quantization.fp8 import quantized_fp8
 
 _READ_BYTES = 4 * 2**30
 _PROFILED_STEPS, _NAMED_KERNELS = 16, 12
@@ -36,6 +39,8 @@ _KINDS = {
     "attention": ("decode_kernel",),
 }
 """Kernels by parts of their names; the rest are norms, RoPE, embedding, sampling, copies."""
+_QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {"bf16": lambda matrix: matrix, "fp8": quantized_fp8}
+"""What is made of a layer's matrix, by `--weights`."""
 
 
 @dataclass
@@ -55,8 +60,6 @@ class _Steps:
 
 def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
     """Decode step times and prefill rates of `args.shape`, by batch and by length of context."""
-    if args.weights != "bf16":
-        raise SystemExit(f"--weights {args.weights}: only bf16 is there yet")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {"shape": args.shape, "weights": args.weights}
     if device.type == "cuda":
@@ -85,7 +88,7 @@ def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int
 
     def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype, **__: Any) -> Any:
         nonlocal weight_bytes
-        weights = random_weights(config, device=device, dtype=dtype)
+        weights = random_weights(config, device=device, dtype=dtype, quantize=_QUANTIZE[args.weights])
         tensors = [t for layer in weights.text.layers for t in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         weight_bytes = sum(t.nbytes for t in (*tensors, weights.text.head))
         return weights

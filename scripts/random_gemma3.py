@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.models.gemma3.weights import Gemma3Weights, LayerWeights, TextWeights
+from wicore_backend.models.gemma3.weights import Gemma3Weights, LayerWeights, TextWeights, Weight
 
 _COMMON = {
     "model_type": "gemma3_text",
@@ -66,10 +67,18 @@ def write_directory(shape: str, target: Path, *, like: Path) -> None:
     (target / "config.json").write_text(json.dumps(_COMMON | SHAPES[shape]))
 
 
-def random_weights(config: Gemma3Config, *, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Gemma3Weights:
+def random_weights(
+    config: Gemma3Config,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    quantize: Callable[[Tensor], Weight] = lambda matrix: matrix,
+) -> Gemma3Weights:
     """Weights of the decoder of `config` on `device`, at scales that keep activations as large as a trained model's.
 
-    Head and embedding are one. There is no vision tower.
+    Head and embedding are one, and plain; the layers' matrices are what `quantize` makes of them. There is no vision
+    tower.
     """
     text = config.text
     generator = torch.Generator(device).manual_seed(seed)
@@ -85,15 +94,15 @@ def random_weights(config: Gemma3Config, *, device: torch.device, dtype: torch.d
     def layer() -> LayerWeights:
         return LayerWeights(
             input_norm=norm(D),
-            qkv=matrix(text.qkv_heads * text.head_dim, D),
+            qkv=quantize(matrix(text.qkv_heads * text.head_dim, D)),
             qkv_bias=None,
             qk_norm=norm(text.qk_heads, text.head_dim),
-            out=matrix(D, heads),
+            out=quantize(matrix(D, heads)),
             out_bias=None,
             post_attention_norm=norm(D),
             pre_feedforward_norm=norm(D),
-            gate_up=matrix(2 * text.intermediate_size, D),
-            down=matrix(D, text.intermediate_size),
+            gate_up=quantize(matrix(2 * text.intermediate_size, D)),
+            down=quantize(matrix(D, text.intermediate_size)),
             post_feedforward_norm=norm(D),
         )
 

@@ -16,11 +16,11 @@ from wicore_backend.executor.roles import Role
 from wicore_backend.quantization.fp8 import Fp8Matrix, Rows
 
 FP8_TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
-    "qkv": {1: (Tile(8, 512, 4, 1280, dot=False),), 16: (Tile(64, 256, 4, 256),)},
+    "qkv": {1: (Tile(8, 512, 4, 256, dot=False),), 16: (Tile(64, 256, 4, 256),)},
     "out": {1: (Tile(8, 512, 4, 1024, dot=False),), 16: (Tile(64, 256, 4, 256, splits=2),)},
-    "gate_up": {1: (Tile(4, 512, 5, 1280, dot=False),), 16: (Tile(64, 128, 5, 256),)},
-    "down": {1: (Tile(8, 512, 4, 1024, dot=False),), 16: (Tile(64, 256, 4, 256, splits=2),)},
-    "head": {1: (Tile(8, 512, 4, 1280, dot=False),), 16: (Tile(64, 256, 4, 256),)},
+    "gate_up": {1: (Tile(4, 512, 5, 256, dot=False),), 16: (Tile(64, 128, 5, 256),)},
+    "down": {1: (Tile(8, 512, 4, 1024, dot=False),), 16: (Tile(64, 256, 4, 512, splits=2),)},
+    "head": {1: (Tile(8, 512, 4, 256, dot=False),), 16: (Tile(64, 256, 4, 256),)},
 }
 """For each role, by the largest number of rows, the tilings that are faster than cuBLAS: the first that fits is taken.
 
