@@ -17,7 +17,7 @@ from wicore_backend.gateway.caller import Caller
 from wicore_backend.gateway.errors import ApiError
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-_OWN_SUBPROTOCOL = "wicore"
+_CHAT_SUBPROTOCOL = "wicore.chat.v1"
 
 LimitsOf = Callable[[str], KeyLimits]
 
@@ -111,8 +111,8 @@ def _choosing_subprotocol(scope: Scope, send: Send) -> Send:
     scope["subprotocols"] = offered  # The key goes no further.
 
     async def choosing(message: Message) -> None:
-        if message["type"] == "websocket.accept" and not message.get("subprotocol") and _OWN_SUBPROTOCOL in offered:
-            message = {**message, "subprotocol": _OWN_SUBPROTOCOL}
+        if message["type"] == "websocket.accept" and not message.get("subprotocol") and _CHAT_SUBPROTOCOL in offered:
+            message = {**message, "subprotocol": _CHAT_SUBPROTOCOL}
         await send(message)
 
     return choosing
