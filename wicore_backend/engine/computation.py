@@ -45,8 +45,8 @@ class Computed:
         Of the chunks' prompts, where asked for.
     mass
         Gives the attention masses [blocks] that were measured: see `Attention.mass`. It waits for the device.
-    done
-        Waits until the device is done with it.
+    done, over
+        Waits until the device is done with it; and whether it is.
     failed
         Sequences whose part fails, whatever is tried.
     retried
@@ -59,6 +59,7 @@ class Computed:
     prompt_logprobs: dict[Sequence, list[TokenLogprob | None]]
     mass: Callable[[], dict[Sequence, NDArray[np.float32]]] = dict
     done: Callable[[], None] = lambda: None
+    over: Callable[[], bool] = lambda: True
     failed: dict[Sequence, Exception] = field(default_factory=dict)
     retried: bool = False
 
@@ -111,7 +112,8 @@ def _compute(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None) -> Compu
     }
     logits = output.logits(rows) if rows else None
     own_rows = {sequence: row for row, sequence in enumerate(ready)}
-    return Computed(plan, own_rows, logits, prompt_logprobs, partial(_by_sequence, plan, output.mass), output.done)
+    masses = partial(_by_sequence, plan, output.mass)
+    return Computed(plan, own_rows, logits, prompt_logprobs, masses, output.done, output.over)
 
 
 def _by_sequence(plan: StepPlan, mass: Masses) -> dict[Sequence, NDArray[np.float32]]:
@@ -146,6 +148,7 @@ def _one_by_one(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None, error
         {s: logprobs for d in done for s, logprobs in d.prompt_logprobs.items()},
         lambda: {s: mass for d in done for s, mass in d.mass().items()},
         done[-1].done,
+        done[-1].over,
         failed,
     )
 

@@ -154,7 +154,7 @@ def _reading(tokens: Tensor) -> Callable[[], list[int]]:
         return tokens.tolist
     copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
     copy.copy_(tokens, non_blocking=True)
-    wait = when_done(tokens.device)
+    wait = when_done(tokens.device).done
 
     def read() -> list[int]:
         wait()

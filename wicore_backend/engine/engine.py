@@ -4,7 +4,8 @@
 
 Where the device computes beside the host (CUDA), a step is scheduled and given to it before the tokens of the one
 before have been read: those are told while the device computes. A sequence that ends with such a token has then been
-decoded once in vain, and nobody hears of it.
+decoded once in vain, and nobody hears of it. That next step is scheduled just before the device needs it, so that who
+comes while it computes is in it.
 
 Other threads reach the loop through one queue, and hear from it through each request's sink.
 """
@@ -37,6 +38,7 @@ from wicore_backend.engine.grammar.progress import GrammarProgress
 from wicore_backend.engine.grammar.spec import Grammar
 from wicore_backend.engine.health import Health, HealthMonitor
 from wicore_backend.engine.job import Job
+from wicore_backend.engine.lead import Lead
 from wicore_backend.engine.ledger import CLOSING_RETRY_S, RequestLedger
 from wicore_backend.engine.loading import LoadedModel, load_model
 from wicore_backend.engine.plan import RejectReason, SchedulerLimits, StepPlan
@@ -62,6 +64,9 @@ _IDLE_CHECK_S = 1.0
 _EMPTY_STEP_S = 0.001
 """Longest pause after a plan of nothing, which means that everybody waits for memory, or for blocks from the disk."""
 
+_GLANCE_S = 0.002
+"""While the device computes, the loop looks after so long whether it is done before its time."""
+
 _PERSIST_S = 4.0
 """How long an engine that ends may take to store what it has cached. A server gives its models 8 s for everything."""
 
@@ -72,6 +77,7 @@ class _Untold:
 
     plan: StepPlan
     began: float
+    launched: float
     computed: Computed
     choice: Choice | None
 
@@ -103,7 +109,8 @@ class Engine:
         self._ended = False  # Every request has had its last event; the loop's own.
         self._draining = False
         self._untold: _Untold | None = None
-        self._told = 0.0  # When it last told what a step gave.
+        self._done = 0.0  # When it last knew the device to be done with a step, ...
+        self._told = 0.0  # ... and when it had told what that gave.
         self._unfinished = 0
         self._emptied = threading.Condition(self._lock)
         loaded: Future[LoadedModel] = Future()
@@ -401,6 +408,7 @@ class Engine:
         """Make what the loop works with, over a model that is loaded."""
         try:
             self._step_time = StepTimeModel()
+            self._lead = Lead(self._step_time)
             self._scheduler = Scheduler(self._model.blocks, SchedulerLimits.of(self.config), self._step_time)
             self._ledger = RequestLedger(self._scheduler, self._recorder, self.config, self._one_ended)
             self._emitter = Emitter(self._ledger)
@@ -425,6 +433,7 @@ class Engine:
 
     def _loop(self) -> None:
         while not self._ended:
+            self._await_device()
             self._take_inbox()
             self._ledger.expire(time.monotonic())
             self._recorder.queued(self._scheduler.backlogs())
@@ -436,6 +445,16 @@ class Engine:
                 self._monitor.step_ends()
             elif not self._ended:
                 self._idle()
+
+    def _await_device(self) -> None:
+        """Take what comes while the device is busy, until it soon needs its next step."""
+        untold = self._untold
+        if untold is None:
+            return
+        plan_at = max(untold.launched, self._done) + self._lead.wait_s(untold.plan)
+        while (left := plan_at - time.monotonic()) > 0 and not (self._ended or untold.computed.over()):
+            with suppress(Empty):
+                self._inbox.get(timeout=min(left, _GLANCE_S))()
 
     def _take_inbox(self) -> None:
         with suppress(Empty):
@@ -501,11 +520,15 @@ class Engine:
             self._start_anew(error)
             return
         self._recorder.retried += computed.retried
+        launched = time.monotonic()
         if self._untold:
+            in_time = not self._untold.computed.over()
             self._tell()
+            if not plan.chunks:  # To launch those takes longer than the device takes to begin with them.
+                self._lead.observe(self._done - launched if in_time else 0.0)
             computed.leave_out(lambda sequence: sequence not in self._ledger)
         choice = self._complete(computed, began)
-        self._untold = _Untold(plan, began, computed, choice)
+        self._untold = _Untold(plan, began, launched, computed, choice)
         if not self._model.overlaps:
             self._tell()
         self._model.blocks.tend(time.monotonic())
@@ -531,6 +554,7 @@ class Engine:
         if untold is None:
             return
         self._wait_for(untold.computed)
+        self._done = time.monotonic()
         if untold.choice is not None:
             self._emitter.tell(untold.choice)
         now = time.monotonic()

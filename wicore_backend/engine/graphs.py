@@ -139,7 +139,7 @@ class DecodeGraphs:
             *(results.hidden, results.attention),
             offsets=tuple(range(count + 1)),
             mass=self._attention.collect(plan),
-            done=when_done(self._executor.device),
+            **when_done(self._executor.device)._asdict(),
             computed=results.logits,
         )
 

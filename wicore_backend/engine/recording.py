@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,16 +28,24 @@ class Record(Protocol):
     def __call__(self, work: Callable[[], ResultsT], /) -> Recorded[ResultsT]: ...
 
 
-class CudaRecorder:
-    """`Record` by CUDA graphs that share their memory, so that they are to be replayed on one stream.
+class Nothing(NamedTuple):
+    """No results."""
 
-    A graph's memory is a stack of what the graphs before it still hold: a record of one that follows must not be called
-    before its predecessor's results are done with.
-    """
+
+class CudaRecorder:
+    """`Record` by CUDA graphs that share their memory, so that they are to be replayed on one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        # Memory without a graph is gone for ever, also if its only graph could not be ended. This one stays.
+        something = torch.zeros(1, device=device)
+
+        def hold() -> Nothing:
+            something.zero_()
+            return Nothing()
+
+        self._holder = self(hold)
 
     def __call__(self, work: Callable[[], ResultsT], /) -> Recorded[ResultsT]:
         graph = torch.cuda.CUDAGraph()

@@ -41,7 +41,9 @@ class StepOutput:
     """The attention masses [blocks] measured in this step, by number of the decode, or of decodes plus that of the
     chunk: see `Attention.mass`. It waits for the device, so call it when the step's tokens are there."""
     done: Callable[[], None] = lambda: None
-    """Waits until the device has computed the step, though not for what it was given later."""
+    """Waits until the device has computed the step, though not for what it was given later; ..."""
+    over: Callable[[], bool] = lambda: True
+    """... and whether it has."""
     computed: Tensor | None = None
     """The logits of the step's rows, where they come with it; the next such step overwrites them."""
 
@@ -170,7 +172,7 @@ class ModelRunner:
         if attended is None:
             attended = self._run_layers(step, hidden)
         mass, done = partial(attention.mass, attended.plan), when_done(executor.device)
-        return StepOutput(executor, attended.hidden, attended.attention, tuple(offsets), mass, done)
+        return StepOutput(executor, attended.hidden, attended.attention, tuple(offsets), mass, *done)
 
     def _run_layers(self, step: PackedStep, hidden: Tensor) -> Attended:
         work = self._attention.plan(step)
@@ -237,10 +239,26 @@ class ModelRunner:
         return self._pictures.soft_tokens(pictures), to_device(np.concatenate(rows), self._executor.device)
 
 
-def when_done(device: torch.device) -> Callable[[], None]:
-    """A call that waits for all that the device has been given until now."""
+class Done(NamedTuple):
+    """Of all that the device had been given at some time."""
+
+    done: Callable[[], None] = lambda: None
+    """Waits for it."""
+    over: Callable[[], bool] = lambda: True
+    """Whether there is nothing to wait for."""
+
+
+def when_done(device: torch.device) -> Done:
+    """Of what the device has been given until now."""
     if device.type != "cuda":
-        return lambda: None
-    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    done.record()
-    return done.synchronize
+        return Done()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+
+    def over() -> bool:
+        try:
+            return bool(event.query())  # type: ignore[no-untyped-call]
+        except Exception:  # The device has failed. Who waits for it hears of that.
+            return True
+
+    return Done(event.synchronize, over)
