@@ -8,7 +8,6 @@ from typing import Protocol
 from fastapi import FastAPI
 
 from wicore_backend.gateway.access.extension import AccessExtension
-from wicore_backend.gateway.caller import Caller
 from wicore_backend.gateway.limits.extension import CorsExtension, LimitsExtension
 from wicore_backend.gateway.observability.extension import ObservabilityExtension
 from wicore_backend.gateway.observability.metrics import GatewayMetrics
@@ -38,16 +37,13 @@ class PictureUrls:
 
     def install(self, app: FastAPI) -> None:
         """Set `app.state.fetch_image`."""
-        app.state.fetch_image = self._fetch
+        app.state.fetch_image = self._fetcher.fetch
 
     async def start(self) -> None:
         """Nothing to do."""
 
     async def close(self) -> None:
         """Nothing to do: connections end with their fetch."""
-
-    async def _fetch(self, url: str, _caller: Caller) -> bytes:
-        return await self._fetcher.fetch(url)
 
 
 def standard_extensions(settings: GatewaySettings) -> Sequence[Extension]:

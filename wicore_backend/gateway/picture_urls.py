@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -30,6 +31,7 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """Addresses of a host name, for a port. Raises OSError."""
 
 _PORTS = {"http": 80, "https": 443}
+_ENTRY = re.compile(r"(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?)(:\d{1,5})?")
 
 _PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
 """All that has been given out for the public. What lies outside is loopback, link-local, unique-local, multicast,
@@ -74,9 +76,8 @@ class PictureUrlSettings(Settings):
     @classmethod
     def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         for host in hosts:
-            name = host.removeprefix("*.").partition(":")[0]
-            if name != "*" and (not name or "*" in name or "/" in name):
-                raise ValueError(f"{host!r} is not a host name, '*.' and a host name, or '*'")
+            if not _ENTRY.fullmatch(host):
+                raise ValueError(f"{host!r} is not a host name, '*.' and a host name, or '*', with or without a port")
         return tuple(host.lower().rstrip(".") for host in hosts)
 
 
