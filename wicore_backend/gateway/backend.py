@@ -125,6 +125,9 @@ class Backend(Protocol):
 
     async def status(self) -> BackendStatus: ...
 
+    async def metrics(self) -> str:
+        """Its Prometheus page, as text; empty if there is none to be had. Never raises."""
+
     async def fingerprint(self) -> str | None:
         """Changes when the server, its models or their configuration do; for `system_fingerprint`. None while that is
         not known. Never raises."""

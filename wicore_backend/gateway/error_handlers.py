@@ -68,6 +68,12 @@ def invalid_request(problems: Sequence[Any]) -> InvalidRequestError:
         return UnsupportedError(f"{param} is not supported{more}: {problem['msg']}", param=param)
     if problem["type"] == "json_invalid":
         return InvalidRequestError(f"the body is not JSON: {problem['ctx']['error']}", code="invalid_json")
+    if not place and isinstance(problem.get("input"), bytes):
+        return InvalidRequestError(
+            "the body is taken as JSON only; send it with the header Content-Type: application/json",
+            code="unsupported_media_type",
+            status=415,
+        )
     seen = ascii(problem.get("input"))
     seen = seen if len(seen) <= 80 else f"{seen[:77]}..."
     said = problem["msg"].removeprefix("Value error, ")

@@ -109,9 +109,18 @@ class TritonBackend:
 
     async def status(self) -> BackendStatus:
         models, server, statistics, metrics = await asyncio.gather(
-            self._index(), self._server(), self._statistics(), self._metrics()
+            self._index(), self._server(), self._statistics(), self.metrics()
         )
         return BackendStatus(server, models, statistics, metrics)
+
+    async def metrics(self) -> str:
+        if self._metrics_url is None or self._http is None:
+            return ""
+        try:
+            answer = await self._http.get(self._metrics_url)
+        except httpx.HTTPError:
+            return ""
+        return answer.text if answer.status_code == 200 else ""
 
     async def fingerprint(self) -> str | None:
         now = time.monotonic()
@@ -141,15 +150,6 @@ class TritonBackend:
         message = await self._ask("ModelStatistics", pb.ModelStatisticsRequest())
         entries = MessageToDict(message, preserving_proto_field_name=True).get("model_stats", ())
         return {entry["name"]: _counts(entry) for entry in entries}
-
-    async def _metrics(self) -> str:
-        if self._metrics_url is None or self._http is None:
-            return ""
-        try:
-            answer = await self._http.get(self._metrics_url)
-        except httpx.HTTPError:
-            return ""
-        return answer.text if answer.status_code == 200 else ""
 
     async def _ask(self, method: str, message: Any) -> Any:
         try:

@@ -161,10 +161,7 @@ async def read_image(url: str, fetch: FetchImage | None, param: str) -> bytes:
         head, comma, data = url.partition(",")
         if not comma or not head.endswith(";base64"):
             raise InvalidRequestError("a data: URL of a picture has the form data:image/png;base64,...", param=param)
-        try:
-            return base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise InvalidRequestError(f"the picture's base64 is damaged: {error}", param=param) from None
+        return read_base64(data, param)
     if scheme.lower() in ("http", "https") and rest:
         if fetch is None:
             raise InvalidRequestError(
@@ -172,3 +169,11 @@ async def read_image(url: str, fetch: FetchImage | None, param: str) -> bytes:
             )
         return await fetch(url)
     raise InvalidRequestError("a picture is a data: URL or, where that is allowed, an http(s) one", param=param)
+
+
+def read_base64(data: str, param: str) -> bytes:
+    """The bytes of a picture's file. Raises InvalidRequestError."""
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequestError(f"the picture's base64 is damaged: {error}", param=param) from None
