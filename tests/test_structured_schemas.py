@@ -1,0 +1,121 @@
+"""Random JSON Schemas through the engine: an answer that is whole is valid, and what cannot be kept is refused by name.
+
+`python -m tests.test_structured_schemas` runs 500 at three temperatures, CI a few of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from tests.random_schemas import random_schemas
+from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.errors import InvalidArgumentError
+
+MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
+TOGETHER = 32
+"""Answers that the engine makes at once."""
+
+
+@dataclass
+class Outcome:
+    """What became of the schemas."""
+
+    whole: int = 0
+    cut: int = 0
+    invalid: list[str] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    """By what was said."""
+
+
+def run(engine: Engine, schemas: list[Any], *, temperature: float, max_tokens: int) -> Outcome:
+    """Ask for an answer by each schema."""
+    outcome = Outcome()
+    for first in range(0, len(schemas), TOGETHER):
+        streams = []
+        for seed, schema in enumerate(schemas[first : first + TOGETHER], start=first):
+            params = SamplingParams(
+                max_tokens=max_tokens, temperature=temperature, seed=seed, grammar={"json_schema": schema}
+            )
+            try:
+                streams.append((schema, engine.stream("Describe this picture.", params)))
+            except InvalidArgumentError as error:
+                outcome.refused[str(error)] += 1
+        for schema, stream in streams:
+            result = stream.collect()
+            if result.finish_reason == "length":
+                outcome.cut += 1
+                continue
+            outcome.whole += 1
+            if fault := fault_of(result.text, schema):
+                outcome.invalid.append(f"{json.dumps(schema)}: {result.text!r}: {fault}")
+    return outcome
+
+
+def fault_of(text: str, schema: Any) -> str | None:
+    """What is wrong with an answer; None if it is valid."""
+    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    try:
+        jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
+    except (ValueError, jsonschema.ValidationError) as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine(EngineConfig(model=MODEL, device="cpu", dtype="float32")) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(("temperature", "seed"), [(0.0, 1), (1.0, 2), (50.0, 3)])
+def test_answers_are_valid_by_random_schemas(engine, temperature, seed):
+    outcome = run(engine, random_schemas(40, seed_=seed), temperature=temperature, max_tokens=120)
+    assert not outcome.invalid
+    assert outcome.whole >= 15
+    assert outcome.refused
+    for said in outcome.refused:
+        assert said.startswith("grammar"), said
+        assert len(said) < 700, said
+
+
+def test_what_is_not_valid_is_noticed():
+    assert fault_of('{"a": 1}', {"properties": {"a": {"type": "string"}}})
+    assert fault_of('{"a": ', {})
+    assert fault_of('"2026-13-01"', {"format": "date"})
+
+
+def main() -> int:
+    """The whole proof; returns the exit code."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--schemas", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-tokens", type=int, default=300)
+    given = parser.parse_args()
+    failed = False
+    with Engine(EngineConfig(model=MODEL, device="cpu", dtype="float32")) as engine:
+        schemas = random_schemas(given.schemas, seed_=given.seed)
+        for temperature in (0.0, 1.0, 50.0):
+            outcome = run(engine, schemas, temperature=temperature, max_tokens=given.max_tokens)
+            refused = sum(outcome.refused.values())
+            print(
+                f"temperature {temperature:g}: of {len(schemas)} schemas {refused} refused by name, "
+                f"{outcome.whole} answers whole, of these {len(outcome.invalid)} invalid; {outcome.cut} cut by length"
+            )
+            print(*outcome.invalid, sep="\n", end="\n" if outcome.invalid else "")
+            failed |= bool(outcome.invalid)
+        for said, count in outcome.refused.most_common(12):
+            print(f"{count:4} {said[:100]}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
