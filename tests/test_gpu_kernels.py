@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from tests.gemma3_random import write_random_checkpoint
 from wicore_backend.executor.cuda_executor import CudaExecutor
+from wicore_backend.executor.kernels import small
 from wicore_backend.executor.kernels.products import Tile, product
 from wicore_backend.executor.kernels.small import add_norm, embed, gated, norm, qk_norm_rope
 from wicore_backend.executor.plain_matrix import TILES
@@ -49,9 +50,11 @@ def test_embedding(dtype, kernel_device):
 
 
 @every_dtype
-@pytest.mark.parametrize("size", [48, 256])
-def test_norms(dtype, size, kernel_device):
-    x, residual = (torch.randn(3, size, device=kernel_device).to(dtype) for _ in range(2))
+@pytest.mark.parametrize(("rows", "size"), [(3, 48), (3, 256), (7, 48), (12, 48)])
+def test_norms(dtype, rows, size, kernel_device, monkeypatch):
+    monkeypatch.setattr(small, "_MANY_ROWS", 5)  # From which on, and from the next, a program takes several.
+    monkeypatch.setattr(small, "_VERY_MANY_ROWS", 10)
+    x, residual = (torch.randn(rows, size, device=kernel_device).to(dtype) for _ in range(2))
     weight, next_weight = (torch.rand(size, device=kernel_device) + 0.5 for _ in range(2))
     assert relative_error(norm(x, weight, EPS), rms_norm(x, weight)) < TOLERANCE[dtype]
     before = residual.clone()

@@ -7,6 +7,7 @@ next kernel may start as soon as they have, and they have read what does not cha
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,11 +16,19 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _WARPS = 4
+_MANY_ROWS, _VERY_MANY_ROWS = 256, 2048
+_GATED_BLOCK = 1024
 
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def overlaps(x: Tensor) -> bool:
@@ -66,41 +75,59 @@ def _norm(
     eps,
     ADDS: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     within = column < size
     factor = tl.load(weight + column, mask=within, other=0.0)
     if ADDS:
         next_factor = tl.load(next_weight + column, mask=within, other=0.0)
     follow(OVERLAPPED)
-    at = row.to(tl.int64) * size + column
-    value = tl.load(x + at, mask=within, other=0.0).to(tl.float32)
-    if ADDS:
-        carried = tl.load(residual + at, mask=within, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        value += tl.load(x + part * rows * size + at, mask=within, other=0.0).to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value) / size + eps) * factor
-    if ADDS:
-        value += carried
-        tl.store(summed + at, value.to(summed.dtype.element_ty), mask=within)
-        value *= tl.rsqrt(tl.sum(value * value) / size + eps) * next_factor
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=within)
+    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0), num_stages=STAGES):
+        at = row * size + column
+        value = tl.load(x + at, mask=within, other=0.0).to(tl.float32)
+        if ADDS:
+            carried = tl.load(residual + at, mask=within, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            value += tl.load(x + part * rows * size + at, mask=within, other=0.0).to(tl.float32)
+        value *= tl.rsqrt(tl.sum(value * value) / size + eps) * factor
+        if ADDS:
+            value += carried
+            tl.store(summed + at, value.to(summed.dtype.element_ty), mask=within)
+            value *= tl.rsqrt(tl.sum(value * value) / size + eps) * next_factor
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=within)
+
+
+class _NormLaunch(NamedTuple):
+    """Warps of a program; how many programs a multiprocessor has, if rows are that many; rows that are loaded ahead."""
+
+    warps: int
+    programs: int
+    stages: int
+
+
+def _norm_launch(rows: int, size: int) -> _NormLaunch:
+    """The fastest of those measured in docs/benchmarks/hopper.md: many rows share the reading of the weights."""
+    if rows < _MANY_ROWS:
+        return _NormLaunch(max(1, min(16, int(triton.next_power_of_2(size)) // 512)), rows, 1)
+    return _NormLaunch(4, 4, 1) if rows < _VERY_MANY_ROWS else _NormLaunch(8, 2, 3)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of `x` [T, D] times `weight` float32 [D]."""
     out = torch.empty_like(x)
-    size = x.shape[1]
-    _norm[(len(x),)](
-        *(x, x, weight, weight, out, out, len(x), size, eps),
+    rows, size = x.shape
+    launch = _norm_launch(rows, size)
+    _norm[(min(rows, launch.programs * _processors(x.device)),)](
+        *(x, x, weight, weight, out, out, rows, size, eps),
         ADDS=False,
         PARTS=1,
+        STAGES=launch.stages,
         BLOCK=triton.next_power_of_2(size),
         OVERLAPPED=False,
-        num_warps=_norm_warps(size),
+        num_warps=launch.warps,
     )
     return out
 
@@ -121,21 +148,19 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, e
     """
     summed, out = torch.empty_like(residual), torch.empty_like(residual)
     rows, size = residual.shape
+    launch = _norm_launch(rows, size)
     overlapped = overlaps(x)
-    _norm[(rows,)](
+    _norm[(min(rows, launch.programs * _processors(x.device)),)](
         *(x, residual, weight, next_weight, summed, out, rows, size, eps),
         ADDS=True,
         PARTS=1 if x.dim() == 2 else len(x),
+        STAGES=launch.stages,
         BLOCK=triton.next_power_of_2(size),
         OVERLAPPED=overlapped,
-        num_warps=_norm_warps(size),
+        num_warps=launch.warps,
         launch_pdl=overlapped,
     )
     return summed, out
-
-
-def _norm_warps(size: int) -> int:
-    return max(1, min(16, int(triton.next_power_of_2(size)) // 512))
 
 
 @triton.jit
@@ -204,7 +229,8 @@ def gelu(x):
 
 
 @triton.jit
-def _gated(gate_up, out, size, BLOCK: tl.constexpr):
+def _gated(gate_up, out, size, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr):
+    follow(OVERLAPPED)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = column < size
@@ -217,5 +243,8 @@ def gated(gate_up: Tensor) -> Tensor:
     """GELU of the first half of each row of `gate_up` [T, 2 F], times the second: [T, F]."""
     rows, size = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
-    _gated[(rows, triton.cdiv(size, 2048))](gate_up, out, size, BLOCK=2048, num_warps=_WARPS)
+    overlapped = overlaps(gate_up)
+    _gated[(rows, triton.cdiv(size, _GATED_BLOCK))](
+        gate_up, out, size, BLOCK=_GATED_BLOCK, OVERLAPPED=overlapped, num_warps=_WARPS, launch_pdl=overlapped
+    )
     return out
