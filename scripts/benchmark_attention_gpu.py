@@ -30,6 +30,7 @@ from torch import Tensor
 
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
+from wicore_backend.attention.gpu.plans import DecodeBucket
 from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
@@ -121,6 +122,7 @@ class Bench:
             block_tables={load.group: table},
         )
         qkv = torch.randn(len(positions), QUERY_HEADS + 2 * KV_HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+        self.keep: list[DecodeBucket] = []
         self.qkv = torch.split(qkv, [QUERY_HEADS, KV_HEADS, KV_HEADS], 1)
 
     def decode_graph(self, *, measures: bool = False, measured: bool = False) -> torch.cuda.CUDAGraph:
@@ -130,7 +132,7 @@ class Bench:
         )
         asked = {0: range(self.load.batch)} if measured else {}
         plan = self.attention.refresh(bucket, replace(self.step, measured=asked))
-        self.keep = bucket
+        self.keep.append(bucket)  # A graph does not own the memory that it reads.
         return captured(lambda: [self.attention.attend(plan, layer, *self.qkv) for layer in range(self.layers)])
 
     def prefill(self) -> Callable[[], None]:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from tests.paged_steps import DECODES, LAYERS, PREFILLS, SCALE, Part, Shape, bits, step_of, store
 from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu.hopper import Widening, widening
+from wicore_backend.attention.gpu.kernels.widen import widen_kernel
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
 from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
 from wicore_backend.attention.torch_paged import TorchPagedAttention
@@ -48,6 +50,7 @@ class Bench:
     tuning: Tuning | None = SMALL
     processors: int | None = 4
     layers: Sequence[LayerGroup] = LAYERS
+    widened_bytes: int = 2**28
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator(self.device).manual_seed(0)
@@ -72,6 +75,7 @@ class Bench:
             tuning=self.tuning,
             processors=self.processors,
             dtype=self.shape.dtype,
+            widened_bytes=self.widened_bytes,
             **settings,
         )
 
@@ -210,6 +214,45 @@ def test_what_fp8_cannot_hold_becomes_the_largest_it_can_and_nan_0(kernel_device
     assert bench.stored(numbers).tolist() == expected
 
 
+WIDE = KVLayout.of([LayerGroup.GLOBAL], block_size=32, kv_heads=16, head_dim=128, window=1024, bytes_per_value=1)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tiles", "sequences", "heads"),
+    [
+        (1000, 8, 1, 16),  # All heads: 256 MiB hold 32,768 tokens.
+        (1025, 128, 1, 8),
+        (4096, 128, 1, 4),
+        (16384, 512, 4, 1),
+        (16385, 512, 4, None),  # Not even one.
+        (4096, 60, 1, None),  # 4 heads of so few tiles leave places empty.
+        (100, 3, 1, None),  # Read too seldom.
+        (100, 14, 4, None),
+    ],
+)
+def test_keys_are_widened_first_where_that_pays(blocks, tiles, sequences, heads):
+    found = widening(
+        WIDE,
+        first_block=7,
+        blocks=blocks,
+        tiles=tiles,
+        sequences=sequences,
+        programs=132,
+        memory_bytes=2**28,
+    )
+    assert found == (None if heads is None else Widening(7, blocks, heads))
+
+
+def test_widened_heads_are_what_the_pool_holds(kernel_device):
+    numbers = to_fp8(torch.randn(5, 3, 2, 8, 4, 16)).to(kernel_device)
+    tables = torch.tensor([4, 1, 3, 2], dtype=torch.int32, device=kernel_device)
+    wide = torch.full((2, 2, 8, 2, 16), torch.nan, dtype=torch.float16, device=kernel_device)
+    shape = {"KV_HEADS": 4, "HEADS": 2, "HEAD_DIM": 16, "BLOCK_SIZE": 8, "TOKENS": 4}
+    pool = numbers.view(torch.uint8)
+    widen_kernel[2, 2, 2](pool, wide, tables, 1, 2, 2 * pool.stride(1), pool.stride(0), **shape)
+    assert torch.equal(wide.float(), numbers.float()[[1, 3], 2, :, :, 2:])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_steps_equal_the_twin(seed, kernel_device):
     rng = np.random.default_rng(seed)
@@ -303,19 +346,21 @@ class TestOnTheDevice:
         device = torch.device("cuda")
         check(shape, [*self.PARTS], device, measured, head_dim=head_dim, tuning=None, processors=None, layers=layers)
 
-    @pytest.mark.parametrize("kv_dtype", [None, FP8])
+    @pytest.mark.parametrize(("kv_dtype", "widened_bytes"), [(None, 0), (FP8, 0), (FP8, 2**28), (FP8, 9 * 2**20)])
     @pytest.mark.parametrize(("keys", "stages"), [(64, None), (64, 4), (128, 2)])
     @pytest.mark.parametrize(
         ("block_size", "heads", "softcap"), [(16, (2, 4), None), (64, (1, 3), 0.8), (32, (16, 2), None)]
     )
-    def test_prefills_by_each_kernel(self, block_size, heads, softcap, keys, stages, kv_dtype):
+    def test_prefills_by_each_kernel(self, block_size, heads, softcap, keys, stages, kv_dtype, widened_bytes):
         shape = Shape(block_size, *heads, 600, softcap, torch.bfloat16, kv_dtype)
         device = torch.device("cuda")
+        # By 9 MiB, 4 of 16 heads' keys and values are widened at a time.
         parts = [Part(0, 1), Part(0, 1000), Part(1900, 1111, image=(700, 256)), Part(3, 4), Part(0, 64)]
         layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
         launch = PrefillLaunch(keys, 8, 2, 1, rows=128, hopper_stages=stages)
         tuning = replace(Tuning.of(128, torch.bfloat16), prefill=launch)
-        check(shape, parts, device, head_dim=128, tuning=tuning, processors=8, layers=layers)
+        options = {"tuning": tuning, "processors": 8, "layers": layers, "widened_bytes": widened_bytes}
+        check(shape, parts, device, head_dim=128, **options)
 
     @pytest.mark.parametrize(
         ("dtype", "kv_dtype"), [(torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, FP8)]

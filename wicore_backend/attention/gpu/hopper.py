@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from wicore_backend.hmt.layout import KVLayout, LayerGroup
 
 ROWS = 128
 """Of a tile of queries."""
-_PANEL = 64  # 16-bit values in a row of shared memory as the tensor cores read it
+_PANEL = 64  # values of half a head; of 16 bits, a row of shared memory as the tensor cores read it
 
 
 def fits(
@@ -32,6 +33,50 @@ def fits(
     )
 
 
+_LEAST_TILES = 4
+"""Of queries, for each sequence, if its keys are to be widened for them: below, they are read too seldom."""
+_WIDENED_VALUES = 2**14  # of a program of `widen_kernel`
+
+
+@dataclass(frozen=True, slots=True)
+class Widening:
+    """Which of a step's keys and values in FP8 are written as float16 first.
+
+    Attributes
+    ----------
+    first_block, blocks
+        Of the step's block tables, one after the other: those of the prefills.
+    heads
+        At once, as the memory for them allows.
+    """
+
+    first_block: int
+    blocks: int
+    heads: int
+
+
+def widening(
+    layout: KVLayout, *, first_block: int, blocks: int, tiles: int, sequences: int, programs: int, memory_bytes: int
+) -> Widening | None:
+    """How to widen a layer's keys and values for `tiles` tiles of queries of so many sequences; None if not at all.
+
+    Each tile reads all the keys that it sees. To write them as float16 once is cheaper than to have each tile widen
+    them, if there are several tiles, and if these, times the heads that are widened at once, fill the card: `programs`
+    are at work at the same time.
+    """
+    if tiles < _LEAST_TILES * sequences:
+        return None
+    of_head = 2 * 2 * blocks * layout.block_size * layout.head_dim
+    heads = layout.kv_heads
+    while heads * of_head > memory_bytes:
+        if heads % 2:
+            return None
+        heads //= 2
+    if heads < layout.kv_heads and heads * tiles < 2 * programs:
+        return None
+    return Widening(first_block, blocks, heads)
+
+
 class HopperPrefill:
     """`hopper_prefill_kernel` over `pools`, or over bytes of e4m3 `hopper_fp8_prefill_kernel`.
 
@@ -41,28 +86,36 @@ class HopperPrefill:
         Those of `prefill_kernel` that it has, too.
     stages
         Tiles of keys that are loaded ahead.
+    widened_bytes
+        Device memory for keys and values in float16, if the pools are bytes.
     """
 
     def __init__(
-        self, layout: KVLayout, pools: Mapping[LayerGroup, Tensor], options: Mapping[str, Any], *, stages: int
+        self,
+        layout: KVLayout,
+        pools: Mapping[LayerGroup, Tensor],
+        options: Mapping[str, Any],
+        *,
+        stages: int,
+        widened_bytes: int,
     ) -> None:
         # Imported where it is used: the language is for such cards alone.
-        from triton.experimental.gluon.language import NVMMASharedLayout
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
         from wicore_backend.attention.gpu.kernels.prefill_hopper import hopper_prefill_kernel
         from wicore_backend.attention.gpu.kernels.prefill_hopper_fp8 import hopper_fp8_prefill_kernel
 
-        size = next(iter(pools.values())).itemsize
-        self._kernel = hopper_fp8_prefill_kernel if size == 1 else hopper_prefill_kernel
+        some_pool = next(iter(pools.values()))
+        self._from_bytes = some_pool.itemsize == 1
+        self._kernel = hopper_prefill_kernel
+        self._kernel_of_bytes = hopper_fp8_prefill_kernel
         self._layout = layout
-        shared = NVMMASharedLayout(swizzle_byte_width=_PANEL * size, element_bitwidth=8 * size, rank=2)
-        self._pools = {
-            group: TensorDescriptor.from_tensor(pool.flatten(4).flatten(0, 3), [layout.block_size, _PANEL], shared)
-            for group, pool in pools.items()
+        self._pools = pools
+        self._boxes = {
+            group: _in_boxes(pool.flatten(4).flatten(0, 3), layout.block_size) for group, pool in pools.items()
         }
         names = ("KV_HEADS", "GROUP", "GROUP_ROWS", "HEAD_DIM", "BLOCK_SIZE", "KEYS", "SOFTCAP", "scale", "softcap")
         self._options = {name: options[name] for name in names} | {"STAGES": stages, "num_warps": 4}
+        self.widened_bytes = widened_bytes if self._from_bytes else 0
+        self._wide = torch.empty(self.widened_bytes // 2, dtype=torch.float16, device=some_pool.device)
 
     def __call__(
         self,
@@ -75,12 +128,75 @@ class HopperPrefill:
         num_items: int,
     ) -> None:
         """Attend in the group's layer number `index`; `plan` are the kernel's tiles, tables, lowers and uppers."""
+        kernel = self._kernel_of_bytes if self._from_bytes else self._kernel
         rows = 2 * self._layout.block_size
-        self._kernel[self._layout.kv_heads, num_items](
-            *(q, self._pools[group], out, log_totals, *plan),
+        kernel[self._layout.kv_heads, num_items](
+            *(q, self._boxes[group], out, log_totals, *plan),
             layer_row=index * rows,
             rows_in_block=self._layout.layers_in[group] * rows,
             q_token=q.stride(0),
             q_head=q.stride(1),
             **self._options,
         )
+
+    def widened(
+        self,
+        widening: Widening,
+        places: Tensor,
+        group: LayerGroup,
+        index: int,
+        q: Tensor,
+        out: Tensor,
+        log_totals: Tensor,
+        tiles: Tensor,
+        tables: Tensor,
+        *bounds: Tensor,
+        num_items: int,
+    ) -> None:
+        """The same over keys and values that are widened first, some heads at a time.
+
+        Parameters
+        ----------
+        places
+            int32, of each entry of `tables` which of the widened blocks it is.
+        """
+        from wicore_backend.attention.gpu.kernels.widen import widen_kernel
+
+        layout, heads = self._layout, widening.heads
+        pool, size, width = self._pools[group], layout.block_size, heads * layout.head_dim
+        tokens = min(size, max(1, _WIDENED_VALUES // width))
+        wide = self._wide[: widening.blocks * 2 * size * width]
+        boxes = _in_boxes(wide.view(-1, width), size)
+        of_head = q.shape[1] // layout.kv_heads
+        for first_head in range(0, layout.kv_heads, heads):
+            widen_kernel[widening.blocks, 2, size // tokens](
+                *(pool, wide, tables, widening.first_block, first_head),
+                layer_at=index * pool.stride(1),
+                block_stride=pool.stride(0),
+                KV_HEADS=layout.kv_heads,
+                HEADS=heads,
+                HEAD_DIM=layout.head_dim,
+                BLOCK_SIZE=size,
+                TOKENS=tokens,
+                num_warps=8,
+            )
+            queries = slice(first_head * of_head, None)
+            self._kernel[heads, num_items](
+                *(q[:, queries], boxes, out[:, first_head * of_head * layout.head_dim :], log_totals[:, queries]),
+                *(tiles, places, *bounds),
+                layer_row=0,
+                rows_in_block=2 * size,
+                q_token=q.stride(0),
+                q_head=q.stride(1),
+                **self._options,
+            )
+
+
+def _in_boxes(rows: Tensor, block_size: int) -> Any:
+    """A descriptor of rows, each a token's keys or values, for copies of half a head of a block."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    bits = 8 * rows.itemsize
+    shared = NVMMASharedLayout(swizzle_byte_width=_PANEL * rows.itemsize, element_bitwidth=bits, rank=2)
+    return TensorDescriptor.from_tensor(rows, [block_size, _PANEL], shared)

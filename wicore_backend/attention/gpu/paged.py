@@ -22,7 +22,7 @@ from torch import Tensor
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.closing_up import ClosedUp, close_up
 from wicore_backend.attention.gpu import hopper
-from wicore_backend.attention.gpu.hopper import HopperPrefill
+from wicore_backend.attention.gpu.hopper import HopperPrefill, Widening, widening
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill_mass_kernel, write_kernel
 from wicore_backend.attention.gpu.masses import MASS_TAIL, Measurements
@@ -66,6 +66,9 @@ class GpuPagedAttention:
         Shapes of tiles; by default those that were measured to be the fastest for the head size and the type.
     processors
         Multiprocessors to fill; by default those of the device.
+    widened_bytes
+        Device memory, for pools in FP8 on Hopper, where prompts' keys and values are float16 while they are attended
+        to; without enough of it they are widened for each tile of queries.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class GpuPagedAttention:
         dtype: torch.dtype | None = None,
         tuning: Tuning | None = None,
         processors: int | None = None,
+        widened_bytes: int = 2**28,
     ) -> None:
         layout = pools.layout
         if query_heads % layout.kv_heads:
@@ -96,6 +100,7 @@ class GpuPagedAttention:
         self._tuning = tuning = tuning or _tuning(layout.head_dim, self._dtype, pools.dtype, self._device)
         if processors is None:
             processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        self._processors = processors
         self._decode_fill = max(1, processors * tuning.decode.fill // layout.kv_heads)
         self._prefill_fill = max(1, processors * tuning.prefill.fill // layout.kv_heads)
 
@@ -143,7 +148,9 @@ class GpuPagedAttention:
         rows, keys, stages = self._tile_tokens * group_rows, tuning.prefill.keys, tuning.prefill.hopper_stages
         types = pools.dtype, self._dtype
         if stages is not None and hopper.fits(layout, *types, self._device, rows=rows, keys=keys):
-            self._hopper = HopperPrefill(layout, self._pools, self._prefill_options, stages=stages)
+            self._hopper = HopperPrefill(
+                layout, self._pools, self._prefill_options, stages=stages, widened_bytes=widened_bytes
+            )
         self._mass_options = scoring | {
             "TOKENS": max(1, _MASS_ROWS // group_rows),
             "KEYS": _MASS_KEYS,
@@ -160,6 +167,7 @@ class GpuPagedAttention:
         closed_up = self._close_up(step)
         arrays: dict[Hashable, Ints] = {}
         tiles: dict[LayerGroup, PrefillTiles] = {}
+        widenings: dict[LayerGroup, Widening] = {}
         measurements = None
         for group in self._layout.groups:
             of_step, sequences = self._seen_by(group, step, closed_up)
@@ -169,6 +177,9 @@ class GpuPagedAttention:
             if step.decodes < len(step.query_lens):
                 tiles[group] = self._prefill_tiles(group, of_step, sequences)
                 arrays |= {(group, name): array for name, array in tiles[group].arrays().items()}
+                if (widening := self._widening(group, of_step, sequences, tiles[group])) is not None:
+                    widenings[group] = widening
+                    arrays[group, "places"] = np.arange(len(sequences.table), dtype=np.int32) - widening.first_block
             if group is LayerGroup.GLOBAL and step.measured:
                 measurements = Measurements.of(of_step, sequences.table_at, cell=self._cell)
                 arrays["decodes measured"] = np.stack(list(measurements.of_decodes.values()))
@@ -195,7 +206,10 @@ class GpuPagedAttention:
                 for group in self._layout.groups
                 if step.decodes
             },
-            prefills={group: self._prefills(upload, group, of_group) for group, of_group in tiles.items()},
+            prefills={
+                group: self._prefills(upload, group, of_group, widenings.get(group))
+                for group, of_group in tiles.items()
+            },
             mass=mass,
             measurements=measurements,
             closed_up=closed_up,
@@ -378,12 +392,28 @@ class GpuPagedAttention:
             least_keys=self._tuning.prefill.least_keys,
         )
 
+    def _widening(
+        self, group: LayerGroup, step: PackedStep, sequences: Sequences, tiles: PrefillTiles
+    ) -> Widening | None:
+        # A local layer's keys are seen by few tiles.
+        if self._hopper is None or not self._hopper.widened_bytes or tiles.split or group is LayerGroup.LOCAL:
+            return None
+        first_block = int(sequences.table_at[step.decodes])
+        return widening(
+            self._layout,
+            first_block=first_block,
+            blocks=len(sequences.table) - first_block,
+            tiles=tiles.tiles,
+            sequences=len(step.query_lens) - step.decodes,
+            programs=self._processors,
+            memory_bytes=self._hopper.widened_bytes,
+        )
+
     def _decodes(self, upload: Upload, group: LayerGroup, num_items: int, sequences: int) -> Decodes:
         scratch = self._scratch(num_items, self._group, sequences)
         return Decodes(upload[group, "items"], num_items, upload[group, "tables"], scratch)
 
-    def _prefills(self, upload: Upload, group: LayerGroup, tiles: PrefillTiles) -> Prefills:
-        split = len(tiles.items) > tiles.tiles
+    def _prefills(self, upload: Upload, group: LayerGroup, tiles: PrefillTiles, widening: Widening | None) -> Prefills:
         rows = self._prefill_options["ROWS"]
         return Prefills(
             tiles=upload[group, "tiles"],
@@ -392,7 +422,9 @@ class GpuPagedAttention:
             lowers=upload[group, "lowers"],
             uppers=upload[group, "uppers"],
             slots=upload[group, "slots"],
-            scratch=self._scratch(len(tiles.items), rows, tiles.tiles) if split else None,
+            scratch=self._scratch(len(tiles.items), rows, tiles.tiles) if tiles.split else None,
+            widening=widening,
+            places=None if widening is None else upload[group, "places"],
         )
 
     def _scratch(self, items: int, rows: int, shared: int) -> Scratch:
@@ -467,7 +499,11 @@ class GpuPagedAttention:
         out, shares = plan.out[plan.num_decodes :], (prefills.tiles, prefills.tables, prefills.lowers, prefills.uppers)
         if self._hopper is not None and prefills.scratch is None:
             group, index = self._layout.layers[layer]
-            self._hopper(group, index, q, out, plan.log_totals, *shares, num_items=prefills.num_items)
+            of_layer = (group, index, q, out, plan.log_totals, *shares)
+            if prefills.widening is not None and prefills.places is not None:
+                self._hopper.widened(prefills.widening, prefills.places, *of_layer, num_items=prefills.num_items)
+            else:
+                self._hopper(*of_layer, num_items=prefills.num_items)
         else:
             scratch = prefills.scratch or Scratch(plan.log_totals, plan.log_totals, prefills.slots)
             prefill_kernel[heads, prefills.num_items](

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wicore_backend.attention.closing_up import ClosedUp
+from wicore_backend.attention.gpu.hopper import Widening
 from wicore_backend.attention.gpu.masses import Measurements, PrefillRun
 from wicore_backend.attention.gpu.upload import Upload
 from wicore_backend.hmt.layout import LayerGroup
@@ -40,6 +41,9 @@ class Prefills:
     slots: Tensor
     scratch: Scratch | None
     """None if no tile's keys are shared out."""
+    widening: Widening | None
+    places: Tensor | None
+    """With `widening`: int32, of each of `tables` which of the widened blocks it is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

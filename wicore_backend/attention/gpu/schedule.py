@@ -145,6 +145,11 @@ class PrefillTiles:
     uppers: Ints
     slots: Ints
 
+    @property
+    def split(self) -> bool:
+        """Whether some tile's keys are shared out among several items."""
+        return len(self.items) > self.tiles
+
     def arrays(self) -> dict[str, Ints]:
         """What the kernels need, by name."""
         return {"tiles": self.items, "lowers": self.lowers, "uppers": self.uppers, "slots": self.slots}
