@@ -61,7 +61,7 @@ class _Steps:
 def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
     """Decode step times and prefill rates of `args.shape`, by batch and by length of context."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results: dict[str, Any] = {"shape": args.shape, "weights": args.weights}
+    results: dict[str, Any] = {"shape": args.shape, "weights": args.weights, "kv": args.kv_dtype}
     if device.type == "cuda":
         results["device"] = torch.cuda.get_device_name(device)
         results["read_limit_tb_s"] = round(read_limit(device) / 1e12, 3)
@@ -101,8 +101,9 @@ def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int
         max_batch_tokens=args.batch_tokens,
         max_decode_slowdown=1000.0,  # Prompts first: decode steps are then of the whole batch.
         prefix_cache=False,
-        host_cache_bytes=0,
+        host_cache_bytes=args.host_bytes,
         kv_cache_bytes=args.kv_bytes,
+        kv_cache_dtype=args.kv_dtype,
     )
     with mock.patch("wicore_backend.engine.loading.load_weights", make), Engine(settings) as engine:
         yield engine, weight_bytes
