@@ -11,12 +11,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from scripts.serving.console import Step, say
+from scripts.serving.gateway import Gateway, GatewayOptions
 from scripts.serving.installation import ROOT, Installation, SetUpError
 from scripts.serving.server import LOG_LEVELS, ServerOptions, ServerStartError, TritonServer
 
@@ -72,7 +73,24 @@ def build_parser() -> argparse.ArgumentParser:
         serve.add_argument(
             f"--{name}-port", type=_port, metavar="PORT", help=f"0 takes a free one (default: {port}; --demo: 0)"
         )
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument(
+        "--gateway-port",
+        type=_port,
+        default=8080,
+        metavar="PORT",
+        help="of the OpenAI API and the chat page; 0 takes a free one (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--gateway-set",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="NAME=VALUE",
+        dest="gateway_settings",
+        help="a setting of the gateway, as for --set: --gateway-set access.keys_file=keys.json; may be repeated",
+    )
+    serve.add_argument("--no-gateway", action="store_true", help="Triton alone")
+    serve.add_argument("--host", default="127.0.0.1", help="address for Triton to listen on (default: %(default)s)")
     serve.add_argument("--model-repository", type=Path, default=ROOT / "model_repository", metavar="PATH")
     serve.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="of the log (default: %(default)s)")
     serve.add_argument("--ready-timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
@@ -175,29 +193,51 @@ def _serve(given: argparse.Namespace) -> int:
     options = _options(given)
     installation = Installation.of_this_checkout()
     pause = _FIRST_RESTART_SECONDS
-    while True:
-        with _running(options, installation, given.ready_timeout) as server:
-            if given.demo:
-                return _demo(server, installation)
-            print(_welcome(server), flush=True)
-            began = time.monotonic()
-            try:
-                trouble = _wait_for_trouble(server, patience=_PATIENCE_SECONDS if given.restart else None)
-            except _Stopped:
-                return 0
-            say(f"error: {trouble}\nlog: {server.log}")
-        if not given.restart:
-            return 1
-        pause = _FIRST_RESTART_SECONDS if time.monotonic() - began > _HEALTHY_SECONDS else pause
-        say(f"starting it again in {pause:.0f} s")
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_RESTART_SECONDS)
+    # The gateway outlives servers: while one is started again its clients hear when to come back. When all of it stops
+    # it ends after the server, whose last answers go through it.
+    with ExitStack() as stack:
+        gateway: Gateway | None = None
+        while True:
+            with _running(options, installation, given.ready_timeout) as server:
+                if given.demo:
+                    return _demo(server, installation)
+                began = time.monotonic()
+                try:
+                    if gateway is None and not given.no_gateway:
+                        gateway = stack.enter_context(_gateway(given, server, installation))
+                    print(_welcome(server, gateway), flush=True)
+                    trouble = _wait_for_trouble(server, gateway, patience=_PATIENCE_SECONDS if given.restart else None)
+                except _Stopped:
+                    return 0
+                say(f"error: {trouble}\nlog: {server.log}")
+            if not given.restart:
+                return 1
+            pause = _FIRST_RESTART_SECONDS if time.monotonic() - began > _HEALTHY_SECONDS else pause
+            say(f"starting it again in {pause:.0f} s")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_RESTART_SECONDS)
+            options = server.same_ports()
 
 
-def _wait_for_trouble(server: TritonServer, *, patience: float | None) -> str:
-    """Return when the server has died, or an engine has been unhealthy for `patience` seconds; says what it is."""
+def _gateway(given: argparse.Namespace, server: TritonServer, installation: Installation) -> Gateway:
+    """The gateway to this server, and to those that are started after it."""
+    settings = dict(given.gateway_settings)
+    options = GatewayOptions(
+        host=str(settings.pop("host", "127.0.0.1")),
+        port=given.gateway_port,
+        settings=settings,
+        drain_seconds=given.drain,
+    )
+    return Gateway(options, installation, server.urls, log=server.log.with_suffix(".gateway.log"))
+
+
+def _wait_for_trouble(server: TritonServer, gateway: Gateway | None = None, *, patience: float | None) -> str:
+    """Return when the server has died, or an engine has been unhealthy for `patience` seconds; says what it is. A
+    gateway that dies is started again meanwhile."""
     unhealthy_since: float | None = None
     while server.wait(1.0) is None:
+        if gateway is not None:
+            gateway.keep_running()
         reasons = [engine.reason for engine in server.engines() if not engine.healthy]
         if not reasons:
             unhealthy_since = None
@@ -235,13 +275,14 @@ def _demo(server: TritonServer, installation: Installation) -> int:
     return subprocess.run([installation.environment / "bin" / "wicore", *command]).returncode
 
 
-def _welcome(server: TritonServer) -> str:
+def _welcome(server: TritonServer, gateway: Gateway | None) -> str:
     urls = server.urls
     url = "" if server.options.grpc_port == _DEFAULT_PORTS["grpc"] else f" --url {urls.grpc}"
     wicore = f"{_from_here(ROOT / '.venv' / 'bin' / 'wicore')}"
     question = json.dumps({"text_input": "What is 7 plus 5?", "stream": True})
+    page = "" if gateway is None else f"\n  chat     {gateway.url}/\n  OpenAI   {gateway.url}/v1"
     return f"""
-Wicore is ready.
+Wicore is ready.{page}
   HTTP     {urls.http}
   gRPC     {urls.grpc}
   metrics  {urls.metrics}

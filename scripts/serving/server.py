@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -115,6 +115,11 @@ class TritonServer:
         http, grpc, metrics = self._ports
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.options.host, self.options.host)
         return Urls(f"http://{host}:{http}", f"{host}:{grpc}", f"http://{host}:{metrics}/metrics")
+
+    def same_ports(self) -> ServerOptions:
+        """Options for a server that takes this one's place: on the ports that this one had."""
+        http, grpc, metrics = self._ports
+        return replace(self.options, http_port=http, grpc_port=grpc, metrics_port=metrics)
 
     @property
     def log(self) -> Path:

@@ -66,7 +66,7 @@ class Delta(NamedTuple):
     "logprob", "top": [...]}.
     """
 
-    index: int
+    index: int  # type: ignore[assignment] # a field is what it is here, not tuple's method
     text: str
     token_ids: tuple[int, ...]
     logprobs: dict[str, Any] | None = None

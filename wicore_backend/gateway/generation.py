@@ -157,5 +157,8 @@ class Generations:
 
 
 def request_id(connection: HTTPConnection) -> str:
-    """The name of a request in all logs: what the access log calls it, or a new one."""
-    return getattr(connection.state, "request_id", None) or uuid.uuid4().hex
+    """The name of a request in all logs: what the access log calls the connection, where that has one request."""
+    name: str | None = getattr(connection.state, "request_id", None)
+    if name is None:
+        return uuid.uuid4().hex
+    return name if connection.scope["type"] == "http" else f"{name}-{uuid.uuid4().hex[:8]}"

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from types import FrameType
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="wicore_backend.gateway", description=__doc__, epilog="`keys --help`: API keys, made, listed and revoked."
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
+    parser.add_argument("--fd", type=int, help="a socket that listens already, inherited; host and port only name it")
     given = parser.parse_args(arguments)
     try:
         settings = read_settings(os.environ.get(VARIABLE, "{}"), given.settings)
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         **settings.tls.uvicorn_options(),
     )
     server = DrainingServer(config, app)
-    server.run()
+    server.run([socket.socket(fileno=given.fd)] if given.fd is not None else None)
     return 0 if server.started else 1
 
 
