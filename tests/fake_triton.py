@@ -191,7 +191,8 @@ def _texts(raw: bytes) -> list[bytes]:
 def _to_message(response: Response) -> pb.ModelStreamInferResponse:
     inferred = pb.ModelInferResponse(model_name="wicore")
     for name, value in asdict(response).items():
-        integers = name == "token_ids"
+        integers = not isinstance(value, str)
+        value = (value,) if isinstance(value, int) else value
         raw = struct.pack(f"<{len(value)}i", *value) if integers else struct.pack("<I", len(value.encode()))
         raw += b"" if integers else value.encode()
         inferred.outputs.add(

@@ -20,6 +20,7 @@ from wicore_client.errors import (
 )
 from wicore_client.requests import SamplingOptions
 from wicore_client.results import (
+    Alternative,
     Chunk,
     Completion,
     Health,
@@ -33,6 +34,7 @@ from wicore_client.results import (
 from wicore_client.retry import RetryPolicy
 
 __all__ = [
+    "Alternative",
     "AsyncClient",
     "AsyncStream",
     "Cancelled",

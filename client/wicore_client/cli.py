@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from wicore_client import cache_table
 from wicore_client.cache import TIERS, reports, since
 from wicore_client.chat import Chat, summary
 from wicore_client.client import CONNECT_TIMEOUT, DEFAULT_MODEL, DEFAULT_URL, METRICS_PORT, Client
-from wicore_client.errors import Unavailable, WicoreClientError
+from wicore_client.errors import InvalidArgument, Unavailable, WicoreClientError
 from wicore_client.requests import SamplingOptions
 from wicore_client.terminal import Terminal, one_line
 
@@ -26,6 +27,7 @@ DESCRIBE = {"en": "Describe this picture.", "zh": "描述这张图片。"}
 
 _OPTIONS: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "longest answer, in tokens"),
+    "min_tokens": (int, "the model does not end its answer before so many"),
     "temperature": (float, "0 takes the most likely token"),
     "top_k": (int, "choose among the K most likely tokens"),
     "top_p": (float, "choose among the fewest tokens that reach this probability together"),
@@ -67,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar = "N" if kind is int else "X"
         group.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind, metavar=metavar, help=text)
     group.add_argument("--stop", action="append", metavar="TEXT", help="text that ends the answer; may be repeated")
+    group.add_argument("--json-schema", metavar="FILE", help="a JSON Schema; the answer is JSON that is valid by it")
 
     parser = _Parser(prog="wicore", description="Talk to a Wicore server: Gemma-3 on Triton, with text and pictures.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -227,7 +230,20 @@ def _seconds(text: str) -> float:
 
 
 def _sampling(given: argparse.Namespace) -> SamplingOptions:
-    return cast(SamplingOptions, {name: getattr(given, name) for name in (*_OPTIONS, "stop")})
+    options = {name: getattr(given, name) for name in (*_OPTIONS, "stop")}
+    if given.json_schema is not None:
+        options["grammar"] = {"json_schema": _read_json(given.json_schema)}
+    return cast(SamplingOptions, options)
+
+
+def _read_json(path: str) -> Any:
+    """What a file holds. Raises InvalidArgument."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InvalidArgument(f"cannot read {path!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidArgument(f"{path!r} is not JSON: {error}") from error
 
 
 def _print_json(terminal: Terminal, value: Any) -> None:

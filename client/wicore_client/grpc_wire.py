@@ -100,6 +100,8 @@ def decode(message: Any) -> Response:
     try:
         raws = zip(inferred.outputs, inferred.raw_output_contents, strict=True)
         values: dict[str, Any] = {output.name: _value(output.datatype, raw) for output, raw in raws}
+        if "index" in values:
+            (values["index"],) = values["index"]
         return Response(**{name: values[name] for name in Response.__dataclass_fields__ if name in values})
     except (ValueError, struct.error, IndexError) as error:
         raise ServerError(f"cannot read the server's response: {error!r}") from error

@@ -72,11 +72,22 @@ def decode(text: str | bytes) -> Response:
         values["token_ids"] = (tokens,) if isinstance(tokens, int) else tuple(tokens)  # Triton writes [7] as 7
         fields = {name: values[name] for name in Response.__dataclass_fields__ if name in values}
         for name, value in fields.items():
-            if not (all(isinstance(i, int) for i in value) if name == "token_ids" else isinstance(value, str)):
+            if not _is_right(name, value):
                 raise TypeError(f"{name} is {str(value)[:40]!r}")
         return Response(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise ServerError(f"cannot read the server's response: {error!r}") from error
+
+
+def _is_right(name: str, value: Any) -> bool:
+    """Whether a field of a Response is of its type."""
+    match name:
+        case "token_ids":
+            return all(isinstance(token, int) for token in value)
+        case "index":
+            return isinstance(value, int)
+        case _:
+            return isinstance(value, str)
 
 
 def error_from_status(status: int, body: bytes, retry_after: str | None, endpoint: Endpoint) -> WicoreClientError:

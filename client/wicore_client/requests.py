@@ -30,6 +30,8 @@ class SamplingOptions(TypedDict, total=False):
 
     max_tokens: int | None
     """Longest answer in tokens."""
+    min_tokens: int | None
+    """Before so many tokens the model does not end its answer."""
     temperature: float | None
     """0 takes the most likely token."""
     top_k: int | None
@@ -38,6 +40,15 @@ class SamplingOptions(TypedDict, total=False):
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    """Added to these tokens' logits: from -100, which as good as rules a token out, to 100."""
+    grammar: Mapping[str, Any] | None
+    """The form of the answer: {"json_schema": {...}}, {"json_object": True}, {"regex": "..."}, {"choice": [...]},
+    {"lark": "..."} or {"tags": {...}}; see docs/structured-output.md."""
+    n: int | None
+    """How many answers; their prompt is computed once. All of them are in `Completion.answers`."""
+    best_of: int | None
+    """How many answers are made, of which the `n` likeliest come, at the end."""
     seed: int | None
     """The same seed, prompt and settings give the same answer."""
     stop: str | Sequence[str] | None

@@ -59,10 +59,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one response adds to the answer; the last one has `finish_reason` and `usage`."""
+    """What one response adds to an answer; the last one has `finish_reason` and `usage`."""
 
     text: str
     token_ids: tuple[int, ...]
+    index: int = 0
+    """Which answer it belongs to, if several are asked for."""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """With the first chunk, if asked for; None for the first token of the prompt."""
@@ -71,8 +73,19 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """One of several answers to a request."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer."""
+    """A whole answer; the first, if there are several."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -80,6 +93,8 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    answers: tuple[Alternative, ...] = ()
+    """All of them, with `n` > 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +193,17 @@ class Response:
     error_message: str = ""
     usage: str = ""
     logprobs: str = ""
+    index: int = 0
+    answers: str = ""
 
 
 class Answer:
     """The sum of the responses so far. It is *empty* until the first token, and *whole* after a last response that is
-    not an error."""
+    not an error. Where there are several answers, `text` and `token_ids` are those of the first."""
 
     def __init__(self) -> None:
         self._chunks: list[Chunk] = []
+        self._alternatives: tuple[Alternative, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -197,11 +215,11 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return "".join(chunk.text for chunk in self._chunks)
+        return "".join(chunk.text for chunk in self._chunks if chunk.index == 0)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        return tuple(token for chunk in self._chunks for token in chunk.token_ids)
+        return tuple(token for chunk in self._chunks if chunk.index == 0 for token in chunk.token_ids)
 
     def accept(self, response: Response) -> Chunk:
         """Add a response.
@@ -219,11 +237,14 @@ class Answer:
             chunk = Chunk(
                 text=response.text_output,
                 token_ids=response.token_ids,
+                index=response.index,
                 logprobs=tuple(map(TokenLogprob.from_json, logprobs.get("tokens", ()))),
                 prompt_logprobs=tuple(entry and TokenLogprob.from_json(entry) for entry in logprobs.get("prompt", ())),
                 finish_reason=finish_reason,
                 usage=Usage.from_json(json.loads(response.usage)) if response.usage else None,
             )
+            if response.answers and finish_reason is not None:
+                self._alternatives = tuple(map(self._alternative, json.loads(response.answers)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self.interrupted(
                 ServerError(f"cannot read the server's response ({error!r}); are client and server of one version?")
@@ -252,18 +273,32 @@ class Answer:
             token_ids=self.token_ids,
             finish_reason=last.finish_reason,
             usage=last.usage,
-            logprobs=tuple(entry for chunk in self._chunks for entry in chunk.logprobs),
-            prompt_logprobs=tuple(entry for chunk in self._chunks for entry in chunk.prompt_logprobs),
+            logprobs=tuple(entry for chunk in self._chunks if chunk.index == 0 for entry in chunk.logprobs),
+            prompt_logprobs=tuple(
+                entry for chunk in self._chunks if chunk.index == 0 for entry in chunk.prompt_logprobs
+            ),
+            answers=self._alternatives,
+        )
+
+    def _alternative(self, entry: Mapping[str, Any]) -> Alternative:
+        """One of several answers: what came of it before, and what the last response adds."""
+        before = [chunk for chunk in self._chunks if chunk.index == entry["index"]]
+        finish_reason = _FINISH_REASONS[entry["finish_reason"]]
+        logprobs = entry.get("logprobs", {}).get("tokens", ())
+        return Alternative(
+            index=entry["index"],
+            text="".join(chunk.text for chunk in before) + entry["text"],
+            token_ids=(*(token for chunk in before for token in chunk.token_ids), *entry["token_ids"]),
+            finish_reason=finish_reason,
+            logprobs=(
+                *(logprob for chunk in before for logprob in chunk.logprobs),
+                *map(TokenLogprob.from_json, logprobs),
+            ),
         )
 
 
+_FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+
 def _finish_reason(response: Response) -> FinishReason | None:
-    if response.error_code:
-        return None
-    match response.finish_reason:
-        case "stop":
-            return "stop"
-        case "length":
-            return "length"
-        case _:
-            return None
+    return None if response.error_code else _FINISH_REASONS.get(response.finish_reason)
