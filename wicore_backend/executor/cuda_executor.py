@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wicore_backend.executor.base import QKV
 from wicore_backend.executor.kernels.small import embed, norm, qk_norm_rope
-from wicore_backend.executor.matrix import Matrix, add_norm, feedforward, matrix_of
+from wicore_backend.executor.matrix import Matrix, add_norm, gated, matrix_of
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.layers import embedding_scale
 from wicore_backend.models.gemma3.vision import encode_images
@@ -93,6 +93,6 @@ class _Layer:
         """The residual stream after the layer, and its norm by `next_norm`, which `reader` multiplies next."""
         weights, eps = self._weights, self._eps
         norms = weights.post_attention_norm, weights.pre_feedforward_norm
-        hidden, normed = add_norm(self._out(attention), hidden, *norms, eps, reader=self._gate_up)
-        fed = feedforward(self._gate_up, self._down, normed)
-        return add_norm(fed, hidden, weights.post_feedforward_norm, next_norm, eps, reader=reader)
+        hidden, normed = add_norm(self._out, attention, hidden, *norms, eps, reader=self._gate_up)
+        fed = gated(self._gate_up, normed, reader=self._down)
+        return add_norm(self._down, fed, hidden, weights.post_feedforward_norm, next_norm, eps, reader=reader)

@@ -8,24 +8,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_products import fp8_product
-from wicore_backend.executor.kernels.fp8_rows import gated_quantized, quantize_rows
+from wicore_backend.executor.kernels.fp8_rows import Unscaled
 from wicore_backend.executor.kernels.products import Tile
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
 from wicore_backend.quantization.fp8 import Fp8Matrix, Rows
 
 FP8_TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
-    "qkv": {1: (Tile(8, 512, 4, 256, dot=False),), 16: (Tile(64, 256, 4, 256),)},
-    "out": {1: (Tile(8, 512, 4, 1024, dot=False),), 16: (Tile(64, 256, 4, 256, splits=2),)},
-    "gate_up": {1: (Tile(4, 512, 5, 256, dot=False),), 16: (Tile(64, 128, 5, 256),)},
-    "down": {1: (Tile(8, 512, 4, 1024, dot=False),), 16: (Tile(64, 256, 4, 512, splits=2),)},
-    "head": {1: (Tile(8, 512, 4, 256, dot=False),), 16: (Tile(64, 256, 4, 256),)},
+    "qkv": {
+        1: (Tile(8, 512, 4, 256, dot=False),),
+        16: (Tile(64, 512, 4, 256),),
+        64: (Tile(64, 128, 8, 256),),
+    },
+    "out": {
+        1: (Tile(2, 1024, 1, 4096, warps=2, dot=False), Tile(8, 512, 4, 512, dot=False)),
+        16: (Tile(64, 128, 4, 256, splits=4),),
+    },
+    "gate_up": {1: (Tile(8, 256, 8, 256, dot=False),), 16: (Tile(64, 128, 3, 128),)},
+    "down": {
+        1: (Tile(2, 1024, 6, 1024, warps=2, dot=False), Tile(8, 512, 4, 512, dot=False)),
+        16: (Tile(64, 128, 4, 256, splits=4),),
+    },
+    "head": {1: (Tile(8, 256, 8, 256, dot=False),), 16: (Tile(64, 256, 4, 256),)},
 }
 """For each role, by the largest number of rows, the tilings that are faster than cuBLAS: the first that fits is taken.
 
 Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/fp8.md).
 """
+
+UNSCALED_ROWS: Mapping[Role, int] = {"gate_up": 256, "out": 2048, "down": 2048}
+"""Up to how many rows cuBLAS is quicker without scales of rows and columns: measured likewise."""
 
 _ALIGNED = 16
 """Both sides of a matrix must be multiples of it for cuBLAS to take it in FP8."""
@@ -45,6 +59,7 @@ class Fp8GpuMatrix:
         # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
         self._streamed = weight.dtype.itemsize == 2 and bias is None and overlaps(weight.values)
         self._by_cublas = weight.dtype is torch.bfloat16 and _cublas_takes(weight)
+        self._one = torch.ones((), device=weight.device)
         self._choices: dict[int, Tile | None] = {}
 
     def takes_fp8(self, rows: int) -> bool:
@@ -54,27 +69,47 @@ class Fp8GpuMatrix:
 
     def __call__(self, x: Rows) -> Tensor:
         if self._role == "gate_up":
-            fed = self.gated(x)
-            assert isinstance(fed, Tensor)
-            return fed
-        x = self._read(x)
-        if (tile := self._tile(len(x))) is not None:
-            return fp8_product(x, self._weight, tile, result_type=torch.float32 if self._role == "head" else None)
-        whole = self._whole(x)
+            return gated(self._scaled(self._read(x))) if self._tile(len(x)) is None else self._streamed_product(x)
+        if self._tile(len(x)) is not None:
+            return self._streamed_product(x)
+        whole = self._scaled(self._read(x))
         return whole.float() if self._role == "head" else whole
 
-    def gated(self, x: Rows, *, reader: Fp8GpuMatrix | None = None) -> Rows:
-        """GELU of the first half of x W^T times the second, in FP8 if that is at hand and what `reader` takes."""
+    def gated(self, x: Rows, *, reader: Fp8GpuMatrix) -> Rows:
+        """What a call gives, gate and up; in FP8 if that costs nothing and is what `reader` takes."""
+        rows = len(x)
+        if self._tile(rows) is None and self._by_cublas and reader.takes_fp8(rows):
+            return fp8_rows.gated(self.unscaled(x))
+        return self(x)
+
+    def unscaled(self, x: Rows) -> Tensor | Unscaled:
+        """What a call gives but for GELU, without its scales where it is quicker so."""
+        rows = len(x)
+        if self._tile(rows) is not None:
+            return self._streamed_product(x)
         x = self._read(x)
-        if (tile := self._tile(len(x))) is not None:
-            return fp8_product(x, self._weight, tile, gated=True)
-        whole = self._whole(x)
-        return gated_quantized(whole) if reader is not None and reader.takes_fp8(len(x)) else gated(whole)
+        if isinstance(x, Tensor) or self._bias is not None or rows > UNSCALED_ROWS.get(self._role, 0):
+            return self._scaled(x)
+        one = self._one
+        product = torch._scaled_mm(
+            *(x.values, self._weight.values.T),
+            scale_a=one,
+            scale_b=one,
+            out_dtype=self._weight.dtype,
+            use_fast_accum=True,
+        )
+        return Unscaled(product, x.scale, self._weight.scale)
 
     def _read(self, x: Rows) -> Rows:
-        return quantize_rows(x) if isinstance(x, Tensor) and self.takes_fp8(len(x)) else x
+        return fp8_rows.quantize_rows(x) if isinstance(x, Tensor) and self.takes_fp8(len(x)) else x
 
-    def _whole(self, x: Rows) -> Tensor:
+    def _streamed_product(self, x: Rows) -> Tensor:
+        tile = self._tile(len(x))
+        assert tile is not None
+        result_type = torch.float32 if self._role == "head" else None
+        return fp8_product(self._read(x), self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
+
+    def _scaled(self, x: Rows) -> Tensor:
         weight = self._weight
         if isinstance(x, Tensor):
             return F.linear(x, weight.dequantized(), self._bias)

@@ -7,8 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from wicore_backend.executor.fp8_matrix import Fp8GpuMatrix
-from wicore_backend.executor.kernels import small
-from wicore_backend.executor.kernels.fp8_rows import add_norm_quantized
+from wicore_backend.executor.kernels import fp8_rows, small
 from wicore_backend.executor.plain_matrix import PlainMatrix
 from wicore_backend.executor.roles import Role
 from wicore_backend.models.gemma3.weights import Weight
@@ -35,16 +34,18 @@ def matrix_of(role: Role, weight: Weight, bias: Tensor | None = None) -> Matrix:
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float, *, reader: Matrix
+    matrix: Matrix, x: Rows, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float, *, reader: Matrix
 ) -> tuple[Tensor, Rows]:
-    """`small.add_norm`, its second result in the form that `reader`, which multiplies it, takes."""
-    if isinstance(reader, Fp8GpuMatrix) and reader.takes_fp8(len(residual)):
-        return add_norm_quantized(x, residual, weight, next_weight, eps)
-    return small.add_norm(x, residual, weight, next_weight, eps)
+    """`small.add_norm` of `matrix` times `x`; its second result is in the form that `reader`, which reads it, takes."""
+    product = matrix.unscaled(x) if isinstance(matrix, Fp8GpuMatrix) else matrix(x)
+    quantizes = isinstance(reader, Fp8GpuMatrix) and reader.takes_fp8(len(residual))
+    if quantizes or not isinstance(product, Tensor):
+        return fp8_rows.add_norm(product, residual, weight, next_weight, eps, quantizes=quantizes)
+    return small.add_norm(product, residual, weight, next_weight, eps)
 
 
-def feedforward(gate_up: Matrix, down: Matrix, x: Rows) -> Tensor:
-    """Through both matrices of an MLP: what lies between them is in the form that `down` takes."""
-    if isinstance(gate_up, Fp8GpuMatrix) and isinstance(down, Fp8GpuMatrix):
-        return down(gate_up.gated(x, reader=down))
-    return down(gate_up(x))
+def gated(gate_up: Matrix, x: Rows, *, reader: Matrix) -> Rows:
+    """`gate_up` times `x`, in the form that `reader` takes if that costs nothing."""
+    if isinstance(gate_up, Fp8GpuMatrix) and isinstance(reader, Fp8GpuMatrix):
+        return gate_up.gated(x, reader=reader)
+    return gate_up(x)

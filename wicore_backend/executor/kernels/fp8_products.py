@@ -44,7 +44,7 @@ def _fp8_product(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     split = tl.program_id(1)
-    part = depth // SPLITS
+    part = tl.multiple_of(depth // SPLITS, 16)  # Whole vectors of weights.
     # The first tile is on its way before what this kernel follows has ended: weights do not change.
     inner = split * part + tl.arange(0, FIRST)
     tile = weight + column[:, None].to(tl.int64) * depth + inner[None, :]

@@ -1,10 +1,12 @@
 """Rows in FP8, each by its own largest value, where something else writes them anyway: norms and GELU.
 
 The plain twin is `quantized_rows` of what `small` gives. Each row is one program's, since its scale is known when all
-of it is.
+of it is. What these read may be a product that still lacks its scales, which it is quicker without.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from wicore_backend.executor.kernels.small import follow, gelu, overlaps
 from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_of
-from wicore_backend.quantization.fp8 import FP8, FP8_MAX, Fp8Rows
+from wicore_backend.quantization.fp8 import FP8, FP8_MAX, Fp8Rows, Rows
 
 
 @triton.jit
@@ -55,9 +57,27 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
     return out
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unscaled:
+    """A product whose values are still to be multiplied by a scale of their row and one of their column."""
+
+    values: Tensor
+    """[T, N]"""
+    row_scale: Tensor
+    """float32 [T]"""
+    column_scale: Tensor
+    """float32 [N]"""
+
+    def scaled(self) -> Tensor:
+        """The plain twin of what reads it: float32 [T, N]."""
+        return self.values.float() * self.row_scale[:, None] * self.column_scale
+
+
 @triton.jit(do_not_specialize=["rows"])
-def _add_norm_quantized(
+def _add_norm(
     x,
+    row_scale,
+    column_scale,
     residual,
     weight,
     next_weight,
@@ -67,7 +87,9 @@ def _add_norm_quantized(
     rows,
     size,
     eps,
+    SCALES: tl.constexpr,
     PARTS: tl.constexpr,
+    QUANTIZES: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
     OVERLAPPED: tl.constexpr,
@@ -77,64 +99,106 @@ def _add_norm_quantized(
     within = column < size
     factor = tl.load(weight + column, mask=within, other=0.0)
     next_factor = tl.load(next_weight + column, mask=within, other=0.0)
+    if SCALES:
+        scale = tl.load(column_scale + column, mask=within, other=0.0)
     follow(OVERLAPPED)
     at = row.to(tl.int64) * size + column
     value = tl.load(x + at, mask=within, other=0.0).to(tl.float32)
     carried = tl.load(residual + at, mask=within, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         value += tl.load(x + part * rows * size + at, mask=within, other=0.0).to(tl.float32)
+    if SCALES:
+        value *= scale * tl.load(row_scale + row)
     value *= tl.rsqrt(tl.sum(value * value) / size + eps) * factor
     value += carried
     tl.store(summed + at, value.to(summed.dtype.element_ty), mask=within)
     value *= tl.rsqrt(tl.sum(value * value) / size + eps) * next_factor
-    _store_quantized(value, within, out, scales, row, size, column, LARGEST)
+    if QUANTIZES:
+        _store_quantized(value, within, out, scales, row, size, column, LARGEST)
+    else:
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=within)
 
 
-def add_norm_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float
-) -> tuple[Tensor, Fp8Rows]:
-    """`small.add_norm`, whose second result is in FP8 and was not rounded in between."""
+def add_norm(
+    x: Tensor | Unscaled, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float, *, quantizes: bool
+) -> tuple[Tensor, Rows]:
+    """`small.add_norm` of a product that may be unscaled; if it `quantizes`, its second result is in FP8."""
     rows, size = residual.shape
-    summed, out = torch.empty_like(residual), _empty(rows, size, residual)
-    overlapped = overlaps(x)
-    _add_norm_quantized[(rows,)](
-        *(x, residual, weight, next_weight, summed, out.values.view(torch.uint8), out.scale, rows, size, eps),
-        PARTS=1 if x.dim() == 2 else len(x),
+    summed = torch.empty_like(residual)
+    normed = _empty(rows, size, residual) if quantizes else torch.empty_like(residual)
+    values, row_scale, column_scale = _parts(x)
+    out, scales = _written(normed)
+    overlapped = overlaps(residual)
+    _add_norm[(rows,)](
+        *(values, row_scale, column_scale, residual, weight, next_weight, summed, out, scales, rows, size, eps),
+        SCALES=isinstance(x, Unscaled),
+        PARTS=1 if values.dim() == 2 else len(values),
+        QUANTIZES=quantizes,
         BLOCK=triton.next_power_of_2(size),
         LARGEST=FP8_MAX,
         OVERLAPPED=overlapped,
         num_warps=_warps(size),
         launch_pdl=overlapped,
     )
-    return summed, out
+    return summed, normed
 
 
 @triton.jit
-def _gated_quantized(gate_up, out, scales, size, BLOCK: tl.constexpr, LARGEST: tl.constexpr, OVERLAPPED: tl.constexpr):
+def _gated(
+    gate_up,
+    row_scale,
+    column_scale,
+    out,
+    scales,
+    size,
+    SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
+):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     within = column < size
+    if SCALES:
+        gate_scale = tl.load(column_scale + column, mask=within, other=0.0)
+        up_scale = tl.load(column_scale + size + column, mask=within, other=0.0)
     follow(OVERLAPPED)
     at = gate_up + row.to(tl.int64) * 2 * size + column
     gate = tl.load(at, mask=within, other=0.0).to(tl.float32)
     up = tl.load(at + size, mask=within, other=0.0).to(tl.float32)
+    if SCALES:
+        scale = tl.load(row_scale + row)
+        gate *= gate_scale * scale
+        up *= up_scale * scale
     _store_quantized(gelu(gate) * up, within, out, scales, row, size, column, LARGEST)
 
 
-def gated_quantized(gate_up: Tensor) -> Fp8Rows:
-    """`small.gated` of `gate_up` [T, 2 F], in FP8 and not rounded in between: [T, F]."""
-    rows, size = len(gate_up), gate_up.shape[1] // 2
-    out = _empty(rows, size, gate_up)
-    overlapped = overlaps(gate_up)
-    _gated_quantized[(rows,)](
-        *(gate_up, out.values.view(torch.uint8), out.scale, size),
+def gated(gate_up: Tensor | Unscaled) -> Fp8Rows:
+    """`small.gated` of a product [T, 2 F] that may be unscaled, in FP8 and not rounded in between: [T, F]."""
+    values, row_scale, column_scale = _parts(gate_up)
+    rows, size = len(values), values.shape[1] // 2
+    fed = _empty(rows, size, values)
+    out, scales = _written(fed)
+    overlapped = overlaps(values)
+    _gated[(rows,)](
+        *(values, row_scale, column_scale, out, scales, size),
+        SCALES=isinstance(gate_up, Unscaled),
         BLOCK=triton.next_power_of_2(size),
         LARGEST=FP8_MAX,
         OVERLAPPED=overlapped,
         num_warps=_warps(size),
         launch_pdl=overlapped,
     )
-    return out
+    return fed
+
+
+def _parts(x: Tensor | Unscaled) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and scales; a product that has none stands for them, and is not read."""
+    return (x, x, x) if isinstance(x, Tensor) else (x.values, x.row_scale, x.column_scale)
+
+
+def _written(rows: Rows) -> tuple[Tensor, Tensor]:
+    return (rows, rows) if isinstance(rows, Tensor) else (rows.values.view(torch.uint8), rows.scale)
 
 
 def _empty(rows: int, size: int, like: Tensor) -> Fp8Rows:

@@ -1,0 +1,54 @@
+"""Compiles every tiling of the FP8 products for Hopper, as `compile_products` does those of plain ones."""
+
+from __future__ import annotations
+
+import re
+
+import triton
+from triton.compiler import ASTSource, CompiledKernel
+
+from tests.compile_products import HOPPER
+from wicore_backend.executor.fp8_matrix import FP8_TILES
+from wicore_backend.executor.kernels.fp8_products import _fp8_product
+from wicore_backend.executor.kernels.products import Tile
+
+
+def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
+    """The kernel of `fp8_product` in bf16 on a card that starts kernels early."""
+    constants = {
+        "ROWS": max(16, rows) if tile.dot else 1,
+        "COLUMNS": tile.columns,
+        "FIRST": tile.first,
+        "DEPTH": tile.depth,
+        "STAGES": tile.stages,
+        "SPLITS": tile.splits,
+        "GATED": gated,
+        "OVERLAPPED": True,
+    }
+    types = {
+        "x": "*fp8e4nv" if tile.dot else "*bf16",
+        "x_scale": "*fp32",
+        "weight": "*fp8e4nv",
+        "weight_scale": "*fp32",
+        "out": "*fp32" if tile.splits > 1 else "*bf16",
+    }
+    names = [parameter.name for parameter in _fp8_product.params]
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name != "rows" and signature[name] != "constexpr"
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(_fp8_product, signature, values, aligned)
+    return triton.compile(source, target=HOPPER, options={"num_warps": tile.warps, "launch_pdl": True})
+
+
+if __name__ == "__main__":
+    for role, by_rows in FP8_TILES.items():
+        for rows, tiles in by_rows.items():
+            for tile in tiles:
+                kernel = compiled(tile, rows, gated=role == "gate_up")
+                before_wait, wait, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
+                loads = len(re.findall(r"ld\.global[\w.]*\.v4", before_wait)) if wait else 0
+                print(kernel.metadata.shared, loads, role, rows)
