@@ -61,6 +61,9 @@ class ScriptedBackend:
     async def status(self) -> BackendStatus:
         return BackendStatus("scripted", (), {}, "")
 
+    async def metrics(self) -> str:
+        return ""
+
     async def fingerprint(self) -> str:
         return "fp"
 
@@ -135,3 +138,9 @@ def metric(page: str, name: str, **labels: str) -> float:
         if head.split("{")[0] == name and all(f"{k}={json.dumps(v)}" in head for k, v in labels.items()):
             total += float(value)
     return total
+
+
+if __name__ == "__main__":  # A gateway with nothing behind it, for tools that try its API from outside.
+    with served_gateway(ScriptedBackend(tokens=20)) as served_port:
+        print(served_port, flush=True)
+        threading.Event().wait()
