@@ -114,11 +114,14 @@ class Backend(Protocol):
         """Called in the event loop before anything else."""
 
     async def close(self) -> None:
-        """Ends what is under way."""
+        """Called when nothing is under way any more."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """The answer as it grows. Closing the generator before its end, or cancelling the task that waits for it,
         cancels the request."""
+
+    def end_requests(self) -> None:
+        """End what is under way, each with an UnavailableError."""
 
     async def readiness(self) -> Readiness:
         """Never raises: a server that is gone is not ready."""

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from wicore_backend.gateway.errors import ClientGoneError
+from wicore_backend.gateway.patience import Patience
 
 T = TypeVar("T")
 
@@ -72,15 +73,24 @@ class EventStream(Response):
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
-            with suppress(ClientGoneError, OSError, TimeoutError):
+            with suppress(ClientGoneError, OSError):
                 await unless_gone(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            async with asyncio.timeout(self._stalled_after_s):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        sending = asyncio.current_task()
+        assert sending is not None
+        with Patience(self._stalled_after_s, sending.cancel) as patience:
+            try:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                async for event in self._events:
+                    patience.begin()
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                    patience.end()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            except asyncio.CancelledError:
+                if not patience.lost:
+                    raise
+                raise ClientGoneError("the client takes nothing of what is sent to it") from None
 
 
 def json_response(content: Any) -> Response:

@@ -19,6 +19,9 @@ from wicore_backend.gateway.errors import ApiError, InternalError, UnavailableEr
 
 _log = logging.getLogger(__name__)
 
+_LAST_WORDS_S = 2.0
+"""For clients to take the error that ends their streams."""
+
 Outcome = Literal["completed", "cancelled", "failed", "refused"]
 
 
@@ -145,15 +148,17 @@ class Generations:
             if not self._running:
                 self._idle.set()
 
-    async def drain(self, seconds: float) -> bool:
-        """Refuse new requests and wait for the running ones; whether they ended in time."""
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests, and return when the running ones have ended: by themselves, or after some time with an
+        error that says so."""
         self.draining = True
-        try:
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        for patience in (seconds, _LAST_WORDS_S):
+            try:
+                async with asyncio.timeout(patience):
+                    await self._idle.wait()
+                    return
+            except TimeoutError:
+                self._backend.end_requests()
 
 
 def request_id(connection: HTTPConnection) -> str:

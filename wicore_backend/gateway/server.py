@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     log_to_stderr()
+    gc.collect()
+    gc.freeze()  # What is loaded stays, and need not be looked through again.
     protocols = bounded_protocols(settings.connections, on_refusal=app.state.metrics.connection_refused)
     config = uvicorn.Config(
         app,

@@ -18,6 +18,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from wicore_backend.gateway import triton_wire
 from wicore_backend.gateway.backend import BackendStatus, Delta, GenerationRequest, Model, Readiness
 from wicore_backend.gateway.errors import ApiError, DeadlineError, UnavailableError
+from wicore_backend.gateway.patience import Patience
 from wicore_backend.gateway.settings import GatewaySettings
 
 _TROUBLE = "wicore_health_"
@@ -56,6 +57,7 @@ class TritonBackend:
         self._channel: Any = None
         self._service: Any = None
         self._http: httpx.AsyncClient | None = None
+        self._calls: set[Any] = set()
 
     async def start(self) -> None:
         self._channel = grpc.aio.insecure_channel(self._url, options=self._options)
@@ -73,26 +75,36 @@ class TritonBackend:
         metadata = (triton_wire.STREAM_ERRORS_HAVE_STATUS, *request.metadata)
         call = self._service.ModelStreamInfer(iter([message]), metadata=metadata)
         answers = request.answers
-        ended = False
+        self._calls.add(call)
         try:
-            while not ended:
-                try:
-                    async with asyncio.timeout(self._patience_s):
-                        response = await call.read()
-                except TimeoutError:
-                    raise DeadlineError(f"the server at {self._url} said nothing for {self._patience_s:g} s") from None
-                if response is grpc.aio.EOF:
-                    raise UnavailableError(
-                        f"the server at {self._url} ended the stream before the answer was whole",
-                        code="backend_unavailable",
-                    )
-                for delta in triton_wire.decode(response, answers=answers):
-                    ended = delta.usage is not None
-                    yield delta
+            with Patience(self._patience_s, call.cancel) as patience:
+                ended = False
+                while not ended:
+                    patience.begin()
+                    response = await call.read()
+                    patience.end()
+                    if response is grpc.aio.EOF:
+                        raise self._broken("ended the stream before the answer was whole")
+                    for delta in triton_wire.decode(response, answers=answers):
+                        ended = delta.usage is not None
+                        yield delta
             await _end(call)
         except grpc.RpcError as error:
             raise triton_wire.error_from_rpc(error, self._url) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # gRPC says so of a call that was cancelled here, not by who waits for it.
+            if patience.lost:
+                raise DeadlineError(f"the server at {self._url} said nothing for {self._patience_s:g} s") from None
+            raise UnavailableError("the gateway is shutting down; try again", code="draining") from None
         finally:
+            self._calls.discard(call)
+            call.cancel()
+
+    def end_requests(self) -> None:
+        for call in self._calls:
             call.cancel()
 
     async def readiness(self) -> Readiness:
@@ -137,6 +149,9 @@ class TritonBackend:
             message = await self._ask("ModelConfig", pb.ModelConfigRequest(name=name))
             digest.update(message.config.SerializeToString(deterministic=True))
         return f"fp_{digest.hexdigest()[:12]}"
+
+    def _broken(self, what: str) -> UnavailableError:
+        return UnavailableError(f"the server at {self._url} {what}", code="backend_unavailable")
 
     async def _index(self) -> tuple[Model, ...]:
         index = await self._ask("RepositoryIndex", pb.RepositoryIndexRequest())
