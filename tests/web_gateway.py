@@ -19,7 +19,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 
 from wicore_backend.gateway.web import add_pages
 
-USAGE = {"prompt_tokens": 40, "completion_tokens": 12, "total_tokens": 52, "prompt_tokens_details": {"cached_tokens": 32}}
+USAGE = {
+    "prompt_tokens": 40,
+    "completion_tokens": 12,
+    "total_tokens": 52,
+    "prompt_tokens_details": {"cached_tokens": 32},
+}
 
 
 @dataclass
@@ -181,8 +186,10 @@ def status_page(*, generated: int = 1000, found: int = 600, missed: int = 400, r
             "missed_tokens": missed,
             "reasons": [{"reason": "never seen before", "count": missed, "unit": "tokens"}],
             "tiers": [
-                tier | {"tier": "device", "found_tokens": found // 2, "used_bytes": 6 << 20, "groups": [_group(60, 100)]},
-                tier | {"tier": "host", "found_tokens": found // 3, "used_bytes": 90 << 20, "groups": [_group(30, 400)]},
+                tier
+                | {"tier": "device", "found_tokens": found // 2, "used_bytes": 6 << 20, "groups": [_group(60, 100)]},
+                tier
+                | {"tier": "host", "found_tokens": found // 3, "used_bytes": 90 << 20, "groups": [_group(30, 400)]},
                 tier
                 | {"tier": "nvme", "found_tokens": found // 6, "used_bytes": 2 << 30, "groups": [_group(9, None)]}
                 | {"used_disk_bytes": 1 << 30, "disk_bytes": 8 << 30},

@@ -1,6 +1,7 @@
 // The chat page: what belongs together is put together here.
 
 import { json } from "../common/api.js";
+import { askForKey, prepareDialogs } from "../common/dialogs.js";
 import { byId, fillIcons, h, icon } from "../common/dom.js";
 import { t, translatePage } from "../common/i18n.js";
 import { applyTheme, preferences } from "../common/preferences.js";
@@ -12,7 +13,7 @@ import { exportAll, exportConversation } from "./export.js";
 import { Layout } from "./layout.js";
 import { confirmOn } from "./message.js";
 import { Panel } from "./panel.js";
-import { askForKey, prepareDialogs, SettingsDialog } from "./settings.js";
+import { SettingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { openStore } from "./store.js";
 import { Transcript } from "./transcript.js";

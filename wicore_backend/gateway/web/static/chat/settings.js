@@ -1,4 +1,4 @@
-// The dialog of settings, and the one that asks for a key.
+// The dialog of settings.
 
 import { byId, h } from "../common/dom.js";
 import { t } from "../common/i18n.js";
@@ -18,16 +18,7 @@ const SHORTCUTS = [
   [["?"], "shortcut_settings"],
 ];
 
-/** Wires what all dialogs have: buttons that close them, and clicks beside them. */
-export function prepareDialogs() {
-  for (const dialog of document.querySelectorAll("dialog")) {
-    for (const button of dialog.querySelectorAll("[data-close]")) button.addEventListener("click", () => dialog.close());
-    dialog.addEventListener("click", (event) => {
-      if (event.target === dialog) dialog.close();
-    });
-  }
-}
-
+/** Changes take effect as they are made. */
 export class SettingsDialog {
   #dialog = byId("settings");
 
@@ -69,22 +60,4 @@ export class SettingsDialog {
       if (target.reportValidity()) preferences.set(preference, target.value === "" ? null : target.valueAsNumber);
     });
   }
-}
-
-/** Asks for a key; true once one has been given, false if the person would rather not. */
-export function askForKey() {
-  const dialog = byId("key-dialog");
-  const field = byId("asked-key");
-  field.value = "";
-  byId("remember-asked-key").checked = apiKey.remembered();
-  dialog.returnValue = "";
-  return new Promise((resolve) => {
-    byId("key-form").onsubmit = () => {
-      apiKey.set(field.value, byId("remember-asked-key").checked);
-      dialog.close("given");
-    };
-    dialog.onclose = () => resolve(dialog.returnValue === "given");
-    if (!dialog.open) dialog.showModal();
-    field.focus();
-  });
 }

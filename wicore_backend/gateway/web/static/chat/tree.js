@@ -14,13 +14,16 @@ export function versions(messages, message) {
   return [...messages.values()].filter((other) => other.parent === message.parent).sort((a, b) => a.created - b.created);
 }
 
-/** The end of the newest path through a message. */
+/** The newest end of the paths that go through a message: where it was last talked on. */
 export function newestEnd(messages, id) {
-  for (;;) {
-    const replies = [...messages.values()].filter((message) => message.parent === id);
-    if (replies.length === 0) return id;
-    id = replies.reduce((newest, reply) => (reply.created > newest.created ? reply : newest)).id;
-  }
+  const parents = new Set([...messages.values()].map(({ parent }) => parent));
+  const ends = [...messages.values()].filter((message) => !parents.has(message.id) && goesThrough(messages, message, id));
+  return ends.reduce((newest, end) => (end.created > newest.created ? end : newest)).id;
+}
+
+function goesThrough(messages, message, id) {
+  for (let one = message; one; one = messages.get(one.parent)) if (one.id === id) return true;
+  return false;
 }
 
 /**
