@@ -141,6 +141,9 @@ def metric(page: str, name: str, **labels: str) -> float:
 
 
 if __name__ == "__main__":  # A gateway with nothing behind it, for tools that try its API from outside.
-    with served_gateway(ScriptedBackend(tokens=20)) as served_port:
+    import sys
+
+    keys_file = {"access": {"keys_file": sys.argv[1]}} if len(sys.argv) > 1 else {}
+    with served_gateway(ScriptedBackend(tokens=20), **keys_file) as served_port:
         print(served_port, flush=True)
         threading.Event().wait()

@@ -325,6 +325,8 @@ def test_no_body_brings_an_error_of_the_servers(client, method, path, schema, do
     @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
     @given(values(schema, document))
     def try_body(body):
+        if isinstance(body, dict) and isinstance(body.get("model"), str):
+            body["model"] = "wicore"  # Any other is refused before the rest is looked at.
         text = json.dumps(body).encode()
         answer = client.request(method, path, content=text, headers={"Content-Type": "application/json"})
         assert answer.status_code < 500, (text[:500], answer.text)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from wicore_backend.gateway.caller import Caller
 from wicore_backend.gateway.errors import InvalidRequestError, NotFoundError
+from wicore_backend.gateway.openai.documentation import ERRORS
 
 
 async def _administrator(request: Request) -> Caller:
@@ -15,7 +16,9 @@ async def _administrator(request: Request) -> Caller:
     return caller
 
 
-router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(_administrator)])
+_REFUSALS = {status: ERRORS[status] for status in (400, 401, 403, 404)}
+
+router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(_administrator)], responses=_REFUSALS)
 
 KeyIdQuery = Annotated[str, Query(description="The 12 digits after wk_.", max_length=64)]
 

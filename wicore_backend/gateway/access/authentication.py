@@ -14,7 +14,7 @@ from wicore_backend.gateway.caller import Caller
 from wicore_backend.gateway.errors import ApiError
 
 SUBPROTOCOL = "wicore.key."
-"""Browsers cannot set headers on a WebSocket: they offer this subprotocol with the key behind it, besides `wicore.chat.v1`."""
+"""Browsers set no headers on a WebSocket: they offer this subprotocol with the key behind it, and `wicore.chat.v1`."""
 
 PRIORITIES = {ServiceClass.REALTIME: -10, ServiceClass.INTERACTIVE: 0, ServiceClass.BATCH: 10}
 """As the engine has them (README, `priority`)."""

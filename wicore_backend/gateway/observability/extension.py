@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Sequence
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from wicore_backend.gateway.generation import GenerationHook
 from wicore_backend.gateway.observability.metrics import GatewayMetrics
 from wicore_backend.gateway.observability.middleware import GenerationLog, ObservingMiddleware
 from wicore_backend.gateway.observability.tracing import Tracing, make_tracing
+from wicore_backend.gateway.openai.documentation import ERRORS
 from wicore_backend.gateway.settings import GatewaySettings
 
 
@@ -38,7 +40,7 @@ class ObservabilityExtension:
             tracing=self.tracing,
         )
 
-        @app.get("/metrics", tags=["status"], response_class=Response)
+        @app.get("/metrics", tags=["status"], response_class=PlainTextResponse, responses={401: ERRORS[401]})
         async def metrics(request: Request) -> Response:
             """Prometheus metrics of this gateway; Triton and the engine have their own page."""
             if not self._settings.metrics_open:

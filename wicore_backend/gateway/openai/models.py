@@ -9,12 +9,14 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from wicore_backend.gateway.caller import CallerDep
-from wicore_backend.gateway.errors import ApiError, NotFoundError
+from wicore_backend.gateway.errors import InvalidRequestError, NotFoundError
+from wicore_backend.gateway.openai.documentation import ERRORS
 from wicore_backend.gateway.settings import GatewaySettings
 
 router = APIRouter(tags=["OpenAI"])
 
 _STARTED = int(time.time())
+_REFUSALS = {status: ERRORS[status] for status in (400, 401, 403, 404, 429)}
 
 
 class ModelCard(BaseModel):
@@ -46,14 +48,14 @@ def check_model(name: str, settings: GatewaySettings) -> None:
         )
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=_REFUSALS)
 async def list_models(request: Request, caller: CallerDep) -> ModelList:
     """The models that the caller may use."""
     names = model_names(request.app.state.settings)
     return ModelList(data=[ModelCard(id=name) for name in names if caller.models is None or name in caller.models])
 
 
-@router.get("/v1/models/{model}")
+@router.get("/v1/models/{model}", responses=_REFUSALS)
 async def get_model(model: str, request: Request, caller: CallerDep) -> ModelCard:
     """One of them."""
     check_model(model, request.app.state.settings)
@@ -61,12 +63,7 @@ async def get_model(model: str, request: Request, caller: CallerDep) -> ModelCar
     return ModelCard(id=model)
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", status_code=400, response_model=None, responses=_REFUSALS)
 async def embeddings(_caller: CallerDep) -> None:
     """Refused: there is no model for it."""
-    raise ApiError(
-        "this server generates text; it has no model for embeddings",
-        status=501,
-        kind="invalid_request_error",
-        code="unsupported_endpoint",
-    )
+    raise InvalidRequestError("this server generates text; it has no model for embeddings", code="unsupported_endpoint")
