@@ -254,14 +254,17 @@ def yardsticks(memory: Tensor) -> Iterator[dict[str, Any]]:
 def decode_variants(kv_dtype: torch.dtype) -> Iterator[Launch]:
     if kv_dtype == FP8:
         for keys, warps, stages, fill in (
-            *((32, 2, 5, 4), (32, 1, 6, 4), (64, 2, 3, 4), (64, 2, 4, 4), (64, 2, 4, 3), (64, 2, 4, 5)),
-            *((64, 4, 4, 4), (64, 1, 4, 4), (128, 4, 3, 3), (128, 2, 3, 3)),
+            *((32, 1, 4, 8), (32, 1, 4, 10), (32, 1, 5, 7), (32, 1, 5, 8), (32, 1, 5, 10), (64, 2, 4, 4)),
+            *((64, 2, 4, 5), (64, 2, 5, 5), (64, 1, 4, 7), (64, 1, 5, 6)),
         ):
             yield Launch(keys, warps, stages, fill)
         return
     for keys, warps, stages in ((32, 4, 5), (64, 4, 3), (32, 2, 3), (32, 2, 5), (32, 1, 5), (64, 2, 3)):
         yield Launch(keys, warps, stages, 4)
-    yield Launch(32, 2, 5, 3)
+    for fill in (3, 5):
+        yield Launch(32, 2, 5, fill)
+    for stages, fill in ((3, 6), (5, 5), (5, 6)):
+        yield Launch(32, 1, stages, fill)
 
 
 def prefill_variants() -> Iterator[PrefillLaunch]:
@@ -346,7 +349,7 @@ def main() -> None:
         for context, batch in ((576, 64), (8192, 16), (130_000, 1)):
             report(measure_mass(of_kind(LayerGroup.GLOBAL, context - 1, batch), memory))
     if "prefill" in arguments.what:
-        for past in (0, 32768, 131_072):
+        for past in (0, 32768, 122_880):
             report(measure_prefill(of_kind(LayerGroup.GLOBAL, past, 1, 8192), memory))
         report(measure_prefill(of_kind(LayerGroup.LOCAL, 8192, 1, 8192), memory))
         report(measure_prefill(of_kind(LayerGroup.GLOBAL, 0, 1, 512), memory))

@@ -191,7 +191,9 @@ def test_half_precision_is_near_the_twin(kernel_device):
 @pytest.mark.parametrize("parts", [DECODES[2:], PREFILLS[1:3], HOLES[3:5]], ids=["decodes", "prefills", "with holes"])
 def test_keys_and_values_in_fp8(parts, dtype, kernel_device):
     measured = {1: range(len(parts)), 3: [0]}
-    check(Shape(kv_heads=2, softcap=0.8, dtype=dtype, kv_dtype=FP8), parts, kernel_device, measured)
+    shape = Shape(kv_heads=2, softcap=0.8, dtype=dtype, kv_dtype=FP8)
+    for head_dim in (16, 40):  # As single values, and in pairs.
+        check(shape, parts, kernel_device, measured, head_dim=head_dim)
 
 
 def test_what_fp8_cannot_hold_becomes_the_largest_it_can_and_nan_0(kernel_device):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -79,4 +79,10 @@ class Attention(Protocol[PlanT]):
 
         Asking changes no attention. It waits for the device, so ask when the step's tokens are there. A kernel that
         splits a sequence's keys has the shares in the partial log-sum-exps of its splits.
+        """
+
+    def collect(self, plan: PlanT) -> Callable[[], Mapping[int, NDArray[np.float32]]]:
+        """`mass` in two steps: the device is given what it takes now, and is waited for when the result is called.
+
+        That does not wait for what the device is given in between.
         """

@@ -15,8 +15,9 @@ a fifth of a layer's decode attention for one sequence, which is why it is asked
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,9 @@ class TorchPagedAttention:
         if plan.closed_up is None:
             return masses
         return {sequence: plan.closed_up.spread(sequence, mass) for sequence, mass in masses.items()}
+
+    def collect(self, plan: Plan) -> Callable[[], Mapping[int, NDArray[np.float32]]]:
+        return partial(self.mass, plan)
 
     def _measure(self, plan: Plan, layer: int, piece: _Piece, q: Tensor) -> None:
         """Measure what is asked of the piece, whose keys have just been gathered, by its `q` [queries, heads, d]."""

@@ -27,6 +27,7 @@ from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill_mass_kernel, write_kernel
 from wicore_backend.attention.gpu.masses import MASS_TAIL, Measurements
 from wicore_backend.attention.gpu.plans import DecodeBucket, Decodes, MassMemory, Plan, Prefills, Scratch
+from wicore_backend.attention.gpu.prompt_bucket import PromptBucket, Shared
 from wicore_backend.attention.gpu.schedule import (
     ITEM_FIELDS,
     Ints,
@@ -232,12 +233,7 @@ class GpuPagedAttention:
         return self.collect(plan)()
 
     def collect(self, plan: Plan) -> Callable[[], Masses]:
-        """`mass` in two steps: this one sends it on its way to the host, after the step's layers on the same stream.
-
-        Returns
-        -------
-        A call that waits for it, whatever the plan's memory has been used for since.
-        """
+        """As `Attention.collect`, on the stream of the step's layers; its result outlives what is in the plan now."""
         measurements, closed_up = plan.measurements, plan.closed_up
         if measurements is None or plan.mass is None or not measurements.all:
             return dict
@@ -344,6 +340,46 @@ class GpuPagedAttention:
         bucket.upload.put(arrays)
         plan.measurements, plan.closed_up = measurements, closed_up
         return plan
+
+    def prompt_bucket(self, *, max_keys: int, out: Tensor, measures: bool = True) -> PromptBucket:
+        """A plan for a prompt by itself of up to as many tokens as `out` [tokens, query heads * d] has rows.
+
+        Its addresses and the grids of its launches never change; see `refresh_prompt`. Rows of `q`, `k`, `v` past a
+        step's tokens are left alone, and so are their results.
+
+        Parameters
+        ----------
+        max_keys
+            Of the sequence, those of the step included.
+        measures
+            Whether attention mass may be asked of its steps.
+        """
+        layers = [i for i, (group, _) in enumerate(self._layout.layers) if group is LayerGroup.GLOBAL and measures]
+        return PromptBucket(
+            self._layout,
+            max_keys=max_keys,
+            window=self._window,
+            tile_tokens=self._tile_tokens,
+            cell=self._cell,
+            query_heads=self._query_heads,
+            measured=layers,
+            out=out,
+        )
+
+    def refresh_prompt(self, bucket: PromptBucket, step: PackedStep) -> Plan:
+        """Make `bucket.plan` that of `step`: one copy to the device on the current stream, which nobody waits for.
+
+        Raises
+        ------
+        ValueError
+            If the step is not one prompt by itself, or does not fit the bucket.
+        """
+        closed_up = self._close_up(step)
+        shared = {}
+        for group in self._layout.groups:
+            of_step, sequences = self._seen_by(group, step, closed_up)
+            shared[group] = Shared(of_step, sequences, self._prefill_tiles(group, of_step, sequences))
+        return bucket.refresh(shared, closed_up)
 
     def _idle(self, bucket: DecodeBucket) -> dict[Hashable, Ints]:
         """The contents of a bucket without work."""

@@ -84,6 +84,6 @@ class Tuning:
                 return cls(Launch(32, 4, 3, 4), PrefillLaunch(32, 4, 2, 1, rows=64))
             return cls(Launch(32, 4, 3, 4), PrefillLaunch(64, 8, 2, 1, rows=128))
         if head_dim == 128 and shared_bytes >= HOPPER_SHARED_BYTES:
-            decode = Launch(64, 2, 4, 4) if pool == FP8 else Launch(32, 2, 5, 4)
+            decode = Launch(32, 1, 5, 8) if pool == FP8 else Launch(32, 2, 5, 4)
             return cls(decode, PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2))
         return cls(Launch(32, 2, 5, 4), PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))

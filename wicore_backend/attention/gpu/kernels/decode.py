@@ -16,13 +16,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from wicore_backend.attention.gpu.kernels.tiles import (
     FLOOR,
+    add_weighted,
     as_numbers,
     as_stored,
     capped,
+    load_pairs,
     load_tile,
-    merge,
     operand_type,
     token_rows,
+    weigh,
 )
 from wicore_backend.attention.gpu.schedule import ITEM_FIELDS
 
@@ -30,6 +32,12 @@ _ITEM = tl.constexpr(ITEM_FIELDS)
 """int32 of a work item: the sequence, or -1 if there is no work; its keys' start, a multiple of KEYS, and end; the
 first key that is visible; the new key, which is the last; where the sequence's block table begins; the sequence's
 first item, and how many it has."""
+
+
+@triton.jit
+def _as_kept(numbers, element: tl.constexpr):
+    """float32 as they are read from the pool again."""
+    return as_numbers(as_stored(numbers, element), tl.float32)
 
 
 @triton.jit(do_not_specialize=["mass_row", "sequences"])
@@ -101,7 +109,11 @@ def decode_kernel(
 
     top = tl.full([ROWS], FLOOR, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    attended = tl.zeros([ROWS, DIMS], tl.float32)
+    # Of bytes, even and odd channels apart.
+    PAIRS: tl.constexpr = (pool.dtype.element_ty == tl.uint8) and (HEAD_DIM % 2 == 0) and (DIMS >= 32)
+    CHANNELS: tl.constexpr = DIMS // 2 if PAIRS else DIMS
+    attended = tl.zeros([ROWS, CHANNELS], tl.float32)
+    attended_odd = tl.zeros([ROWS, CHANNELS], tl.float32)
     if end > new:
         key = tl.load(k + sequence * k_token + head * k_head + dims, mask=of_head, other=0.0)
         value = tl.load(v + sequence * v_token + head * v_head + dims, mask=of_head, other=0.0)
@@ -113,7 +125,13 @@ def decode_kernel(
         products = tl.sum(queries.to(tl.float32) * as_numbers(key, tl.float32)[None, :], 1)
         top = capped(products, scale, softcap, SOFTCAP)
         total += 1.0
-        attended += as_numbers(value, tl.float32)[None, :]
+        if PAIRS:
+            even = v + sequence * v_token + head * v_head + 2 * tl.arange(0, CHANNELS)
+            there = 2 * tl.arange(0, CHANNELS) < HEAD_DIM
+            attended += _as_kept(tl.load(even, mask=there, other=0.0), pool.dtype.element_ty)[None, :]
+            attended_odd += _as_kept(tl.load(even + 1, mask=there, other=0.0), pool.dtype.element_ty)[None, :]
+        else:
+            attended += as_numbers(value, tl.float32)[None, :]
         if MEASURE:
             tl.store(measured + cells * MASS_ROW + rows, top, mask=asked)
 
@@ -124,15 +142,21 @@ def decode_kernel(
         tokens = token_rows(keys_at, table, at, there, block_stride, ROW, KEYS, BLOCK_SIZE, True)
         keys = load_tile(tokens, there, queries.dtype, HEAD_DIM, DIMS, True)
         products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        values = load_tile(tokens + VALUES, there, queries.dtype, HEAD_DIM, DIMS, True)
-        top, total, attended, weights = merge(
-            top, total, attended, products, there[None, :], values, scale, softcap, SOFTCAP, True, PRECISION
-        )
-        if MEASURE:
-            of_cells = tl.sum(tl.reshape(weights, (ROWS, KEYS // CELL, CELL)), 2)
-            cell = at // CELL + tl.arange(0, KEYS // CELL)
-            places = measured + cell[None, :] * MASS_ROW + rows[:, None]
-            tl.store(places, top[:, None] + tl.log2(of_cells), mask=asked[:, None] & (cell < cells)[None, :])
+        top, total, weights, shrink = weigh(top, total, products, there[None, :], scale, softcap, SOFTCAP, True)
+        if PAIRS:
+            values, values_odd = load_pairs(tokens + VALUES, there, queries.dtype, HEAD_DIM, DIMS, True)
+            attended_odd = add_weighted(attended_odd, shrink, weights, values_odd, PRECISION)
+        else:
+            values = load_tile(tokens + VALUES, there, queries.dtype, HEAD_DIM, DIMS, True)
+        attended = add_weighted(attended, shrink, weights, values, PRECISION)
+        if MEASURE:  # noqa: SIM102, only a kernel that measures knows where
+            if measured_at >= 0:
+                of_cells = tl.sum(tl.reshape(weights, (ROWS, KEYS // CELL, CELL)), 2)
+                cell = at // CELL + tl.arange(0, KEYS // CELL)
+                places = measured + cell[None, :] * MASS_ROW + rows[:, None]
+                tl.store(places, top[:, None] + tl.log2(of_cells), mask=asked[:, None] & (cell < cells)[None, :])
+    if PAIRS:
+        attended = tl.interleave(attended, attended_odd)
 
     finished = out + (sequence * KV_HEADS + head) * (GROUP * HEAD_DIM)
     total_at = measured + (cells + 1) * MASS_ROW

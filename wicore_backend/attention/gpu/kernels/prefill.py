@@ -14,12 +14,13 @@ import triton.language as tl
 
 from wicore_backend.attention.gpu.kernels.tiles import (
     FLOOR,
+    add_weighted,
     as_stored,
     capped,
     load_tile,
-    merge,
     operand_type,
     token_rows,
+    weigh,
 )
 from wicore_backend.attention.gpu.masses import MEASUREMENT_FIELDS
 from wicore_backend.attention.gpu.schedule import TILE_FIELDS
@@ -39,12 +40,12 @@ def write_kernel(
 ):  # fmt: skip
     """Writes keys and values [T, KV_HEADS, HEAD_DIM] to the pool; `slots` int32 [T] is block * BLOCK_SIZE + place.
 
-    Grid: tokens.
+    A token whose slot is -1 is left out. Grid: tokens.
     """
     token = tl.program_id(0)
     slot = tl.load(slots + token)
     heads, dims = tl.arange(0, HEADS)[:, None], tl.arange(0, DIMS)[None, :]
-    given = (heads < KV_HEADS) & (dims < HEAD_DIM)
+    given = (heads < KV_HEADS) & (dims < HEAD_DIM) & (slot >= 0)
     place = pool + layer_at + (slot // BLOCK_SIZE).to(tl.int64) * block_stride
     place += (slot % BLOCK_SIZE) * (KV_HEADS * HEAD_DIM) + heads * HEAD_DIM + dims
     token = token.to(tl.int64)
@@ -68,11 +69,9 @@ def _attend_tile(
     keys = load_tile(tokens, there, queries.dtype, HEAD_DIM, DIMS, MASKED)
     products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     visible = (positions[None, :] >= lower[:, None]) & (positions[None, :] <= upper[:, None])
-    values = load_tile(tokens + VALUES, there, queries.dtype, HEAD_DIM, DIMS, MASKED)
-    top, total, attended, _ = merge(
-        top, total, attended, products, visible, values, scale, softcap, SOFTCAP, MASKED, PRECISION
-    )
-    return top, total, attended
+    values = load_tile(tokens + VALUES, there, queries.dtype, HEAD_DIM, DIMS, MASKED, True)
+    top, total, weights, shrink = weigh(top, total, products, visible, scale, softcap, SOFTCAP, MASKED)
+    return top, total, add_weighted(attended, shrink, weights, values, PRECISION)
 
 
 @triton.jit

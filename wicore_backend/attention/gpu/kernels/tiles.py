@@ -46,12 +46,14 @@ def as_stored(numbers, element: tl.constexpr):
 
 
 @triton.jit
-def as_numbers(stored, dtype: tl.constexpr):
-    """Elements of a pool as numbers of `dtype`."""
+def as_numbers(stored, dtype: tl.constexpr, IN_PLACE: tl.constexpr = False):
+    """Elements of a pool as numbers of `dtype`; see `load_tile` for IN_PLACE."""
     if stored.dtype == tl.uint8:
-        if cuda_capability_geq(8, 9):
-            # Said to be impure, so that the compiler widens a tile where it was loaded. Else it lays bytes out for the
-            # tensor cores first, and values, which these want by columns, come from shared memory byte by byte.
+        if not cuda_capability_geq(8, 9):
+            # Their exponents count from 7, those of float16 from 15.
+            bits = ((stored.to(tl.uint16) & 0x7F) << 7) | ((stored.to(tl.uint16) & 0x80) << 8)
+            numbers = bits.to(tl.float16, bitcast=True) * 256.0
+        elif IN_PLACE:
             numbers = tl.inline_asm_elementwise(
                 """{
                 .reg .b16 low, high;
@@ -62,15 +64,52 @@ def as_numbers(stored, dtype: tl.constexpr):
                 constraints="=r,=r,r",
                 args=[stored],
                 dtype=tl.float16,
-                is_pure=False,
+                is_pure=False,  # So it is done where it stands.
                 pack=4,
             )
-        else:  # Their exponents count from 7, those of float16 from 15.
-            bits = ((stored.to(tl.uint16) & 0x7F) << 7) | ((stored.to(tl.uint16) & 0x80) << 8)
-            numbers = bits.to(tl.float16, bitcast=True) * 256.0
+        else:
+            numbers = stored.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:
         numbers = stored
     return numbers.to(dtype)
+
+
+@triton.jit
+def halves_of(pairs, dtype: tl.constexpr):
+    """The lower and the higher of pairs of e4m3 bytes, int16, as numbers of `dtype`."""
+    if cuda_capability_geq(8, 9):
+        lower = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 both;
+            .reg .b16 picked, rest;
+            prmt.b32 both, $1, 0, 0x4420;
+            mov.b32 {picked, rest}, both;
+            cvt.rn.f16x2.e4m3x2 $0, picked;
+            }""",
+            constraints="=r,r",
+            args=[pairs],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+        higher = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 both;
+            .reg .b16 picked, rest;
+            prmt.b32 both, $1, 0, 0x4431;
+            mov.b32 {picked, rest}, both;
+            cvt.rn.f16x2.e4m3x2 $0, picked;
+            }""",
+            constraints="=r,r",
+            args=[pairs],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        lower = as_numbers((pairs & 0xFF).to(tl.uint8), tl.float16)
+        higher = as_numbers(((pairs >> 8) & 0xFF).to(tl.uint8), tl.float16)
+    return lower.to(dtype), higher.to(dtype)
 
 
 @triton.constexpr_function
@@ -80,11 +119,32 @@ def operand_type(queries, element):
 
 
 @triton.jit
-def load_tile(rows, there, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(
+    rows, there, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, MASKED: tl.constexpr,
+    IN_PLACE: tl.constexpr = False,
+):  # fmt: skip
     """Keys or values [keys, DIMS] as `dtype`, whatever the pool holds; 0 where a key is not `there` and past HEAD_DIM.
 
-    Memory that is masked may hold anything, NaN included, so it is not loaded.
+    Memory that is masked may hold anything, NaN included, so it is not loaded. IN_PLACE has bytes widened before they
+    are laid out for the tensor cores; values, which these want by columns, come out of shared memory one by one else.
     """
+    return as_numbers(_load(rows, there, HEAD_DIM, DIMS, MASKED), dtype, IN_PLACE)
+
+
+@triton.jit
+def load_pairs(
+    rows, there, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Values in e4m3 as two tiles [keys, DIMS // 2]: those of even channels, and those of odd ones.
+
+    The tensor cores want them by columns, and shared memory gives columns of 16 bits.
+    """
+    pairs = _load(rows.to(tl.pointer_type(tl.int16)), there, HEAD_DIM // 2, DIMS // 2, MASKED)
+    return halves_of(pairs, dtype)
+
+
+@triton.jit
+def _load(rows, there, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, MASKED: tl.constexpr):
     dims = tl.arange(0, DIMS)
     pointers = rows[:, None] + dims[None, :]
     if MASKED:
@@ -93,7 +153,7 @@ def load_tile(rows, there, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl
         tile = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0)
     else:
         tile = tl.load(pointers)
-    return as_numbers(tile, dtype)
+    return tile
 
 
 @triton.jit
@@ -109,15 +169,14 @@ def capped(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def merge(
-    top, total, attended, products, visible, values, scale, softcap,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def weigh(
+    top, total, products, visible, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """The softmax over what it was over before and one more tile of keys.
 
-    `top` [rows] is the greatest score so far, `total` [rows] the sum of all weights and `attended` [rows, DIMS] that of
-    the weighted values, both relative to 2^top. `products` [rows, keys] are of queries and keys, `visible` says which
-    count if MASKED. Returns the new three and the tile's weights [rows, keys].
+    `top` [rows] is the greatest score so far, and `total` [rows] the sum of all weights relative to 2^top. `products`
+    [rows, keys] are of queries and keys, `visible` says which count if MASKED. Returns the new two, the tile's weights
+    [rows, keys], and what all before it shrinks by.
     """
     if SOFTCAP:
         products = capped(products, scale, softcap, True)
@@ -130,7 +189,10 @@ def merge(
         higher = tl.maximum(top, tl.max(products, 1) * scale)
         weights = tl.exp2(products * scale - higher[:, None])
     shrink = tl.exp2(top - higher)
-    total = total * shrink + tl.sum(weights, 1)
-    attended = attended * shrink[:, None]
-    attended = tl.dot(weights.to(values.dtype), values, attended, input_precision=PRECISION)
-    return higher, total, attended, weights
+    return higher, total * shrink + tl.sum(weights, 1), weights, shrink
+
+
+@triton.jit
+def add_weighted(attended, shrink, weights, values, PRECISION: tl.constexpr):
+    """The sum [rows, DIMS] of the weighted values, with a tile's."""
+    return tl.dot(weights.to(values.dtype), values, attended * shrink[:, None], input_precision=PRECISION)
