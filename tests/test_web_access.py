@@ -2,16 +2,31 @@
 
 import re
 import threading
+from itertools import pairwise
 
 import pytest
 from playwright.sync_api import expect
 
 from tests.web_actions import ask
+from tests.web_audit import LOW_CONTRAST, NAMELESS
 from tests.web_gateway import Answer
 
 pytest_plugins = ["tests.web_pages"]
 
-RICH = "# Title\n\nSome **text** with `code`, a [link](https://example.org) and\n\n```py\nx = 1\n```\n\n> quote\n\n| a | b |\n|---|---|\n| 1 | 2 |"
+RICH = """# Title
+
+Some **text** with `code`, a [link](https://example.org) and
+
+```py
+x = 1
+```
+
+> quote
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
 
 
 def test_a_conversation_needs_nothing_but_the_keyboard(visit, gateway):
@@ -124,44 +139,6 @@ def test_motion_is_reduced_for_those_who_ask_for_it(visit):
     assert max(durations) < 0.001
 
 
-NAMELESS = """() => [...document.querySelectorAll("button, a, input, select, textarea, img, dialog, [role=group], svg:not([aria-hidden])")]
-  .filter((element) => element.checkVisibility({ visibilityProperty: true }))
-  .filter((element) => {
-    if (element.tagName === "IMG") return !element.hasAttribute("alt");
-    const labelled = element.getAttribute("aria-labelledby")?.split(" ").map((id) => document.getElementById(id)?.textContent).join("");
-    const name = element.getAttribute("aria-label") || labelled || [...(element.labels ?? [])].map((label) => label.textContent).join("")
-      || (["INPUT", "SELECT", "TEXTAREA"].includes(element.tagName) ? "" : element.textContent);
-    return name.trim() === "";
-  }).map((element) => element.outerHTML.slice(0, 200))"""
-
-LOW_CONTRAST = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgba = (colour) => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255];
-  };
-  const over = ([r, g, b, a], under) => [r, g, b].map((value, index) => value * a + under[index] * (1 - a));
-  const ground = (element) => {
-    const chain = []; for (let one = element; one; one = one.parentElement) chain.push(one);
-    return chain.reverse().reduce((under, one) => over(rgba(getComputedStyle(one).backgroundColor), under), [255, 255, 255]);
-  };
-  const light = (rgb) => rgb.map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, index) => sum + v * [0.2126, 0.7152, 0.0722][index], 0);
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim() !== "");
-    if (!own || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true }) || element.closest("[disabled], .visually-hidden, .skip")) continue;
-    const style = getComputedStyle(element), under = ground(element);
-    const ink = element instanceof SVGElement ? style.fill : style.color;
-    const [a, b] = [light(over(rgba(ink), under)), light(under)].sort((x, y) => y - x);
-    const large = parseFloat(style.fontSize) >= 24 || (parseFloat(style.fontSize) >= 18.66 && style.fontWeight >= 700);
-    const contrast = (a + 0.05) / (b + 0.05);
-    if (contrast < (large ? 3 : 4.5)) found.push(`${contrast.toFixed(2)} ${element.tagName}.${element.className} ${element.textContent.slice(0, 40)}`);
-  }
-  return found;
-}"""
-
-
 @pytest.fixture(params=["light", "dark"])
 def states(request, visit, gateway):
     """The pages in the states that people meet, one after the other."""
@@ -213,7 +190,9 @@ def test_landmarks_and_headings_have_an_order(visit, path):
         assert 'complementary "Live numbers"' in tree
         ask(page, "A question")
     levels = page.evaluate(
-        "[...document.querySelectorAll('h1, h2, h3, h4')].filter((h) => h.checkVisibility()).map((h) => Number(h.tagName[1]))"
+        """[...document.querySelectorAll("h1, h2, h3, h4")]
+             .filter((heading) => heading.checkVisibility())
+             .map((heading) => Number(heading.tagName[1]))"""
     )
     assert levels.count(1) == 1
-    assert all(later - earlier <= 1 for earlier, later in zip(levels, levels[1:], strict=False)), levels
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels)), levels

@@ -184,7 +184,6 @@ WORDS_OF_ANY_LANGUAGE = {
     "shift",
     "esc",
     "ctrl",
-    "shift",
     "kib",
     "mib",
     "gib",
@@ -262,16 +261,19 @@ def test_a_long_history_shows_its_end_first(visit):
     page.evaluate(
         """async () => {
           const id = location.hash.slice(1);
-          const database = await new Promise((done) => { const o = indexedDB.open("wicore"); o.onsuccess = () => done(o.result); });
+          const opening = indexedDB.open("wicore");
+          await new Promise((done) => { opening.onsuccess = done; });
+          const database = opening.result;
           const writing = database.transaction(["conversations", "messages"], "readwrite");
           let parent = null;
           for (let n = 0; n < 400; n += 1) {
             const role = n % 2 ? "assistant" : "user";
-            const message = { id: `m${n}`, conversation: id, parent, created: n, role, text: `message ${n}`, state: "done", finish: "stop" };
-            writing.objectStore("messages").put(message);
+            const message = { id: `m${n}`, conversation: id, parent, created: n, role, text: `message ${n}` };
+            writing.objectStore("messages").put({ ...message, state: "done", finish: "stop" });
             parent = message.id;
           }
-          writing.objectStore("conversations").put({ id, title: "Long", named: false, created: 0, updated: 0, head: parent });
+          const conversation = { id, title: "Long", named: false, created: 0, updated: 0, head: parent };
+          writing.objectStore("conversations").put(conversation);
           await new Promise((done) => { writing.oncomplete = done; });
           database.close();
         }"""
@@ -303,7 +305,8 @@ def test_the_view_follows_the_answer_only_from_its_end(visit, gateway):
     page = visit()
     ask(page, "Count", wait=False)
     page.wait_for_selector(".prose p >> nth=60")
-    at_end = "(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight < 48)(document.getElementById('scroll'))"
+    at_end = """(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight < 48)
+        (document.getElementById("scroll"))"""
     until(page, at_end)
     page.evaluate("document.getElementById('scroll').scrollTop = 100")
     expect(page.locator("#to-end")).to_be_visible()

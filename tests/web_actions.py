@@ -21,8 +21,10 @@ def answer(page: Any) -> str:
 
 
 def until(page: Any, expression: str, *, timeout_s: float = 10) -> None:
-    """Waits until something is true in the page. (Playwright's own way to wait makes code of text, which the page's policy
-    stops.)"""
+    """Waits until something is true in the page.
+
+    Playwright's own way to wait makes code of text, which the page's policy stops.
+    """
     end = time.monotonic() + timeout_s
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"never true: {expression}"

@@ -64,7 +64,7 @@ def visit(browser: Any, served: tuple[str, FakeGateway], gateway: FakeGateway) -
         context.set_default_timeout(10_000)
         page = context.new_page()
         page.on("pageerror", lambda error: troubles.append(f"{error.message}\n{error.stack}"))
-        page.on("console", lambda message: _stopped(message.text) and troubles.append(message.text))
+        page.on("console", lambda message: troubles.extend([message.text] if _stopped(message.text) else []))
         page.goto(served[0] + path)
         page.wait_for_selector("html[data-ready]")
         return page

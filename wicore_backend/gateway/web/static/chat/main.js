@@ -136,11 +136,16 @@ chats.addEventListener("path", () => {
   const { current, path } = chats;
   transcript.show();
   byId("welcome").hidden = path.length > 0;
-  byId("title").textContent = current ? current.title || t("untitled") : "";
-  document.title = current?.title ? `${current.title} · Wicore` : "Wicore";
+  showTitle();
   history.replaceState(null, "", current ? `#${current.id}` : location.pathname + location.search);
   showProgress();
 });
+
+function showTitle() {
+  const title = chats.current?.title;
+  byId("title").textContent = title || t("untitled");
+  document.title = title ? `${title} · Wicore` : "Wicore";
+}
 
 async function openConversation(id) {
   composer.stopEditing();
@@ -235,6 +240,7 @@ document.addEventListener("keydown", (event) => {
 
 function translate() {
   translatePage();
+  showTitle();
   showSuggestions();
   sidebar.show();
   settings.translate();
