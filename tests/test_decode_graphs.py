@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +14,7 @@ from tests.gemma3_random import write_random_checkpoint
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
 from wicore_backend.engine.graphs import DecodeGraphs, bucket_sizes
+from wicore_backend.engine.prompts import PromptGraphs
 from wicore_backend.engine.recording import CudaRecorder
 from wicore_backend.engine.runner import run_layers
 from wicore_backend.engine.segments import SegmentGraphs, token_counts
@@ -118,6 +121,17 @@ def prompts(lens, *, decoded=(), measured=None):
     )
 
 
+def after(step, computed):
+    """The rest of a step of one prompt, `computed` tokens of which are done."""
+    positions = step.positions[computed:]
+    return replace(
+        step,
+        positions=positions,
+        attend_limits=positions,
+        query_lens=step.query_lens - computed,
+    )
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, kernel_device):
     return Model(tmp_path_factory.mktemp("model"), kernel_device)
@@ -168,6 +182,22 @@ def segment_graphs(model, record, max_tokens):
     )
 
 
+def prompt_graphs(model, record, max_tokens):
+    text = model.config.text
+    return PromptGraphs(
+        executor=model.executor,
+        attention=model.attention,
+        rotary=model.rotary,
+        layout=model.layout,
+        hidden_size=text.hidden_size,
+        attended_size=text.num_heads * text.head_dim,
+        max_tokens=max_tokens,
+        max_keys=MAX_KEYS,
+        measures=True,
+        record=record,
+    )
+
+
 @pytest.fixture(scope="module")
 @torch.inference_mode()
 def graphs(model, record):
@@ -184,10 +214,19 @@ def segments(model, record):
     return segments
 
 
+@pytest.fixture(scope="module")
+@torch.inference_mode()
+def whole_prompts(model, record):
+    graphs = prompt_graphs(model, record, max_tokens=40)
+    graphs.prepare()
+    return graphs
+
+
 @torch.inference_mode()
 def test_preparing_graphs_touches_no_pool(model, record):
     model.reset()
     decode_graphs(model, record).prepare()
+    prompt_graphs(model, record, max_tokens=16).prepare()
     segment_graphs(model, record, max_tokens=16).prepare()
     for group, keys in model.keys.items():
         assert torch.equal(model.pools.tensors[group], keys)
@@ -218,15 +257,36 @@ def test_segments_compute_what_the_layers_do_one_by_one(model, segments, kernel_
     for number, step in enumerate([*steps, prompts([2], decoded=[8])]):
         ids = torch.arange(8 + number, 8 + number + len(step.positions), device=kernel_device)
         arrived = []
-
-        def run(step=step, ids=ids, arrived=arrived):
-            attended = segments.run(step, model.executor.embed(ids, None, None), arrived.append)
-            rows = torch.arange(len(ids), device=ids.device)
-            logits = model.executor.last(attended.hidden, attended.attention, rows)
-            return logits, model.attention.mass(attended.plan)
-
-        model.compare(step, ids, run)
+        model.compare(step, ids, partial(run_by, segments, model, step, ids, arrived))
         assert arrived == list(range(len(model.layout.layers)))
+
+
+def run_by(replay, model, step, ids, arrived):
+    """What `Model.compare` compares, of a step whose layers `replay` runs."""
+    attended = replay.run(step, model.executor.embed(ids, None, None), arrived.append)
+    assert attended is not None
+    rows = torch.arange(len(ids), device=ids.device)
+    logits = model.executor.last(attended.hidden, attended.attention, rows)
+    return logits, model.attention.collect(attended.plan)()
+
+
+@torch.inference_mode()
+def test_prompts_by_themselves_compute_what_the_layers_do_one_by_one(model, whole_prompts, kernel_device):
+    # One for each bucket, one whose mass is measured, the end of one, and a smaller one in memory used before.
+    steps = [prompts([40]), prompts([9]), prompts([33], measured={1: [0]}), after(prompts([30]), 12), prompts([2])]
+    for number, step in enumerate(steps):
+        ids = torch.arange(8 + number, 8 + number + len(step.positions), device=kernel_device)
+        arrived = []
+        model.compare(step, ids, partial(run_by, whole_prompts, model, step, ids, arrived))
+        assert arrived == [None]
+
+
+@torch.inference_mode()
+def test_what_is_not_one_short_prompt_is_left_to_segments(model, whole_prompts, kernel_device):
+    hidden = torch.zeros(41, model.config.text.hidden_size, device=kernel_device)
+    long = after(prompts([MAX_KEYS + 9]), MAX_KEYS - 2)
+    for step in (prompts([41]), prompts([20, 3]), prompts([5], decoded=[9]), decodes([9]), long):
+        assert whole_prompts.run(step, hidden[: len(step.positions)], [].append) is None
 
 
 @torch.inference_mode()

@@ -101,6 +101,15 @@ def first_token_s(engine) -> float:
         return time.monotonic() - began
 
 
+def test_no_step_is_computed_for_who_is_known_to_end(engine, monkeypatch):
+    run, plans = engine._model.runner.run, []
+    monkeypatch.setattr(engine._model.runner, "run", lambda plan, ahead=None: (plans.append(plan), run(plan, ahead))[1])
+    answer = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    for _ in range(2):
+        assert len(engine.generate([[2, 300], [2, 301]], answer)) == 2
+    assert len(plans) <= 2 * 4  # Two requests need not have come in time for the same first step.
+
+
 def test_who_comes_while_a_step_is_computed_is_in_the_next(engine, monkeypatch):
     long = SamplingParams(max_tokens=500, temperature=0.0, ignore_eos=True)
     with engine.stream([2, 300], long) as decoding:

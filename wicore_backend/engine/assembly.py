@@ -13,7 +13,7 @@ from torch import Tensor
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.attention.torch_paged import TorchPagedAttention
 from wicore_backend.engine.pictures import PictureEncoder
-from wicore_backend.engine.runner import ModelRunner
+from wicore_backend.engine.runner import DecodeReplay, LayersReplay, ModelRunner
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.pool import KVPools
 from wicore_backend.models.gemma3.config import Gemma3Config
@@ -56,6 +56,7 @@ def make_runner(
         # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
         from wicore_backend.attention.gpu.paged import GpuPagedAttention
         from wicore_backend.engine.graphs import DecodeGraphs
+        from wicore_backend.engine.prompts import PromptGraphs
         from wicore_backend.engine.recording import CudaRecorder
         from wicore_backend.engine.segments import SegmentGraphs
         from wicore_backend.engine.vision_graphs import VisionGraphs
@@ -70,11 +71,12 @@ def make_runner(
             softcap=text.attn_logit_softcapping,
             dtype=embedding.dtype,
         )
-        replay = segments = None
+        replay: DecodeReplay | None = None
+        layers: tuple[LayersReplay, ...] = ()
         vision: Callable[[Tensor], Tensor] = executor.vision
         if graphs:
             record = CudaRecorder(embedding.device)
-            replay = DecodeGraphs(
+            decodes = DecodeGraphs(
                 executor=executor,
                 attention=attention,
                 rotary=rotary,
@@ -84,18 +86,32 @@ def make_runner(
                 measures=sampling is not None,
                 record=record,
             )
+            hidden_size, attended_size = text.hidden_size, text.num_heads * text.head_dim
+            prompts = PromptGraphs(
+                executor=executor,
+                attention=attention,
+                rotary=rotary,
+                layout=pools.layout,
+                hidden_size=hidden_size,
+                attended_size=attended_size,
+                max_tokens=max_batch_tokens,
+                max_keys=max_model_len,
+                measures=sampling is not None,
+                record=record,
+            )
             segments = SegmentGraphs(
                 executor=executor,
                 attention=attention,
                 rotary=rotary,
                 layout=pools.layout,
-                hidden_size=text.hidden_size,
-                attended_size=text.num_heads * text.head_dim,
+                hidden_size=hidden_size,
+                attended_size=attended_size,
                 max_tokens=max_batch_tokens,
                 record=record,
             )
-            replay.prepare()
-            segments.prepare()
+            for graphs_of in (decodes, prompts, segments):
+                graphs_of.prepare()
+            replay, layers = decodes, (prompts, segments)
             if config.vision is not None:
                 side = config.vision.image_size
                 vision = tower = VisionGraphs(executor.vision, CudaRecorder(device))
@@ -109,7 +125,7 @@ def make_runner(
             sampling=sampling,
             arrive=pools.wait,
             replay=replay,
-            segments=segments,
+            layers=layers,
         )
     plain = TorchExecutor(config, weights)
     return ModelRunner(

@@ -437,7 +437,7 @@ class Engine:
             self._take_inbox()
             self._ledger.expire(time.monotonic())
             self._recorder.queued(self._scheduler.backlogs())
-            if self._scheduler.has_work:
+            if self._scheduler.has_work and not (self._untold and self._scheduler.only_ending):
                 self._step()
             elif self._untold:
                 self._monitor.step_begins()

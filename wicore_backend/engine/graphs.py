@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
@@ -47,9 +45,6 @@ class BucketAttention(Attention[Any], Protocol):
 
     def refresh(self, bucket: Any, step: PackedStep) -> Any:
         """Make the bucket's plan that of `step`, and return it; nobody waits for the device."""
-
-    def collect(self, plan: Any) -> Callable[[], Mapping[int, NDArray[np.float32]]]:
-        """`mass` of the plan as it is now; it is waited for when the result is called."""
 
 
 class Results(NamedTuple):

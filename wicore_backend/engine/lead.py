@@ -8,7 +8,7 @@ from wicore_backend.engine.step_time import StepTimeModel
 _FIRST_S = 0.005
 _LEAST_S, _MOST_S = 0.0005, 1.0
 
-_SLACK_S = 0.001
+_SLACK_S = 0.002
 """How long before it needs it the device is to have its next step."""
 
 _FOLLOW = 0.1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -73,13 +72,13 @@ class Attended(NamedTuple):
     """[T, query heads * d], the last layer's."""
 
 
-class SegmentReplay(Protocol):
-    """A quicker way to run steps of few tokens: see `engine/segments.py`."""
+class LayersReplay(Protocol):
+    """A quicker way through the layers of steps of few tokens: see `engine/prompts.py` and `engine/segments.py`."""
 
-    def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int], None]) -> Attended | None:
-        """What the layers make of the embeddings `hidden` [T, D]; None for a step that has to be run layer by layer.
+    def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int | None], None]) -> Attended | None:
+        """What the layers make of the embeddings `hidden` [T, D]; None for a step that has to be run otherwise.
 
-        `arrive` is called with each layer before its attention.
+        `arrive` is called with each layer before its attention, or with None before all.
         """
 
 
@@ -120,8 +119,8 @@ class ModelRunner:
         (`KVPools.wait`).
     replay
         What runs the steps of decodes alone that it can; ...
-    segments
-        ... and of the others those that it can.
+    layers
+        ... and of the others those that they can, asked in turn.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class ModelRunner:
         sampling: MassSampling | None = None,
         arrive: Callable[[int | None], None] = lambda _: None,
         replay: DecodeReplay | None = None,
-        segments: SegmentReplay | None = None,
+        layers: Rows[LayersReplay] = (),
     ) -> None:
         self._executor = executor
         self._attention = attention
@@ -145,7 +144,7 @@ class ModelRunner:
         self.sampling = sampling
         self._arrive = arrive
         self._replay = replay
-        self._segments = segments
+        self._layers = layers
 
     def run(self, plan: StepPlan, ahead: Tensor | None = None) -> StepOutput:
         """Compute a step, whose blocks are in place, and write its keys and values to the pools.
@@ -157,7 +156,7 @@ class ModelRunner:
         ahead
             int64 [R] on the device: the tokens of the decodes whose `Sequence.ahead` is a row of it.
         """
-        executor, attention = self._executor, self._attention
+        executor = self._executor
         chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
         step = self._pack(chunks, decodes=len(plan.decodes), measured=self._measured(plan))
         ids = self._ids(plan, ahead)
@@ -168,10 +167,11 @@ class ModelRunner:
                 return output
         offsets = np.concatenate([[0], step.query_lens.cumsum()]).tolist()
         hidden = executor.embed(ids, *self._soft_tokens(chunks, offsets))
-        attended = None if self._segments is None else self._segments.run(step, hidden, self._arrive)
+        replays = (replay.run(step, hidden, self._arrive) for replay in self._layers)
+        attended = next((replayed for replayed in replays if replayed is not None), None)
         if attended is None:
             attended = self._run_layers(step, hidden)
-        mass, done = partial(attention.mass, attended.plan), when_done(executor.device)
+        mass, done = self._attention.collect(attended.plan), when_done(executor.device)
         return StepOutput(executor, attended.hidden, attended.attention, tuple(offsets), mass, *done)
 
     def _run_layers(self, step: PackedStep, hidden: Tensor) -> Attended:

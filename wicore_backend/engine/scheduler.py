@@ -81,6 +81,15 @@ class Scheduler:
         return bool(self._live)
 
     @property
+    def only_ending(self) -> bool:
+        """Whether nobody waits, and whoever runs ends with the token that has been chosen, the longest it may be."""
+        return (
+            not self._prefilling
+            and not self.num_waiting
+            and all(len(s.tokens) + (s.ahead is not None) >= s.max_tokens for s in self._decoding)
+        )
+
+    @property
     def running(self) -> list[Sequence]:
         return [*self._decoding, *self._prefilling]
 

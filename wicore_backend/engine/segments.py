@@ -108,7 +108,7 @@ class _Bucket:
 
 
 class SegmentGraphs:
-    """`SegmentReplay` by CUDA graphs, of the numbers of tokens that have been prepared.
+    """`LayersReplay` by CUDA graphs, of the numbers of tokens that have been prepared.
 
     To be used under `torch.inference_mode()`, on one thread and stream.
 
@@ -161,7 +161,7 @@ class SegmentGraphs:
             _log.info("CUDA graphs %d of %d: steps of %d tokens", number, len(self._wanted), size)
         self._sizes = sorted(self._buckets)
 
-    def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int], None]) -> Attended | None:
+    def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int | None], None]) -> Attended | None:
         """What the layers make of the embeddings `hidden` [T, D] of a step; None if it fits none that is prepared.
 
         The results are good until the next step. `arrive` is called with each layer before its attention.

@@ -1,0 +1,157 @@
+"""A prompt by itself as one CUDA graph: nothing between its kernels, which is what its first token waits for.
+
+Beside decodes, or other prompts, a step's attention is other work each time (`engine/segments.py`). That of one
+prompt is always the same tiles of queries, with more or fewer keys; where these are many, they are shared out among
+programs, and the step is not for a graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from wicore_backend.attention.base import Attention, PackedStep
+from wicore_backend.engine.graphs import Bucket
+from wicore_backend.engine.recording import Record, Recorded
+from wicore_backend.engine.runner import Attended, run_layers
+from wicore_backend.engine.segments import token_counts
+from wicore_backend.executor.base import Executor
+from wicore_backend.executor.upload import to_device
+from wicore_backend.hmt.layout import KVLayout
+from wicore_backend.models.gemma3.rope import RotaryTables
+
+_log = logging.getLogger(__name__)
+
+_KEYS = 2048
+"""Of a sequence. More keys are shared out among programs, or come with so many tokens that no graph is needed."""
+
+
+class PromptAttention(Attention[Any], Protocol):
+    """Attention whose plans for a prompt can stay where they are, as `GpuPagedAttention`'s."""
+
+    def prompt_bucket(self, *, max_keys: int, out: Tensor, measures: bool = True) -> Any:
+        """A `Bucket` for a prompt by itself of up to as many tokens as `out` has rows; `attend` returns that."""
+
+    def refresh_prompt(self, bucket: Any, step: PackedStep) -> Any:
+        """Make the bucket's plan that of `step`, and return it; nobody waits for the device.
+
+        Raises
+        ------
+        ValueError
+            If the step does not fit.
+        """
+
+
+class Results(NamedTuple):
+    """What a recorded prompt leaves: hidden states and attention before the end of the last layer."""
+
+    hidden: Tensor
+    attention: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Graph:
+    bucket: Bucket
+    replay: Recorded[Results]
+
+
+class PromptGraphs:
+    """`LayersReplay` of a prompt by itself, by CUDA graphs of the numbers of tokens that have been prepared.
+
+    To be used under `torch.inference_mode()`, on one thread and stream.
+
+    Parameters
+    ----------
+    hidden_size, attended_size
+        Values of a token's hidden state, and of its attention.
+    max_tokens, max_keys
+        Of a step; and of a sequence.
+    measures
+        Whether attention mass may be asked of steps.
+    record
+        Makes a step's work repeatable.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        attention: PromptAttention,
+        rotary: RotaryTables,
+        layout: KVLayout,
+        hidden_size: int,
+        attended_size: int,
+        max_tokens: int,
+        max_keys: int,
+        measures: bool,
+        record: Record,
+    ) -> None:
+        self._executor = executor
+        self._attention = attention
+        self._rotary = rotary
+        self._layout = layout
+        self._max_keys = min(max_keys, _KEYS)
+        self._measures = measures
+        self._record = record
+        self._wanted = token_counts(max_tokens)
+        most, device = self._wanted[-1], executor.device
+        self._embedded = torch.zeros(most, hidden_size, dtype=executor.dtype, device=device)
+        self._positions = torch.zeros(most, dtype=torch.int32, device=device)
+        self._attended = torch.zeros(most, attended_size, dtype=executor.dtype, device=device)
+        self._graphs: dict[int, _Graph] = {}
+        self._sizes: Sequence[int] = []
+
+    def prepare(self) -> None:
+        """Record prompts of all sizes, the largest first, so that the others find room in what it takes.
+
+        Prompts of a size for which that fails, for lack of memory for example, take that of the next one.
+        """
+        for number, size in enumerate(reversed(self._wanted), 1):
+            try:
+                self._graphs[size] = self._prepared(size)
+            except Exception:
+                _log.exception("prompts of %d tokens cannot be recorded as a CUDA graph; they will do without", size)
+                continue
+            _log.info("CUDA graph %d of %d: prompts of %d tokens", number, len(self._wanted), size)
+        self._sizes = sorted(self._graphs)
+
+    def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int | None], None]) -> Attended | None:
+        """What the layers make of the embeddings `hidden` [T, D] of a step; None if it fits none that is prepared.
+
+        The results are good until the next step. `arrive` is called with None before all.
+        """
+        count = len(hidden)
+        fitting = bisect_left(self._sizes, count)
+        if step.decodes or len(step.query_lens) > 1 or fitting == len(self._sizes):
+            return None
+        graph = self._graphs[self._sizes[fitting]]
+        try:
+            plan = self._attention.refresh_prompt(graph.bucket, step)
+        except ValueError:  # Too many keys.
+            return None
+        arrive(None)
+        self._embedded[:count].copy_(hidden)
+        self._positions[:count].copy_(to_device(step.positions, hidden.device))
+        results = graph.replay()
+        return Attended(plan, results.hidden[:count], results.attention[:count])
+
+    def _prepared(self, size: int) -> _Graph:
+        """The graph for `size` tokens, recorded without any: none of its rows touches the pools."""
+        executor, attention, rotary, layers = self._executor, self._attention, self._rotary, self._layout.layers
+        embedded, positions, out = self._embedded[:size], self._positions[:size], self._attended[:size]
+        bucket = attention.prompt_bucket(max_keys=self._max_keys, out=out, measures=self._measures)
+
+        def work() -> Results:
+            rope = rotary.lookup(positions)
+            return Results(*run_layers(executor, attention, bucket.plan, layers, embedded, rope))
+
+        work()
+        recorded = self._record(work)
+        recorded.lend()
+        return _Graph(bucket, recorded)
