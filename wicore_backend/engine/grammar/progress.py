@@ -15,6 +15,9 @@ from wicore_backend.errors import EngineError, InvalidArgumentError
 
 _MOST_THREADS = 8
 
+_NOT_ALLOWED = "doesn't satisfy the grammar"
+"""In llguidance's words for a token that it has not allowed; all its others are for limits."""
+
 
 class GrammarProgress:
     """One answer's place in its grammar. Used by one thread at a time.
@@ -37,11 +40,17 @@ class GrammarProgress:
 
         Raises
         ------
+        InvalidArgumentError
+            If the grammar takes more than a step may spend on it.
         EngineError
             If it was none of the allowed, which the sampler would have to answer for.
         """
-        if not self.matcher.consume_token(token):
-            raise EngineError(f"token {token} is not what the grammar allows: {reason_of(self.matcher.get_error())}")
+        if self.matcher.consume_token(token):
+            return
+        reason = reason_of(self.matcher.get_error())
+        if _NOT_ALLOWED in reason:
+            raise EngineError(f"token {token} is not what the grammar allows: {reason}")
+        raise _too_much(reason)
 
     @property
     def complete(self) -> bool:
@@ -72,10 +81,14 @@ def allowed_tokens(answers: Mapping[int, GrammarProgress], rows: int, vocab: int
     _fill(answers, bits)
     for row, answer in answers.items():
         if answer.matcher.is_error():
-            raise InvalidArgumentError(f"grammar: {reason_of(answer.matcher.get_error())}; simplify it")
+            raise _too_much(reason_of(answer.matcher.get_error()))
         if not bits[row].any():
             raise InvalidArgumentError("grammar: it has come to where no token can follow")
     return bits.view(np.uint8)
+
+
+def _too_much(reason: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"grammar: {reason}; simplify it")
 
 
 def _fill(answers: Mapping[int, GrammarProgress], bits: NDArray[np.int32]) -> None:
