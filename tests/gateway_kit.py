@@ -55,6 +55,8 @@ class ScriptedBackend:
         finally:
             self.running -= 1
 
+    def end_requests(self) -> None: ...
+
     async def readiness(self) -> Readiness:
         return Readiness(True)
 

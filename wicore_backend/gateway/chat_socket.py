@@ -200,7 +200,7 @@ def _parse(text: str | bytes) -> GenerateFrame | CancelFrame | PingFrame:
     try:
         return _FRAME.validate_python(content)
     except ValidationError as error:
-        raise invalid_request(error.errors(include_url=False)) from None
+        raise invalid_request(error.errors(include_url=False), content) from None
 
 
 def _error_frame(request_id: str | None, error: ApiError) -> dict[str, Any]:

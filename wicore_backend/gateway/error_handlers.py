@@ -31,7 +31,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(invalid_request(error.errors()))
+        return error_response(invalid_request(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -52,11 +52,12 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
     return api_error
 
 
-def invalid_request(problems: Sequence[Any]) -> InvalidRequestError:
-    """The error that names the first of pydantic's problems, and says how many there are."""
+def invalid_request(problems: Sequence[Any], body: Any) -> InvalidRequestError:
+    """The error that names the first of pydantic's problems with `body`, and says how many there are."""
     problem = problems[0]
-    place = [part for part in problem["loc"] if part != "body"]
-    param = param_name(place)
+    place = list(problem["loc"])
+    place = place[1:] if place[:1] == ["body"] else place
+    param = param_name(place, body)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
         return InvalidRequestError(
@@ -80,9 +81,16 @@ def invalid_request(problems: Sequence[Any]) -> InvalidRequestError:
     return InvalidRequestError(f"{param or 'the body'} is {seen}: {said}{more}", param=param or None)
 
 
-def param_name(place: Sequence[str | int]) -> str:
-    """`messages[0].content` of ("messages", 0, "content")."""
+def param_name(place: Sequence[str | int], body: Any) -> str:
+    """`messages[0].content` of ("messages", 0, "user", "content"): what does not lead anywhere in the body is the name
+    that pydantic gives to one of several forms."""
     name = ""
-    for part in place:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    inner = body
+    for i, part in enumerate(place):
+        if isinstance(inner, dict) and (part in inner or i == len(place) - 1):
+            name += f".{part}" if name else str(part)
+            inner = inner.get(part)
+        elif isinstance(inner, list) and isinstance(part, int) and part < len(inner):
+            name += f"[{part}]"
+            inner = inner[part]
     return ascii(name)[1:-1]

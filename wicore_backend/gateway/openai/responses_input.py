@@ -57,7 +57,7 @@ def chat_request(body: ResponsesRequest) -> ChatRequest:
     try:
         return ChatRequest.model_validate(fields)
     except ValidationError as error:
-        raise invalid_request(error.errors(include_url=False)) from None
+        raise invalid_request(error.errors(include_url=False), fields) from None
 
 
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
