@@ -13,6 +13,7 @@ import torch
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.assembly import make_runner
+from wicore_backend.engine.graph_memory import graph_bytes
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampling_params import generation_defaults
 from wicore_backend.engine.tiers import BlockMover, ColdStorage
@@ -117,7 +118,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         _log.warning("kv_budget_tokens = %d: answers of longer sequences are lossy", settings.kv_budget_tokens)
     num_blocks = divide_memory(
         layout,
-        memory_bytes=settings.kv_cache_bytes or _free_memory(settings, device),
+        memory_bytes=settings.kv_cache_bytes or _free_memory(settings, config, device, dtype),
         max_sequences=settings.max_running,
         max_tokens=max_model_len,
         max_chunk=settings.max_batch_tokens,
@@ -265,9 +266,13 @@ def _cold_storage(
     )
 
 
-def _free_memory(settings: EngineConfig, device: torch.device) -> int:
+def _free_memory(settings: EngineConfig, config: Gemma3Config, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes for the KV cache where no setting says how many."""
     if device.type != "cuda":
         return _CPU_KV_CACHE_BYTES
-    share = int(torch.cuda.mem_get_info(device)[0] * settings.hmt_gpu_threshold) - _image_cache_bytes(settings, device)
+    free = torch.cuda.mem_get_info(device)[0]
+    if settings.cuda_graphs:
+        limits = {"max_running": settings.max_running, "max_batch_tokens": settings.max_batch_tokens}
+        free = max(0, free - graph_bytes(config.text, **limits, value_bytes=dtype.itemsize))
+    share = int(free * settings.hmt_gpu_threshold) - _image_cache_bytes(settings, device)
     return share - staging_bytes(share) if _host_cache_bytes(settings, device) else share
