@@ -1,6 +1,7 @@
 """Rates per minute: exact under overload, the same in memory and in Redis, settled by what answers really took."""
 
 import asyncio
+import os
 import random
 import shutil
 import socket
@@ -322,7 +323,7 @@ def test_lua_and_python_do_the_same(redis_port, rate, other, steps):
 
 
 def test_two_copies_with_one_redis_hold_one_limit_in_real_time(redis_port, tmp_path):
-    per_minute, seconds = 1200, 6.0
+    per_minute, seconds = 1200, float(os.environ.get("RATE_TEST_SECONDS", "6"))
     keys = Keys(tmp_path / "keys.json")
     key = keys.add("shared", limits={"requests_per_minute": per_minute, "burst_seconds": 0.3})
     settings = {"access": {"keys_file": str(keys.path)}, "limits": {"redis_url": f"redis://127.0.0.1:{redis_port}/1"}}
@@ -346,8 +347,9 @@ def test_two_copies_with_one_redis_hold_one_limit_in_real_time(redis_port, tmp_p
     with served_gateway(**settings) as one, served_gateway(**settings) as two:
         taken, refused = asyncio.run(overload([one, two]))
     allowed = per_minute / 60 * (seconds + 0.3)
+    print(f"{taken} of {taken + refused} let through in {seconds:g} s by both copies; {allowed:g} allowed")
     assert refused > taken
-    assert abs(taken - allowed) <= max(3, 0.03 * allowed), (taken, allowed)
+    assert abs(taken - allowed) <= max(3, 0.02 * allowed), (taken, allowed)
 
 
 def test_redis_gone_and_back(tmp_path, caplog):

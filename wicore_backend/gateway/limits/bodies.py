@@ -108,7 +108,7 @@ class BodyMiddleware:
             raise _too_large(announced, self.limits)
 
     async def _receive(self, receive: Receive, share: _Share) -> bytes:
-        chunks = []
+        body = bytearray()  # Grows as one piece, which the system gets back: many small ones leave holes behind.
         more = True
         while more:
             message = await receive()
@@ -119,8 +119,8 @@ class BodyMiddleware:
             share.grow(len(chunk))
             if share.held > self.limits.body_bytes:
                 raise _too_large(f"more than {self.limits.body_bytes}", self.limits)
-            chunks.append(chunk)
-        return b"".join(chunks)
+            body += chunk
+        return bytes(body)
 
 
 def _body_then(body: bytes, receive: Receive) -> Receive:

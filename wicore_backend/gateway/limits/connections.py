@@ -20,8 +20,9 @@ from wicore_backend.gateway.errors import ApiError, InvalidRequestError, Unavail
 from wicore_backend.gateway.limits.settings import ConnectionSettings
 
 _LINGER_S = 2.0
-"""How long the rest of a body is read and thrown away after the answer: a client that is still sending would lose the
-answer to a reset connection."""
+_LINGER_BYTES = 4 * 2**20
+"""How long, and how much of, the rest of a body is read and thrown away after the answer: a client that is still
+sending would lose the answer to a reset connection. More is left unread, so that it costs nothing."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -36,6 +37,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _write_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
     _in_headers = True
+    _lingering_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -81,8 +83,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if self.cycle is not None:  # There is none if the headers were refused.
-            super().on_body(body)
+        if self.cycle is None:  # The headers were refused.
+            return
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._lingering_bytes += len(body)
+            if self._lingering_bytes > _LINGER_BYTES:
+                self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
         if self.cycle is None:
@@ -96,6 +103,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
+            self._lingering_bytes = 0
             self._start_timer(_LINGER_S)
 
     def pause_writing(self) -> None:

@@ -9,6 +9,7 @@ from redis.backoff import NoBackoff
 from starlette.middleware.cors import CORSMiddleware
 
 from wicore_backend.gateway.limits.bodies import BodyBudget, BodyMiddleware
+from wicore_backend.gateway.limits.heap import return_large_blocks
 from wicore_backend.gateway.limits.rate_limits import LimitsOf, RateLimits
 from wicore_backend.gateway.limits.settings import CorsSettings, LimitSettings
 from wicore_backend.gateway.limits.shared import FailureListener, RedisStore
@@ -45,7 +46,8 @@ class LimitsExtension:
         app.add_middleware(BodyMiddleware, limits=connections, budget=BodyBudget(connections.bodies_bytes))
 
     async def start(self) -> None:
-        """Nothing to do: the first request connects."""
+        """See that bodies do not leave the process larger. Redis is connected to by the first request."""
+        return_large_blocks()
 
     async def close(self) -> None:
         """Settle what is open."""

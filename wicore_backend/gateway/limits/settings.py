@@ -49,11 +49,12 @@ class ConnectionSettings(Settings):
     keep_alive_s: Annotated[int, Field(ge=1, le=86_400)] = 60
     """An idle connection is closed after so long without a request."""
 
-    body_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**20
+    body_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**20
     """Longest body, pictures and uploads included; larger get 413."""
 
-    bodies_bytes: Annotated[int, Field(ge=1024)] = 2**30
-    """All bodies that are held at a time; what would exceed it gets 503."""
+    bodies_bytes: Annotated[int, Field(ge=1024)] = 256 * 2**20
+    """All bodies that are held at a time; what would exceed it gets 503. Memory takes a few times as much, since a body
+    is there as text, too, while it is read."""
 
     body_timeout_s: PositiveSeconds = 60.0
     """From the headers to the end of the body; slower get 408."""
