@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wicore_backend.models.gemma3.config import Gemma3Config, VisionConfig
-from wicore_backend.models.gemma3.layers import RMSNorm
 from wicore_backend.models.gemma3.weights import Affine, VisionLayerWeights, VisionWeights
 
 
@@ -22,7 +21,8 @@ def encode_images(pixels: Tensor, weights: VisionWeights, config: Gemma3Config) 
         up = F.linear(_layer_norm(hidden, layer.norm2, vision), layer.up.weight, layer.up.bias)
         hidden = hidden + F.linear(F.gelu(up, approximate="tanh"), layer.down.weight, layer.down.bias)
     hidden = _pool(_layer_norm(hidden, weights.norm, vision), vision, isqrt(config.mm_tokens_per_image))
-    return F.linear(RMSNorm(weights.soft_token_norm, vision.layer_norm_eps)(hidden), weights.projection)
+    normed = F.rms_norm(hidden.float(), hidden.shape[-1:], weights.soft_token_norm, vision.layer_norm_eps)
+    return F.linear(normed.to(hidden.dtype), weights.projection)
 
 
 def _patches(pixels: Tensor, vision: VisionConfig) -> Tensor:
