@@ -104,3 +104,8 @@ class Fp8Format:
         if not (scale.isfinite() & (scale >= 0)).all():
             raise ValueError("a weight_scale that is negative or not finite")
         return Fp8Matrix(tensors["weight"], scale.expand(shape[0]).contiguous(), dtype)
+
+
+def fp8_tensors(matrix: Fp8Matrix) -> dict[str, Tensor]:
+    """`matrix` as `Fp8Format` stores it, by names after the module's."""
+    return {"weight": matrix.values, "weight_scale": matrix.scale[:, None]}

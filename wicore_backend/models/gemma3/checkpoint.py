@@ -86,8 +86,7 @@ class _TensorFiles:
         self._done = 0
         self._progress = progress
         self._uploader = stack.enter_context(Uploader(device, progress=self._read_on))
-        for name in _file_names(directory):
-            path = directory / name
+        for path in weight_files(directory):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 keys = list(file.keys())
@@ -97,7 +96,9 @@ class _TensorFiles:
             for key in keys:
                 canonical = canonical_name(key)
                 if canonical in self._sources:
-                    raise CheckpointError(f"{directory} holds {key} twice, in {name} and under another name or file")
+                    raise CheckpointError(
+                        f"{directory} holds {key} twice, in {path.name} and under another name or file"
+                    )
                 self._sources[canonical] = (file, key)
                 if key in places:
                     self._places[canonical] = places[key]
@@ -161,12 +162,12 @@ class _TensorFiles:
             raise CheckpointError(f"{self._directory} {what}: {shown}; {remedy}")
 
 
-def _file_names(directory: Path) -> list[str]:
-    """The safetensors files that make up the checkpoint."""
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint in `directory`; CheckpointError if any is missing."""
     if not (directory / _INDEX).exists():
         if not (directory / _SINGLE).exists():
             raise CheckpointError(f"{directory} has neither {_SINGLE} nor {_INDEX}; {_REMEDY}")
-        return [_SINGLE]
+        return [directory / _SINGLE]
     weight_map = read_json(directory / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{directory / _INDEX} has no weight_map; {_REMEDY}")
@@ -178,7 +179,7 @@ def _file_names(directory: Path) -> list[str]:
     if missing:
         shown = ", ".join(missing[:5])
         raise CheckpointError(f"{directory} lacks {len(missing)} of the shards its index names: {shown}; {_REMEDY}")
-    return names
+    return [directory / name for name in names]
 
 
 def _module(name: str) -> str:
