@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wicore_backend.engine.grammar.progress import GrammarProgress, allowed_tokens
-from wicore_backend.engine.request import TokenLogprob
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.executor.upload import to_device
 
@@ -60,19 +60,6 @@ def sample(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
     return tokens
 
 
-def logprobs_of(logits: Tensor, tokens: Rows[int], tops: Rows[int]) -> list[TokenLogprob]:
-    """Log-probability of `tokens[i]` under row i of `logits` [R, V], and of that row's `tops[i]` likeliest tokens."""
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    values, ids = logprobs.topk(min(max(tops), logits.shape[1]), dim=-1)
-    return [
-        TokenLogprob(token, logprob, tuple(zip(row_ids[:top], row_values[:top], strict=True)))
-        for token, logprob, top, row_ids, row_values in zip(
-            tokens, chosen, tops, ids.tolist(), values.tolist(), strict=True
-        )
-    ]
-
-
 def _reshape(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
     """What comes before the temperature, in place and in its order."""
     for own_logits, row in zip(logits, rows, strict=True):
@@ -81,6 +68,7 @@ def _reshape(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
     biases = [
         (place * logits.shape[1] + token, bias)
         for place, row in enumerate(rows)
+        if row.params.logit_bias or row.held_back
         for token, bias in (row.params.logit_bias | dict.fromkeys(_held_back(row), -np.inf)).items()
     ]
     if biases:
@@ -91,8 +79,9 @@ def _reshape(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
     if answers:
         allowed = allowed_tokens(answers, len(rows), logits.shape[1])
         for place in answers:
-            _hold_back(allowed[place], rows[place].held_back)
-        logits.masked_fill_(_unset(to_device(allowed, logits.device), logits.shape[1]), -torch.inf)
+            if rows[place].held_back:
+                _hold_back(allowed[place], rows[place].held_back)
+        logits += _unless_set(to_device(allowed, logits.device), logits.shape[1])
     return logits
 
 
@@ -110,10 +99,16 @@ def _hold_back(allowed: NDArray[np.uint8], tokens: frozenset[int]) -> None:
         allowed[:] = kept
 
 
-def _unset(bits: Tensor, vocab: int) -> Tensor:
-    """bool [R, vocab]: True where `bits` uint8 [R, V / 8] has a zero."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, :, None] >> shifts) & 1).flatten(1)[:, :vocab] == 0
+def _unless_set(bits: Tensor, vocab: int) -> Tensor:
+    """float32 [R, vocab]: 0 where `bits` uint8 [R, V / 8] has a one, -inf elsewhere."""
+    return _bytes_to_addends(bits.device).index_select(0, bits.flatten().int()).view(len(bits), -1)[:, :vocab]
+
+
+@cache
+def _bytes_to_addends(device: torch.device) -> Tensor:
+    """float32 [256, 8]: each byte's bits, least first, as what they add."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return to_device(np.where(bits, np.float32(0), np.float32(-np.inf)), device)
 
 
 def _penalise(logits: Tensor, row: SamplingRow) -> None:
