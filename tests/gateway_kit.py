@@ -13,8 +13,8 @@ from typing import Any
 import uvicorn
 from starlette.testclient import TestClient
 
-from wicore_backend.gateway.access.key_file import KeySet, write_keys
-from wicore_backend.gateway.access.keys import new_key
+from wicore_backend.gateway.access.key_file import KeySet, TenantRecord, write_keys
+from wicore_backend.gateway.access.keys import KeyLimits, new_key
 from wicore_backend.gateway.app import create_app
 from wicore_backend.gateway.backend import BackendStatus, Delta, GenerationRequest, Readiness, Usage
 from wicore_backend.gateway.errors import ApiError
@@ -87,7 +87,9 @@ class Keys:
 
     def tenant(self, name: str, **limits: Any) -> None:
         """Limits of a tenant."""
-        self.set = KeySet(keys=self.set.keys, tenants={**self.set.tenants, name: {"limits": limits}})
+        self.set = KeySet(
+            keys=self.set.keys, tenants={**self.set.tenants, name: TenantRecord(limits=KeyLimits(**limits))}
+        )
         write_keys(self.path, self.set)
 
 

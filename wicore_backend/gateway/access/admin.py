@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from wicore_backend.gateway.caller import Caller
 from wicore_backend.gateway.errors import InvalidRequestError, NotFoundError
-from wicore_backend.gateway.openai.documentation import ERRORS
+from wicore_backend.gateway.openai.documentation import refusals_documented
 
 
 async def _administrator(request: Request) -> Caller:
@@ -16,9 +16,12 @@ async def _administrator(request: Request) -> Caller:
     return caller
 
 
-_REFUSALS = {status: ERRORS[status] for status in (400, 401, 403, 404)}
-
-router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(_administrator)], responses=_REFUSALS)
+router = APIRouter(
+    prefix="/admin",
+    tags=["admin"],
+    dependencies=[Depends(_administrator)],
+    responses=refusals_documented(400, 401, 403, 404),
+)
 
 KeyIdQuery = Annotated[str, Query(description="The 12 digits after wk_.", max_length=64)]
 

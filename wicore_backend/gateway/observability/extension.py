@@ -13,7 +13,7 @@ from wicore_backend.gateway.generation import GenerationHook
 from wicore_backend.gateway.observability.metrics import GatewayMetrics
 from wicore_backend.gateway.observability.middleware import GenerationLog, ObservingMiddleware
 from wicore_backend.gateway.observability.tracing import Tracing, make_tracing
-from wicore_backend.gateway.openai.documentation import ERRORS
+from wicore_backend.gateway.openai.documentation import refusals_documented
 from wicore_backend.gateway.settings import GatewaySettings
 
 
@@ -40,7 +40,7 @@ class ObservabilityExtension:
             tracing=self.tracing,
         )
 
-        @app.get("/metrics", tags=["status"], response_class=PlainTextResponse, responses={401: ERRORS[401]})
+        @app.get("/metrics", tags=["status"], response_class=PlainTextResponse, responses=refusals_documented(401))
         async def metrics(request: Request) -> Response:
             """Prometheus metrics of this gateway; Triton and the engine have their own page."""
             if not self._settings.metrics_open:

@@ -36,6 +36,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+def refusals_documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that FastAPI documents but for its errors."""
+    return {status: ERRORS[status] for status in statuses}
+
+
 def answers_documented(whole: type[BaseModel], chunk: type[BaseModel] | None = None) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that answers with `whole`, or with a stream of events that hold `chunk`."""
     answers: dict[int | str, dict[str, Any]] = {200: {"model": whole, "description": "The answer."}, **ERRORS}

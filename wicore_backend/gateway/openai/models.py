@@ -10,13 +10,13 @@ from pydantic import BaseModel
 
 from wicore_backend.gateway.caller import CallerDep
 from wicore_backend.gateway.errors import InvalidRequestError, NotFoundError
-from wicore_backend.gateway.openai.documentation import ERRORS
+from wicore_backend.gateway.openai.documentation import refusals_documented
 from wicore_backend.gateway.settings import GatewaySettings
 
 router = APIRouter(tags=["OpenAI"])
 
 _STARTED = int(time.time())
-_REFUSALS = {status: ERRORS[status] for status in (400, 401, 403, 404, 429)}
+_REFUSALS = refusals_documented(400, 401, 403, 404, 429)
 
 
 class ModelCard(BaseModel):
