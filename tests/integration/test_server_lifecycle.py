@@ -1,5 +1,6 @@
 """A real tritonserver starts, answers and ends, whoever is killed, and leaves nothing behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
 
@@ -112,7 +114,7 @@ def serve(echo_repository, tmp_path):
     started = []
 
     def serve(*arguments):
-        ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+        ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics", "gateway")]
         command = [sys.executable, "-c", program, "serve", *ports, f"--model-repository={echo_repository}"]
         process = subprocess.Popen(
             [*command, f"--model={checkpoint}", *arguments],
@@ -124,14 +126,14 @@ def serve(echo_repository, tmp_path):
         )
         started.append(process)
         assert process.stdout is not None
-        url = log = None
+        process.told = told = {}
         for line in process.stdout:
             name, _, value = line.strip().partition(" ")
-            url, log = (value.strip() if name == "HTTP" else url), (value.strip() if name == "log" else log)
+            told[name] = value.strip()
             if line.startswith("Ctrl-C"):
                 break
-        assert url, process.stderr.read() if process.stderr else ""
-        assert log
+        assert "HTTP" in told, process.stderr.read() if process.stderr else ""
+        url, log = told["HTTP"], told["log"]
         return process, url, Run(Path(log).parent.parent / "runs" / Path(log).stem)
 
     yield serve
@@ -147,6 +149,27 @@ def test_serve_says_where_it_answers_and_ends_cleanly_when_told_to(serve, number
     process.send_signal(number)
     assert process.wait(20) == 0
     assert is_clean(run)
+
+
+def test_serve_keeps_a_gateway_beside_the_server_and_ends_it_with_itself(serve):
+    process, _, _ = serve()
+    port = urlparse(process.told["OpenAI"]).port
+    first = gateway_of(port)
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: gateway_of(port) not in (None, first), 20)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=20) as answer:
+        assert answer.status == 200
+    process.kill()
+    wait_until(lambda: gateway_of(port) is None, 20)
+
+
+def test_serve_starts_triton_alone_when_asked_to(serve):
+    process, url, run = serve("--no-gateway")
+    assert ask(url, "hello").startswith("hello")
+    assert "OpenAI" not in process.told
+    assert not run.log.with_suffix(".gateway.log").exists()
+    process.terminate()
+    assert process.wait(20) == 0
 
 
 def test_serve_reports_a_server_that_died_and_fails(serve):
@@ -180,3 +203,13 @@ def test_nothing_stays_when_serve_is_killed(serve):
 def server_of(run: Run) -> int:
     """The tritonserver among the run's processes."""
     return next(p for p in run.processes() if b"tritonserver\0" in Path(f"/proc/{p}/cmdline").read_bytes())
+
+
+def gateway_of(port: int) -> int | None:
+    """The gateway's process that listens on a port, or does not yet."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (directory / "cmdline").read_bytes()
+            if b"wicore_backend.gateway\0" in command and f"port={port}\0".encode() in command:
+                return int(directory.name)
+    return None
