@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.models.gemma3.weights import Weight
 from wicore_backend.quantization.fp8 import quantized_fp8
+from wicore_backend.quantization.int4_rounding import quantized_int4
 
 _READ_BYTES = 4 * 2**30
 _PROFILED_STEPS, _NAMED_KERNELS = 16, 12
@@ -39,7 +41,11 @@ _KINDS = {
     "attention": ("decode_kernel",),
 }
 """Kernels by parts of their names; the rest are norms, RoPE, embedding, sampling, copies."""
-_QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {"bf16": lambda matrix: matrix, "fp8": quantized_fp8}
+_QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {
+    "bf16": lambda matrix: matrix,
+    "fp8": quantized_fp8,
+    "int4": lambda matrix: quantized_int4(matrix, math.gcd(128, matrix.shape[1]), search=False),
+}
 """What is made of a layer's matrix, by `--weights`."""
 
 

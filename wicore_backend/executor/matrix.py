@@ -7,11 +7,13 @@ from typing import Protocol
 from torch import Tensor
 
 from wicore_backend.executor.fp8_matrix import Fp8GpuMatrix
+from wicore_backend.executor.int4_matrix import Int4GpuMatrix
 from wicore_backend.executor.kernels import fp8_rows, small
 from wicore_backend.executor.plain_matrix import PlainMatrix
 from wicore_backend.executor.roles import Role
 from wicore_backend.models.gemma3.weights import Weight
 from wicore_backend.quantization.fp8 import Fp8Matrix, Rows
+from wicore_backend.quantization.int4 import Int4Matrix
 
 
 class Matrix(Protocol):
@@ -30,6 +32,8 @@ def matrix_of(role: Role, weight: Weight, bias: Tensor | None = None) -> Matrix:
         return PlainMatrix(role, weight, bias)
     if isinstance(weight, Fp8Matrix):
         return Fp8GpuMatrix(role, weight, bias)
+    if isinstance(weight, Int4Matrix):
+        return Int4GpuMatrix(role, weight, bias)
     raise TypeError(f"no kernels multiply by a {type(weight).__name__}")
 
 

@@ -1,0 +1,100 @@
+"""An INT4 matrix on the GPU, and the fastest of its products for as many rows as there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wicore_backend.executor.kernels.int4 import Int4Tile, int4_product
+from wicore_backend.executor.kernels.int4_codes import dequantize, takes
+from wicore_backend.executor.kernels.small import gated, overlaps
+from wicore_backend.executor.roles import Role
+from wicore_backend.quantization.fp8 import Rows
+from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
+
+INT4_TILES: Mapping[Role, Mapping[int, Int4Tile]] = {
+    "qkv": {
+        8: Int4Tile(16, 4, parts=4),
+        16: Int4Tile(32, 3, parts=4),
+        32: Int4Tile(64, 4),
+        64: Int4Tile(64, 4, early=True, scaled=True),
+        128: Int4Tile(64, 3, early=True, scaled=True),
+    },
+    "out": {
+        8: Int4Tile(16, 4, parts=4),
+        32: Int4Tile(64, 3, splits=4),
+        64: Int4Tile(64, 3, splits=2, early=True, scaled=True),
+        128: Int4Tile(128, 3, warps=8, splits=2, early=True, scaled=True),
+    },
+    "gate_up": {
+        8: Int4Tile(16, 4, warps=2, parts=2),
+        16: Int4Tile(128, 3),
+        32: Int4Tile(64, 3),
+        64: Int4Tile(64, 3, scaled=True),
+        128: Int4Tile(128, 3, warps=8, scaled=True),
+    },
+    "down": {
+        8: Int4Tile(32, 3, warps=2, parts=2, splits=3),
+        16: Int4Tile(128, 4, splits=6),
+        32: Int4Tile(128, 3, warps=8, splits=6, scaled=True),
+        128: Int4Tile(128, 3, warps=8, splits=3, early=True, scaled=True),
+    },
+    "head": {8: Int4Tile(64, 3, warps=2), 16: Int4Tile(64, 3), 64: Int4Tile(64, 3, scaled=True)},
+}
+"""For each role, by the largest number of rows, the tiling that is fastest; none beyond, where cuBLAS is.
+
+Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/int4.md).
+"""
+
+_WIDENED_AT_ONCE = 2**27
+"""Elements of a matrix that are widened for cuBLAS at a time, at most: 256 MiB in 16 bits."""
+
+
+class Int4GpuMatrix:
+    """`Matrix` of an `Int4Matrix`: few rows by kernels that read its codes, more by cuBLAS on what they stand for."""
+
+    def __init__(self, role: Role, weight: Int4Matrix, bias: Tensor | None = None) -> None:
+        self._role = role
+        self._weight = weight
+        self._bias = bias
+        self._by_kernels = weight.codes.is_cuda and takes(weight)
+        # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
+        self._streamed = self._by_kernels and bias is None and overlaps(weight.codes)
+
+    def __call__(self, x: Rows) -> Tensor:
+        assert isinstance(x, Tensor), "only an FP8 matrix is given rows in FP8"
+        tile = self._tile(len(x))
+        if tile is not None:
+            result_type = torch.float32 if self._role == "head" else x.dtype
+            return int4_product(x, self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
+        whole = self._whole(x)
+        if self._role == "gate_up":
+            return gated(whole)
+        return whole.float() if self._role == "head" else whole
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """x W^T + b, [T, N], of the widened matrix."""
+        if not self._by_kernels:
+            return F.linear(x, self._weight.dequantized(), self._bias)
+        rows, columns = self._weight.shape
+        at_once = max(1, _WIDENED_AT_ONCE // columns // TILE_ROWS)
+        product = x.new_empty(len(x), rows)
+        widened = x.new_empty(min(rows, at_once * TILE_ROWS), columns)
+        for start in range(0, rows // TILE_ROWS, at_once):
+            part = self._weight.tile_rows(start, start + at_once)
+            into = widened[: part.shape[0]]
+            dequantize(part, into)
+            first = start * TILE_ROWS
+            torch.mm(x, into.T, out=product[:, first : first + len(into)])
+        return product if self._bias is None else product.add_(self._bias)
+
+    def _tile(self, rows: int) -> Int4Tile | None:
+        """How to cut a product of so many rows; None to leave it to cuBLAS."""
+        if not self._streamed:
+            return None
+        by_rows = INT4_TILES[self._role]
+        tile = by_rows.get(min((most for most in by_rows if rows <= most), default=0))
+        return tile if tile is not None and tile.fits(self._weight) else None

@@ -1,0 +1,112 @@
+"""INT4: codes of four bits and, for each group of inputs of each output, a scale and perhaps a zero point.
+
+Codes lie as the kernels in `executor/kernels/int4.py` read them, not as any file has them. A matrix [N, K] is cut into
+tiles of `b` outputs and a span of `c` inputs, which are contiguous; a span is one or two groups. Within an output's
+part of a tile, sixteen bits hold four codes that are a quarter of a span apart: the lowest four bits of half-word i are
+the code of input i, the next those of input c / 4 + i, and so on. So one shift and one mask take from two adjacent
+half-words the codes of two adjacent inputs, and each quarter of a span is a matrix of its own, in one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+LEVELS = 16
+SYMMETRIC_ZERO = 8
+"""The code of zero in a matrix without zero points."""
+TILE_ROWS = 16
+"""Outputs of a tile: as many as a tensor core's instruction takes (m16n8k16)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int4Matrix:
+    """A `QuantizedMatrix` whose elements are (code - zero point) * scale."""
+
+    codes: Tensor
+    """int32 [N / b, K / c, b, c / 8]"""
+    scales: Tensor
+    """bfloat16 or float16 [N / b, K / c, b, groups of a span]"""
+    zeros: Tensor | None
+    """Like `scales`, whole numbers; None if all are 8."""
+    dtype: torch.dtype
+
+    @classmethod
+    def packed(cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Self:
+        """The matrix of `codes` uint8 [N, K] under 16, and of `scales` and `zeros` [N, groups] of equal length."""
+        rows, columns = codes.shape
+        groups = scales.shape[1]
+        in_span = 2 - groups % 2
+        b, spans = TILE_ROWS if rows % TILE_ROWS == 0 else 1, groups // in_span
+        span = columns // spans
+        assert columns % groups == 0, f"{columns} inputs cannot be cut into {groups} equal groups"
+        assert span % 8 == 0, f"a span of {span} inputs is no whole number of words"
+        quarters = codes.to(torch.int16).view(rows, spans, 4, span // 4).unbind(2)
+        words = sum(quarter << 4 * i for i, quarter in enumerate(quarters))
+        assert isinstance(words, Tensor)
+
+        def tiled(values: Tensor) -> Tensor:
+            return values.reshape(rows // b, b, spans, -1).transpose(1, 2).contiguous()
+
+        return cls(
+            tiled(words.view(torch.int32)),
+            tiled(scales),
+            None if zeros is None or bool((zeros == SYMMETRIC_ZERO).all()) else tiled(zeros.to(scales.dtype)),
+            dtype,
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        tile_rows, spans, rows, words = self.codes.shape
+        return torch.Size((tile_rows * rows, spans * words * 8))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.zeros) if tensor is not None)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.codes.shape[3] * 8 // self.scales.shape[3]
+
+    def tile_rows(self, first: int, last: int) -> Int4Matrix:
+        """The tiles' rows from `first` up to `last`, without a copy."""
+        zeros = None if self.zeros is None else self.zeros[first:last]
+        return Int4Matrix(self.codes[first:last], self.scales[first:last], zeros, self.dtype)
+
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The codes uint8 [N, K], scales [N, groups] and zeros [N, groups] or None, as `packed` takes them."""
+        halves = self.codes.view(torch.int16)
+        quarters = torch.stack([(halves >> 4 * i) & 15 for i in range(4)], -2).to(torch.uint8)
+        return (
+            quarters.flatten(-2).transpose(1, 2).reshape(self.shape),
+            self._by_row(self.scales),
+            None if self.zeros is None else self._by_row(self.zeros),
+        )
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        codes, scales, zeros = self.unpacked()
+        grouped = codes.view(*scales.shape, -1).float()
+        grouped -= SYMMETRIC_ZERO if zeros is None else zeros.float()[:, :, None]
+        return grouped.mul_(scales.float()[:, :, None]).view(self.shape).to(dtype or self.dtype)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Self]) -> Self:
+        first = parts[0]
+        if all(part.zeros is None for part in parts) and len({part.codes.shape[1:] for part in parts}) == 1:
+            codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+            return cls(codes, scales, None, first.dtype)
+        codes, scales, zeros = zip(*(part.unpacked() for part in parts), strict=True)
+        whole = [torch.full_like(s, SYMMETRIC_ZERO) if z is None else z for s, z in zip(scales, zeros, strict=True)]
+        return cls.packed(torch.cat(codes), torch.cat(scales), torch.cat(whole), first.dtype)
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        return values.transpose(1, 2).reshape(self.shape[0], -1)
