@@ -8,6 +8,7 @@ import torch
 
 from tests.copy_interleavings import BLOCKS, EDGES, LAYOUT, SLOTS, G, L, Story, copies_over, obey_all_but
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine.logprobs import logprobs_of
 from wicore_backend.engine.sampler import SamplingRow, sample
 from wicore_backend.hmt.codecs import make_codec
 from wicore_backend.hmt.host_memory import HostMemory
@@ -74,9 +75,15 @@ def test_sampling_does_not_wait_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         tokens = sample(logits, rows)
+        read = logprobs_of(logits, tokens, [0, 3, 1, 2])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert tokens.tolist() == expected
+    logprobs = logits.log_softmax(-1).tolist()
+    for logprob, token, of_row, top in zip(read(), expected, logprobs, [0, 3, 1, 2], strict=True):
+        assert logprob.token_id == token
+        assert logprob.logprob == pytest.approx(of_row[token])
+        assert [value for _, value in logprob.top] == pytest.approx(sorted(of_row, reverse=True)[:top])
 
 
 def test_the_cache_takes_its_share_of_the_free_memory():

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wicore_backend.engine.sampler import SamplingRow, _mix, logprobs_of, sample
+from wicore_backend.engine.logprobs import logprobs_of
+from wicore_backend.engine.sampler import SamplingRow, _mix, sample
 from wicore_backend.engine.sampling_params import SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 1.5])
@@ -100,7 +101,7 @@ def test_a_row_does_not_depend_on_its_batch(data):
 
 
 def test_logprobs_are_of_the_models_distribution():
-    (first, second) = logprobs_of(torch.stack([LOGITS, -LOGITS]), [1, 4], [2, 0])
+    (first, second) = logprobs_of(torch.stack([LOGITS, -LOGITS]), torch.tensor([1, 4]), [2, 0])()
     assert first.logprob == pytest.approx(LOGITS.log_softmax(0)[1].item())
     assert [token for token, _ in first.top] == [0, 5]
     assert second.top == ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -12,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wicore_backend.engine.logprobs import logprobs_of
 from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.engine.request import Sequence, TokenLogprob
 from wicore_backend.engine.runner import ModelRunner, StepOutput
-from wicore_backend.engine.sampler import logprobs_of
+from wicore_backend.executor.upload import to_device
 
 Masses = Callable[[], Mapping[int, NDArray[np.float32]]]
+ReadPromptLogprobs = Callable[[], list[TokenLogprob | None]]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Computed:
     logits
         float32 [R, V].
     prompt_logprobs
-        Of the chunks' prompts, where asked for.
+        Give those of the chunks' prompts, where asked for. They wait for the device.
     mass
         Gives the attention masses [blocks] that were measured: see `Attention.mass`. It waits for the device.
     done, over
@@ -56,7 +58,7 @@ class Computed:
     plan: StepPlan
     ready: dict[Sequence, int]
     logits: Tensor | None
-    prompt_logprobs: dict[Sequence, list[TokenLogprob | None]]
+    prompt_logprobs: dict[Sequence, ReadPromptLogprobs]
     mass: Callable[[], dict[Sequence, NDArray[np.float32]]] = dict
     done: Callable[[], None] = lambda: None
     over: Callable[[], bool] = lambda: True
@@ -106,7 +108,7 @@ def _compute(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None) -> Compu
         *(end - 1 for chunk, end in zip(plan.chunks, offsets[1:], strict=True) if chunk.completes),
     ]
     prompt_logprobs = {
-        chunk.sequence: list(_prompt_logprobs(chunk, offset, output))
+        chunk.sequence: _prompt_logprobs(chunk, offset, output)
         for chunk, offset in zip(plan.chunks, offsets, strict=False)
         if chunk.sequence.request.params.prompt_logprobs is not None
     }
@@ -153,14 +155,18 @@ def _one_by_one(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None, error
     )
 
 
-def _prompt_logprobs(chunk: Chunk, offset: int, output: StepOutput) -> Iterator[TokenLogprob | None]:
+def _prompt_logprobs(chunk: Chunk, offset: int, output: StepOutput) -> ReadPromptLogprobs:
     """Log-probabilities of the prompt's tokens that follow the chunk's, and None for the prompt's first."""
-    prompt = chunk.sequence.request.prompt.token_ids
-    following = prompt[chunk.start + 1 : chunk.end + 1].tolist()
-    if chunk.start == 0:
-        yield None
+    following = chunk.sequence.request.prompt.token_ids[chunk.start + 1 : chunk.end + 1]
     top = chunk.sequence.request.params.prompt_logprobs or 0
+    parts = []
     for first in range(0, len(following), _LOGPROB_ROWS):
-        tokens = following[first : first + _LOGPROB_ROWS]
+        tokens = to_device(following[first : first + _LOGPROB_ROWS].astype(np.int64), output.hidden.device)
         rows = range(offset + first, offset + first + len(tokens))
-        yield from logprobs_of(output.logits(rows), tokens, [top] * len(tokens))
+        parts.append(logprobs_of(output.logits(rows), tokens, [top] * len(tokens)))
+
+    def read() -> list[TokenLogprob | None]:
+        of_first: list[TokenLogprob | None] = [None] if chunk.start == 0 else []
+        return of_first + [logprob for part in parts for logprob in part()]
+
+    return read

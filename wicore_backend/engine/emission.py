@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from wicore_backend.engine.ledger import RequestLedger
+from wicore_backend.engine.logprobs import ReadLogprobs, logprobs_of
 from wicore_backend.engine.request import Sequence, TokenLogprob
-from wicore_backend.engine.runner import when_done
-from wicore_backend.engine.sampler import logprobs_of, sample
-from wicore_backend.executor.upload import rows_of
+from wicore_backend.engine.sampler import sample
+from wicore_backend.executor.upload import rows_of, to_host
 
 _log = logging.getLogger(__name__)
 
@@ -34,15 +34,15 @@ class Choice:
         int64 [R], on the device, a token for each of `sequences`.
     read
         Waits for the device, though not for what it was given later, and gives the tokens.
-    logits
-        float32 [W, V] of the sequences in `wanted`, unchanged: their log-probabilities are asked for.
+    wanted, logprobs
+        The rows whose log-probabilities are asked for, and what waits for these and gives them.
     """
 
     sequences: Rows[Sequence]
     tokens: Tensor
     read: Callable[[], list[int]]
-    wanted: Rows[int]
-    logits: Tensor
+    wanted: Rows[int] = ()
+    logprobs: ReadLogprobs = list
 
 
 class Emitter:
@@ -78,7 +78,7 @@ class Emitter:
             _log.exception("the device failed to choose %d tokens", len(choice.sequences))
             self._fail(choice.sequences, fault)
             return
-        logprobs = self._logprobs(choice, tokens)
+        logprobs = self._logprobs(choice)
         now = time.monotonic()
         for row, (sequence, token) in enumerate(zip(choice.sequences, tokens, strict=True)):
             if sequence not in self._ledger:  # It was cancelled, or another answer of the same request has failed.
@@ -99,8 +99,13 @@ class Emitter:
         if places != list(range(len(logits))):
             logits = rows_of(logits, places)
         tokens = sample(logits, [generation.sampling_row for generation in generations])
-        wanted = [row for row, generation in enumerate(generations) if generation.logprobs is not None]
-        return Choice(sequences, tokens, _reading(tokens), wanted, rows_of(logits, wanted) if wanted else logits[:0])
+        read = _reading(tokens)
+        tops = {row: g.logprobs for row, g in enumerate(generations) if g.logprobs is not None}
+        if not tops:
+            return Choice(sequences, tokens, read)
+        wanted = list(tops)
+        logprobs = logprobs_of(rows_of(logits, wanted), rows_of(tokens, wanted), list(tops.values()))
+        return Choice(sequences, tokens, read, wanted, logprobs)
 
     def _choose_one_by_one(self, rows: Mapping[Sequence, int], logits: Tensor) -> list[Choice]:
         choices = []
@@ -113,20 +118,15 @@ class Emitter:
                 self._ledger.fail(sequence, fault)
         return [choice for choice in choices if choice.sequences[0] in self._ledger]
 
-    def _logprobs(self, choice: Choice, tokens: Rows[int]) -> dict[int, TokenLogprob]:
+    def _logprobs(self, choice: Choice) -> dict[int, TokenLogprob]:
         """Of the rows for which they are asked."""
-        asked = [row for row in choice.wanted if choice.sequences[row] in self._ledger]
-        if not asked:
-            return {}
-        rows = [i for i, row in enumerate(choice.wanted) if row in asked]
-        tops = [self._ledger.owner(choice.sequences[row])[1].logprobs or 0 for row in asked]
         try:
-            found = logprobs_of(choice.logits[rows], [tokens[row] for row in asked], tops)
+            return dict(zip(choice.wanted, choice.logprobs(), strict=True))
         except Exception as fault:
-            _log.exception("the log-probabilities of %d tokens failed", len(asked))
-            self._fail([choice.sequences[row] for row in asked], fault)
+            _log.exception("the log-probabilities of %d tokens failed", len(choice.wanted))
+            asked = (choice.sequences[row] for row in choice.wanted)
+            self._fail([sequence for sequence in asked if sequence in self._ledger], fault)
             return {}
-        return dict(zip(asked, found, strict=True))
 
     def _fail(self, sequences: Iterable[Sequence], fault: Exception) -> None:
         for sequence in sequences:
@@ -141,24 +141,17 @@ def _together(choices: Rows[Choice]) -> Choice:
         tokens,
         _reading(tokens),
         [row for row, choice in enumerate(choices) if choice.wanted],
-        torch.cat([choice.logits for choice in choices]),
+        lambda: [logprob for choice in choices for logprob in choice.logprobs()],
     )
 
 
 def _reading(tokens: Tensor) -> Callable[[], list[int]]:
-    """A call that gives int64 `tokens` once they are there.
-
-    On CUDA they are copied at once: a copy that is asked for later waits for all that the device was given meanwhile.
-    """
-    if not tokens.is_cuda:
-        return tokens.tolist
-    copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    copy.copy_(tokens, non_blocking=True)
-    wait = when_done(tokens.device).done
+    """A call that gives int64 `tokens` once they are there."""
+    on_host = to_host(tokens)
 
     def read() -> list[int]:
-        wait()
-        there: list[int] = copy.tolist()
-        return there
+        (there,) = on_host()
+        values: list[int] = there.tolist()
+        return values
 
     return read

@@ -537,8 +537,6 @@ class Engine:
         """Note what has been computed, and have the next tokens chosen."""
         forks = self._scheduler.complete(computed.plan)
         self._ledger.note_start((fork.sequence for fork in forks), began)
-        for sequence, logprobs in computed.prompt_logprobs.items():
-            self._ledger.owner(sequence)[1].take_prompt_logprobs(logprobs)
         choice = None
         if computed.ready:
             rows = computed.ready | {fork.sequence: computed.ready[fork.source] for fork in forks}
@@ -555,11 +553,21 @@ class Engine:
             return
         self._wait_for(untold.computed)
         self._done = time.monotonic()
+        self._take_prompt_logprobs(untold.computed)
         if untold.choice is not None:
             self._emitter.tell(untold.choice)
         now = time.monotonic()
         seconds, self._told = now - max(untold.began, self._told), now
         self._learn(untold.plan, seconds, usual=seconds > 0 and not untold.computed.retried)
+
+    def _take_prompt_logprobs(self, computed: Computed) -> None:
+        for sequence, read in computed.prompt_logprobs.items():
+            if sequence in self._ledger:
+                try:
+                    self._ledger.owner(sequence)[1].take_prompt_logprobs(read())
+                except Exception as fault:
+                    _log.exception("the log-probabilities of a prompt failed")
+                    self._ledger.fail(sequence, fault)
 
     def _wait_for(self, computed: Computed) -> None:
         """Wait until a step has been computed, and take note of where its attention fell."""
