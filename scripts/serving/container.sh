@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What a container runs: tritonserver, and before it is told to stop, the engine drained, as scripts/serving/guard.py
-# does it elsewhere. $1 is the model repository; $WICORE_DRAIN the seconds that running answers get (default 20).
+# What a container runs: tritonserver, the gateway beside it, and before they are told to stop, the engine drained, as
+# scripts/serving/guard.py does it elsewhere. $1 is the model repository; $WICORE_DRAIN the seconds that running answers get
+# (default 20); $WICORE_GATEWAY the gateway's settings, or "off".
 set -euo pipefail
 
 run=$(mktemp -d)
@@ -18,15 +19,38 @@ drain_and_stop() {
     kill -TERM "$server" 2> /dev/null || true
 }
 
+# Starts the gateway again when it dies, until it is told to stop.
+keep_gateway() {
+    local process stopping=
+    trap 'stopping=1; kill -TERM "$process" 2> /dev/null || true' TERM
+    while [[ -z $stopping ]]; do
+        python3 -m wicore_backend.gateway --set "drain_s=${WICORE_DRAIN:-20}" &
+        process=$!
+        while kill -0 "$process" 2> /dev/null; do
+            wait "$process" || true
+        done
+        [[ $stopping ]] || sleep 1
+    done
+}
+
 ulimit -S -s 262144 # HTTP threads of some releases keep request bodies there.
 tritonserver --model-repository="$1" --model-repository="$run/markers" --model-control-mode=poll \
     --repository-poll-secs=1 --exit-timeout-secs=8 "${@:2}" &
 server=$!
+gateway=
+if [[ ${WICORE_GATEWAY:-} != off ]]; then
+    keep_gateway &
+    gateway=$!
+fi
 trap drain_and_stop TERM INT
 
 code=0
 while kill -0 "$server" 2> /dev/null; do
     wait "$server" && code=0 || code=$?
 done
+if [[ $gateway ]]; then
+    kill -TERM "$gateway" 2> /dev/null || true
+    wait "$gateway" || true
+fi
 rm -rf "$run"
 exit "$code"

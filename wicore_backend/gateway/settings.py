@@ -35,7 +35,7 @@ class GatewaySettings(Settings):
     model: str = "wicore"
     """The Triton model that takes text, messages and pictures, and its name in the API."""
 
-    aliases: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    aliases: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
     """More names for it, for programs with a name of a model in them."""
 
     token_model: str = "wicore_gemma3"
