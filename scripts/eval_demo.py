@@ -97,11 +97,11 @@ class TransformersAnswerer:
 class WicoreAnswerer:
     """Wicore's engine, in process."""
 
-    def __init__(self, model: Path, *, device: str, dtype: DType) -> None:
+    def __init__(self, model: Path, *, device: str, dtype: DType, kv_dtype: Literal["auto", "fp8"]) -> None:
         from wicore_backend import Engine, EngineConfig, SamplingParams
 
         self._params = SamplingParams
-        self._engine = Engine(EngineConfig(model=model, device=device, dtype=dtype))
+        self._engine = Engine(EngineConfig(model=model, device=device, dtype=dtype, kv_cache_dtype=kv_dtype))
 
     def generate(
         self, prompts: Sequence[Messages], images: Sequence[list[Image.Image]], *, max_tokens: int
@@ -377,6 +377,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("transformers", "wicore"), default="transformers")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of the KV cache, with wicore")
     parser.add_argument("--count", type=int, default=100, help="cases of each skill and language")
     parser.add_argument("--needles", type=int, default=20, help="cases of each length, depth and language")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 4096, 8192, 16384], help="of lists, in tokens")
@@ -389,9 +390,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.small:
         options.count, options.needles, options.lengths = 3, 2, [4096]
-    answerer: Answerer = (TransformersAnswerer if options.engine == "transformers" else WicoreAnswerer)(
-        options.model, device=options.device, dtype=options.dtype
-    )
+    answerer: Answerer
+    if options.engine == "transformers":
+        answerer = TransformersAnswerer(options.model, device=options.device, dtype=options.dtype)
+    else:
+        answerer = WicoreAnswerer(options.model, device=options.device, dtype=options.dtype, kv_dtype=options.kv_dtype)
     cases = [
         *skill_cases(options.count, seed=options.seed),
         *wording_cases(options.count, seed=options.seed),

@@ -12,6 +12,7 @@ from tests.test_tiers import SMALL, config, engine_on, greedy, talk
 from wicore_backend import Engine
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.codecs import make_codec
+from wicore_backend.hmt.cold_tier.staging import Stage
 from wicore_backend.hmt.fp8 import FP8, LARGEST, to_fp8
 from wicore_backend.hmt.layout import LayerGroup
 
@@ -97,6 +98,19 @@ def test_exact_records_keep_every_byte_there_is():
     assert codec.encoded_bytes == 512
     assert torch.equal(decoded.view(torch.uint8), blocks.view(torch.uint8))
     assert codec.fingerprint != make_codec("exact", (2, 2, 8, 1, 16), torch.bfloat16).fingerprint
+
+
+def test_blocks_in_scattered_slots_are_staged_as_they_are():
+    codec = make_codec("exact", (1, 2, 4, 1, 8), FP8)
+    slots = torch.randint(256, (6, 1, 2, 4, 1, 8), dtype=torch.uint8).view(FP8)
+    before = slots.view(torch.uint8).clone()
+    stage = Stage(codec, slots)
+    records = torch.empty(3, codec.encoded_bytes, dtype=torch.uint8)
+    stage.encode([4, 1, 3], records)
+    stage.decode(records, [0, 5, 2])
+    after = slots.view(torch.uint8)
+    assert torch.equal(after[[0, 5, 2]], before[[4, 1, 3]])
+    assert torch.equal(after[[4, 1, 3]], before[[4, 1, 3]])
 
 
 def test_numbers_are_rounded_to_the_nearest_and_stay_finite():

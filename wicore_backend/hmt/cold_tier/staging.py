@@ -50,6 +50,9 @@ class Stage:
         self.codec = codec
         self.block_bytes = prod(codec.shape) * codec.dtype.itemsize
         self._staged = torch.empty(max(1, _STAGED_BYTES // self.block_bytes), *shape, dtype=dtype)
+        # PyTorch gathers bytes where it does not gather every type of number.
+        self._slot_bytes = slots.flatten(1).view(torch.uint8)
+        self._staged_bytes = self._staged.flatten(1).view(torch.uint8)
 
     def encode(self, slots: Sequence[int], records: Tensor) -> None:
         """Encode the blocks in `slots` into uint8 [len(slots), encoded_bytes]."""
@@ -62,7 +65,7 @@ class Stage:
                 blocks = self.slots[part[0] : part[0] + len(part)]
             else:
                 blocks = self._staged[: len(part)]
-                torch.index_select(self.slots, 0, torch.tensor(part), out=blocks)
+                torch.index_select(self._slot_bytes, 0, torch.tensor(part), out=self._staged_bytes[: len(part)])
             self.codec.encode(blocks, out=records[start : start + len(part)])
 
     def decode(self, records: Tensor, slots: Sequence[int]) -> None:
@@ -77,7 +80,7 @@ class Stage:
                 self.codec.decode(encoded, out=self.slots[part[0] : part[0] + len(part)])
             else:
                 self.codec.decode(encoded, out=self._staged[: len(part)])
-                self.slots.index_copy_(0, torch.tensor(part), self._staged[: len(part)])
+                self._slot_bytes.index_copy_(0, torch.tensor(part), self._staged_bytes[: len(part)])
 
     def decode_to_nowhere(self, records: Tensor) -> None:
         """Take the time of decoding uint8 [records, encoded_bytes]."""

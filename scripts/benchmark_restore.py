@@ -1,0 +1,203 @@
+"""How soon an answer begins whose prompt's beginning comes back from host memory or from a disk, at a published shape.
+
+    python -m scripts.benchmark_restore --shape gemma-3-27b --kv-dtype fp8 --lengths 32768 130000 --disk /var/tmp
+
+The whole engine with random weights: of one random prompt ever longer beginnings are answered, computed at first; then
+everything that is cached is sent down, to host memory and on to the disk, and they are answered again. Times are to the
+first token, of one request alone. The disk's own speed is that of reading the store's files past the page cache, by as
+many threads as the store has. A decode step is timed with attention mass sampled and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest import mock
+
+import numpy as np
+import torch
+
+from scripts.random_gemma3 import SHAPES, random_weights, write_directory
+from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine.results import Result
+
+_MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
+_PIECE = 4 << 20
+_MOST_READ = 4 << 30
+_PERSIST_S = 60.0
+_T = TypeVar("_T")
+
+
+class Bench:
+    """An engine over all tiers, and one prompt."""
+
+    def __init__(self, engine: Engine, tokens: list[int], new: int) -> None:
+        self.engine = engine
+        self._tokens = tokens
+        self._new = new
+
+    def answer(self, length: int) -> Result:
+        params = SamplingParams(max_tokens=self._new, temperature=0.0, ignore_eos=True)
+        return self.engine.generate(self._tokens[:length], params)
+
+    def send_down(self, *, to_disk: bool) -> None:
+        """Have the device give up all it has cached, to host memory or on to the disk."""
+
+        def down() -> None:
+            model = self.engine._model
+            while model.blocks.give_up(64):
+                model.mover.move()
+            if to_disk:
+                cold = model.mover._cold
+                assert cold is not None
+                model.mover._persist(cold.tier, time.monotonic() + _PERSIST_S)
+
+        self._on_the_loop(down)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def prefix_bytes(self, length: int) -> int:
+        """Of the blocks that a prompt goes on from."""
+        layout = self.engine._model.blocks.layout
+        held = {group: layout.blocks_held(group, length, 1) for group in layout.groups}
+        return sum(count * layout.block_bytes(group) for group, count in held.items())
+
+    def _on_the_loop(self, work: Callable[[], _T]) -> _T:
+        done: Future[_T] = Future()
+
+        def do() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self.engine._inbox.put(do)
+        return done.result(2 * _PERSIST_S)
+
+
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[Bench]:
+    def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype, **__: Any) -> Any:
+        return random_weights(config, device=device, dtype=dtype)
+
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_directory(args.shape, directory, like=_MODEL)
+        stack.enter_context(mock.patch("wicore_backend.engine.loading.load_weights", make))
+        settings: dict[str, Any] = {}
+        if args.disk is not None:
+            settings["nvme_cache_path"] = stack.enter_context(tempfile.TemporaryDirectory(dir=args.disk))
+            settings |= {"nvme_cache_bytes": args.disk_bytes, "nvme_write_behind_bytes_per_second": 0}
+        engine = Engine(
+            EngineConfig(
+                model=directory,
+                max_model_len=max(args.lengths) + args.new,
+                max_running=1,
+                max_batch_tokens=args.batch_tokens,
+                kv_cache_dtype=args.kv_dtype,
+                kv_cache_bytes=args.kv_bytes,
+                host_cache_bytes=args.host_bytes,
+                nvme_codec="exact",
+                **settings,
+            )
+        )
+        stack.enter_context(engine)
+        tokens = np.random.default_rng(0).integers(300, 2000, max(args.lengths)).tolist()
+        yield Bench(engine, tokens, args.new)
+
+
+def disk_speed(directory: Path, threads: int = 4) -> float:
+    """Bytes a second of reading the largest file there past the page cache."""
+    path = max(directory.rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    size = min(path.stat().st_size, _MOST_READ) // _PIECE * _PIECE
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def read(first: int) -> None:
+        room = mmap.mmap(-1, _PIECE)
+        for at in range(first * _PIECE, size, threads * _PIECE):
+            os.preadv(handle, [room], at)
+
+    try:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, range(threads)))
+        return size / (time.perf_counter() - began)
+    finally:
+        os.close(handle)
+
+
+def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+    def tell(row: dict[str, Any]) -> dict[str, Any]:
+        print(json.dumps(row), file=sys.stderr, flush=True)  # So that a run that is cut short was not for nothing.
+        return row
+
+    runner = bench.engine._model.runner
+    rows = []
+    bench.answer(args.lengths[0] // 4)  # Compiles and captures.
+    for length in args.lengths:
+        computed = bench.answer(length)
+        sampled = [(bench.answer(length).usage.tpot_s or 0.0) * 1e3 for _ in range(args.rounds)]
+        with mock.patch.object(runner, "sampling", None):
+            plain = [(bench.answer(length).usage.tpot_s or 0.0) * 1e3 for _ in range(args.rounds)]
+        row = {
+            "length": length,
+            "cached": computed.usage.cached_tokens,
+            "computed_ttft_s": round(computed.usage.ttft_s or 0.0, 3),
+            "prefix_bytes": bench.prefix_bytes(length),
+            "step_ms": round(statistics.median(sampled), 3),
+            "step_without_mass_ms": round(statistics.median(plain), 3),
+            "device_ttft_s": round(bench.answer(length).usage.ttft_s or 0.0, 4),
+        }
+        rows.append(tell(row))
+    places = ["host"] if args.disk is None else ["host", "disk"]
+    for row in rows:
+        for place in places:
+            times = []
+            for _ in range(args.rounds if place == "host" else 1):
+                bench.send_down(to_disk=place == "disk")
+                result = bench.answer(row["length"])
+                assert result.usage.cached_tokens >= row["length"] - 64, f"{result.usage} is not of a restored prompt"
+                times.append(result.usage.ttft_s or 0.0)
+            row[f"{place}_ttft_s"] = round(statistics.median(times), 4)
+            row[f"{place}_gb_s"] = round(row["prefix_bytes"] / statistics.median(times) / 1e9, 2)
+            tell(row)
+    figures: dict[str, Any] = {"shape": args.shape, "kv": args.kv_dtype, "rows": rows}
+    if args.disk is not None:
+        nvme = bench.engine.config.nvme_cache_path
+        assert nvme is not None
+        figures["disk_read_gb_s"] = round(disk_speed(nvme) / 1e9, 2)
+    if torch.cuda.is_available():
+        figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="gemma-3-27b", help="of a model; its weights are random")
+    parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 130_000], help="of the prompt, rising")
+    parser.add_argument("--new", type=int, default=33, help="tokens of an answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="of one step")
+    parser.add_argument("--kv-bytes", type=int, help="of the KV cache on the device")
+    parser.add_argument("--host-bytes", type=int, help="of host memory for what it gives up")
+    parser.add_argument("--disk", type=Path, help="a directory for what host memory gives up; without, no disk")
+    parser.add_argument("--disk-bytes", type=int, default=20 * 2**30)
+    args = parser.parse_args()
+    with opened(args) as bench:
+        print(json.dumps(run(args, bench)))
+
+
+if __name__ == "__main__":
+    main()
