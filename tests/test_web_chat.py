@@ -32,7 +32,7 @@ def test_an_answer_appears_while_it_comes(visit, gateway):
         "model": "wicore",
         "messages": [{"role": "user", "content": "What is 40 + 2?"}],
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
 
 
@@ -340,6 +340,14 @@ def test_conversations_can_be_taken_along(visit, tmp_path):
     exported = json.loads(Path(tmp_path / "all.json").read_text())
     assert exported["format"] == "wicore-conversations"
     assert [message["text"] for message in exported["conversations"][0]["messages"]] == ["Keep this", "Keep this"]
+
+
+def test_a_browser_without_room_is_told_of_and_the_answer_comes(visit):
+    page = visit()
+    page.evaluate("() => { IDBObjectStore.prototype.put = () => { throw new DOMException('', 'QuotaExceeded'); }; }")
+    ask(page, "Hello")
+    assert answer(page) == "Hello"
+    expect(page.locator("#composer-error")).to_contain_text("The browser did not keep this")
 
 
 def test_without_a_database_it_works_and_says_that_nothing_is_kept(browser, served, gateway):

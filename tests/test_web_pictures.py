@@ -70,6 +70,21 @@ def test_pictures_are_pasted_and_dropped(visit, gateway, event):
     assert answer(page) == "(picture)"
 
 
+def test_cells_of_a_table_are_pasted_as_text(visit):
+    page = visit()
+    page.evaluate(
+        """() => {
+          const transfer = new DataTransfer();
+          transfer.setData("text/plain", "a\\tb");
+          transfer.items.add(new File([new Uint8Array(8)], "cells.png", { type: "image/png" }));
+          const paste = new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true, cancelable: true });
+          window.wasLeftToTheBrowser = document.getElementById("question").dispatchEvent(paste);
+        }"""
+    )
+    assert page.evaluate("window.wasLeftToTheBrowser")
+    expect(page.locator("#composer-error")).to_be_hidden()
+
+
 def test_large_photographs_are_made_small_and_lose_what_the_camera_wrote(visit, gateway):
     exif = Image.Exif()
     exif[0x010E] = "taken at a secret place"

@@ -6,7 +6,8 @@ const TITLE_LENGTH = 60;
 const UNFINISHED = new Set(["waiting", "retrying", "streaming"]);
 
 /**
- * Events: "list" (conversations came, went or changed), "path" (other messages are shown), "message" (detail: one has changed).
+ * Events: "list" (conversations came, went or changed), "path" (other messages are shown), "message" (detail: one has changed), "unsaved"
+ * (the browser did not take something; the page goes on with it).
  *
  * A conversation is {id, title, named, created, updated, head}; `head` is the last message shown, `named` that a person gave the
  * title.
@@ -78,7 +79,7 @@ export class Chats extends EventTarget {
     this.dispatchEvent(new Event("path"));
     this.#listed();
     const path = this.path;
-    await this.store.save({ conversation: this.current, messages });
+    await this.#save({ conversation: this.current, messages });
     return path;
   }
 
@@ -86,7 +87,7 @@ export class Chats extends EventTarget {
   async show(message) {
     this.current.head = newestEnd(this.messages, message.id);
     this.dispatchEvent(new Event("path"));
-    await this.store.save({ conversation: this.current });
+    await this.#save({ conversation: this.current });
   }
 
   /** Tells that a message has changed, which may belong to a conversation that is not shown. */
@@ -96,7 +97,7 @@ export class Chats extends EventTarget {
 
   /** Writes a message down, unless its conversation is gone. */
   async keep(message) {
-    if (this.conversations.some(({ id }) => id === message.conversation)) await this.store.save({ messages: [message] });
+    if (this.conversations.some(({ id }) => id === message.conversation)) await this.#save({ messages: [message] });
   }
 
   async rename(id, title) {
@@ -104,7 +105,7 @@ export class Chats extends EventTarget {
     Object.assign(conversation, { title: title.trim().slice(0, 200), named: true });
     this.#listed();
     if (this.current?.id === id) this.dispatchEvent(new Event("path"));
-    await this.store.save({ conversation });
+    await this.#save({ conversation });
   }
 
   async remove(id) {
@@ -112,6 +113,15 @@ export class Chats extends EventTarget {
     await this.store.remove(id);
     if (this.current?.id === id) this.startNew();
     else this.#listed();
+  }
+
+  async #save(what) {
+    try {
+      await this.store.save(what);
+    } catch (error) {
+      console.warn("Not saved:", error);
+      this.dispatchEvent(new Event("unsaved"));
+    }
   }
 
   #listed() {

@@ -12,7 +12,7 @@ import { serverSentEvents } from "./sse.js";
  * @throws BrokenStreamError the line went dead before the answer was whole
  */
 export async function* complete(body, { signal }) {
-  const wished = { ...body, stream: true, stream_options: { include_usage: true } };
+  const wished = { ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
   const response = await request("v1/chat/completions", { body: wished, signal });
   let finished = false;
   try {

@@ -89,10 +89,10 @@ export class Composer extends EventTarget {
 
   /** Takes files as pictures, and says which are none. */
   async add(files) {
-    this.#complain("");
+    this.complain("");
     for (const file of files) {
       if (this.#pictures.length + this.#preparing >= MOST_PICTURES) {
-        this.#complain(t("too_many_pictures", { n: MOST_PICTURES }));
+        this.complain(t("too_many_pictures", { n: MOST_PICTURES }));
         break;
       }
       this.#preparing += 1;
@@ -100,7 +100,7 @@ export class Composer extends EventTarget {
         this.#pictures.push(await prepare(file));
       } catch (error) {
         if (!(error instanceof BadPictureError)) throw error;
-        this.#complain(t("bad_picture", { name: error.fileName }));
+        this.complain(t("bad_picture", { name: error.fileName }));
       } finally {
         this.#preparing -= 1;
       }
@@ -126,7 +126,7 @@ export class Composer extends EventTarget {
     this.#pictures = [];
     this.#editing = null;
     byId("editing").hidden = true;
-    this.#complain("");
+    this.complain("");
     this.#showThumbnails();
     this.#changed();
   }
@@ -150,7 +150,8 @@ export class Composer extends EventTarget {
     }
   }
 
-  #complain(words) {
+  /** Says what is wrong, above the field; "" takes it back. */
+  complain(words) {
     byId("composer-error").textContent = words;
     byId("composer-error").hidden = words === "";
   }
@@ -174,7 +175,8 @@ export class Composer extends EventTarget {
   #takePastes() {
     document.addEventListener("paste", (event) => {
       const files = filesOf(event.clipboardData);
-      if (files.length === 0 || document.querySelector("dialog[open]")) return;
+      const hasText = event.clipboardData.types.includes("text/plain"); // cells of a table come as text and as a picture of it
+      if (files.length === 0 || hasText || document.querySelector("dialog[open]")) return;
       event.preventDefault();
       this.add(files);
     });

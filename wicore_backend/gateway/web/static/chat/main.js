@@ -147,6 +147,8 @@ function showTitle() {
   document.title = title ? `${title} · Wicore` : "Wicore";
 }
 
+chats.addEventListener("unsaved", () => composer.complain(t("not_saved")));
+
 async function openConversation(id) {
   composer.stopEditing();
   await chats.open(id, (message) => {

@@ -34,7 +34,6 @@ export async function request(path, { body, key = apiKey.get(), ...options } = {
       method: body === undefined ? "GET" : "POST",
       body: body === undefined ? undefined : JSON.stringify(body),
       cache: "no-store",
-      credentials: "omit",
       redirect: "error",
     });
   } catch (error) {

@@ -31,7 +31,7 @@ export function inOurTerms(status) {
     foundTokens: cache?.found_tokens ?? null,
     missedTokens: cache?.missed_tokens ?? null,
     reasons: cache?.reasons ?? [],
-    tiers: (cache?.tiers ?? []).map(tierInOurTerms),
+    tiers: (cache?.tiers ?? []).filter(({ tier }) => TIERS.includes(tier)).map(tierInOurTerms),
   };
 }
 

@@ -8,9 +8,7 @@ const en = {
   light: "Light",
   dark: "Dark",
   language: "Language",
-  language_auto: "Language: automatic",
   appearance: "Appearance",
-  appearance_auto: "Appearance: automatic",
   close: "Close",
   cancel: "Cancel",
   s: "s",
@@ -35,6 +33,7 @@ const en = {
   delete: "Delete",
   delete_conversation: "Delete this conversation?",
   delete_more: "“{title}” and its pictures leave this browser. This cannot be undone.",
+  not_saved: "The browser did not keep this: it may have no room left. Delete or export conversations.",
   no_history: "This browser keeps no data for the page: conversations last until it is closed.",
 
   // Conversation
@@ -221,9 +220,7 @@ const zh = {
   light: "浅色",
   dark: "深色",
   language: "语言",
-  language_auto: "语言：自动",
   appearance: "外观",
-  appearance_auto: "外观：自动",
   close: "关闭",
   cancel: "取消",
   s: "秒",
@@ -247,6 +244,7 @@ const zh = {
   delete: "删除",
   delete_conversation: "删除这个对话？",
   delete_more: "“{title}”及其图片将从此浏览器中移除，无法恢复。",
+  not_saved: "浏览器未能保存此内容，可能空间不足。请删除或导出一些对话。",
   no_history: "此浏览器不为本页保存数据：关闭页面后对话即消失。",
 
   model: "模型",
