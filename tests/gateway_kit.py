@@ -50,7 +50,11 @@ class ScriptedBackend:
                     await asyncio.sleep(self.pause_s)
                     yield Delta(answer, "word ", (7,))
                 last = answer == request.answers - 1
-                usage = Usage(self.prompt_tokens, self.tokens * request.answers, queue_ms=1.0) if last else None
+                usage = (
+                    Usage(self.prompt_tokens, self.tokens * request.answers, queue_ms=1.0, ttft_ms=20.0, total_ms=60.0)
+                    if last
+                    else None
+                )
                 yield Delta(answer, "", (), finish_reason="stop", usage=usage)
         finally:
             self.running -= 1

@@ -42,8 +42,11 @@ def test_every_answer_is_counted_and_timed_by_model_class_and_outcome():
     assert metric(page, f"{prefix}_tokens_total", kind="prompt") == 80
     assert metric(page, f"{prefix}_tokens_total", kind="answer") == 10
     assert metric(page, f"{prefix}_ttft_seconds_count") == 2
-    assert 0.01 <= metric(page, f"{prefix}_ttft_seconds_sum") / 2 < 1
-    assert 0.01 <= metric(page, f"{prefix}_tpot_seconds_sum") / 2 < 1
+    for stream in ("interactive", "batch"):  # The whole answer by the engine's clock, the stream by what was seen.
+        assert 0.01 <= metric(page, f"{prefix}_ttft_seconds_sum", **{"class": stream}) < 1
+        assert 0.01 <= metric(page, f"{prefix}_tpot_seconds_sum", **{"class": stream}) < 1
+    assert metric(page, f"{prefix}_ttft_seconds_sum", **{"class": "interactive"}) == pytest.approx(0.02)
+    assert metric(page, f"{prefix}_tpot_seconds_sum", **{"class": "interactive"}) == pytest.approx(0.01)
     assert metric(page, f"{prefix}_queue_seconds_sum") == pytest.approx(0.002)
     assert metric(page, f"{prefix}_request_seconds_count") == 3
     assert metric(page, f"{prefix}_running_generations") == 0
@@ -78,6 +81,22 @@ def test_a_refusal_by_a_limit_is_an_outcome_too():
 )
 def test_priorities_have_the_name_of_their_class(priority, name):
     assert class_name(priority) == name
+
+
+def test_what_is_refused_before_it_is_routed_counts_for_its_route(tmp_path):
+    keys = Keys(tmp_path / "keys.json")
+    key = keys.add()
+    with gateway(access={"keys_file": str(keys.path)}) as client:
+        client.post(PATH, json=CHAT)
+        page = client.get("/metrics", headers=bearer(key)).text
+    assert metric(page, "wicore_gateway_http_requests_total", route=PATH, status="401") == 1
+
+
+def test_gauges_are_there_where_they_mean_something():
+    with gateway() as client:
+        page = client.get("/metrics").text
+    assert "keys_file_ok" not in page
+    assert "shared_limits_up" not in page
 
 
 def test_metrics_are_for_who_has_a_key_unless_they_are_open(tmp_path):

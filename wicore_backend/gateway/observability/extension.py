@@ -16,6 +16,9 @@ from wicore_backend.gateway.observability.tracing import Tracing, make_tracing
 from wicore_backend.gateway.openai.documentation import refusals_documented
 from wicore_backend.gateway.settings import GatewaySettings
 
+CHAT_SOCKET = "/ws/chat"
+"""OpenAPI has no WebSockets."""
+
 
 class ObservabilityExtension:
     """Watches every request from outside, and every answer as a hook before all others, so that it sees what those
@@ -25,9 +28,12 @@ class ObservabilityExtension:
         self._settings = settings.observability
         self.metrics = metrics
         self.tracing = tracing or make_tracing(settings.observability)
+        self._app: FastAPI | None = None
+        self._paths: set[str] = set()
 
     def install(self, app: FastAPI) -> None:
         """Add hooks, middleware (the outermost) and `/metrics`."""
+        self._app = app
         app.state.metrics = self.metrics
         hooks: Sequence[GenerationHook] = (self.metrics, self.tracing)
         if self._settings.access_log:
@@ -38,6 +44,7 @@ class ObservabilityExtension:
             settings=self._settings,
             metrics=self.metrics,
             tracing=self.tracing,
+            paths=self._paths,
         )
 
         @app.get("/metrics", tags=["status"], response_class=PlainTextResponse, responses=refusals_documented(401))
@@ -48,7 +55,9 @@ class ObservabilityExtension:
             return Response(self.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     async def start(self) -> None:
-        """Nothing to do."""
+        """Learn which paths there are, now that all are."""
+        if self._app is not None:
+            self._paths.update(self._app.openapi()["paths"], [CHAT_SOCKET])
 
     async def close(self) -> None:
         """Send the last traces."""

@@ -44,6 +44,7 @@ class GatewayMetrics:
 
     def __init__(self, models: Collection[str]) -> None:
         self._models = frozenset(models)
+        self._gauges: dict[str, Gauge] = {}
         self.registry = registry = CollectorRegistry()
         by_request = ["endpoint", "model", "class", "outcome"]
         by_class = ["model", "class"]
@@ -75,13 +76,6 @@ class GatewayMetrics:
             ["reason"],
             registry=registry,
         )
-        self.keys = Gauge("wicore_gateway_keys", "API keys in force.", registry=registry)
-        self.keys_file_ok = Gauge(
-            "wicore_gateway_keys_file_ok", "1: the keys' file as it stands is in force.", registry=registry
-        )
-        self.shared_limits_up = Gauge(
-            "wicore_gateway_shared_limits_up", "1: limits are shared through Redis now.", registry=registry
-        )
 
     def page(self) -> bytes:
         """In Prometheus's text format."""
@@ -92,9 +86,7 @@ class GatewayMetrics:
         self.running.labels(*self._class_labels(generation)).inc()
 
     def first_token(self, generation: Generation) -> None:
-        """Time to the first token."""
-        if (seconds := generation.ttft_s) is not None:
-            self.ttft.labels(*self._class_labels(generation)).observe(seconds)
+        """Nothing to do: what is known of it at the end is more exact."""
 
     def finished(self, generation: Generation) -> None:
         """All the rest."""
@@ -104,9 +96,10 @@ class GatewayMetrics:
         self.generations.labels(generation.endpoint, *labels, outcome).inc()
         ended = generation.ended if generation.ended is not None else generation.began
         self.duration.labels(*labels, outcome).observe(ended - generation.began)
-        if generation.first_token_at is not None and generation.tokens > generation.request.answers:
-            later = (generation.tokens - generation.request.answers) / generation.request.answers
-            self.tpot.labels(*labels).observe((ended - generation.first_token_at) / later)
+        if (ttft := ttft_of(generation)) is not None:
+            self.ttft.labels(*labels).observe(ttft)
+        if (tpot := tpot_of(generation)) is not None:
+            self.tpot.labels(*labels).observe(tpot)
         usage = generation.usage
         if usage is None:
             self.tokens.labels(*labels, "answer").inc(generation.tokens)
@@ -124,17 +117,46 @@ class GatewayMetrics:
 
     def keys_reloaded(self, *, keys: int, ok: bool) -> None:
         """The keys' file was read."""
-        self.keys.set(keys)
-        self.keys_file_ok.set(ok)
+        self._gauge("keys", "API keys in force.").set(keys)
+        self._gauge("keys_file_ok", "1: the keys' file as it stands is in force.").set(ok)
 
     def limits_shared(self, shared: bool) -> None:
         """Redis answers, or not."""
-        self.shared_limits_up.set(shared)
+        self._gauge("shared_limits_up", "1: limits are shared through Redis now.").set(shared)
+
+    def _gauge(self, name: str, what: str) -> Gauge:
+        """One that there is only where it means something, so that it can be alerted on."""
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(f"wicore_gateway_{name}", what, registry=self.registry)
+        return self._gauges[name]
 
     def _class_labels(self, generation: Generation) -> tuple[str, str]:
         model = generation.model if generation.model in self._models else OTHER
         priority = generation.request.options.get("priority", generation.caller.priority)
         return model, class_name(priority) if isinstance(priority, int) else str(priority)
+
+
+def ttft_of(generation: Generation) -> float | None:
+    """Seconds to the first token: as seen here in a stream; by the engine's clock where the answer came as a whole."""
+    if generation.request.stream:
+        return generation.ttft_s
+    usage = generation.usage
+    return None if usage is None or usage.ttft_ms is None else usage.ttft_ms / 1000
+
+
+def tpot_of(generation: Generation) -> float | None:
+    """Seconds per token after the first, of one answer; None for answers of one token."""
+    later = generation.tokens / generation.request.answers - 1
+    if later <= 0:
+        return None
+    if generation.request.stream:
+        if generation.first_token_at is None or generation.ended is None:
+            return None
+        return (generation.ended - generation.first_token_at) / later
+    usage = generation.usage
+    if usage is None or usage.ttft_ms is None or usage.total_ms is None:
+        return None
+    return (usage.total_ms - usage.ttft_ms) / 1000 / later
 
 
 def _seconds(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from wicore_backend.gateway.asgi import encoded, header, state_of
 from wicore_backend.gateway.generation import Generation
 from wicore_backend.gateway.limits.rate_limits import HEADERS
-from wicore_backend.gateway.observability.metrics import OTHER, GatewayMetrics
+from wicore_backend.gateway.observability.metrics import OTHER, GatewayMetrics, ttft_of
 from wicore_backend.gateway.observability.request_ids import request_id
 from wicore_backend.gateway.observability.settings import ObservabilitySettings
 from wicore_backend.gateway.observability.tracing import Tracing
@@ -35,6 +36,8 @@ class ObservingMiddleware:
     settings: ObservabilitySettings
     metrics: GatewayMetrics
     tracing: Tracing
+    paths: Collection[str]
+    """Those that the application declares."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -69,7 +72,7 @@ class ObservingMiddleware:
             self._record(scope, status, time.perf_counter() - began)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route, method = route_of(scope), scope.get("method", "WEBSOCKET")
+        route, method = route_of(scope, self.paths), scope.get("method", "WEBSOCKET")
         if method not in _METHODS and scope["type"] == "http":
             method = OTHER
         self.metrics.http.labels(route, method, str(status)).inc()
@@ -78,10 +81,10 @@ class ObservingMiddleware:
             access_log.info(access_line(scope, status=status, seconds=seconds))
 
 
-def route_of(scope: Scope) -> str:
-    """The path as the application declares it; of a path that it does not declare, `other`."""
-    route = scope.get("route")
-    return getattr(route, "path", None) or OTHER
+def route_of(scope: Scope, paths: Collection[str]) -> str:
+    """The path as the application declares it, also of what was refused on the way to it; of any other, `other`."""
+    route: str | None = getattr(scope.get("route"), "path", None)
+    return route or (scope["path"] if scope["path"] in paths else OTHER)
 
 
 def access_line(scope: Scope, *, status: int, seconds: float) -> str:
@@ -129,7 +132,7 @@ class GenerationLog:
             "cached_tokens": usage.cached_tokens if usage else None,
             "tokens": usage.completion_tokens if usage else generation.tokens,
             "images": len(request.images) or None,
-            "ttft_s": generation.ttft_s,
+            "ttft_s": ttft_of(generation),
             "total_s": None if generation.ended is None else generation.ended - generation.began,
             "trace": generation.metadata.get("traceparent"),
         }
