@@ -122,11 +122,11 @@ def _chosen(choice: str | dict[str, Any] | None, functions: tuple[Function, ...]
             return (_named(rest.get("function"), functions, "tool_choice.function"),), True
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]}}:
             place = "tool_choice.allowed_tools.tools"
-            names = [
+            named = [
                 _named(tool.get("function") if isinstance(tool, Mapping) else tool, functions, f"{place}[{i}].function")
                 for i, tool in enumerate(tools)
             ]
-            return tuple(dict.fromkeys(names)), mode == "required"
+            return tuple({function.name: function for function in named}.values()), mode == "required"
     raise InvalidRequestError(
         f'tool_choice is {reprlib.repr(choice)}; it takes none, auto, required, {{"type": "function", "function": '
         '{"name": ...}} or {"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}',

@@ -1,8 +1,8 @@
 """From a Grammar to the text that llguidance compiles.
 
 JSON is written with at most one space, or a line break and its indentation, where JSON allows any: a model cannot fill
-its answer with white space. Strings have no \\uXXXX escapes, so that each has one spelling: a lone surrogate, which is
-no text, cannot be written, nor a property's name in another way than the schema's.
+its answer with white space. Strings have no \\uXXXX escapes, so that each has one spelling: with them, what the schema
+says of a property `a` would not hold for one that is written `\\u0061`.
 """
 
 from __future__ import annotations
