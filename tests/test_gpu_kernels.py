@@ -33,6 +33,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+def run_alone(program):
+    """What a program prints that must not run in the interpreter's session."""
+    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", program]
+    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
 def relative_error(ours, theirs):
     return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
 
@@ -128,6 +137,32 @@ def test_products_of_few_rows(dtype, rows, splits, kernel_device):
         assert relative_error(ours, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper card"
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 700, 4097])
+def test_gate_and_up_of_many_rows_in_one_kernel(rows, dtype):
+    from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
+
+    weight = (torch.randn(2 * 384, 640, device="cuda") * 0.05).to(dtype)
+    x = torch.randn(rows, 640, device="cuda").to(dtype)
+    assert fits(weight)
+    assert not fits(weight[:640])
+    assert not fits(weight[:, :600])
+    gate, up = (x.float() @ weight.float().T).chunk(2, -1)
+    assert relative_error(gated_product(x, weight), F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+
+
+def test_gate_and_up_compile_for_hopper_with_its_widest_product():
+    done = run_alone("tests.compile_gated_product")
+    for line in done.stdout.splitlines():
+        shared, products, widest, _ = line.split()
+        assert int(shared) <= HOPPER_SHARED_MEMORY
+        assert int(products) == int(widest) > 0
+
+
 @pytest.mark.parametrize(
     ("role", "shape"),
     [
@@ -145,10 +180,7 @@ def test_every_tiling_fits_the_matrices_of_the_27b_model(role, shape):
 
 
 def test_every_tiling_compiles_for_hopper_and_loads_its_first_tile_before_it_waits():
-    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_products"]
-    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_alone("tests.compile_products")
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == sum(len(tiles) for by_rows in TILES.values() for tiles in by_rows.values())
     for shared, early_loads, *tiling in lines:

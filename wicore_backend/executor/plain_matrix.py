@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,12 @@ Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/hopper.md).
 """
 
 
+_GATED_ROWS = 4096
+"""From as many on the kernel for gate and up is faster than cuBLAS with GELU after it."""
+
+
 class PlainMatrix:
-    """`Matrix` of a `weight` [N, K] as it is: by cuBLAS or, for few rows, streamed."""
+    """`Matrix` of a `weight` [N, K] as it is: by cuBLAS, for few rows streamed, gate and up of many in one kernel."""
 
     def __init__(self, role: Role, weight: Tensor, bias: Tensor | None = None) -> None:
         self._role = role
@@ -42,6 +46,12 @@ class PlainMatrix:
         # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
         self._streamed = weight.dtype.itemsize == 2 and bias is None and overlaps(weight)
         self._choices: dict[int, Tile | None] = {}
+        self._gated: Callable[[Tensor, Tensor], Tensor] | None = None
+        if self._streamed and role == "gate_up":
+            # Imported where it is used: it is written in a language for such cards alone.
+            from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
+
+            self._gated = gated_product if fits(weight) else None
 
     def __call__(self, x: Rows) -> Tensor:
         assert isinstance(x, Tensor), "only an FP8 matrix is given rows in FP8"
@@ -49,6 +59,8 @@ class PlainMatrix:
         if tile is not None:
             result_type = torch.float32 if self._role == "head" else x.dtype
             return product(x, self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
+        if self._gated is not None and len(x) >= _GATED_ROWS:
+            return self._gated(x, self._weight)
         whole = F.linear(x, self._weight, self._bias)
         if self._role == "gate_up":
             return gated(whole)

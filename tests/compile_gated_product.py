@@ -1,0 +1,44 @@
+"""Compiles the product of gate and up for Hopper, which takes no such card, and prints what it has of it.
+
+To be run as a program of its own, without TRITON_INTERPRET: the interpreter's session cannot compile.
+"""
+
+from __future__ import annotations
+
+import re
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+
+from wicore_backend.executor.kernels.gated_hopper import COLUMNS, DEPTH, ROWS, gated_kernel
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+def compiled(dtype: str) -> CompiledKernel:
+    """The kernel for values of 16 bits."""
+    shared = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    types = {
+        "x": f"tensordesc<{dtype}[{ROWS}, {DEPTH}],{shared!r}>",
+        "weight": f"tensordesc<{dtype}[{COLUMNS}, {DEPTH}],{shared!r}>",
+        "out": f"*{dtype}",
+    }
+    names = [parameter.name for parameter in gated_kernel.params]
+    signature = {name: types.get(name, "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("out", "columns", "depth")}
+    source = GluonASTSource(gated_kernel, signature, {}, aligned)
+    return triton.compile(source, target=HOPPER, options={"num_warps": 4})
+
+
+if __name__ == "__main__":
+    for dtype in ("bf16", "fp16"):
+        kernel = compiled(dtype)
+        print(
+            kernel.metadata.shared,
+            len(re.findall("wgmma.mma_async", kernel.asm["ptx"])),
+            kernel.asm["ptx"].count("m64n256k16"),
+            dtype,
+        )
