@@ -100,13 +100,14 @@ class Int4Matrix:
 
     @classmethod
     def stacked(cls, parts: Sequence[Self]) -> Self:
-        first = parts[0]
+        dtype = parts[0].dtype
         if all(part.zeros is None for part in parts) and len({part.codes.shape[1:] for part in parts}) == 1:
-            codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
-            return cls(codes, scales, None, first.dtype)
-        codes, scales, zeros = zip(*(part.unpacked() for part in parts), strict=True)
-        whole = [torch.full_like(s, SYMMETRIC_ZERO) if z is None else z for s, z in zip(scales, zeros, strict=True)]
-        return cls.packed(torch.cat(codes), torch.cat(scales), torch.cat(whole), first.dtype)
+            codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
+            return cls(codes, scales, None, dtype)
+        unpacked = [part.unpacked() for part in parts]
+        zeros = [torch.full_like(scales, SYMMETRIC_ZERO) if z is None else z for _, scales, z in unpacked]
+        codes, scales = torch.cat([codes for codes, _, _ in unpacked]), torch.cat([scales for _, scales, _ in unpacked])
+        return cls.packed(codes, scales, torch.cat(zeros), dtype)
 
     def _by_row(self, values: Tensor) -> Tensor:
         return values.transpose(1, 2).reshape(self.shape[0], -1)

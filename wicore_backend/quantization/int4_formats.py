@@ -140,10 +140,8 @@ def _matrix(codes: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dt
     scales = scales if scales.dtype.itemsize == 2 else scales.to(dtype)
     group = codes.shape[1] // scales.shape[1]
     if group > _GROUP and group % _GROUP == 0:
-        scales, zeros = (
-            None if values is None else values.repeat_interleave(group // _GROUP, 1) for values in (scales, zeros)
-        )
-        assert scales is not None
+        scales = scales.repeat_interleave(group // _GROUP, 1)
+        zeros = None if zeros is None else zeros.repeat_interleave(group // _GROUP, 1)
     return Int4Matrix.packed(codes.contiguous(), scales, None if zeros is None else zeros.to(scales.dtype), dtype)
 
 
@@ -157,14 +155,14 @@ def _refuse_reordered(g_idx: Tensor | None, groups: int) -> None:
 
 def _codes(words: Tensor) -> Tensor:
     """The eight codes of each of int32 `words`, from the lowest bits: uint8 [..., 8]."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.reshape(-1).view(torch.uint8)
     return torch.stack((octets & 15, octets >> 4), -1).view(*words.shape, _CODES_A_WORD)
 
 
 def _packed(codes: Tensor) -> Tensor:
     """`codes` uint8 [..., n] in words int32 [..., n / 8]."""
-    pairs = codes.contiguous().unflatten(-1, (-1, 2))
-    return (pairs[..., 0] | pairs[..., 1] << 4).view(torch.int32)
+    octets = codes[..., ::2] | codes[..., 1::2] << 4
+    return octets.reshape(-1).view(torch.int32).view(*codes.shape[:-1], -1)
 
 
 def _groups(shape: tuple[int, ...], group: int | None) -> int:

@@ -36,7 +36,7 @@ def quantized_int4(matrix: Tensor, group: int = 128, *, symmetric: bool = True, 
     scale_type = matrix.dtype if matrix.dtype.itemsize == 2 else torch.bfloat16
     parts = [
         quantize(part.float().view(len(part), -1, group), shrinks, scale_type)
-        for part in matrix.split(max(1, _AT_ONCE // columns))
+        for part in torch.split(matrix, max(1, _AT_ONCE // columns))
     ]
     codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Int4Matrix.packed(codes.view(rows, columns), scales, None if symmetric else zeros, matrix.dtype)
