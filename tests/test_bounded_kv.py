@@ -438,12 +438,12 @@ def test_who_gave_way_goes_on_as_if_its_answer_so_far_had_been_asked(needle: Cas
         scheduler = engine._scheduler
         plan_step = scheduler.plan
 
-        def plan(now: float) -> StepPlan:
+        def plan(*how: Any) -> StepPlan:
             for sequence in scheduler.running:
                 if sequence.answered == 20 and not sequence.preemptions:
                     assert sequence.running_blocks.holes
                     scheduler._preempt(sequence)
-            return plan_step(now)
+            return plan_step(*how)
 
         with mock.patch.object(scheduler, "plan", plan):
             whole = engine.generate(prompt, greedy(40)).token_ids

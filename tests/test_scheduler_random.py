@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -47,6 +48,7 @@ from wicore_backend.engine.request import (
 )
 from wicore_backend.engine.runner import StepOutput
 from wicore_backend.engine.sampler import SamplingRow, sample
+from wicore_backend.engine.speculation import Speculator, may_be_guessed
 from wicore_backend.engine.step_time import StepShape
 from wicore_backend.engine.tiers import BlockMover
 from wicore_backend.hmt.blocks import BlockManager
@@ -141,7 +143,9 @@ class Runner:
 
     def run(self, plan: StepPlan, ahead: torch.Tensor | None = None) -> StepOutput:
         self._ahead = ahead
-        chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
+        self._guesses = plan.guesses
+        self._expect(not (plan.guesses and plan.chunks), "prompts beside guesses")
+        chunks = plan.parts
         lengths = [c.end - c.start for c in chunks]
         self._clock.now += 0.001 + 0.0001 * sum(lengths)
         self.meanwhile()
@@ -165,6 +169,8 @@ class Runner:
         if sequence.ahead is not None:
             assert self._ahead is not None
             tokens = [*tokens, int(self._ahead[sequence.ahead])]
+        if guess := self._guesses.get(sequence):  # Which may be wrong: their keys are not the sequence's yet.
+            tokens, keys = [*tokens, *guess], list(keys)
         return keys_of(tokens, sequence.request.prompt.images, sequence.tenant, keys)
 
     def _check_plan(self, chunks: list[Chunk]) -> None:
@@ -173,7 +179,8 @@ class Runner:
         self._expect(sum(c.end - c.start for c in chunks) <= self._max_tokens, "a step has too many tokens")
         for c in chunks:
             self._expect(c.start == c.sequence.computed, "a chunk does not go on where its sequence stands")
-            self._expect(c.start < c.end <= c.start + c.sequence.uncomputed, "a chunk is empty, or beyond its sequence")
+            beyond = c.sequence.uncomputed + len(self._guesses.get(c.sequence, ()))
+            self._expect(c.start < c.end <= c.start + beyond, "a chunk is empty, or beyond its sequence")
             for image in c.sequence.request.prompt.images:
                 self._expect(not (image.start < c.start < image.end or image.start < c.end < image.end), "a cut image")
 
@@ -242,6 +249,40 @@ class Answer:
 # The engine over it
 
 
+class Oracle(Speculator):
+    """Guesses in most steps, and mostly right."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self._rng = Random(0)
+
+    def wants(self, decodes: int) -> bool:
+        return decodes > 0 and self._rng.random() < 0.7
+
+    def guess(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        most = min(most, self._rng.randrange(5))
+        params, request = sequence.request.params, sequence.request
+        if most <= 0 or not may_be_guessed(sequence):
+            return ()
+        assert params.seed is not None
+        tokens: list[int] = []
+        keys = keys_of(sequence.tokens, request.prompt.images, request.tenant, [])
+        while len(tokens) < most:
+            place = sequence.answered + len(tokens)
+            token, _ = next_token(keys[-1], params.temperature, params.seed + sequence.index, place)
+            tokens.append(token if self._rng.random() < 0.7 else self._rng.randrange(VOCAB))
+            keys = keys_of([*sequence.tokens, *tokens], request.prompt.images, request.tenant, keys)
+        return tuple(tokens)
+
+    def learn(self, sequence: Sequence, *, right: int, guessed: int) -> None:
+        assert right <= guessed <= sequence.max_tokens
+        TALLY["tokens guessed"] += guessed
+        TALLY["tokens guessed right"] += right
+
+    def observe(self, **_: object) -> None:
+        """It never learns."""
+
+
 class HandTurnedEngine(Engine):
     """The engine without its loop: `turn` is one round of it."""
 
@@ -305,6 +346,8 @@ class Setting:
     """Whether tokens are read one step late."""
     policy: str | None = None
     """What the device tier gives up by; None is the longest unused."""
+    guesses: bool = False
+    """Whether steps guess what may follow."""
 
 
 SETTINGS = st.builds(
@@ -326,6 +369,7 @@ SETTINGS = st.builds(
     taught=st.booleans(),
     overlaps=st.booleans(),
     policy=st.sampled_from([None, "lfu", "a2cr", "s3fifo"]),
+    guesses=st.booleans(),
 )
 
 
@@ -384,6 +428,7 @@ def hand_turned(setting: Setting, clock: Clock) -> tuple[HandTurnedEngine, Runne
         engine = HandTurnedEngine(config)
     engine.disk = cold
     engine.blamed = set()
+    engine._speculator = Oracle() if setting.guesses else Speculator(0)
     if setting.expected_answer is not None:
         for _ in range(64):
             engine._scheduler._answers.observe(setting.expected_answer)

@@ -76,6 +76,11 @@ class EngineConfig(Settings):
     block_size: Annotated[int, Field(ge=1, le=256)] = 32
     """Tokens a block of the KV cache."""
 
+    max_guessed_tokens: Annotated[int, Field(ge=0, le=64)] = 8
+    """Tokens that a step guesses for a sequence at most, from what stands in its prompt and answer, and computes beside
+    the one that is due. Answers stay what they are; they come sooner where they repeat what they were given. Guesses
+    are made while measurements say that they pay. 0 makes none."""
+
     cuda_graphs: bool = True
     """Record steps as CUDA graphs when the model is loaded, which takes some seconds, and some memory for every
     sequence of `max_running`. False computes them kernel by kernel: tokens take several times as long."""

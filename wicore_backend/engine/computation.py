@@ -41,6 +41,8 @@ class Computed:
         What of the step was computed.
     ready
         The sequences whose next token the logits tell, each with the row that tells it.
+    after
+        Of those for which more was guessed, the rows that tell what comes after each guessed token.
     logits
         float32 [R, V].
     prompt_logprobs
@@ -59,6 +61,7 @@ class Computed:
     ready: dict[Sequence, int]
     logits: Tensor | None
     prompt_logprobs: dict[Sequence, ReadPromptLogprobs]
+    after: dict[Sequence, range] = field(default_factory=dict)
     mass: Callable[[], dict[Sequence, NDArray[np.float32]]] = dict
     done: Callable[[], None] = lambda: None
     over: Callable[[], bool] = lambda: True
@@ -70,6 +73,7 @@ class Computed:
         self.failed = {s: fault for s, fault in self.failed.items() if not gone(s)}
         self.prompt_logprobs = {s: logprobs for s, logprobs in self.prompt_logprobs.items() if not gone(s)}
         self.ready = {s: row for s, row in self.ready.items() if not gone(s)}
+        self.after = {s: rows for s, rows in self.after.items() if not gone(s)}
         decodes = [s for s in self.plan.decodes if not gone(s)]
         chunks = [c for c in self.plan.chunks if not gone(c.sequence)]
         self.plan = replace(self.plan, decodes=decodes, chunks=chunks)
@@ -78,7 +82,7 @@ class Computed:
 def compute(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None = None) -> Computed:
     """Compute a step; `ahead` as for `ModelRunner.run`.
 
-    A failure is tried again once as a whole, then sequence by sequence to find whose fault it is.
+    A failure is tried again once as a whole, then sequence by sequence, without guesses, to find whose fault it is.
     Computing a step twice does no harm: it writes the same keys to the same places.
 
     Raises
@@ -104,9 +108,14 @@ def _compute(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None) -> Compu
     # Rows of sequences that are complete so far; the other chunks are the first parts of long prompts.
     ready = [*plan.decodes, *(c.sequence for c in plan.chunks if c.completes)]
     rows = [
-        *range(len(plan.decodes)),
+        *output.offsets[: len(plan.decodes)],
         *(end - 1 for chunk, end in zip(plan.chunks, offsets[1:], strict=True) if chunk.completes),
     ]
+    after = {}
+    for sequence, first in zip(plan.decodes, output.offsets, strict=False):
+        if guessed := len(plan.guesses.get(sequence, ())):
+            after[sequence] = range(len(rows), len(rows) + guessed)
+            rows += range(first + 1, first + 1 + guessed)
     prompt_logprobs = {
         chunk.sequence: _prompt_logprobs(chunk, offset, output)
         for chunk, offset in zip(plan.chunks, offsets, strict=False)
@@ -115,7 +124,7 @@ def _compute(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None) -> Compu
     logits = output.logits(rows) if rows else None
     own_rows = {sequence: row for row, sequence in enumerate(ready)}
     masses = partial(_by_sequence, plan, output.mass)
-    return Computed(plan, own_rows, logits, prompt_logprobs, masses, output.done, output.over)
+    return Computed(plan, own_rows, logits, prompt_logprobs, after, masses, output.done, output.over)
 
 
 def _by_sequence(plan: StepPlan, mass: Masses) -> dict[Sequence, NDArray[np.float32]]:
@@ -148,6 +157,7 @@ def _one_by_one(runner: ModelRunner, plan: StepPlan, ahead: Tensor | None, error
         {s: row for row, s in enumerate(s for d in done for s in d.ready)},
         torch.cat(logits) if logits else None,
         {s: logprobs for d in done for s, logprobs in d.prompt_logprobs.items()},
+        {},
         lambda: {s: mass for d in done for s, mass in d.mass().items()},
         done[-1].done,
         done[-1].over,

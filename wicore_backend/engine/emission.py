@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Choice:
         Waits for the device, though not for what it was given later, and gives the tokens.
     wanted, logprobs
         The rows whose log-probabilities are asked for, and what waits for these and gives them.
+    after
+        Of sequences of which more had been guessed, the places in `tokens` of what comes after each guessed token.
     """
 
     sequences: Rows[Sequence]
@@ -43,21 +45,36 @@ class Choice:
     read: Callable[[], list[int]]
     wanted: Rows[int] = ()
     logprobs: ReadLogprobs = list
+    after: Mapping[Sequence, range] = field(default_factory=dict)
 
 
 class Emitter:
-    """Chooses tokens and tells them; what goes wrong with one sequence ends its request alone."""
+    """Chooses tokens and tells them; what goes wrong with one sequence ends its request alone.
 
-    def __init__(self, ledger: RequestLedger) -> None:
+    Parameters
+    ----------
+    advance
+        Called with a sequence for each of its guessed tokens that turns out right.
+    """
+
+    def __init__(self, ledger: RequestLedger, advance: Callable[[Sequence], None]) -> None:
         self._ledger = ledger
+        self._advance = advance
 
-    def choose(self, rows: Mapping[Sequence, int], logits: Tensor) -> Choice | None:
+    def choose(
+        self, rows: Mapping[Sequence, int], logits: Tensor, after: Mapping[Sequence, range] | None = None
+    ) -> Choice | None:
         """Have each sequence's next token chosen from its row of `logits` [N, V], which are good until the next step.
 
         A sequence for which that fails ends, and is left out; None if there is no other.
+
+        Parameters
+        ----------
+        after
+            Rows that tell, of a sequence of which more had been guessed, what comes after each guessed token.
         """
         try:
-            choice = self._choose(rows, logits)
+            choice = self._choose(rows, logits, after or {})
         except Exception:
             _log.exception("choosing %d tokens failed; trying one by one", len(rows))
             choices = self._choose_one_by_one(rows, logits)
@@ -68,8 +85,14 @@ class Emitter:
             sequence.ahead = row
         return choice
 
-    def tell(self, choice: Choice) -> None:
-        """Tell the callers what was chosen, and end the answers that end with it."""
+    def tell(self, choice: Choice, guesses: Mapping[Sequence, tuple[int, ...]] | None = None) -> dict[Sequence, int]:
+        """Tell the callers what was chosen, and end the answers that end with it. Returns how many tokens of each.
+
+        Parameters
+        ----------
+        guesses
+            What had been guessed of some.
+        """
         for sequence in choice.sequences:
             sequence.ahead = None
         try:
@@ -77,35 +100,62 @@ class Emitter:
         except Exception as fault:
             _log.exception("the device failed to choose %d tokens", len(choice.sequences))
             self._fail(choice.sequences, fault)
-            return
+            return {}
         logprobs = self._logprobs(choice)
         now = time.monotonic()
-        for row, (sequence, token) in enumerate(zip(choice.sequences, tokens, strict=True)):
+        told = {}
+        for row, sequence in enumerate(choice.sequences):
+            chosen = [tokens[row], *(tokens[place] for place in choice.after.get(sequence, ()))]
+            told[sequence] = self._tell(sequence, chosen, (guesses or {}).get(sequence, ()), logprobs.get(row), now)
+        return told
+
+    def _tell(
+        self,
+        sequence: Sequence,
+        chosen: Rows[int],
+        guessed: Rows[int],
+        logprob: TokenLogprob | None,
+        now: float,
+    ) -> int:
+        """Tell the first of the tokens `chosen`, and each further one before which the `guessed` token was right."""
+        for told, token in enumerate(chosen):
             if sequence not in self._ledger:  # It was cancelled, or another answer of the same request has failed.
-                continue
+                return told
             job, generation = self._ledger.owner(sequence)
             try:
-                job.push(generation, token, logprobs.get(row), now)
+                job.push(generation, token, logprob, now)
             except Exception as fault:
                 _log.exception("taking a token of request %s failed", job.request.id)
                 self._ledger.fail(sequence, fault)
-                continue
+                return told
             if generation.reason is not None:
                 self._ledger.end_answer(job, sequence)
+                return told + 1
+            if told == len(guessed) or token != guessed[told]:
+                return told + 1
+            self._advance(sequence)
+        return len(chosen)
 
-    def _choose(self, rows: Mapping[Sequence, int], logits: Tensor) -> Choice:
+    def _choose(self, rows: Mapping[Sequence, int], logits: Tensor, after: Mapping[Sequence, range]) -> Choice:
         sequences, places = list(rows), list(rows.values())
         generations = [self._ledger.owner(sequence)[1] for sequence in sequences]
+        sampling = [generation.sampling_row for generation in generations]
+        where: dict[Sequence, range] = {}
+        for sequence in after.keys() & rows.keys():
+            own = sampling[sequences.index(sequence)]
+            where[sequence] = range(len(places), len(places) + len(after[sequence]))
+            places += after[sequence]
+            sampling += [replace(own, place=own.place + further) for further in range(1, 1 + len(after[sequence]))]
         if places != list(range(len(logits))):
             logits = rows_of(logits, places)
-        tokens = sample(logits, [generation.sampling_row for generation in generations])
-        read = _reading(tokens)
+        tokens = sample(logits, sampling)
+        choice = Choice(sequences, tokens, _reading(tokens), after=where)
         tops = {row: g.logprobs for row, g in enumerate(generations) if g.logprobs is not None}
         if not tops:
-            return Choice(sequences, tokens, read)
+            return choice
         wanted = list(tops)
         logprobs = logprobs_of(rows_of(logits, wanted), rows_of(tokens, wanted), list(tops.values()))
-        return Choice(sequences, tokens, read, wanted, logprobs)
+        return replace(choice, wanted=wanted, logprobs=logprobs)
 
     def _choose_one_by_one(self, rows: Mapping[Sequence, int], logits: Tensor) -> list[Choice]:
         choices = []
@@ -113,7 +163,7 @@ class Emitter:
             if sequence not in self._ledger:  # It has ended with another answer of its request.
                 continue
             try:
-                choices.append(self._choose({sequence: row}, logits))
+                choices.append(self._choose({sequence: row}, logits, {}))
             except Exception as fault:
                 self._ledger.fail(sequence, fault)
         return [choice for choice in choices if choice.sequences[0] in self._ledger]

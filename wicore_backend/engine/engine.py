@@ -47,6 +47,7 @@ from wicore_backend.engine.request import Deadlines, PriorityClass, Request, Ret
 from wicore_backend.engine.results import EventStream, Result
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.engine.scheduler import Scheduler
+from wicore_backend.engine.speculation import Speculator
 from wicore_backend.engine.statistics import EngineStatistics, StatisticsRecorder
 from wicore_backend.engine.step_time import StepTimeModel
 from wicore_backend.errors import EngineError, InvalidArgumentError, OverloadedError
@@ -80,6 +81,8 @@ class _Untold:
     launched: float
     computed: Computed
     choice: Choice | None
+    guessing: bool
+    """It was planned so that it could have guesses."""
 
 
 class Engine:
@@ -411,7 +414,9 @@ class Engine:
             self._lead = Lead(self._step_time)
             self._scheduler = Scheduler(self._model.blocks, SchedulerLimits.of(self.config), self._step_time)
             self._ledger = RequestLedger(self._scheduler, self._recorder, self.config, self._one_ended)
-            self._emitter = Emitter(self._ledger)
+            self._emitter = Emitter(self._ledger, self._scheduler.advance)
+            bounded = self.config.kv_budget_tokens is not None  # Then a step's tokens do not all see the same keys.
+            self._speculator = Speculator(0 if bounded else self.config.max_guessed_tokens)
             self._monitor = HealthMonitor(step_timeout_s=self.config.step_timeout_s)
             self._grammars = GrammarCompiler(
                 self._model.processor.tokenizer,
@@ -498,11 +503,14 @@ class Engine:
     def _step(self) -> None:
         self._monitor.step_begins()
         began = time.monotonic()
-        plan = self._scheduler.plan(began)
+        guessing = self._speculator.wants(self._scheduler.num_decoding)
+        if guessing:
+            self._tell()  # What is guessed follows from tokens that are known.
+        plan = self._scheduler.plan(began, self._speculator.guess if guessing else None)
         self._model.mover.move()
         if plan:
             self._ledger.note_start((*plan.decodes, *(chunk.sequence for chunk in plan.chunks)), began)
-            self._compute(plan, began)
+            self._compute(plan, began, guessing=guessing)
         elif self._untold:
             self._tell()
         self._monitor.step_ends()
@@ -510,7 +518,7 @@ class Engine:
             with suppress(Empty):
                 self._inbox.get(timeout=_EMPTY_STEP_S)()
 
-    def _compute(self, plan: StepPlan, began: float) -> None:
+    def _compute(self, plan: StepPlan, began: float, *, guessing: bool) -> None:
         """Compute a step, and tell the tokens of the one before while the device is at it; or at once its own."""
         before = None if self._untold is None else self._untold.choice
         try:
@@ -528,8 +536,8 @@ class Engine:
                 self._lead.observe(self._done - launched if in_time else 0.0)
             computed.leave_out(lambda sequence: sequence not in self._ledger)
         choice = self._complete(computed, began)
-        self._untold = _Untold(plan, began, launched, computed, choice)
-        if not self._model.overlaps:
+        self._untold = _Untold(computed.plan, began, launched, computed, choice, guessing)
+        if not self._model.overlaps or plan.guesses:
             self._tell()
         self._model.blocks.tend(time.monotonic())
 
@@ -541,7 +549,7 @@ class Engine:
         if computed.ready:
             rows = computed.ready | {fork.sequence: computed.ready[fork.source] for fork in forks}
             assert computed.logits is not None
-            choice = self._emitter.choose(rows, computed.logits)
+            choice = self._emitter.choose(rows, computed.logits, computed.after)
         for sequence, fault in computed.failed.items():
             self._ledger.fail(sequence, fault)
         return choice
@@ -554,11 +562,15 @@ class Engine:
         self._wait_for(untold.computed)
         self._done = time.monotonic()
         self._take_prompt_logprobs(untold.computed)
+        told: dict[Sequence, int] = {}
         if untold.choice is not None:
-            self._emitter.tell(untold.choice)
+            told = self._emitter.tell(untold.choice, untold.plan.guesses)
         now = time.monotonic()
         seconds, self._told = now - max(untold.began, self._told), now
-        self._learn(untold.plan, seconds, usual=seconds > 0 and not untold.computed.retried)
+        usual = seconds > 0 and not untold.computed.retried
+        self._learn(untold.plan, seconds, usual=usual and not untold.plan.guesses)
+        if usual and untold.plan.decodes and not untold.plan.chunks:
+            self._learn_guessing(untold, told, seconds)
 
     def _take_prompt_logprobs(self, computed: Computed) -> None:
         for sequence, read in computed.prompt_logprobs.items():
@@ -591,6 +603,14 @@ class Engine:
         self._recorder.step(plan, seconds, self._step_time)
         if usual:
             self._step_time.observe(plan.shape, seconds)
+
+    def _learn_guessing(self, untold: _Untold, told: Mapping[Sequence, int], seconds: float) -> None:
+        for sequence, guessed in untold.plan.guesses.items():
+            right = max(0, told.get(sequence, 0) - 1)
+            self._speculator.learn(sequence, right=right, guessed=len(guessed))
+        self._speculator.observe(
+            decodes=len(untold.plan.decodes), tokens=sum(told.values()), seconds=seconds, guessing=untold.guessing
+        )
 
     def _end(self) -> None:
         self._ledger.finish_all("the engine is closing")

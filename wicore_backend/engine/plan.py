@@ -94,9 +94,18 @@ class StepPlan:
     shape: StepShape
     limit_s: float | None = None
     """Time that it was to take at most, for the sake of its decodes; None without any."""
+    guesses: Mapping[Sequence, tuple[int, ...]] = field(default_factory=dict)
+    """Of a step of decodes alone: tokens that are computed after those of some of them, in case they come."""
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
+
+    @property
+    def parts(self) -> list[Chunk]:
+        """What is computed of each decode and each chunk."""
+        guesses = self.guesses
+        decodes = (Chunk(s, s.computed, s.computed + 1 + len(guesses.get(s, ()))) for s in self.decodes)
+        return [*decodes, *self.chunks]
 
 
 class Fork(NamedTuple):

@@ -170,7 +170,7 @@ class Request:
     retention: Retention = Retention()
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """One answer to a request: its tokens and its memory.
 

@@ -157,10 +157,12 @@ class ModelRunner:
             int64 [R] on the device: the tokens of the decodes whose `Sequence.ahead` is a row of it.
         """
         executor = self._executor
-        chunks = [*(Chunk(s, s.computed, s.computed + 1) for s in plan.decodes), *plan.chunks]
-        step = self._pack(chunks, decodes=len(plan.decodes), measured=self._measured(plan))
+        chunks = plan.parts
+        # Several tokens of a sequence are a piece of prompt to attention, which sees them one after the other.
+        decodes = 0 if plan.guesses else len(plan.decodes)
+        step = self._pack(chunks, decodes=decodes, measured={} if plan.guesses else self._measured(plan))
         ids = self._ids(plan, ahead)
-        if self._replay is not None and not plan.chunks:
+        if self._replay is not None and not plan.chunks and not plan.guesses:
             self._arrive(None)
             output = self._replay.run(step, ids)
             if output is not None:
@@ -182,6 +184,9 @@ class ModelRunner:
 
     def _ids(self, plan: StepPlan, ahead: Tensor | None) -> Tensor:
         """int64 [T], the step's tokens."""
+        if plan.guesses:  # Nobody's token is on the device alone: they were told before the guesses were made.
+            tokens = ((s.tokens[-1], *plan.guesses.get(s, ())) for s in plan.decodes)
+            return to_device(np.fromiter(chain.from_iterable(tokens), np.int64), self._executor.device)
         decodes = (s.tokens[-1] if s.ahead is None else 0 for s in plan.decodes)
         chunks = chain.from_iterable(c.sequence.tokens[c.start : c.end] for c in plan.chunks)
         ids = to_device(np.fromiter(chain(decodes, chunks), np.int64), self._executor.device)

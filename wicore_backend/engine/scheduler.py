@@ -15,7 +15,8 @@ stay in the prefix cache for as long as there is room, and it returns to its pla
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from wicore_backend.engine.deadlines import DeadlineHeap
 from wicore_backend.engine.load import AnswerLength, ServiceRate
@@ -39,6 +40,10 @@ from wicore_backend.hmt.policy.base import Access
 
 _MOST_AHEAD = 4
 """Blocks that a decode gets at once where there is plenty: to place one costs almost as much as to place several."""
+
+Guess = Callable[[Sequence, int], tuple[int, ...]]
+
+_NONE: Mapping[Sequence, tuple[int, ...]] = MappingProxyType({})
 
 _RETRY_PLANS = 8
 """While nobody leaves, room changes little: the head of the queue is looked at again after so many steps."""
@@ -96,6 +101,10 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._decoding) + len(self._prefilling)
+
+    @property
+    def num_decoding(self) -> int:
+        return len(self._decoding)
 
     @property
     def num_waiting(self) -> int:
@@ -179,8 +188,14 @@ class Scheduler:
 
     # A step.
 
-    def plan(self, now: float) -> StepPlan:
-        """The next step, the blocks for it in place. Admits waiting sequences; preempts where it must."""
+    def plan(self, now: float, guess: Guess | None = None) -> StepPlan:
+        """The next step, the blocks for it in place. Admits waiting sequences; preempts where it must.
+
+        Parameters
+        ----------
+        guess
+            For a step of decodes alone, up to so many tokens that may follow those of a sequence.
+        """
         self._plans += 1
         for sequence in self._restoring.take_done(now):
             self._queue.push(sequence, charged=True)
@@ -190,7 +205,8 @@ class Scheduler:
             # Who had a chunk gave way to one for whom too little was left of the step. Now there is all of it.
             chunks = self._plan_chunks(now)
         self._rate.tick(now, queueing=len(self._queue) > 0)
-        return StepPlan(list(self._decoding), chunks, self._shape(chunks), self._pacer.limit_s)
+        guesses = self._place_guesses(guess) if guess is not None and not chunks else {}
+        return StepPlan(list(self._decoding), chunks, self._shape(chunks, guesses), self._pacer.limit_s, guesses)
 
     def complete(self, plan: StepPlan) -> list[Fork]:
         """Note that a step has been computed. Returns sequences that now go on from prompts that it completed."""
@@ -224,6 +240,27 @@ class Scheduler:
             if sequence in decoding:  # It may have given way to one before it.
                 self._place(sequence, sequence.computed + 1, or_preempt=True)
 
+    def advance(self, sequence: Sequence) -> None:
+        """The token after the one that a decode computed had been guessed, so that it is computed, too."""
+        sequence.computed += 1
+        self._context += 1
+        del self._beginning[self._decoding[sequence]][sequence]
+        self._begins(sequence)
+
+    def _place_guesses(self, guess: Guess) -> dict[Sequence, tuple[int, ...]]:
+        """Guesses, as far as there is room for them without anybody giving way."""
+        placed: dict[Sequence, tuple[int, ...]] = {}
+        if self._blocks.budget is not None:
+            return placed
+        left = self._limits.max_batch_tokens - len(self._decoding)
+        for sequence in self._decoding:
+            tokens = guess(sequence, min(left, sequence.max_tokens - len(sequence.tokens) - 1))
+            end = sequence.computed + 1 + len(tokens)
+            if tokens and self._blocks.extend(sequence.running_blocks, sequence.computed, end):
+                placed[sequence] = tokens
+                left -= len(tokens)
+        return placed
+
     def _bound(self, beginning: Iterable[Sequence]) -> None:
         """Have those who begin a block, or to decode, keep what the budget allows."""
         for sequence in dict.fromkeys((*beginning, *self._begun)):
@@ -235,20 +272,25 @@ class Scheduler:
 
     def _decode(self, sequence: Sequence) -> None:
         """From now on the sequence is decoded."""
-        # All decodes advance together, so that the steps which begin a block of one are known from now on.
-        begins = self._decoding[sequence] = (self._steps - sequence.computed) % self._blocks.block_size
-        self._beginning[begins][sequence] = None
+        self._begins(sequence)
         self._context += self._visible(sequence)
         if self._blocks.budget is not None:
             self._begun.append(sequence)
+
+    def _begins(self, sequence: Sequence) -> None:
+        """Note when a decode begins its next blocks: all advance together, so that the steps are known from now on."""
+        begins = self._decoding[sequence] = (self._steps - sequence.computed) % self._blocks.block_size
+        self._beginning[begins][sequence] = None
 
     def _visible(self, sequence: Sequence) -> int:
         """Keys that a decode of a running sequence sees in the global group."""
         return sequence.computed - sequence.running_blocks.holes * self._blocks.block_size
 
-    def _shape(self, chunks: Iterable[Chunk] = ()) -> StepShape:
-        """What the step-time model sees of a step with all decodes, and with `chunks`."""
-        shape = StepShape(len(self._decoding), len(self._decoding), self._context, 0)
+    def _shape(self, chunks: Iterable[Chunk] = (), guesses: Mapping[Sequence, tuple[int, ...]] = _NONE) -> StepShape:
+        """What the step-time model sees of a step with all decodes, with `chunks` and with `guesses`."""
+        more = sum(map(len, guesses.values()))
+        pairs = sum(len(tokens) * sequence.computed for sequence, tokens in guesses.items())
+        shape = StepShape(len(self._decoding) + more, len(self._decoding), self._context, pairs)
         for chunk in chunks:
             shape = shape.with_prefill(chunk.end - chunk.start, chunk.start)
         return shape
