@@ -16,7 +16,6 @@ from wicore_backend.errors import CheckpointError
 from wicore_backend.executor.linear import Linear
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.models.gemma3.weights import Gemma3Weights
 from wicore_backend.quantization.fp8 import FP8, FP8_MAX, Fp8Matrix, quantized_fp8
 
 FILE = "model.safetensors"
@@ -40,10 +39,10 @@ def _seed() -> None:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> Gemma3Weights:
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     return load_weights(directory, Gemma3Config.from_checkpoint(directory), device=torch.device("cpu"), dtype=dtype)
 
 
