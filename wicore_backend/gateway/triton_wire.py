@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -76,7 +75,7 @@ def encode(request: GenerationRequest) -> Any:
     return message
 
 
-def decode(message: Any, *, answers: int) -> Iterator[Delta]:
+def decode(message: Any, *, answers: int) -> tuple[Delta, ...]:
     """What a ModelStreamInferResponse adds to the answers.
 
     Raises
@@ -103,25 +102,21 @@ def decode(message: Any, *, answers: int) -> Iterator[Delta]:
             values = values or {}
             values[name] = raw[4:].decode()
     if values is None:
-        if text or token_ids:
-            yield Delta(index, text, token_ids)
-        return
+        return (Delta(index, text, token_ids),) if text or token_ids else ()
     logprobs = orjson.loads(values["logprobs"]) if "logprobs" in values else None
     reason = values.get("finish_reason")
     if reason is None:
-        yield Delta(index, text, token_ids, logprobs)
-        return
+        return (Delta(index, text, token_ids, logprobs),)
     if "error_code" in values or reason not in _WHOLE:
         raise error_of(values.get("error_code", ErrorCode.INTERNAL), values.get("error_message", f"it ended: {reason}"))
     usage = Usage(**orjson.loads(values["usage"]))
     if "answers" not in values:
         if answers > 1:
             raise InternalError(f"the server gave one answer instead of {answers}")
-        yield Delta(index, text, token_ids, logprobs, reason, usage)
-        return
+        return (Delta(index, text, token_ids, logprobs, reason, usage),)
     entries = orjson.loads(values["answers"])
-    for position, entry in enumerate(entries, start=1):
-        yield Delta(
+    return tuple(
+        Delta(
             entry["index"],
             entry["text"],
             tuple(entry["token_ids"]),
@@ -129,6 +124,8 @@ def decode(message: Any, *, answers: int) -> Iterator[Delta]:
             entry["finish_reason"],
             usage if position == len(entries) else None,
         )
+        for position, entry in enumerate(entries, start=1)
+    )
 
 
 def error_from_text(text: str) -> ApiError:
