@@ -18,8 +18,8 @@ from wicore_backend.quantization.fp8 import Fp8Matrix, Rows
 
 FP8_TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
     "qkv": {
-        1: (Tile(8, 512, 4, 256, dot=False),),
-        16: (Tile(64, 512, 4, 256),),
+        1: (Tile(8, 512, 4, 256, dot=False), Tile(8, 256, 6, 256, dot=False)),
+        16: (Tile(64, 512, 4, 256), Tile(64, 128, 8, 256)),
         64: (Tile(64, 128, 8, 256),),
     },
     "out": {
@@ -48,8 +48,8 @@ _ALIGNED = 16
 class Fp8GpuMatrix:
     """`Matrix` of an `Fp8Matrix`.
 
-    One row is multiplied as it is. More are quantised, each by its own largest value, and multiplied by tensor cores:
-    streamed while they are few, by cuBLAS beyond. Where neither can be, the matrix is widened each time it is read.
+    One row is multiplied as it is, by a tiling that fits. All else is quantised, each row by its own largest value, for
+    tensor cores: streamed while rows are few, by cuBLAS beyond. Where neither can be, the matrix is widened each time.
     """
 
     def __init__(self, role: Role, weight: Fp8Matrix, bias: Tensor | None = None) -> None:
