@@ -16,11 +16,13 @@ from scripts.quantize import Scheme, fp8, int4, quantize
 from tests.gemma3_random import write_random_checkpoint
 from tests.test_checkpoint import load, shard
 from tests.test_fp8 import relative_error
+from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.errors import CheckpointError
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
 from wicore_backend.quantization.fp8 import Fp8Matrix
 from wicore_backend.quantization.int4 import Int4Matrix
 
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "wicore-demo"
 CPU = torch.device("cpu")
 MATRICES = ("qkv", "out", "gate_up", "down")
 SCHEMES = pytest.mark.parametrize(
@@ -69,6 +71,15 @@ def test_a_head_that_is_the_embedding_becomes_a_matrix_of_its_own(
     assert isinstance(text.head, kind)
     assert isinstance(text.embedding, Tensor)
     assert relative_error(text.head.dequantized(), text.embedding) < error
+
+
+@pytest.mark.parametrize("scheme", [fp8(), int4(64)], ids=["fp8", "int4"])
+def test_the_demo_model_still_knows_what_it_knew(scheme: Scheme, tmp_path: Path) -> None:
+    quantize(DEMO_MODEL, tmp_path / "demo", scheme, device=CPU)
+    settings = EngineConfig(model=tmp_path / "demo", device="cpu", dtype="float32", max_model_len=512)
+    with Engine(settings) as engine:
+        answers = engine.generate(["What is 12 + 7?", "What is 30 - 4?"], SamplingParams(max_tokens=20, temperature=0))
+    assert ["19" in answers[0].text, "26" in answers[1].text] == [True, True]
 
 
 def test_shards_and_other_layouts_are_read(source: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class Fp8Matrix:
     scale: Tensor
     """float32 [N]"""
     dtype: torch.dtype
+    """Computed in."""
 
     @property
     def shape(self) -> torch.Size:
