@@ -1,0 +1,181 @@
+"""The kernels of INT4 matrices against their plain twins: on the GPU, or under the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.gemma3_random import write_random_checkpoint
+from tests.test_gpu_kernels import HOPPER_SHARED_MEMORY, segments
+from tests.test_int4 import random_matrix, relative_error
+from wicore_backend.executor.cuda_executor import CudaExecutor
+from wicore_backend.executor.int4_matrix import INT4_TILES, Int4GpuMatrix
+from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
+from wicore_backend.executor.kernels.int4_codes import dequantize, takes
+from wicore_backend.executor.torch_executor import TorchExecutor
+from wicore_backend.models.gemma3.checkpoint import load_weights
+from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.quantization.int4 import Int4Matrix
+from wicore_backend.quantization.int4_rounding import quantized_int4
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES_OF_27B = {
+    "qkv": (8192, 5376),
+    "out": (5376, 4096),
+    "gate_up": (43008, 5376),
+    "down": (5376, 21504),
+    "head": (262_208, 5376),
+}
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
+TILES = [
+    Int4Tile(16, 3),
+    Int4Tile(32, 2, early=True),
+    Int4Tile(16, 3, parts=4),
+    Int4Tile(32, 3, warps=2, parts=2, splits=2),
+    Int4Tile(64, 3, splits=3, early=True),
+    Int4Tile(16, 3, scaled=True),
+    Int4Tile(32, 3, parts=4, early=True, scaled=True),
+]
+"""Five spans, as below, are not shared out evenly among 2, 3 or 4."""
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def dtype(kernel_device):
+    """The interpreter multiplies bfloat16 matrices as if their bits were integers."""
+    return torch.bfloat16 if kernel_device.type == "cuda" else torch.float16
+
+
+def on(device: torch.device, matrix: Int4Matrix) -> Int4Matrix:
+    zeros = None if matrix.zeros is None else matrix.zeros.to(device)
+    return replace(matrix, codes=matrix.codes.to(device), scales=matrix.scales.to(device), zeros=zeros)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
+def test_products_of_few_rows(zeros, rows, tile, dtype, kernel_device):
+    weight = on(kernel_device, random_matrix(64, 320, 32, zeros=zeros, dtype=dtype))
+    x = torch.randn(rows, 400, device=kernel_device).to(dtype)[:, :320]  # Rows apart by more than they are long.
+    ours = int4_product(x, weight, tile, result_type=torch.float32)
+    assert ours.shape == ((tile.splits, rows, 64) if tile.splits > 1 else (rows, 64))
+    whole = ours.sum(0) if tile.splits > 1 else ours
+    theirs = x.float() @ weight.dequantized(torch.float32).T
+    assert relative_error(whole, theirs) < (TOLERANCE[dtype] if tile.scaled else 1e-4)
+    if tile.splits == 1:
+        gate, up = theirs.chunk(2, -1)
+        gated = int4_product(x, weight, tile, gated=True)
+        assert gated.dtype == dtype
+        assert relative_error(gated, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_groups_of_other_lengths(group, dtype, kernel_device):
+    weight = on(kernel_device, random_matrix(32, 512, group, zeros=True, dtype=dtype))
+    x = torch.randn(2, 512, device=kernel_device).to(dtype)
+    ours = int4_product(x, weight, Int4Tile(16, 3, warps=2, parts=2), result_type=torch.float32)
+    assert relative_error(ours, x.float() @ weight.dequantized(torch.float32).T) < 1e-4
+
+
+@pytest.mark.parametrize("scale_type", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
+def test_widening_is_exact(zeros, scale_type, kernel_device):
+    weight = on(kernel_device, random_matrix(48, 320, 32, zeros=zeros, dtype=scale_type))
+    out = torch.full(weight.shape, torch.nan, device=kernel_device)
+    dequantize(weight, out)
+    assert torch.equal(out, weight.dequantized(torch.float32))
+
+
+def test_scales_of_another_type_than_the_rows(dtype, kernel_device):
+    """As of a GPTQ checkpoint, whose scales are float16, in a bfloat16 model."""
+    other = torch.float16 if dtype is torch.bfloat16 else torch.bfloat16
+    weight = on(kernel_device, replace(random_matrix(32, 128, 32, zeros=True, dtype=other), dtype=dtype))
+    x = torch.randn(1, 128, device=kernel_device).to(dtype)
+    ours = int4_product(x, weight, Int4Tile(32, 3), result_type=torch.float32)
+    assert relative_error(ours, x.float() @ weight.dequantized(torch.float32).T) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(32, 96, 32), (24, 128, 32), (32, 128, 16)], ids=["odd", "rows", "short"]
+)
+def test_what_the_kernels_do_not_read_is_widened_by_the_twin(rows, columns, group, kernel_device):
+    weight = on(kernel_device, random_matrix(rows, columns, group, dtype=torch.bfloat16))
+    assert not takes(weight)
+    x = torch.randn(3, columns, device=kernel_device).bfloat16()
+    assert relative_error(Int4GpuMatrix("qkv", weight)(x), x.float() @ weight.dequantized(torch.float32).T) < 1e-2
+
+
+@pytest.mark.parametrize("role", INT4_TILES)
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 128, 200])
+def test_every_number_of_rows_in_every_role(role, rows, kernel_device):
+    """On Hopper by each tiling and by cuBLAS; elsewhere widened."""
+    weight = on(kernel_device, quantized_int4(torch.randn(256, 2304).bfloat16()))
+    x = torch.randn(rows, 2304, device=kernel_device).bfloat16()
+    ours = Int4GpuMatrix(role, weight)(x)
+    theirs = x.float() @ weight.dequantized(torch.float32).T
+    if role == "gate_up":
+        gate, up = theirs.chunk(2, -1)
+        theirs = F.gelu(gate, approximate="tanh") * up
+    assert ours.dtype == (torch.float32 if role == "head" or ours.dim() == 3 else torch.bfloat16)
+    assert relative_error(ours.sum(0) if ours.dim() == 3 else ours, theirs) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [2, 150])
+def test_a_bias_is_added(rows, kernel_device):
+    weight = on(kernel_device, quantized_int4(torch.randn(48, 256).bfloat16()))
+    x, bias = torch.randn(rows, 256, device=kernel_device).bfloat16(), torch.randn(48, device=kernel_device).bfloat16()
+    theirs = x.float() @ weight.dequantized(torch.float32).T + bias.float()
+    assert relative_error(Int4GpuMatrix("out", weight, bias)(x), theirs) < 1e-2
+
+
+@pytest.mark.parametrize("role", INT4_TILES)
+def test_every_tiling_fits_the_matrices_of_the_27b_model(role):
+    rows, columns = SHAPES_OF_27B[role]
+    codes = torch.empty(rows // 16, columns // 256, 16, 32, dtype=torch.int32, device="meta")
+    scales = torch.empty(rows // 16, columns // 256, 16, 2, dtype=torch.bfloat16, device="meta")
+    weight = Int4Matrix(codes, scales, None, torch.bfloat16)
+    assert takes(weight)
+    for most, tile in INT4_TILES[role].items():
+        assert tile.fits(weight)
+        assert most <= MAX_ROWS
+        assert tile.parts in (1, tile.warps)
+        assert tile.splits == 1 or role in ("out", "down")  # What reads these sums parts.
+
+
+def test_every_tiling_compiles_for_hopper():
+    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_int4_products"]
+    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == sum(1 + (most == 8) for by_rows in INT4_TILES.values() for most in by_rows)
+    for shared, early, early_loads, products, *tiling in lines:
+        assert int(shared) <= HOPPER_SHARED_MEMORY, tiling
+        assert (int(early_loads) > 0) == bool(int(early)), tiling
+        assert int(products) > 0, tiling
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_executor_computes_what_its_plain_twin_does(rows, tmp_path, kernel_device):
+    write_random_checkpoint(tmp_path)
+    config = Gemma3Config.from_checkpoint(tmp_path)
+    weights = load_weights(tmp_path, config, device=kernel_device, dtype=torch.float32)
+    layers = tuple(
+        replace(layer, **{name: quantized_int4(getattr(layer, name), 16) for name in ("qkv", "out", "gate_up", "down")})
+        for layer in weights.text.layers
+    )
+    weights = replace(weights, text=replace(weights.text, layers=layers, head=quantized_int4(weights.text.head, 16)))
+    ours, theirs = (segments(executor(config, weights), rows, config) for executor in (CudaExecutor, TorchExecutor))
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-5
