@@ -227,7 +227,9 @@ def test_preparing_graphs_touches_no_pool(model, record):
     model.reset()
     decode_graphs(model, record).prepare()
     prompt_graphs(model, record, max_tokens=16).prepare()
-    segment_graphs(model, record, max_tokens=16).prepare()
+    segments = segment_graphs(model, record, max_tokens=16)
+    segments.prepare()
+    segments.rehearse(20)
     for group, keys in model.keys.items():
         assert torch.equal(model.pools.tensors[group], keys)
 

@@ -7,8 +7,6 @@ next number. What differs between steps, tokens, positions and block tables, is 
 
 from __future__ import annotations
 
-import logging
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,14 +15,12 @@ import torch
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
-from wicore_backend.engine.recording import Record, Recorded
+from wicore_backend.engine.recording import Record, Recorded, Sizes
 from wicore_backend.engine.runner import StepOutput, run_layers, when_done
 from wicore_backend.executor.base import Executor
 from wicore_backend.executor.upload import to_device
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.models.gemma3.rope import RotaryTables
-
-_log = logging.getLogger(__name__)
 
 
 class Bucket(Protocol):
@@ -100,22 +96,11 @@ class DecodeGraphs:
         self._measures = measures
         self._record = record
         self._wanted = bucket_sizes(max_sequences)
-        self._sizes: Sequence[int] = []
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: Sizes[_Graph] = Sizes()
 
     def prepare(self) -> None:
-        """Record steps of all sizes, the largest first, so that the others find room in what it takes.
-
-        Steps of a size for which that fails, for lack of memory for example, take that of the next one.
-        """
-        for number, size in enumerate(reversed(self._wanted), 1):
-            try:
-                self._graphs[size] = self._prepared(size)
-            except Exception:
-                _log.exception("steps of %d decodes cannot be recorded as a CUDA graph; they will do without", size)
-                continue
-            _log.info("CUDA graph %d of %d: steps of %d decodes", number, len(self._wanted), size)
-        self._sizes = sorted(self._graphs)
+        """Record steps of all sizes: see `Sizes.prepare`."""
+        self._graphs.prepare(self._wanted, self._prepared, "decodes")
 
     def run(self, step: PackedStep, ids: Tensor) -> StepOutput | None:
         """What `step`, of decodes alone, gives for the tokens `ids` int64 [T]; None if it fits none that is prepared.
@@ -123,10 +108,9 @@ class DecodeGraphs:
         Its logits are good until the next one.
         """
         count = len(ids)
-        fitting = bisect_left(self._sizes, count)
-        if fitting == len(self._sizes) or int(step.positions.max()) >= self._max_keys:
+        graph = self._graphs.fitting(count)
+        if graph is None or int(step.positions.max()) >= self._max_keys:
             return None
-        graph = self._graphs[self._sizes[fitting]]
         plan = self._fill(graph, step, ids)
         results = graph.replay()
         return StepOutput(

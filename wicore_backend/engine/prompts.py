@@ -7,9 +7,7 @@ programs, and the step is not for a graph.
 
 from __future__ import annotations
 
-import logging
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,15 +16,13 @@ from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
 from wicore_backend.engine.graphs import Bucket
-from wicore_backend.engine.recording import Record, Recorded
+from wicore_backend.engine.recording import Record, Recorded, Sizes
 from wicore_backend.engine.runner import Attended, run_layers
 from wicore_backend.engine.segments import token_counts
 from wicore_backend.executor.base import Executor
 from wicore_backend.executor.upload import to_device
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.models.gemma3.rope import RotaryTables
-
-_log = logging.getLogger(__name__)
 
 _KEYS = 2048
 """Of a sequence. More keys are shared out among programs, or come with so many tokens that no graph is needed."""
@@ -104,22 +100,11 @@ class PromptGraphs:
         self._embedded = torch.zeros(most, hidden_size, dtype=executor.dtype, device=device)
         self._positions = torch.zeros(most, dtype=torch.int32, device=device)
         self._attended = torch.zeros(most, attended_size, dtype=executor.dtype, device=device)
-        self._graphs: dict[int, _Graph] = {}
-        self._sizes: Sequence[int] = []
+        self._graphs: Sizes[_Graph] = Sizes()
 
     def prepare(self) -> None:
-        """Record prompts of all sizes, the largest first, so that the others find room in what it takes.
-
-        Prompts of a size for which that fails, for lack of memory for example, take that of the next one.
-        """
-        for number, size in enumerate(reversed(self._wanted), 1):
-            try:
-                self._graphs[size] = self._prepared(size)
-            except Exception:
-                _log.exception("prompts of %d tokens cannot be recorded as a CUDA graph; they will do without", size)
-                continue
-            _log.info("CUDA graph %d of %d: prompts of %d tokens", number, len(self._wanted), size)
-        self._sizes = sorted(self._graphs)
+        """Record prompts of all sizes: see `Sizes.prepare`."""
+        self._graphs.prepare(self._wanted, self._prepared, "prompts")
 
     def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int | None], None]) -> Attended | None:
         """What the layers make of the embeddings `hidden` [T, D] of a step; None if it fits none that is prepared.
@@ -127,10 +112,9 @@ class PromptGraphs:
         The results are good until the next step. `arrive` is called with None before all.
         """
         count = len(hidden)
-        fitting = bisect_left(self._sizes, count)
-        if step.decodes or len(step.query_lens) > 1 or fitting == len(self._sizes):
+        graph = self._graphs.fitting(count)
+        if step.decodes or len(step.query_lens) > 1 or graph is None:
             return None
-        graph = self._graphs[self._sizes[fitting]]
         try:
             plan = self._attention.refresh_prompt(graph.bucket, step)
         except ValueError:  # Too many keys.

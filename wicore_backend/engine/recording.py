@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ResultsT = TypeVar("ResultsT", bound=tuple[Tensor, ...], covariant=True)
 """A NamedTuple of tensors."""
@@ -26,6 +32,33 @@ class Record(Protocol):
     """Makes work repeatable. What it compiles, loads and allocates once, a call before must have done."""
 
     def __call__(self, work: Callable[[], ResultsT], /) -> Recorded[ResultsT]: ...
+
+
+class Sizes(Generic[T]):
+    """What has been recorded for steps of some sizes, of which a step takes the smallest that holds it."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._recorded: dict[int, T] = {}
+
+    def prepare(self, sizes: Sequence[int], record: Callable[[int], T], what: str) -> None:
+        """Record all, the largest first, so that the others find room in its memory.
+
+        Steps of a size for which that fails, for lack of memory for example, take that of the next larger one.
+        """
+        for number, size in enumerate(sorted(sizes, reverse=True), 1):
+            try:
+                self._recorded[size] = record(size)
+            except Exception:
+                _log.exception("%s of %d cannot be recorded as CUDA graphs; they will do without", what, size)
+                continue
+            _log.info("CUDA graphs of %s %d of %d: %d", what, number, len(sizes), size)
+        self._sizes = sorted(self._recorded)
+
+    def fitting(self, size: int) -> T | None:
+        """Of the smallest size that is as large; None if there is none."""
+        place = bisect_left(self._sizes, size)
+        return None if place == len(self._sizes) else self._recorded[self._sizes[place]]
 
 
 class Nothing(NamedTuple):

@@ -9,17 +9,17 @@ steps the device is the slower part, and they are left as they are.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
-from wicore_backend.engine.recording import Record, Recorded
+from wicore_backend.engine.recording import Record, Recorded, Sizes
 from wicore_backend.engine.runner import Attended
 from wicore_backend.executor.base import Executor
 from wicore_backend.executor.upload import to_device
@@ -144,22 +144,11 @@ class SegmentGraphs:
         self._embedded = torch.zeros(most, hidden_size, dtype=executor.dtype, device=device)
         self._positions = torch.zeros(most, dtype=torch.int32, device=device)
         self._attended = torch.zeros(most, attended_size, dtype=executor.dtype, device=device)
-        self._buckets: dict[int, _Bucket] = {}
-        self._sizes: Sequence[int] = []
+        self._buckets: Sizes[_Bucket] = Sizes()
 
     def prepare(self) -> None:
-        """Record steps of all sizes, the largest first, so that the others find room in what it takes.
-
-        Steps of a size for which that fails, for lack of memory for example, take that of the next one.
-        """
-        for number, size in enumerate(reversed(self._wanted), 1):
-            try:
-                self._buckets[size] = self._prepared(size)
-            except Exception:
-                _log.exception("steps of %d tokens cannot be recorded as CUDA graphs; they will do without", size)
-                continue
-            _log.info("CUDA graphs %d of %d: steps of %d tokens", number, len(self._wanted), size)
-        self._sizes = sorted(self._buckets)
+        """Record steps of all sizes: see `Sizes.prepare`."""
+        self._buckets.prepare(self._wanted, self._prepared, "tokens")
 
     def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int | None], None]) -> Attended | None:
         """What the layers make of the embeddings `hidden` [T, D] of a step; None if it fits none that is prepared.
@@ -167,10 +156,9 @@ class SegmentGraphs:
         The results are good until the next step. `arrive` is called with each layer before its attention.
         """
         count = len(hidden)
-        fitting = bisect_left(self._sizes, count)
-        if fitting == len(self._sizes):
+        bucket = self._buckets.fitting(count)
+        if bucket is None:
             return None
-        bucket = self._buckets[self._sizes[fitting]]
         bucket.embedded[:count].copy_(hidden)
         bucket.positions[:count].copy_(to_device(step.positions, hidden.device))
         between = bucket.segments[0]()
@@ -184,15 +172,36 @@ class SegmentGraphs:
         attended = self._attend(plan, last, between, count)
         return Attended(plan, between.hidden[:count], attended)
 
+    def rehearse(self, tokens: int) -> None:
+        """Run the segments of a longer step once, so that no request waits until their kernels are compiled.
+
+        They touch no pool. What they take of the device's memory such a step takes as well.
+        """
+        if tokens <= self._wanted[-1]:
+            return
+        try:
+            embedded, positions, attended = (
+                part.new_zeros(tokens, *part.shape[1:]) for part in (self._embedded, self._positions, self._attended)
+            )
+            for segment in islice(self._walk(embedded, positions, attended).segments(), 2):
+                segment()
+        except Exception:
+            _log.exception("a step of %d tokens cannot be rehearsed; the first one will show why", tokens)
+            return
+        _log.info("steps of up to %d tokens have been rehearsed", tokens)
+
     def _attend(self, plan: Any, layer: int, between: Between, count: int) -> Tensor:
         return self._attention.attend(plan, layer, between.q[:count], between.k[:count], between.v[:count])
+
+    def _walk(self, embedded: Tensor, positions: Tensor, attended: Tensor) -> _Walk:
+        return _Walk(
+            self._executor, self._rotary, self._layout, embedded=embedded, positions=positions, attended=attended
+        )
 
     def _prepared(self, size: int) -> _Bucket:
         """The segments for `size` tokens; they touch no pool."""
         embedded, positions, attended = self._embedded[:size], self._positions[:size], self._attended[:size]
-        walk = _Walk(
-            self._executor, self._rotary, self._layout, embedded=embedded, positions=positions, attended=attended
-        )
+        walk = self._walk(embedded, positions, attended)
         for segment in walk.segments():
             segment()
         recorded = []
