@@ -122,6 +122,34 @@ def test_an_answer_has_the_form_that_was_asked_for(engine, grammar, form):
         assert result.finish_reason is FinishReason.STOP
 
 
+@pytest.mark.parametrize(
+    ("form", "valid", "invalid"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "1999-12-31", "0400-02-29"], ["2023-02-29", "1900-02-29", "0000-01-01"]),
+        ("time", ["23:59:59Z", "00:00:00.5+14:00"], ["12:00:60Z", "24:00:00Z", "12:00:00"]),
+        (
+            "date-time",
+            ["2024-02-29T00:00:00Z"],
+            ["2023-02-29T00:00:00Z", "2024-01-01 00:00:00Z", "2024-01-01T00:00:60Z"],
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "more", [{}, {"pattern": "^[^x]*$"}, {"type": ["string", "null"]}, {"allOf": [{"minLength": 1}]}]
+)
+def test_dates_are_of_the_calendar(compiler, tokenizer, form, valid, invalid, more):
+    def allowed(text):
+        (answer,) = compiler.begin(Grammar(json_schema={"type": "string", "format": form} | more), 1)
+        try:
+            for token in tokenizer.encode(f'"{text}"'):
+                answer.accept(token)
+        except WicoreError:
+            return False
+        return answer.complete
+
+    assert [allowed(text) for text in valid + invalid] == [True] * len(valid) + [False] * len(invalid)
+
+
 def test_any_object_is_json(engine):
     result = ask(engine, grammar={"json_object": True}, temperature=1.0, seed=5, max_tokens=400)
     assert isinstance(json.loads(result.text), dict)
@@ -324,6 +352,17 @@ def test_free_text_has_no_special_tokens_but_the_ends(compiler, tokenizer):
     assert {int(token) for token in np.flatnonzero(bits) if tokenizer.is_special(int(token))} == {1, 6}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_chooses_among_the_same_tokens(compiler):
+    grammars = [Grammar(json_schema=SCHEMA), Grammar(regex="[a-z]{3}"), Grammar(choice=["日本", "yes"])]
+    answers = [compiler.begin(grammar, 1)[0] for grammar in grammars]
+    rows = [SamplingRow(SamplingParams(logit_bias={300: 5.0}), seed, 0, grammar=a) for seed, a in enumerate(answers)]
+    rows.insert(1, SamplingRow(SamplingParams(logit_bias={7: -100.0}), 9, 0))
+    logits = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0))
+    assert sample(logits.cuda(), rows).tolist() == sample(logits, rows).tolist()
+
+
 # Biases.
 
 
@@ -416,6 +455,7 @@ def test_other_requests_run_while_a_grammar_compiles(engine, monkeypatch):
         ({"json_schema": {"items": {"properties": {"a": {"minProperties": 2}}}}}, "at /items/properties/a cannot"),
         ({"json_schema": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "oneOf"),
         ({"json_schema": False}, "Unsatisfiable"),
+        ({"json_schema": {"format": "date", "allOf": 5}}, "allOf"),
         ({"json_schema": {"enum": []}}, "Unsatisfiable"),
         ({"json_schema": {"x-guidance": {"lenient": True}, "not": {}}}, '"not"'),
         ({"regex": "(?=a)b"}, "grammar.regex is not supported: .*look-ahead"),

@@ -85,7 +85,7 @@ def engine():
 
 @pytest.mark.parametrize(("temperature", "seed"), [(0.0, 1), (1.0, 2), (50.0, 3)])
 def test_answers_are_valid_by_random_schemas(engine, temperature, seed):
-    outcome = run(engine, random_schemas(40, seed_=seed), temperature=temperature, max_tokens=120)
+    outcome = run(engine, random_schemas(40, seed=seed), temperature=temperature, max_tokens=120)
     assert not outcome.invalid
     assert outcome.whole >= 15
     assert outcome.refused
@@ -147,7 +147,7 @@ def main() -> int:
     given = parser.parse_args()
     failed = False
     with Engine(EngineConfig(model=MODEL, device="cpu", dtype="float32")) as engine:
-        schemas = random_schemas(given.schemas, seed_=given.seed)
+        schemas = random_schemas(given.schemas, seed=given.seed)
         for temperature in (0.0, 1.0, 50.0):
             outcome = run(engine, schemas, temperature=temperature, max_tokens=given.max_tokens)
             refused = sum(outcome.refused.values())

@@ -12,7 +12,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from wicore_backend.engine.grammar.json_schema import check_json_schema
+from wicore_backend.engine.grammar.json_schema import exact_json_schema
 from wicore_backend.engine.grammar.spec import Grammar, JsonSchema, Tags
 from wicore_backend.errors import InvalidArgumentError
 
@@ -66,13 +66,9 @@ def _json_source(schema: JsonSchema) -> str:
 
 
 def _dumped(schema: JsonSchema) -> str:
-    check_json_schema(schema)
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    try:
-        return json.dumps(schema | {"x-guidance": _JSON_OPTIONS}, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise InvalidArgumentError(f"grammar: the schema cannot be written as JSON: {error}") from None
+    return json.dumps(exact_json_schema(schema) | {"x-guidance": _JSON_OPTIONS}, ensure_ascii=False)
 
 
 def _tags_source(tags: Tags) -> str:
