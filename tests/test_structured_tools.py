@@ -25,6 +25,13 @@ def call(name="get", arguments='{"a": 1}', call_id="call_1"):
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def nested(depth):
+    schema: dict = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 def tags(plan):
     """The plan's form; the engine takes it."""
     params = SamplingParams(**plan.options)
@@ -88,6 +95,10 @@ def test_arguments_are_those_declared_unless_the_schema_speaks_of_others():
         assert form["json_schema"] == {"type": "object"} | open_ended
 
 
+def test_deep_schemas_are_declared_and_compiled():
+    assert tags(tools.plan([tool(parameters={"additionalProperties": nested(40)})], None, True))
+
+
 def test_a_schema_of_the_answer_goes_with_tools():
     content = structured.content_schema(structured.wire_options({"type": "json_object"}))
     form = tags(tools.plan([tool()], "auto", True, content))
@@ -106,6 +117,7 @@ def test_a_schema_of_the_answer_goes_with_tools():
         ([tool("x" * 65)], None, "tools[0].function.name", InvalidRequestError),
         ([tool(), tool()], None, "tools[1].function.name", InvalidRequestError),
         ([tool(parameters=[])], None, "tools[0].function.parameters", InvalidRequestError),
+        ([tool(parameters=nested(101))], None, "tools[0].function.parameters", InvalidRequestError),
         ([tool(parameters={"type": "string"})], None, "tools[0].function.parameters", InvalidRequestError),
         ([tool(description=1)], None, "tools[0].function.description", InvalidRequestError),
         ([tool(examples=[])], None, "tools[0].function.examples", InvalidRequestError),
@@ -253,6 +265,10 @@ def test_a_response_format_is_a_grammar(form, options):
         ({"type": "json_schema", "json_schema": {"schema": {}}}, "response_format.json_schema.name"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "response_format.json_schema.schema"),
         ({"type": "json_schema", "json_schema": {"name": "x", "schema": True}}, "response_format.json_schema.schema"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": nested(5000)}},
+            "response_format.json_schema.schema",
+        ),
         ({"type": "json_schema", "json_schema": {"name": "x", "scheme": {}}}, "response_format.json_schema.scheme"),
     ],
 )

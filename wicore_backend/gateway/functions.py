@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from wicore_backend.gateway.errors import InvalidRequestError, UnsupportedError
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+_DEEPEST = 100
+"""Of JSON in JSON: the engine's grammar compiler takes 128."""
 
 _OPEN_ENDED = frozenset(("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "additionalProperties", "if"))
 """Keywords beside which it is not for us to say that there are no other properties."""
@@ -68,7 +71,8 @@ def _read_function(tool: Mapping[str, Any], place: str) -> Function:
             f"{place}.parameters is {reprlib.repr(parameters)}; it takes the JSON Schema of an object",
             param=f"{place}.parameters",
         )
-    return Function(checked_name(fields.get("name"), f"{place}.name"), description, _arguments(parameters or {}))
+    schema = checked_depth(parameters or {}, f"{place}.parameters")
+    return Function(checked_name(fields.get("name"), f"{place}.name"), description, _arguments(schema))
 
 
 def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +80,20 @@ def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
     if _OPEN_ENDED.isdisjoint(parameters):
         return {"type": "object", "properties": {}, **parameters, "additionalProperties": False}
     return {"type": "object", **parameters}
+
+
+def checked_depth(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """A schema that whoever writes or reads it can follow. Raises InvalidRequestError."""
+    level: list[Any] = [schema]
+    for _ in range(_DEEPEST):
+        level = [part for value in level for part in _inside(value)]
+    if level:
+        raise InvalidRequestError(f"{place} is nested more than {_DEEPEST} deep; flatten it", param=place)
+    return schema
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def checked_fields(value: Any, place: str, *, known: tuple[str, ...]) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wicore_backend.gateway.errors import InvalidRequestError, UnsupportedError
-from wicore_backend.gateway.functions import checked_fields, checked_name
+from wicore_backend.gateway.functions import checked_depth, checked_fields, checked_name
 
 _PARAM = "response_format"
 
@@ -58,4 +58,4 @@ def _schema(given: Any) -> dict[str, Any]:
     schema = fields.get("schema")
     if not isinstance(schema, dict):
         raise InvalidRequestError(f"{param}.schema is missing, or is no object", param=f"{param}.schema")
-    return schema
+    return checked_depth(schema, f"{param}.schema")
