@@ -84,7 +84,7 @@ STATISTICS = EngineStatistics(
     step_seconds=1.25,
     retried=1,
     restarts=2,
-    scheduler=SchedulerCounts(1, 20, 30, 40, 50, 60, 7, 8, 90, 10, 4, 12, 13),
+    scheduler=SchedulerCounts(1, 20, 30, 40, 50, 60, 7, 8, 90, 10, 4, 12, 13, 14, 15),
     step=StepStatistics(StepShape(90, 10, 1000, 2000), 0.02, 0.021, 0.05, Coefficients(1.0, 2.0, 3.0, 4.0, 5.0), 0.03),
 )
 
@@ -120,6 +120,8 @@ def test_every_number_of_the_statistics_is_on_the_page():
         ("wicore_prefix_window_missing_tokens_total",): 50,
         ("wicore_shared_prefill_tokens_total",): 60,
         ("wicore_promotions_total",): 7,
+        ("wicore_guessed_tokens_total",): 14,
+        ("wicore_guessed_tokens_right_total",): 15,
         ("wicore_steps_total",): 13,
         ("wicore_step_seconds_total",): 1.25,
         ("wicore_steps_retried_total",): 1,

@@ -161,3 +161,7 @@ class SchedulerCounts:
     """Of `prefix_hit_tokens`, those that were in host memory and not on the device, ..."""
     nvme_hit_tokens: int = 0
     """... and those that were on disk alone. The others were on the device."""
+    guessed_tokens: int = 0
+    """Tokens computed in case they come, and ..."""
+    guessed_right: int = 0
+    """... those of them that came."""

@@ -242,6 +242,7 @@ class Scheduler:
 
     def advance(self, sequence: Sequence) -> None:
         """The token after the one that a decode computed had been guessed, so that it is computed, too."""
+        self.counts.guessed_right += 1
         sequence.computed += 1
         self._context += 1
         del self._beginning[self._decoding[sequence]][sequence]
@@ -259,6 +260,7 @@ class Scheduler:
             if tokens and self._blocks.extend(sequence.running_blocks, sequence.computed, end):
                 placed[sequence] = tokens
                 left -= len(tokens)
+                self.counts.guessed_tokens += len(tokens)
         return placed
 
     def _bound(self, beginning: Iterable[Sequence]) -> None:

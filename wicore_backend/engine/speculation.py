@@ -95,8 +95,6 @@ class Speculator:
         self._judged = 0
         self._pause = _FIRST_PAUSE
         self._left = _FIRST_PAUSE
-        self.guessed = self.right = 0
-        """Tokens, since the start."""
 
     def wants(self, decodes: int) -> bool:
         """Whether a step of so many decodes is to have guesses; their tokens must be known when it is planned."""
@@ -111,8 +109,6 @@ class Speculator:
 
     def learn(self, sequence: Sequence, *, right: int, guessed: int) -> None:
         """So many of the tokens guessed for a sequence were right."""
-        self.guessed += guessed
-        self.right += right
         if sequence in self._lookups:
             self._lookups[sequence].learn(right, guessed)
 

@@ -299,6 +299,18 @@ FAMILIES = (
         "Requests that went before a higher class because of their age",
         lambda s, _: _one(s.scheduler.promotions),
     ),
+    Family(
+        "counter",
+        "wicore_guessed_tokens_total",
+        "Tokens computed in case they come",
+        lambda s, _: _one(s.scheduler.guessed_tokens),
+    ),
+    Family(
+        "counter",
+        "wicore_guessed_tokens_right_total",
+        "Of those, the tokens that came",
+        lambda s, _: _one(s.scheduler.guessed_right),
+    ),
     # Steps
     Family("counter", "wicore_steps_total", "Steps of the engine", lambda s, _: _one(s.steps)),
     Family("counter", "wicore_step_seconds_total", "Time spent in steps", lambda s, _: _one(s.step_seconds)),
