@@ -147,6 +147,16 @@ def test_a_body_that_is_too_large_is_refused_and_its_client_can_read_why(chunked
         assert status_of(client.recv(65536)) == 200, "the connection is of use afterwards"
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+def test_methods_that_need_no_key_take_no_large_body(method):
+    with served_gateway() as port, closing(connect(port)) as client:
+        client.sendall(head("/health", method, Content_Length=100_000) + bytes(100_000))
+        assert status_of(client.recv(65536)) == 413
+        client.sendall(head("/health", "GET", Content_Length=2) + b"{}")
+        while status_of(answer := client.recv(65536)) != 200:
+            assert answer, "a small one is no harm"
+
+
 def test_who_goes_on_sending_after_the_answer_is_cut_off():
     with served_gateway(connections={"body_bytes": 2000}) as port, closing(connect(port)) as client:
         client.sendall(head(Content_Length=10**9))

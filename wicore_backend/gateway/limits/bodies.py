@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from wicore_backend.gateway.asgi import header, send_error
+from wicore_backend.gateway.asgi import header, send_error, state_of
 from wicore_backend.gateway.errors import ApiError, InvalidRequestError, UnavailableError
 from wicore_backend.gateway.limits.settings import ConnectionSettings
+
+_STRANGERS_BYTES = 64 * 1024
+"""Longest body from whom access control has not looked at."""
 
 
 class BodyTimeoutError(ApiError):
@@ -75,8 +78,10 @@ class BodyMiddleware:
             await self.app(scope, receive, send)
             return
         share = _Share(self.budget)
+        # Access control has let nobody in whose method (GET, HEAD) needs no body.
+        most = self.limits.body_bytes if "caller" in state_of(scope) else _STRANGERS_BYTES
         try:
-            body = await self._whole(scope, receive, share)
+            body = await self._whole(scope, receive, share, most)
             await self.app(scope, _body_then(body, receive), send)
         except _RefusedError as refused:
             await send_error(scope, send, refused.answer)
@@ -85,42 +90,44 @@ class BodyMiddleware:
         finally:
             share.release()
 
-    async def _whole(self, scope: Scope, receive: Receive, share: _Share) -> bytes:
+    async def _whole(self, scope: Scope, receive: Receive, share: _Share, most: int) -> bytes:
         try:
-            self._check_headers(scope)
+            _check_headers(scope, most)
             async with asyncio.timeout(self.limits.body_timeout_s):
-                return await self._receive(receive, share)
+                return await _receive(receive, share, most)
         except TimeoutError:
             raise _RefusedError(BodyTimeoutError(self.limits.body_timeout_s)) from None
         except ApiError as error:
             raise _RefusedError(error) from None
 
-    def _check_headers(self, scope: Scope) -> None:
-        encoding = header(scope, b"content-encoding")
-        if encoding is not None and encoding.lower() != "identity":
-            raise InvalidRequestError(
-                f"bodies in content-encoding {encoding[:40]!r} are not taken; send it plain",
-                code="unsupported_encoding",
-                status=415,
-            )
-        announced = header(scope, b"content-length")
-        if announced is not None and announced.isdecimal() and int(announced) > self.limits.body_bytes:
-            raise _too_large(announced, self.limits)
 
-    async def _receive(self, receive: Receive, share: _Share) -> bytes:
-        body = bytearray()  # Grows as one piece, which the system gets back: many small ones leave holes behind.
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _ClientLeftError
-            chunk = message.get("body", b"")
-            more = message.get("more_body", False)
-            share.grow(len(chunk))
-            if share.held > self.limits.body_bytes:
-                raise _too_large(f"more than {self.limits.body_bytes}", self.limits)
-            body += chunk
-        return bytes(body)
+def _check_headers(scope: Scope, most: int) -> None:
+    encoding = header(scope, b"content-encoding")
+    if encoding is not None and encoding.lower() != "identity":
+        raise InvalidRequestError(
+            f"bodies in content-encoding {encoding[:40]!r} are not taken; send it plain",
+            code="unsupported_encoding",
+            status=415,
+        )
+    announced = header(scope, b"content-length")
+    if announced is not None and announced.isdecimal() and int(announced) > most:
+        raise _too_large(announced, most)
+
+
+async def _receive(receive: Receive, share: _Share, most: int) -> bytes:
+    body = bytearray()  # Grows as one piece, which the system gets back: many small ones leave holes behind.
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientLeftError
+        chunk = message.get("body", b"")
+        more = message.get("more_body", False)
+        share.grow(len(chunk))
+        if share.held > most:
+            raise _too_large(f"more than {most}", most)
+        body += chunk
+    return bytes(body)
 
 
 def _body_then(body: bytes, receive: Receive) -> Receive:
@@ -133,9 +140,9 @@ def _body_then(body: bytes, receive: Receive) -> Receive:
     return receive_whole
 
 
-def _too_large(size: str, limits: ConnectionSettings) -> InvalidRequestError:
+def _too_large(size: str, most: int) -> InvalidRequestError:
     return InvalidRequestError(
-        f"the body has {size[:20]} bytes; {limits.body_bytes} are allowed (connections.body_bytes)",
+        f"the body has {size[:20]} bytes; {most} are allowed here (connections.body_bytes)",
         code="body_too_large",
         status=413,
     )

@@ -82,10 +82,10 @@ class RateLimits:
     async def admit(self, generation: Generation) -> None:
         """Raise RateLimitError unless every limit has room; leave the headers that say how much."""
         caller = generation.caller
+        if not self._limits(caller, 0.0):
+            return
         estimate = self._estimates[caller.tenant].of(generation.request)
         limits = self._limits(caller, estimate.total)
-        if not limits:
-            return
         for limit in limits:
             if limit.kind == "tokens" and estimate.prompt > limit.amount:
                 raise RateLimitError(
@@ -107,11 +107,10 @@ class RateLimits:
 
     def finished(self, generation: Generation) -> None:
         """Settle the tokens."""
-        tenant = self._estimates[generation.caller.tenant]
-        if generation.usage is not None and generation.outcome == "completed":
-            tenant.learn(generation.request, generation.usage)
         if (reservation := self._reserved.pop(generation, None)) is None:
             return
+        if generation.usage is not None and generation.outcome == "completed":
+            self._estimates[generation.caller.tenant].learn(generation.request, generation.usage)
         difference = tokens_taken(generation, reservation.estimate) - reservation.estimate.total
         charges = [
             Charge(limit.charge.bucket, limit.charge.rate, difference)
@@ -141,10 +140,10 @@ class RateLimits:
 
     def _limits(self, caller: Caller, tokens: float, requests: float = 1.0) -> tuple[Limit, ...]:
         found = []
-        # In braces what a Redis cluster keeps together.
+        together = f"{{{caller.tenant or 'anybody'}}}"  # What stands in braces keeps a Redis cluster in one place.
         for whose, bucket, limits in (
-            (f"key {caller.key_id}", f"{{{caller.tenant}}}:key:{caller.key_id}", self.limits_of_key(caller.key_id)),
-            (f"tenant {caller.tenant}", f"{{{caller.tenant}}}:tenant", self.limits_of_tenant(caller.tenant)),
+            (f"key {caller.key_id}", f"{together}:key:{caller.key_id}", self.limits_of_key(caller.key_id)),
+            (f"tenant {caller.tenant}", f"{together}:tenant", self.limits_of_tenant(caller.tenant)),
         ):
             kinds: tuple[tuple[Kind, float | None, float, float], ...] = (
                 ("requests", limits.requests_per_minute, requests, 1.0),
