@@ -72,8 +72,7 @@ class TritonBackend:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         message = triton_wire.encode(request)
-        metadata = (triton_wire.STREAM_ERRORS_HAVE_STATUS, *request.metadata)
-        call = self._service.ModelStreamInfer(iter([message]), metadata=metadata)
+        call = self._service.ModelStreamInfer(iter([message]), metadata=request.metadata)
         answers = request.answers
         self._calls.add(call)
         try:
@@ -85,6 +84,9 @@ class TritonBackend:
                     patience.end()
                     if response is grpc.aio.EOF:
                         raise self._broken("ended the stream before the answer was whole")
+                    if response.error_message:
+                        await _end(call)
+                        raise triton_wire.error_from_text(response.error_message)
                     for delta in triton_wire.decode(response, answers=answers):
                         ended = delta.usage is not None
                         yield delta

@@ -22,11 +22,14 @@ from wicore_backend.gateway.errors import (
     UnavailableError,
 )
 
-STREAM_ERRORS_HAVE_STATUS = ("triton_grpc_error", "true")
-"""Asks Triton to end a stream with the status of its error; without it a stream's error is text without a code."""
+# The header `triton_grpc_error` would have Triton end a stream with its error's status. It is not sent: tritonserver
+# 2.51 crashes in it ("HandleCancellation called even when the context was not cancelled") after a hundred errors or so,
+# and the engine's codes are in its texts.
 
 _CODED = re.compile(r"\[(?P<code>[a-z_]+)\] (?P<text>.*)", re.DOTALL)
 _RETRY_AFTER = re.compile(r"retry after (?P<seconds>\d+(?:\.\d+)?(?:e[+-]?\d+)?) s")
+_NO_MODEL = re.compile(r"unknown model|is not found|not ready|no available versions|is not available")
+"""In Triton's own words."""
 _WHOLE = ("stop", "length")
 
 
@@ -76,15 +79,13 @@ def encode(request: GenerationRequest) -> Any:
 
 
 def decode(message: Any, *, answers: int) -> tuple[Delta, ...]:
-    """What a ModelStreamInferResponse adds to the answers.
+    """What a ModelStreamInferResponse adds to the answers, unless it is an error (`error_from_text`).
 
     Raises
     ------
     ApiError
-        If it says that the request failed, or cannot be read.
+        If it says that the request failed.
     """
-    if message.error_message:
-        raise error_from_text(message.error_message)
     inferred = message.infer_response
     text = ""
     token_ids: tuple[int, ...] = ()
@@ -131,9 +132,11 @@ def decode(message: Any, *, answers: int) -> tuple[Delta, ...]:
 def error_from_text(text: str) -> ApiError:
     """The error that a model's text says, which begins with a code in brackets."""
     coded = _CODED.search(text)
-    if coded is None:
-        return error_of(ErrorCode.INTERNAL, text)
-    return error_of(coded["code"], coded["text"])
+    if coded is not None:
+        return error_of(coded["code"], coded["text"])
+    if _NO_MODEL.search(text):
+        return UnavailableError(text, code="model_unavailable", retry_after_s=5.0)
+    return error_of(ErrorCode.INTERNAL, text)
 
 
 def error_of(code: str, text: str) -> ApiError:
@@ -162,7 +165,7 @@ def error_from_rpc(error: Any, url: str) -> ApiError:
     if status is grpc.StatusCode.CANCELLED:
         return UnavailableError(f"the server at {url} ended the request: {details}", code="backend_unavailable")
     if status in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.OUT_OF_RANGE):
-        if "unknown model" in details or "not found" in details or "not ready" in details:
+        if _NO_MODEL.search(details):
             return UnavailableError(details, code="model_unavailable", retry_after_s=5.0)
         return InvalidRequestError(details)
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own: a message beyond the server's limit
