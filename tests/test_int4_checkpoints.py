@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,8 @@ def random_parts(shape: tuple[int, ...], *, symmetric: bool, group: int = GROUP)
 def words(codes: Tensor, places: tuple[int, ...] = tuple(range(8))) -> Tensor:
     """Rows of codes int64 [n, m] in words int32 [n, m / 8], the code at `places[i]` of each eight in the i-th bits."""
     packed = torch.zeros(len(codes), codes.shape[1] // 8, dtype=torch.int64)
-    for row in range(len(codes)):
-        for word in range(packed.shape[1]):
-            packed[row, word] = sum(int(codes[row, 8 * word + place]) << 4 * i for i, place in enumerate(places))
+    for i, place in enumerate(places):
+        packed += codes[:, place::8].long() << 4 * i
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
 
 
@@ -103,10 +103,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("plain")
+    write_random_checkpoint(directory, text={"num_hidden_layers": 2})
+    return directory
+
+
 @pytest.fixture
-def plain(tmp_path: Path) -> Path:
-    write_random_checkpoint(tmp_path)
-    return tmp_path
+def plain(made_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made_once, tmp_path / "checkpoint")
 
 
 def quantize(
