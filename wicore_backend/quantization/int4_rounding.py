@@ -21,7 +21,7 @@ def quantized_int4(matrix: Tensor, group: int = 128, *, symmetric: bool = True, 
     The scale of a group is the best of those that map a part of its range to the codes, each refined by least squares
     for the codes that it gives. Without zero points a scale may be negative: then the largest positive value gets the
     sixteenth level, which there is on one side only. Without `search` only the whole range is mapped: a tenth of the
-    time, and an eighth more error on normally distributed values.
+    time, and a twentieth more error on normally distributed values.
 
     Raises
     ------
