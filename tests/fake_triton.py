@@ -29,12 +29,6 @@ wicore_requests_total{model="wicore_gemma3",outcome="stop \\"a\\""} 7
 nv_inference_count{model="wicore"} 12
 wicore_blocks_used 3.5
 """
-GRPC_STATUS = {
-    "invalid_argument": grpc.StatusCode.INVALID_ARGUMENT,
-    "unavailable": grpc.StatusCode.UNAVAILABLE,
-    "cancelled": grpc.StatusCode.CANCELLED,
-    "internal": grpc.StatusCode.INTERNAL,
-}
 
 
 @dataclass
@@ -154,9 +148,8 @@ class _Servicer(GRPCInferenceServiceServicer):  # type: ignore[misc]
                     yield _to_message(response)
             except Failure as failure:
                 finished.set()
-                if dict(context.invocation_metadata()).get("triton_grpc_error") == "true":
-                    context.abort(GRPC_STATUS[failure.code], f"in ensemble 'wicore', [{failure.code}] {failure}")
-                yield pb.ModelStreamInferResponse(error_message=str(failure))
+                text = f"in ensemble 'wicore', [{failure.code}] {failure}"
+                yield pb.ModelStreamInferResponse(error_message=text)
             except Disconnect:
                 self._fake.cut_grpc()
                 request.wait()

@@ -68,7 +68,7 @@ class GrpcTransport:
     def start(self, request: GenerateRequest, timeout: float | None) -> GrpcCall:
         messages = iter([grpc_wire.encode(request, self._model)])
         with interrupts_held():
-            responses = self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=grpc_wire.CALL_METADATA)
+            responses = self._stub.ModelStreamInfer(messages, timeout=timeout)
         return GrpcCall(responses, self.endpoint)
 
     def health(self, timeout: float) -> Health:
@@ -142,7 +142,7 @@ class AsyncGrpcTransport:
 
     def start(self, request: GenerateRequest, timeout: float | None) -> AsyncGrpcCall:
         messages = iter([grpc_wire.encode(request, self._model)])
-        call = self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=grpc_wire.CALL_METADATA)
+        call = self._stub.ModelStreamInfer(messages, timeout=timeout)
         return AsyncGrpcCall(call, self.endpoint)
 
     async def health(self, timeout: float) -> Health:

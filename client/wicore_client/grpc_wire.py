@@ -23,9 +23,6 @@ from wicore_client.errors import (
 from wicore_client.requests import GenerateRequest
 from wicore_client.results import Health, ModelHealth, ModelStatistics, Response
 
-CALL_METADATA = (("triton_grpc_error", "true"),)
-"""Asks Triton to end a stream with the status of its error; without it a stream's error is text without a code."""
-
 _CODES = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument.code,
     grpc.StatusCode.NOT_FOUND: InvalidArgument.code,
