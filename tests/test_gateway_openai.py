@@ -63,7 +63,7 @@ def options_of(**fields) -> dict[str, Any]:
     return dict(backend.requests[0].options)
 
 
-def error_of(response, status=400) -> dict[str, Any]:
+def error_of(response, status=400):
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}

@@ -38,7 +38,7 @@ def answer(**outputs):
 WHOLE = (answer(text_output="Hel", token_ids=(1,)), answer(text_output="lo", finish_reason="stop", usage=USAGE))
 
 
-class Script(GRPCInferenceServiceServicer):
+class Script(GRPCInferenceServiceServicer):  # type: ignore[misc] # gRPC's code has no types
     """Answers with what stands in it: messages, a number of seconds to wait, a status to end with."""
 
     def __init__(self, *steps) -> None:
