@@ -39,7 +39,11 @@ async def health() -> HealthAnswer:
     return HealthAnswer()
 
 
-@router.get("/ready", response_model=ReadyAnswer, responses={503: {"model": ReadyAnswer, "description": "No requests are taken."}})
+@router.get(
+    "/ready",
+    response_model=ReadyAnswer,
+    responses={503: {"model": ReadyAnswer, "description": "No requests are taken."}},
+)
 async def ready(request: Request) -> JSONResponse:
     """Whether requests are taken: 200, or 503 and why not."""
     is_ready, reason = await _readiness(request)
