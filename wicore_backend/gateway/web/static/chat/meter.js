@@ -57,8 +57,9 @@ export class Meter {
     return took < SHORTEST_MS ? null : ((this.tokens - 1) * 1000) / took;
   }
 
-  /** Notes the present speed for the curve. */
+  /** Notes the present speed for the curve, which begins with the first that is known. */
   sample() {
+    if (this.speed === null && this.speeds.length === 0) return;
     this.speeds.push(this.speed);
     if (this.speeds.length > 120) this.speeds.shift();
   }
