@@ -116,7 +116,8 @@ def microseconds(work: Callable[[], None], replays: int = 9) -> float:
     """Of `work` as a CUDA graph, the median of its replays."""
     work()
     torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
+    times: list[float] = []
     with torch.cuda.graph(graph):
         work()
     for _ in range(replays + 2):
