@@ -1,5 +1,6 @@
 """The gateway in front of a real server with the demo model, through the official client, unmodified."""
 
+import asyncio
 import base64
 import json
 import os
@@ -11,6 +12,8 @@ import time
 import httpx
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 from websockets.sync.client import connect
 
@@ -77,7 +80,7 @@ def test_a_picture_is_described(client):
 
 
 def test_the_same_seed_gives_the_same_answers_and_several_of_them(client):
-    fields = {"temperature": 2, "seed": 11, "n": 3, "max_tokens": 12}
+    fields = {"temperature": 2, "seed": 11, "n": 3, "max_tokens": 40, "extra_body": {"ignore_eos": True}}
     talk = [{"role": "user", "content": "Tell me something."}]
     first = [choice.message.content for choice in chat(client, talk, **fields).choices]
     again = [choice.message.content for choice in chat(client, talk, **fields).choices]
@@ -145,6 +148,24 @@ def test_a_response_is_given_whole_and_as_a_stream(client):
         assert stream.get_final_response().output_text == text == "19"
 
 
+def test_langchain_asks_streams_calls_tools_and_gets_objects(gateway):
+    model = ChatOpenAI(base_url=f"{gateway.url}/v1", api_key="none", model="wicore", temperature=0, max_retries=0)
+    answer = model.invoke("What is 12 + 7?")
+    assert answer.content == "19"
+    assert answer.usage_metadata["output_tokens"] > 0
+    assert "".join(chunk.content for chunk in model.stream("What is 12 + 7?")) == "19"
+
+    class Sum(BaseModel):
+        """A sum."""
+
+        sum: int = Field(ge=0, le=99)
+
+    called = model.bind_tools([Sum], tool_choice="required").invoke("What is 12 + 7?", max_tokens=200)
+    assert called.tool_calls[0]["name"] == "Sum"
+    found = model.with_structured_output(Sum, method="json_schema").invoke("What is 12 + 7?", max_tokens=60)
+    assert 0 <= found.sum <= 99
+
+
 def test_errors_are_the_official_clients_own(client):
     with pytest.raises(openai.NotFoundError):
         chat(client, model="gpt-9")
@@ -160,6 +181,19 @@ def test_errors_are_the_official_clients_own(client):
     with pytest.raises(openai.APIStatusError) as caught:
         chat(client, COUNT, extra_body={"deadline_ms": 1})
     assert caught.value.status_code == 504
+
+
+def test_a_thousand_bad_requests_leave_the_server_well(gateway, client):
+    body = {"model": "wicore", "messages": [{"role": "assistant", "content": "x"}], "stream": True}
+
+    async def send() -> list[int]:
+        limits = httpx.Limits(max_connections=8)
+        async with httpx.AsyncClient(base_url=gateway.url, limits=limits, timeout=60) as http:
+            many = (http.post("/v1/chat/completions", json=body) for _ in range(1000))
+            return [answer.status_code for answer in await asyncio.gather(*many)]
+
+    assert set(asyncio.run(send())) == {400}
+    assert chat(client).choices[0].message.content == "19"
 
 
 def test_the_status_shows_models_load_and_memories(gateway, client):
