@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from tests.gateway_kit import CHAT, Keys, bearer, gateway, metric, served_gateway
+from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.gateway.access.keys import KeyLimits
 from wicore_backend.gateway.backend import GenerationRequest, Usage
 from wicore_backend.gateway.caller import Caller
@@ -26,6 +27,7 @@ from wicore_backend.gateway.limits.estimates import TokenEstimates
 from wicore_backend.gateway.limits.rate_limits import RateLimitError, RateLimits, duration
 from wicore_backend.gateway.limits.shared import RedisStore
 from wicore_backend.gateway.limits.stores import MemoryStore
+from wicore_backend.gateway.settings import GatewaySettings
 
 PATH = "/v1/chat/completions"
 
@@ -258,6 +260,22 @@ def test_a_stream_has_the_headers_too_and_limits_hold_without_keys():
         assert answer.headers["x-ratelimit-limit-requests"] == "60"
         assert "data: [DONE]" in answer.text
         assert client.post(PATH, json={**CHAT, "stream": True}).status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "name"),
+    [
+        ("limits", {"redis_url": "localhost:6379"}, "redis_url"),
+        ("limits", {"anybody": {"requests_per_minute": 0}}, "requests_per_minute"),
+        ("tls", {"certificate_file": "/nowhere.pem"}, "/nowhere.pem"),
+        ("tls", {"key_file": "key.pem"}, "certificate_file"),
+        ("connections", {"body_bytes": 0}, "body_bytes"),
+        ("connections", {"bodysize": 1}, "bodysize"),
+    ],
+)
+def test_wrong_settings_are_named(section, values, name):
+    with pytest.raises(InvalidArgumentError, match=name):
+        GatewaySettings(**{section: values})
 
 
 # --- In Redis ---

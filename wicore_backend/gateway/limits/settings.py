@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from wicore_backend.gateway.access.keys import KeyLimits
 from wicore_backend.settings import Settings
@@ -20,7 +20,7 @@ class LimitSettings(Settings):
     anybody: KeyLimits = KeyLimits()
     """Without a keys file: what everybody may do together."""
 
-    redis_url: str | None = None
+    redis_url: Annotated[str, Field(pattern="^rediss?://.")] | None = None
     """`redis://[user:password@]host:port/db` or `rediss://`: limits are shared by all copies of the gateway that use
     it. None: each copy counts for itself."""
 
@@ -85,6 +85,25 @@ class TlsSettings(Settings):
 
     client_ca_file: str | None = None
     """PEM: clients have to show a certificate that one of these authorities signed."""
+
+    @model_validator(mode="after")
+    def _check_files(self) -> TlsSettings:
+        if self.certificate_file is None:
+            if self.key_file is not None or self.client_ca_file is not None:
+                raise ValueError("without a certificate_file there is no TLS")
+            return self
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # An empty password, where there is none: otherwise OpenSSL would ask the terminal.
+            context.load_cert_chain(self.certificate_file, self.key_file, lambda: self.key_password or "")
+            if self.client_ca_file is not None:
+                context.load_verify_locations(self.client_ca_file)
+        except OSError as error:  # ssl.SSLError is one
+            raise ValueError(
+                f"certificate_file {self.certificate_file!r}, key_file {self.key_file!r} or client_ca_file"
+                f" {self.client_ca_file!r} cannot be used: {error}"
+            ) from None
+        return self
 
     def uvicorn_options(self) -> dict[str, Any]:
         """As uvicorn names them; nothing without a certificate."""
