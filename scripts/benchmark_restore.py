@@ -49,7 +49,7 @@ class Bench:
 
     def answer(self, length: int) -> Result:
         params = SamplingParams(max_tokens=self._new, temperature=0.0, ignore_eos=True)
-        return self.engine.generate(self._tokens[:length], params)
+        return self.engine.stream(self._tokens[:length], params).collect()
 
     def send_down(self, *, to_disk: bool) -> None:
         """Have the device give up all it has cached, to host memory or on to the disk."""
