@@ -321,6 +321,14 @@ def test_a_stream_that_breaks_ends_with_an_error_event_and_without_done():
         assert "[DONE]" not in told
 
 
+def test_a_mistake_in_the_midst_of_a_stream_is_told_without_its_details():
+    torn = Delta(0, "", (1,), {"no": "tokens"})
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", {"model": "wicore", "prompt": "x"})):
+        asked = {"stream": True, "logprobs": True if path.startswith("/v1/chat") else 0}
+        told = events(post(Said(Delta(0, "a", (1,)), torn), path, body, **asked))
+        assert told[-1]["error"]["code"] == "internal"
+
+
 def test_text_completions_take_texts_and_token_ids_and_number_their_answers():
     backend = ScriptedBackend(tokens=1)
     body = {"model": "wicore", "prompt": ["a", "b"], "n": 2, "max_tokens": 4, "logit_bias": {"5": 1}}

@@ -16,7 +16,7 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import Field, TypeAdapter, ValidationError
 
 from wicore_backend.gateway.caller import Caller, caller_of
-from wicore_backend.gateway.error_handlers import invalid_request
+from wicore_backend.gateway.error_handlers import invalid_request, told
 from wicore_backend.gateway.errors import ApiError, InternalError, InvalidRequestError
 from wicore_backend.gateway.generation import Generation
 from wicore_backend.gateway.openai.chat_plan import ChatPlan
@@ -30,7 +30,7 @@ PATH = "/ws/chat"
 
 _POLICY_VIOLATION = 1008
 _CLIENT_LEFT = (WebSocketDisconnect, OSError, TimeoutError, RuntimeError)
-"""Starlette and uvicorn have several ways to say so."""
+"""Starlette and uvicorn have several ways to say so, or that it takes nothing any more."""
 
 Id = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -146,10 +146,10 @@ class ChatSocket:
             del self._streams[request_id]
         if stream.cancelled():
             last = {"type": "cancelled", "id": request_id}
-        elif isinstance(error := stream.exception(), ApiError):
-            last = _error_frame(request_id, error)
-        elif error is not None:
-            return  # The client has left, or takes nothing any more.
+        elif isinstance(error := stream.exception(), _CLIENT_LEFT):
+            return
+        elif isinstance(error, Exception):
+            last = _error_frame(request_id, told(error))
         else:
             last = stream.result()
         with suppress(*_CLIENT_LEFT):

@@ -53,17 +53,28 @@ class EventStream(Response):
 
     A client that reads slowly holds up the generator, and with it Triton's stream, whose flow control does the rest:
     nothing is buffered here. One that takes nothing for `stalled_after_s` is left.
+
+    Parameters
+    ----------
+    behind
+        What the events are made of; it is closed with them, also when the client has left before the first.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], *, stalled_after_s: float, headers: Mapping[str, str] | None = None
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        behind: AsyncGenerator[Any, None],
+        stalled_after_s: float,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         self._events = events
+        self._behind = behind
         self._stalled_after_s = stalled_after_s
 
     def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
@@ -72,7 +83,7 @@ class EventStream(Response):
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
+        async with aclosing(self._behind), aclosing(self._events):
             with suppress(ClientGoneError, OSError):
                 await unless_gone(receive, self._send_all(send))
 

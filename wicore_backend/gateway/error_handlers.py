@@ -22,6 +22,14 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
+def told(error: Exception) -> ApiError:
+    """What a client is told of an error: its own words, or of a mistake of ours that the log has the rest."""
+    if isinstance(error, ApiError):
+        return error
+    _log.error("an answer broke", exc_info=error)
+    return InternalError()
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Make every exception of a route an ApiError's answer."""
 

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from wicore_backend.gateway.backend import Delta
 from wicore_backend.gateway.caller import CallerDep
 from wicore_backend.gateway.delivery import EventStream, json_response, unless_gone
-from wicore_backend.gateway.errors import ApiError
+from wicore_backend.gateway.error_handlers import told
 from wicore_backend.gateway.openai.answers import Answer, AnswerPart
 from wicore_backend.gateway.openai.chat_plan import ChatPlan
 from wicore_backend.gateway.openai.chat_schema import ChatCompletion, ChatCompletionChunk, ChatRequest
@@ -33,7 +33,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, caller: Ca
     if body.stream:
         first = await unless_gone(request.receive, anext(deltas))
         return EventStream(
-            _events(plan, first, deltas), stalled_after_s=request.app.state.settings.stalled_reader_timeout_s
+            _events(plan, first, deltas),
+            behind=deltas,
+            stalled_after_s=request.app.state.settings.stalled_reader_timeout_s,
         )
     return json_response(await unless_gone(request.receive, _whole(plan, deltas)))
 
@@ -95,8 +97,8 @@ async def _events(plan: ChatPlan, first: Delta, deltas: AsyncGenerator[Delta, No
             if with_usage:
                 yield writer.usage(usage_json(generation.usage))
             yield DONE
-        except ApiError as error:
-            yield error_event(error)
+        except Exception as error:
+            yield error_event(told(error))
 
 
 def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:

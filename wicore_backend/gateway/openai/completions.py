@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from wicore_backend.gateway.backend import Delta, GenerationRequest
 from wicore_backend.gateway.caller import Caller, CallerDep
 from wicore_backend.gateway.delivery import EventStream, json_response, unless_gone
-from wicore_backend.gateway.errors import ApiError
+from wicore_backend.gateway.error_handlers import told
 from wicore_backend.gateway.generation import Generation, request_id
 from wicore_backend.gateway.merging import merged
 from wicore_backend.gateway.openai.completions_schema import Completion, CompletionRequest
@@ -50,7 +50,7 @@ async def create_completion(body: CompletionRequest, request: Request, caller: C
     if body.stream:
         first = await unless_gone(request.receive, anext(deltas))
         events = _events(body, head, generations, first, deltas)
-        return EventStream(events, stalled_after_s=state.settings.stalled_reader_timeout_s)
+        return EventStream(events, behind=deltas, stalled_after_s=state.settings.stalled_reader_timeout_s)
     choices = await unless_gone(request.receive, _whole(body, deltas))
     usages = [generation.usage for generation in generations if generation.usage is not None]
     return json_response({**head, "choices": choices, "usage": completion_usage(*usages).model_dump()})
@@ -170,5 +170,5 @@ async def _events(
             if with_usage:
                 yield writer.usage(usage_json(*(g.usage for g in generations if g.usage is not None)))
             yield DONE
-        except ApiError as error:
-            yield error_event(error)
+        except Exception as error:
+            yield error_event(told(error))

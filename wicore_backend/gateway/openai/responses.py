@@ -12,7 +12,8 @@ from fastapi.responses import Response
 from wicore_backend.gateway.backend import Delta
 from wicore_backend.gateway.caller import CallerDep
 from wicore_backend.gateway.delivery import EventStream, json_response, unless_gone
-from wicore_backend.gateway.errors import ApiError, NotFoundError
+from wicore_backend.gateway.error_handlers import told
+from wicore_backend.gateway.errors import NotFoundError
 from wicore_backend.gateway.generation import Generation
 from wicore_backend.gateway.openai.chat_plan import ChatPlan
 from wicore_backend.gateway.openai.documentation import ERRORS, answers_documented
@@ -36,6 +37,7 @@ async def create_response(body: ResponsesRequest, request: Request, caller: Call
         first = await unless_gone(request.receive, anext(deltas))
         return EventStream(
             _events(writer, plan.generation, first, deltas),
+            behind=deltas,
             stalled_after_s=request.app.state.settings.stalled_reader_timeout_s,
         )
     return json_response(await unless_gone(request.receive, _whole(writer, plan.generation, deltas)))
@@ -73,5 +75,5 @@ async def _events(
             assert generation.usage is not None
             for event in writer.end(generation.usage):
                 yield event
-        except ApiError as error:
-            yield writer.failed(error)
+        except Exception as error:
+            yield writer.failed(told(error))
