@@ -237,7 +237,7 @@ class Recording:
             logits[row, step.token] = 1.0
         mass = {sequence: step.mass for sequence, step in zip(ready, steps, strict=True) if step.mass is not None}
         rows = {sequence: row for row, sequence in enumerate(ready)}
-        return Computed(plan, rows, logits if ready else None, {}, lambda: mass)
+        return Computed(plan, rows, logits if ready else None, {}, mass=lambda: mass)
 
 
 def _name(sequence: EngineSequence) -> bytes:

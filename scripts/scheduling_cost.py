@@ -14,7 +14,7 @@ from scripts.simulation.replay import Arrival, Replay, RequestClass
 from scripts.simulation.traces import TraceRequest
 from wicore_backend.engine.plan import Fork, SchedulerLimits, StepPlan
 from wicore_backend.engine.request import PriorityClass, Sequence
-from wicore_backend.engine.scheduler import Scheduler
+from wicore_backend.engine.scheduler import Guess, Scheduler
 from wicore_backend.engine.step_time import StepTimeModel
 from wicore_backend.hmt.blocks import BlockManager
 
@@ -38,11 +38,11 @@ class TimedScheduler(Scheduler):
         self._planned: float | None = None
         self._ended = 0.0
 
-    def plan(self, now: float) -> StepPlan:
+    def plan(self, now: float, guess: Guess | None = None) -> StepPlan:
         """See Scheduler."""
         busy = self.num_running >= self.running_wanted and self.num_waiting >= self.waiting_wanted
         began = time.thread_time()
-        plan = super().plan(now)
+        plan = super().plan(now, guess)
         self._planned = self._ended + time.thread_time() - began if busy else None
         self._ended = 0.0
         return plan

@@ -3,6 +3,7 @@
 import random
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def questions():
     ]
 
 
-def answers(questions, device: str, dtype: str, model: Path = CHECKPOINT) -> list[list[int]]:
+def answers(questions, device: str, dtype: Any, model: Path = CHECKPOINT) -> list[list[int]]:
     prompts, images = [prompt for prompt, _ in questions], [pictures for _, pictures in questions]
     with Engine(EngineConfig(model=model, device=device, dtype=dtype)) as engine:
         results = engine.generate(prompts, SamplingParams(max_tokens=96, temperature=0.0), images=images)

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ STEP_S = 0.05
 class Output:
     """Of a step that a device has been given, which is done with it at `ends`."""
 
-    mass = staticmethod(dict)
+    mass: Any = staticmethod(dict)
 
     def __init__(self, plan, vocab_size, ends):
         lens = [1] * len(plan.decodes) + [chunk.end - chunk.start for chunk in plan.chunks]
