@@ -1,4 +1,5 @@
-// Tells screen readers of an answer, in sentences and not too often: a live region on the text itself would never stop talking.
+// Tells screen readers of an answer, in sentences and not too often: a live region on the text itself would never
+// stop talking.
 
 import { byId } from "../common/dom.js";
 

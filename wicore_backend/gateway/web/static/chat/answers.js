@@ -14,8 +14,8 @@ const SAVE_EVERY_MS = 1000;
 /**
  * Events, each with the answer's message as its detail: "start", "piece" (more text, or another state), "end".
  *
- * An answer's `state` is "waiting" (asked, nothing came), "retrying" (`failure` says until when), "streaming", "done", "stopped"
- * or "failed" (`failure` says why).
+ * An answer's `state` is "waiting" (asked, nothing came), "retrying" (`failure` says until when), "streaming",
+ * "done", "stopped" or "failed" (`failure` says why).
  */
 export class Answers extends EventTarget {
   #running = new Map(); // conversation id -> {message, abort, meter}
@@ -58,7 +58,10 @@ export class Answers extends EventTarget {
   async #request(path) {
     const urls = new Map();
     for (const picture of path.flatMap(({ pictures = [] }) => pictures)) urls.set(picture, await dataUrl(picture.data));
-    const body = { model: preferences.get("model"), messages: wireMessages(path, preferences.get("system"), (one) => urls.get(one)) };
+    const body = {
+      model: preferences.get("model"),
+      messages: wireMessages(path, preferences.get("system"), (one) => urls.get(one)),
+    };
     if (preferences.get("temperature") !== null) body.temperature = preferences.get("temperature");
     if (preferences.get("maxTokens") !== null) body.max_completion_tokens = preferences.get("maxTokens");
     return body;
@@ -72,7 +75,8 @@ export class Answers extends EventTarget {
         return await this.#stream(run, body);
       } catch (error) {
         const failure = failureOf(error);
-        if (abort.signal.aborted || message.text !== "" || failure.kind !== "unavailable" || attempt > RETRIES) throw error;
+        if (abort.signal.aborted || message.text !== "" || failure.kind !== "unavailable" || attempt > RETRIES)
+          throw error;
         failure.retryAt ??= Date.now() + DEFAULT_WAIT_S * 1000;
         Object.assign(message, { state: "retrying", failure });
         this.#tell("piece", message);
@@ -107,9 +111,13 @@ export class Answers extends EventTarget {
 function pause(milliseconds, signal) {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, milliseconds);
-    signal.addEventListener("abort", () => {
-      clearTimeout(timer);
-      reject(signal.reason);
-    }, { once: true });
+    signal.addEventListener(
+      "abort",
+      () => {
+        clearTimeout(timer);
+        reject(signal.reason);
+      },
+      { once: true },
+    );
   });
 }

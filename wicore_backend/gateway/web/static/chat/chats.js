@@ -6,11 +6,11 @@ const TITLE_LENGTH = 60;
 const UNFINISHED = new Set(["waiting", "retrying", "streaming"]);
 
 /**
- * Events: "list" (conversations came, went or changed), "path" (other messages are shown), "message" (detail: one has changed), "unsaved"
- * (the browser did not take something; the page goes on with it).
+ * Events: "list" (conversations came, went or changed), "path" (other messages are shown), "message" (detail: one has
+ * changed), "unsaved" (the browser did not take something; the page goes on with it).
  *
- * A conversation is {id, title, named, created, updated, head}; `head` is the last message shown, `named` that a person gave the
- * title.
+ * A conversation is {id, title, named, created, updated, head}; `head` is the last message shown, `named` that a
+ * person gave the title.
  */
 export class Chats extends EventTarget {
   conversations = [];
@@ -39,8 +39,8 @@ export class Chats extends EventTarget {
   /**
    * Shows a conversation.
    *
-   * @param {(message) => object|undefined} coming the message itself if its answer is coming right now, and not what was saved of
-   * it; an answer that is neither whole nor coming ended with the page that asked
+   * @param {(message) => object|undefined} coming the message itself if its answer is coming right now, and not what
+   * was saved of it; an answer that is neither whole nor coming ended with the page that asked
    */
   async open(id, coming) {
     const conversation = this.conversations.find((one) => one.id === id) ?? null;
@@ -59,8 +59,8 @@ export class Chats extends EventTarget {
   }
 
   /**
-   * Adds messages to the current conversation, each answering the one before, and shows them; the first starts a conversation if
-   * there is none. Returns the path to the last.
+   * Adds messages to the current conversation, each answering the one before, and shows them; the first starts a
+   * conversation if there is none. Returns the path to the last.
    */
   async append(parent, ...drafts) {
     const now = Date.now();
@@ -68,7 +68,13 @@ export class Chats extends EventTarget {
     this.current ??= { id: crypto.randomUUID(), title: "", named: false, created: now, updated: now, head: null };
     if (created) this.conversations.push(this.current);
     const messages = drafts.map((draft, index) => {
-      const message = { id: crypto.randomUUID(), conversation: this.current.id, parent, created: now + index, ...draft };
+      const message = {
+        id: crypto.randomUUID(),
+        conversation: this.current.id,
+        parent,
+        created: now + index,
+        ...draft,
+      };
       parent = message.id;
       this.messages.set(message.id, message);
       return message;
@@ -139,5 +145,10 @@ function titleOf({ text, pictures = [] }) {
   const line = text.trim().split("\n", 1)[0];
   if (line === "") return pictures.length ? pictures[0].name : "";
   const letters = [...line];
-  return letters.length <= TITLE_LENGTH ? line : `${letters.slice(0, TITLE_LENGTH - 1).join("").trimEnd()}…`;
+  return letters.length <= TITLE_LENGTH
+    ? line
+    : `${letters
+        .slice(0, TITLE_LENGTH - 1)
+        .join("")
+        .trimEnd()}…`;
 }

@@ -4,8 +4,8 @@ import { ApiError, BrokenStreamError, request } from "../common/api.js";
 import { serverSentEvents } from "./sse.js";
 
 /**
- * Asks for an answer and yields its pieces: `{text}`, `{usage}` (token counts, perhaps several times, each the newest) and, once,
- * `{finish}` (the reason). Ends after the server has said that it is done.
+ * Asks for an answer and yields its pieces: `{text}`, `{usage}` (token counts, perhaps several times, each the
+ * newest) and, once, `{finish}` (the reason). Ends after the server has said that it is done.
  *
  * @throws ApiError what the server refused, or how it failed in the middle
  * @throws UnreachableError nobody answered
@@ -19,7 +19,12 @@ export async function* complete(body, { signal }) {
     for await (const data of serverSentEvents(response.body)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ApiError(chunk.error.status ?? 0, chunk.error.code ?? chunk.error.type ?? "", chunk.error.message ?? "");
+      if (chunk.error)
+        throw new ApiError(
+          chunk.error.status ?? 0,
+          chunk.error.code ?? chunk.error.type ?? "",
+          chunk.error.message ?? "",
+        );
       if (chunk.usage) yield { usage: chunk.usage };
       const choice = chunk.choices?.[0];
       if (choice?.delta?.content) yield { text: choice.delta.content };

@@ -159,23 +159,30 @@ export class Composer extends EventTarget {
   #showThumbnails() {
     const list = byId("thumbnails");
     list.hidden = this.#pictures.length === 0;
-    list.replaceChildren(...this.#pictures.map((picture, index) => {
-      const label = t("remove_picture", { name: picture.name });
-      const remove = h("button", { type: "button", class: "icon-button", "aria-label": label, title: label }, icon("close"));
-      remove.addEventListener("click", () => {
-        this.#pictures = this.#pictures.filter((other) => other !== picture);
-        this.#showThumbnails();
-        this.#changed();
-        this.focus();
-      });
-      return h("li", {}, pictureElement(picture, t("picture_n", { n: index + 1 })), remove);
-    }));
+    list.replaceChildren(
+      ...this.#pictures.map((picture, index) => {
+        const label = t("remove_picture", { name: picture.name });
+        const remove = h(
+          "button",
+          { type: "button", class: "icon-button", "aria-label": label, title: label },
+          icon("close"),
+        );
+        remove.addEventListener("click", () => {
+          this.#pictures = this.#pictures.filter((other) => other !== picture);
+          this.#showThumbnails();
+          this.#changed();
+          this.focus();
+        });
+        return h("li", {}, pictureElement(picture, t("picture_n", { n: index + 1 })), remove);
+      }),
+    );
   }
 
   #takePastes() {
     document.addEventListener("paste", (event) => {
       const files = filesOf(event.clipboardData);
-      const hasText = event.clipboardData.types.includes("text/plain"); // cells of a table come as text and as a picture of it
+      // Cells of a table come as text, and as a picture of it.
+      const hasText = event.clipboardData.types.includes("text/plain");
       if (files.length === 0 || hasText || document.querySelector("dialog[open]")) return;
       event.preventDefault();
       this.add(files);

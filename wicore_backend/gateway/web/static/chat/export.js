@@ -29,9 +29,17 @@ export async function exportAll(store) {
 }
 
 async function portable({ pictures = [], ...message }) {
-  return { ...message, pictures: await Promise.all(pictures.map(async (one) => ({ ...one, data: await dataUrl(one.data) }))) };
+  return {
+    ...message,
+    pictures: await Promise.all(pictures.map(async (one) => ({ ...one, data: await dataUrl(one.data) }))),
+  };
 }
 
 function fileName(title) {
-  return title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "wicore";
+  return (
+    title
+      .replace(/[^\p{L}\p{N}]+/gu, "-")
+      .replace(/^-|-$/g, "")
+      .slice(0, 60) || "wicore"
+  );
 }

@@ -3,9 +3,20 @@
 import { ApiError, BrokenStreamError, UnreachableError } from "../common/api.js";
 import { duration, t } from "../common/i18n.js";
 
-const KINDS = { 401: "key", 403: "forbidden", 413: "too_large", 429: "limited", 502: "unavailable", 503: "unavailable", 504: "unavailable" };
+const KINDS = {
+  401: "key",
+  403: "forbidden",
+  413: "too_large",
+  429: "limited",
+  502: "unavailable",
+  503: "unavailable",
+  504: "unavailable",
+};
 
-/** {kind, detail, retryAt}: the kind names the text, the detail is the server's own words, retryAt a time in ms or null. */
+/**
+ * {kind, detail, retryAt}: the kind names the text, the detail is the server's own words, retryAt a time in ms or
+ * null.
+ */
 export function failureOf(error, now = Date.now()) {
   if (error instanceof UnreachableError) return { kind: "unreachable", detail: "", retryAt: null };
   if (error instanceof BrokenStreamError) return { kind: "broken", detail: "", retryAt: null };

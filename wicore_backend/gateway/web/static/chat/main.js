@@ -47,7 +47,8 @@ const transcript = new Transcript(chats, {
     return { all, index: all.indexOf(message) };
   },
   again: (message) => answerOnce(() => answerAnew(message)),
-  retry: (message) => answerOnce(() => (message.text === "" ? answerInto(pathTo(chats.messages, message.id)) : answerAnew(message))),
+  retry: (message) =>
+    answerOnce(() => (message.text === "" ? answerInto(pathTo(chats.messages, message.id)) : answerAnew(message))),
   async giveKey(message) {
     if (await askForKey()) await keyGiven(message);
   },
@@ -75,7 +76,8 @@ async function answerInto(path) {
   const message = path.at(-1);
   transcript.goToEnd();
   await answers.answer(message, path.slice(0, -1));
-  if (message.failure?.kind === "key" && message.conversation === chats.current?.id && (await askForKey())) await keyGiven(message);
+  if (message.failure?.kind === "key" && message.conversation === chats.current?.id && (await askForKey()))
+    await keyGiven(message);
 }
 
 /** Another answer to the same question, beside those there are. */
@@ -123,7 +125,8 @@ answers.addEventListener("piece", ({ detail }) => {
   announcer.follow(detail.text);
 });
 answers.addEventListener("end", ({ detail }) => {
-  if (isShown(detail) && detail.state !== "failed") announcer.end(detail.text, t(detail.state === "done" ? "announce_done" : "stopped"));
+  if (isShown(detail) && detail.state !== "failed")
+    announcer.end(detail.text, t(detail.state === "done" ? "announce_done" : "stopped"));
 });
 
 function isShown(message) {
@@ -202,7 +205,8 @@ byId("model").addEventListener("change", ({ target }) => preferences.set("model"
 // Suggestions
 
 function showSuggestions() {
-  const suggestion = (name, glyph, act) => h("li", {}, h("button", { type: "button", class: "button", on: { click: act } }, icon(glyph), t(name)));
+  const suggestion = (name, glyph, act) =>
+    h("li", {}, h("button", { type: "button", class: "button", on: { click: act } }, icon(glyph), t(name)));
   const asking = (name) => () => answerOrStart({ text: t(name), pictures: [], editing: null });
   byId("suggestions").replaceChildren(
     suggestion("suggest_picture", "picture", () => {
@@ -226,13 +230,19 @@ document.addEventListener("keydown", (event) => {
   const command = event.ctrlKey || event.metaKey;
   const writing = event.target.matches("input, textarea, select");
   const act =
-    event.key === "Escape" ? escape
-    : command && event.shiftKey && event.key.toLowerCase() === "o" ? startNew
-    : command && event.key.toLowerCase() === "b" ? () => layout.toggleSidebar()
-    : writing || command ? null
-    : event.key === "/" ? () => composer.focus()
-    : event.key === "?" ? () => settings.open()
-    : null;
+    event.key === "Escape"
+      ? escape
+      : command && event.shiftKey && event.key.toLowerCase() === "o"
+        ? startNew
+        : command && event.key.toLowerCase() === "b"
+          ? () => layout.toggleSidebar()
+          : writing || command
+            ? null
+            : event.key === "/"
+              ? () => composer.focus()
+              : event.key === "?"
+                ? () => settings.open()
+                : null;
   if (act === null) return;
   event.preventDefault();
   act();

@@ -1,6 +1,6 @@
-// Markdown of a model, as nodes. The lexer finds the structure; every node is built here, from a list of kinds that are known to
-// be harmless. HTML in an answer is shown as the text that it is, pictures in it become links (loading them would tell
-// whoever serves them), and links go to the web or to mail.
+// Markdown of a model, as nodes. The lexer finds the structure; every node is built here, from a list of kinds that
+// are known to be harmless. HTML in an answer is shown as the text that it is, pictures in it become links (loading
+// them would tell whoever serves them), and links go to the web or to mail.
 
 import { h, iconButton } from "../common/dom.js";
 import { t } from "../common/i18n.js";
@@ -9,7 +9,19 @@ import { Lexer } from "../vendor/marked.esm.js";
 const LEXING = { gfm: true, breaks: true };
 const TOO_SLOW_MS = 400;
 const LINKS = new Set(["http:", "https:", "mailto:"]);
-const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", mdash: "—", ndash: "–", hellip: "…", times: "×" };
+const ENTITIES = {
+  amp: "&",
+  lt: "<",
+  gt: ">",
+  quot: '"',
+  apos: "'",
+  nbsp: "\u00a0",
+  copy: "©",
+  mdash: "—",
+  ndash: "–",
+  hellip: "…",
+  times: "×",
+};
 
 /** Shows a text that grows: what stands before its last two blocks is not touched again. */
 export class MarkdownView {
@@ -23,7 +35,10 @@ export class MarkdownView {
     this.copy = copy;
   }
 
-  /** Shows the text as it is now. At its end everything is looked at once more, since a later line can give an earlier one sense. */
+  /**
+   * Shows the text as it is now. At its end everything is looked at once more, since a later line can give an earlier
+   * one sense.
+   */
   show(text, { whole }) {
     const source = text.replaceAll("\r\n", "\n");
     const from = whole ? 0 : this.#settled;
@@ -93,7 +108,11 @@ export class MarkdownView {
       case "blockquote":
         return h("blockquote", {}, ...this.#nested(token.tokens));
       case "list":
-        return h(token.ordered ? "ol" : "ul", token.ordered ? { start: token.start } : {}, ...token.items.map((item) => this.#item(item)));
+        return h(
+          token.ordered ? "ol" : "ul",
+          token.ordered ? { start: token.start } : {},
+          ...token.items.map((item) => this.#item(item)),
+        );
       case "table":
         return table(token);
       case "hr":
@@ -134,8 +153,10 @@ function growCode(node, token) {
 }
 
 function table({ header, rows }) {
-  const cell = (tag) => ({ tokens, align }) =>
-    h(tag, { class: { right: "right", center: "centred" }[align] ?? "" }, ...inline(tokens));
+  const cell =
+    (tag) =>
+    ({ tokens, align }) =>
+      h(tag, { class: { right: "right", center: "centred" }[align] ?? "" }, ...inline(tokens));
   const head = h("thead", {}, h("tr", {}, ...header.map(cell("th"))));
   const body = h("tbody", {}, ...rows.map((row) => h("tr", {}, ...row.map(cell("td")))));
   return h("div", { class: "table" }, h("table", {}, head, body));
@@ -175,7 +196,9 @@ function link(href, content) {
     return content; // nothing here is relative to this page
   }
   if (!LINKS.has(url.protocol)) return content;
-  return [h("a", { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", title: url.href }, ...content)];
+  return [
+    h("a", { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", title: url.href }, ...content),
+  ];
 }
 
 /** Character references in text, as Markdown has them. */

@@ -65,7 +65,9 @@ export class MessageView {
     this.element.classList.toggle("streaming", this.#busy);
     this.element.setAttribute("aria-busy", String(this.#busy));
     if (state === "waiting" && text === "") {
-      this.text.replaceChildren(h("span", { class: "thinking", role: "img", "aria-label": t("thinking") }, h("i"), h("i"), h("i")));
+      this.text.replaceChildren(
+        h("span", { class: "thinking", role: "img", "aria-label": t("thinking") }, h("i"), h("i"), h("i")),
+      );
       this.markdown = new MarkdownView(this.text, this.acts.copy);
     } else if (text !== "") {
       this.text.querySelector(":scope > .thinking")?.remove();
@@ -87,7 +89,8 @@ export class MessageView {
       this.#tellFailure(words, parts, failure, state === "retrying");
     } else if (state === "stopped") words.append(t("stopped"));
     else if (finish === "length") words.append(t("cut_off"));
-    else if (state === "done" && !["stop", "tool_calls", null].includes(finish)) words.append(t("filtered", { reason: finish }));
+    else if (state === "done" && !["stop", "tool_calls", null].includes(finish))
+      words.append(t("filtered", { reason: finish }));
     else parts.length = 0;
     this.state.hidden = parts.length === 0;
     this.state.classList.toggle("error", error);
@@ -97,7 +100,11 @@ export class MessageView {
   }
 
   #tellFailure(words, parts, failure, retrying) {
-    const retry = h("button", { type: "button", class: "button", on: { click: () => this.acts.retry(this.message) } }, t("retry"));
+    const retry = h(
+      "button",
+      { type: "button", class: "button", on: { click: () => this.acts.retry(this.message) } },
+      t("retry"),
+    );
     if (!retrying) parts.push(failure.kind === "key" ? this.#keyButton() : retry);
     const tick = () => {
       words.textContent = wordsOf(failure, { retrying });
@@ -109,11 +116,17 @@ export class MessageView {
   }
 
   #keyButton() {
-    return h("button", { type: "button", class: "button", on: { click: () => this.acts.giveKey(this.message) } }, t("give_key"));
+    return h(
+      "button",
+      { type: "button", class: "button", on: { click: () => this.acts.giveKey(this.message) } },
+      t("give_key"),
+    );
   }
 
   #pictures(pictures) {
-    const items = pictures.map((picture, index) => h("li", {}, pictureElement(picture, t("picture_n", { n: index + 1 }))));
+    const items = pictures.map((picture, index) =>
+      h("li", {}, pictureElement(picture, t("picture_n", { n: index + 1 }))),
+    );
     return h("ul", { class: "pictures", "aria-label": t("pictures") }, ...items);
   }
 
@@ -124,13 +137,16 @@ export class MessageView {
     if (all.length > 1) parts.push(this.#versions(index, all));
     if (!this.#busy) {
       const buttons = [];
-      if (message.text !== "") buttons.push(iconButton("copy", t("copy"), (event) => acts.copy(message.text, event.currentTarget)));
+      if (message.text !== "")
+        buttons.push(iconButton("copy", t("copy"), (event) => acts.copy(message.text, event.currentTarget)));
       if (message.role === "user") buttons.push(iconButton("edit", t("edit"), () => acts.edit(message)));
       else if (message.state !== "failed") buttons.push(iconButton("again", t("again"), () => acts.again(message)));
       parts.push(h("span", { class: "acts" }, ...buttons));
       if (message.figures) parts.push(h("span", { class: "metrics" }, figures(message.figures)));
     }
-    const focused = this.tools.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
+    const focused = this.tools.contains(document.activeElement)
+      ? document.activeElement.getAttribute("aria-label")
+      : null;
     this.tools.replaceChildren(...parts);
     if (focused !== null) this.tools.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
   }
@@ -141,8 +157,18 @@ export class MessageView {
       button.disabled = all[index + step] === undefined;
       return button;
     };
-    const where = h("span", { "aria-label": t("version_n", { n: index + 1, of: all.length }), role: "img" }, `${index + 1} / ${all.length}`);
-    return h("span", { class: "versions" }, turn("left", "previous_version", -1), where, turn("right", "next_version", 1));
+    const where = h(
+      "span",
+      { "aria-label": t("version_n", { n: index + 1, of: all.length }), role: "img" },
+      `${index + 1} / ${all.length}`,
+    );
+    return h(
+      "span",
+      { class: "versions" },
+      turn("left", "previous_version", -1),
+      where,
+      turn("right", "next_version", 1),
+    );
   }
 }
 

@@ -66,6 +66,12 @@ export class Meter {
 
   /** What is kept with the answer. */
   summary() {
-    return { ttft: this.ttft, speed: this.meanSpeed, tokens: this.tokens, promptTokens: this.promptTokens, cachedTokens: this.cachedTokens };
+    return {
+      ttft: this.ttft,
+      speed: this.meanSpeed,
+      tokens: this.tokens,
+      promptTokens: this.promptTokens,
+      cachedTokens: this.cachedTokens,
+    };
   }
 }

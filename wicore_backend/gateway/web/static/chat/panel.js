@@ -57,7 +57,12 @@ export class Panel {
   showAnswer() {
     const live = this.#meter;
     const { speed, ttft, tokens, promptTokens, cachedTokens } = live ?? this.#figures ?? {};
-    figure("panel-speed", speed, (value) => number(value, { maximumFractionDigits: value < 100 ? 1 : 0 }), t("per_second"));
+    figure(
+      "panel-speed",
+      speed,
+      (value) => number(value, { maximumFractionDigits: value < 100 ? 1 : 0 }),
+      t("per_second"),
+    );
     figure("panel-ttft", ttft, duration);
     const cached = cachedTokens ? t("cached_share", { n: number(cachedTokens) }) : t("tokens_unit");
     figure("panel-prompt", promptTokens, number, cached);
@@ -95,9 +100,14 @@ export class Panel {
     const tiers = status?.tiers ?? [];
     byId("panel-tiers").replaceChildren(...tiers.map(tierItem));
     const prompts = (status?.foundTokens ?? 0) + (status?.missedTokens ?? 0);
-    byId("panel-hits").textContent = tiers.length === 0
-      ? (status ? t("no_tiers") : "")
-      : prompts > 0 ? t("hits", { share: percent(status.foundTokens / prompts) }) : "";
+    byId("panel-hits").textContent =
+      tiers.length === 0
+        ? status
+          ? t("no_tiers")
+          : ""
+        : prompts > 0
+          ? t("hits", { share: percent(status.foundTokens / prompts) })
+          : "";
   }
 }
 
@@ -106,7 +116,8 @@ function percent(share) {
 }
 
 function tierItem({ tier, share, bytes: held }) {
-  const words = share === null ? "–" : t("tier_share", { bytes: held === null ? "–" : bytes(held), share: percent(share) });
+  const words =
+    share === null ? "–" : t("tier_share", { bytes: held === null ? "–" : bytes(held), share: percent(share) });
   const fill = h("i");
   fill.style.width = `${(share ?? 0) * 100}%`;
   const row = h("div", { class: "row" }, h("span", {}, t(`tier_${tier}`)), h("span", {}, words));
@@ -127,7 +138,9 @@ function drawSpark(element, values) {
   if (known.length < 2) return element.replaceChildren();
   const top = Math.max(...known) * 1.1;
   const step = WIDTH / Math.max(values.length - 1, 1);
-  const points = values.flatMap((value, index) => (value === null ? [] : [[index * step, HEIGHT - 2 - (value / top) * (HEIGHT - 6)]]));
+  const points = values.flatMap((value, index) =>
+    value === null ? [] : [[index * step, HEIGHT - 2 - (value / top) * (HEIGHT - 6)]],
+  );
   const line = `M${points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}`;
   const under = `${line}L${points.at(-1)[0].toFixed(1)} ${HEIGHT}L${points[0][0].toFixed(1)} ${HEIGHT}Z`;
   element.replaceChildren(svg("path", { class: "under", d: under }), svg("path", { d: line }));

@@ -1,4 +1,5 @@
-// Pictures on their way to a model: made small and drawn anew, so that what the camera wrote beside them (places, names) stays here.
+// Pictures on their way to a model: made small and drawn anew, so that what the camera wrote beside them (places,
+// names) stays here.
 
 const LONGEST_SIDE = 1792; // twice the side of what Gemma-3 sees at once
 const JPEG_QUALITY = 0.92;

@@ -27,8 +27,10 @@ export class SettingsDialog {
     this.#number("temperature", "temperature");
     this.#number("max-tokens", "maxTokens");
     byId("language").addEventListener("change", ({ target }) => preferences.set("language", target.value));
-    for (const choice of this.#themes()) choice.addEventListener("change", () => preferences.set("theme", choice.value));
-    for (const id of ["key", "remember-key"]) byId(id).addEventListener("change", () => apiKey.set(byId("key").value, byId("remember-key").checked));
+    for (const choice of this.#themes())
+      choice.addEventListener("change", () => preferences.set("theme", choice.value));
+    for (const id of ["key", "remember-key"])
+      byId(id).addEventListener("change", () => apiKey.set(byId("key").value, byId("remember-key").checked));
   }
 
   open() {

@@ -35,7 +35,11 @@ export class Sidebar {
   #item(conversation) {
     const title = conversation.title || t("untitled");
     const current = this.chats.current?.id === conversation.id;
-    const open = h("button", { type: "button", class: "open", title, on: { click: () => this.acts.open(conversation) } }, title);
+    const open = h(
+      "button",
+      { type: "button", class: "open", title, on: { click: () => this.acts.open(conversation) } },
+      title,
+    );
     open.dataset.focus = `${conversation.id} open`;
     if (current) open.setAttribute("aria-current", "page");
     open.classList.toggle("busy", this.answers.running(conversation.id) !== undefined);

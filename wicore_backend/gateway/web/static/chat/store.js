@@ -36,7 +36,9 @@ class DatabaseStore {
   }
 
   messages(conversation) {
-    return settled(this.database.transaction("messages").objectStore("messages").index("conversation").getAll(conversation));
+    return settled(
+      this.database.transaction("messages").objectStore("messages").index("conversation").getAll(conversation),
+    );
   }
 
   /** Writes both or neither. */
@@ -75,7 +77,8 @@ class MemoryStore {
 
   async remove(conversation) {
     this.kept.conversations.delete(conversation);
-    for (const [id, message] of this.kept.messages) if (message.conversation === conversation) this.kept.messages.delete(id);
+    for (const [id, message] of this.kept.messages)
+      if (message.conversation === conversation) this.kept.messages.delete(id);
   }
 }
 

@@ -1,4 +1,5 @@
-// A conversation is a tree of messages: an edited question or another try at an answer is a sibling, and nothing is lost.
+// A conversation is a tree of messages: an edited question or another try at an answer is a sibling, and nothing is
+// lost.
 //
 // A message is {id, conversation, parent, role, text, pictures, created, ...}; `parent` is null for the first question.
 
@@ -11,13 +12,17 @@ export function pathTo(messages, id) {
 
 /** The versions of a message, itself among them, the oldest first. */
 export function versions(messages, message) {
-  return [...messages.values()].filter((other) => other.parent === message.parent).sort((a, b) => a.created - b.created);
+  return [...messages.values()]
+    .filter((other) => other.parent === message.parent)
+    .sort((a, b) => a.created - b.created);
 }
 
 /** The newest end of the paths that go through a message: where it was last talked on. */
 export function newestEnd(messages, id) {
   const parents = new Set([...messages.values()].map(({ parent }) => parent));
-  const ends = [...messages.values()].filter((message) => !parents.has(message.id) && goesThrough(messages, message, id));
+  const ends = [...messages.values()].filter(
+    (message) => !parents.has(message.id) && goesThrough(messages, message, id),
+  );
   return ends.reduce((newest, end) => (end.created > newest.created ? end : newest)).id;
 }
 
@@ -27,8 +32,8 @@ function goesThrough(messages, message, id) {
 }
 
 /**
- * What goes to the server for a path: its messages in turn. Answers that never came are left out, and questions that then follow
- * one another are joined, since models want turns.
+ * What goes to the server for a path: its messages in turn. Answers that never came are left out, and questions that
+ * then follow one another are joined, since models want turns.
  *
  * @param {(picture) => string} url of a picture, as the wire takes it
  */

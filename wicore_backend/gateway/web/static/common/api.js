@@ -21,7 +21,10 @@ export class BrokenStreamError extends Error {
   name = "BrokenStreamError";
 }
 
-/** Sends a request, with the person's key if there is one; the response if it is good, an ApiError or UnreachableError if not. */
+/**
+ * Sends a request, with the person's key if there is one; the response if it is good, an ApiError or UnreachableError
+ * if not.
+ */
 export async function request(path, { body, key = apiKey.get(), ...options } = {}) {
   const headers = {};
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -53,7 +56,12 @@ async function errorOf(response) {
     // A proxy's page, or nothing: the status alone speaks.
   }
   const message = typeof error.message === "string" ? error.message : response.statusText || `HTTP ${response.status}`;
-  return new ApiError(response.status, error.code ?? error.type ?? "", message, retryAfter(response.headers.get("Retry-After")));
+  return new ApiError(
+    response.status,
+    error.code ?? error.type ?? "",
+    message,
+    retryAfter(response.headers.get("Retry-After")),
+  );
 }
 
 /** Seconds, from either form that the header has. */

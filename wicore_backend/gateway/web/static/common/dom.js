@@ -1,14 +1,17 @@
 // Nodes are built, never parsed from text: nothing that a model or a person writes can become markup.
 
-/** An element with properties and children. `class` sets className, `data` the dataset, `on` listeners by event; names with a
- * dash are attributes, all others are properties of the element. */
+/**
+ * An element with properties and children. `class` sets className, `data` the dataset, `on` listeners by event; names
+ * with a dash are attributes, all others are properties of the element.
+ */
 export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined) continue;
     if (name === "class") element.className = value;
     else if (name === "data") Object.assign(element.dataset, value);
-    else if (name === "on") for (const [event, listener] of Object.entries(value)) element.addEventListener(event, listener);
+    else if (name === "on")
+      for (const [event, listener] of Object.entries(value)) element.addEventListener(event, listener);
     else if (name.includes("-")) element.setAttribute(name, value);
     else element[name] = value;
   }
@@ -59,7 +62,11 @@ export function icon(name) {
 
 /** A button that shows an icon alone, named for those who cannot see it. */
 export function iconButton(name, label, onClick) {
-  return h("button", { type: "button", class: "icon-button small", "aria-label": label, title: label, on: { click: onClick } }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "icon-button small", "aria-label": label, title: label, on: { click: onClick } },
+    icon(name),
+  );
 }
 
 /** The elements of a page by their ids, and a clear error for one that is missing. */

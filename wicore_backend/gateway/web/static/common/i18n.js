@@ -45,7 +45,8 @@ export function bytes(count) {
 export function translatePage() {
   document.documentElement.lang = locale();
   for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
-  for (const element of document.querySelectorAll("[data-t-placeholder]")) element.placeholder = t(element.dataset.tPlaceholder);
+  for (const element of document.querySelectorAll("[data-t-placeholder]"))
+    element.placeholder = t(element.dataset.tPlaceholder);
   for (const element of document.querySelectorAll("[data-t-label]")) {
     const label = t(element.dataset.tLabel);
     element.setAttribute("aria-label", label);

@@ -42,7 +42,9 @@ export const preferences = {
 
 let keyOfThisPage = attempt(() => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY), null) ?? "";
 
-/** The key for the server. It leaves the browser in requests to the server that the page came from, and nowhere else. */
+/**
+ * The key for the server. It leaves the browser in requests to the server that the page came from, and nowhere else.
+ */
 export const apiKey = {
   get: () => keyOfThisPage,
   remembered: () => attempt(() => localStorage.getItem(KEY) !== null, false),
@@ -50,8 +52,13 @@ export const apiKey = {
   /** Keeps it for this tab or, if asked to, for later visits. */
   set(key, remember) {
     keyOfThisPage = key.trim();
-    for (const [storage, keep] of [["sessionStorage", !remember], ["localStorage", remember]]) {
-      attempt(() => (keep && keyOfThisPage ? window[storage].setItem(KEY, keyOfThisPage) : window[storage].removeItem(KEY)));
+    for (const [storage, keep] of [
+      ["sessionStorage", !remember],
+      ["localStorage", remember],
+    ]) {
+      attempt(() =>
+        keep && keyOfThisPage ? window[storage].setItem(KEY, keyOfThisPage) : window[storage].removeItem(KEY),
+      );
     }
   },
 };

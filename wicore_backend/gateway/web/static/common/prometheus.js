@@ -22,7 +22,8 @@ export function parseMetrics(page) {
 
 function parseLabels(text) {
   const labels = {};
-  for (const [, name, value] of text.matchAll(LABEL)) labels[name] = value.replace(/\\(.)/g, (whole, letter) => ESCAPES[letter] ?? whole);
+  for (const [, name, value] of text.matchAll(LABEL))
+    labels[name] = value.replace(/\\(.)/g, (whole, letter) => ESCAPES[letter] ?? whole);
   return labels;
 }
 
@@ -50,8 +51,8 @@ export function difference(later, earlier) {
 }
 
 /**
- * The value below which a share of the observations lies, as close as the buckets tell: evenly spread within one. The last
- * bucket has no end, so that its lower bound stands for it. Null if nothing was observed.
+ * The value below which a share of the observations lies, as close as the buckets tell: evenly spread within one. The
+ * last bucket has no end, so that its lower bound stands for it. Null if nothing was observed.
  */
 export function quantile(buckets, share) {
   const total = buckets.at(-1)?.[1] ?? 0;

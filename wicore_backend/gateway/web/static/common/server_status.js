@@ -6,8 +6,9 @@ import { json } from "./api.js";
 export const TIERS = ["device", "host", "nvme"];
 
 /**
- * {ready, reason, running, waiting, tiers, foundTokens, missedTokens, ...}. A tier is {tier, share, bytes, foundTokens, stored,
- * loaded}: `share` is 0 to 1 or null, what its fullest part holds of its room; `stored` and `loaded` are bytes since the start.
+ * {ready, reason, running, waiting, tiers, foundTokens, missedTokens, ...}. A tier is {tier, share, bytes,
+ * foundTokens, stored, loaded}: `share` is 0 to 1 or null, what its fullest part holds of its room; `stored` and
+ * `loaded` are bytes since the start.
  */
 export async function serverStatus(options) {
   return inOurTerms(await json("status", options));
@@ -36,7 +37,9 @@ export function inOurTerms(status) {
 }
 
 function tierInOurTerms(tier) {
-  const shares = (tier.groups ?? []).filter(({ used, capacity }) => used !== null && capacity).map(({ used, capacity }) => used / capacity);
+  const shares = (tier.groups ?? [])
+    .filter(({ used, capacity }) => used !== null && capacity)
+    .map(({ used, capacity }) => used / capacity);
   if (tier.disk_bytes) shares.push(tier.used_disk_bytes / tier.disk_bytes);
   return {
     tier: tier.tier,

@@ -17,8 +17,9 @@ export class Chart {
   #at = null; // index of the reading that the tooltip tells of
 
   /**
-   * @param {{title: () => string, note: () => string, format: (value: number) => string, top?: number, binary?: boolean}} options
-   * `top`: the least that the axis reaches to; `binary`: its values are bytes, round in powers of 1024
+   * @param {{title: () => string, note: () => string, format: (value: number) => string, top?: number, binary?:
+   * boolean}} options `top`: the least that the axis reaches to; `binary`: its values are bytes, round in powers of
+   * 1024
    */
   constructor(options) {
     this.options = options;
@@ -29,7 +30,13 @@ export class Chart {
     this.tooltip = h("div", { class: "tooltip", hidden: true, role: "status" });
     this.empty = h("p", { class: "empty" });
     this.plot = h("div", { class: "plot", tabIndex: 0, role: "group" }, this.drawing, this.empty, this.tooltip);
-    this.element = h("section", { class: "chart card" }, h("div", { class: "chart-head" }, this.heading, this.note), this.legend, this.plot);
+    this.element = h(
+      "section",
+      { class: "chart card" },
+      h("div", { class: "chart-head" }, this.heading, this.note),
+      this.legend,
+      this.plot,
+    );
     this.plot.addEventListener("pointermove", (event) => this.#point(event));
     this.plot.addEventListener("pointerleave", () => this.#leave());
     this.plot.addEventListener("blur", () => this.#leave());
@@ -57,19 +64,29 @@ export class Chart {
     this.x = (time) => MARGIN.left + ((time - from) / (to - from)) * (this.width - MARGIN.left - MARGIN.right);
     this.y = (value) => HEIGHT - MARGIN.bottom - (value / this.ticks.at(-1)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
     this.drawing.setAttribute("viewBox", `0 0 ${this.width} ${HEIGHT}`);
-    this.drawing.replaceChildren(...this.#axes(from, to), ...series.flatMap(({ values }, index) => this.#line(times, values, index)));
+    this.drawing.replaceChildren(
+      ...this.#axes(from, to),
+      ...series.flatMap(({ values }, index) => this.#line(times, values, index)),
+    );
     this.#showTooltip();
   }
 
   #showLegend() {
     const { series } = this.#data;
     const items = series.map(({ name, values }, index) => {
-      const swatch = svg("svg", { class: `swatch series-${index + 1}`, viewBox: "0 0 22 6", "aria-hidden": "true" }, svg("path", { d: "M1 3h20", "stroke-dasharray": DASHES[index] }));
+      const swatch = svg(
+        "svg",
+        { class: `swatch series-${index + 1}`, viewBox: "0 0 22 6", "aria-hidden": "true" },
+        svg("path", { d: "M1 3h20", "stroke-dasharray": DASHES[index] }),
+      );
       const value = values.at(-1) ?? null;
       return h("li", {}, swatch, name, h("strong", {}, value === null ? "–" : this.options.format(value)));
     });
     this.legend.replaceChildren(...items);
-    const now = series.map(({ name, values }) => `${name} ${(values.at(-1) ?? null) === null ? t("no_data") : this.options.format(values.at(-1))}`);
+    const now = series.map(
+      ({ name, values }) =>
+        `${name} ${(values.at(-1) ?? null) === null ? t("no_data") : this.options.format(values.at(-1))}`,
+    );
     this.plot.setAttribute("aria-label", `${this.options.title()}. ${now.join(", ")}. ${t("chart_help")}`);
   }
 
@@ -114,7 +131,10 @@ export class Chart {
     const { times } = this.#data;
     if (times.length === 0) return;
     const x = event.clientX - this.plot.getBoundingClientRect().left;
-    this.#at = times.reduce((nearest, time, index) => (Math.abs(this.x(time) - x) < Math.abs(this.x(times[nearest]) - x) ? index : nearest), 0);
+    this.#at = times.reduce(
+      (nearest, time, index) => (Math.abs(this.x(time) - x) < Math.abs(this.x(times[nearest]) - x) ? index : nearest),
+      0,
+    );
     this.#showTooltip();
   }
 
@@ -156,7 +176,9 @@ export function niceTicks(highest, binary = false) {
   if (highest <= 0) return [0, 1];
   const unit = binary ? 1024 ** Math.max(0, Math.floor(Math.log2(highest) / 10)) : 1;
   const power = 10 ** Math.floor(Math.log10(highest / unit / 4));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((candidate) => candidate * 4 >= (highest / unit) * 0.999);
+  const step = [1, 2, 2.5, 5, 10]
+    .map((factor) => factor * power)
+    .find((candidate) => candidate * 4 >= (highest / unit) * 0.999);
   const count = Math.max(1, Math.ceil(highest / unit / step - 0.001));
   return Array.from({ length: count + 1 }, (_, index) => Number((index * step).toPrecision(12)) * unit);
 }

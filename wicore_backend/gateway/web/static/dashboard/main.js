@@ -11,8 +11,16 @@ import { Chart } from "./chart.js";
 import { INTERVAL_MS, Readings, tierOf, tiersOf } from "./readings.js";
 import { fillTables } from "./tables.js";
 
-const LATENCIES = { ttft: "wicore_gateway_ttft_seconds", tpot: "wicore_gateway_tpot_seconds", request: "wicore_gateway_request_seconds" };
-const QUANTILES = [["median", 0.5], ["p95", 0.95], ["p99", 0.99]];
+const LATENCIES = {
+  ttft: "wicore_gateway_ttft_seconds",
+  tpot: "wicore_gateway_tpot_seconds",
+  request: "wicore_gateway_request_seconds",
+};
+const QUANTILES = [
+  ["median", 0.5],
+  ["p95", 0.95],
+  ["p99", 0.99],
+];
 
 const readings = new Readings();
 let paused = false;
@@ -21,31 +29,69 @@ let locked = false;
 
 const percent = (share) => number(share, { style: "percent", maximumFractionDigits: 1 });
 const ofTiers = (value) => (shown, latest) =>
-  tiersOf(latest?.status).map((tier) => ({ name: t(`tier_${tier}`), values: shown.map((reading) => value(reading, tier)) }));
+  tiersOf(latest?.status).map((tier) => ({
+    name: t(`tier_${tier}`),
+    values: shown.map((reading) => value(reading, tier)),
+  }));
 const quantiles = (name) => (shown) =>
-  QUANTILES.map(([label, share]) => ({ name: t(label), values: shown.map((reading) => readings.quantile(reading, name, share)) }));
-const sumOfTiers = (name) => (status) => (status.tiers.length ? status.tiers.reduce((sum, tier) => sum + (tier[name] ?? 0), 0) : null);
+  QUANTILES.map(([label, share]) => ({
+    name: t(label),
+    values: shown.map((reading) => readings.quantile(reading, name, share)),
+  }));
+const sumOfTiers = (name) => (status) =>
+  status.tiers.length ? status.tiers.reduce((sum, tier) => sum + (tier[name] ?? 0), 0) : null;
 const perSecond = (format) => (value) => `${format(value)}/${t("s")}`;
 
 /** [name of the texts, how a value is written, what is drawn, what else the chart is told] */
 const CHARTS = [
-  ["load", number, (shown) => ["running", "waiting"].map((name) => ({ name: t(name), values: shown.map(({ status }) => status?.[name] ?? null) })), { top: 4 }],
-  ["throughput", perSecond(number), (shown) => [
-    { name: t("generated"), values: shown.map((reading) => readings.rate(reading, (status) => status.generatedTokens)) },
-    { name: t("prompts"), values: shown.map((reading) => readings.rate(reading, (status) => status.promptTokens)) },
-  ], { top: 4 }],
+  [
+    "load",
+    number,
+    (shown) =>
+      ["running", "waiting"].map((name) => ({
+        name: t(name),
+        values: shown.map(({ status }) => status?.[name] ?? null),
+      })),
+    { top: 4 },
+  ],
+  [
+    "throughput",
+    perSecond(number),
+    (shown) => [
+      {
+        name: t("generated"),
+        values: shown.map((reading) => readings.rate(reading, (status) => status.generatedTokens)),
+      },
+      { name: t("prompts"), values: shown.map((reading) => readings.rate(reading, (status) => status.promptTokens)) },
+    ],
+    { top: 4 },
+  ],
   ["ttft", duration, quantiles("ttft")],
   ["tpot", duration, quantiles("tpot")],
   ["e2e", duration, quantiles("request")],
-  ["hit_rate", percent, ofTiers((reading, tier) => readings.share(
-    reading,
-    (status) => tierOf(status, tier)?.foundTokens ?? null,
-    (status) => (status.foundTokens === null ? null : status.foundTokens + status.missedTokens),
-  )), { top: 1 }],
+  [
+    "hit_rate",
+    percent,
+    ofTiers((reading, tier) =>
+      readings.share(
+        reading,
+        (status) => tierOf(status, tier)?.foundTokens ?? null,
+        (status) => (status.foundTokens === null ? null : status.foundTokens + status.missedTokens),
+      ),
+    ),
+    { top: 1 },
+  ],
   ["tier_fill", percent, ofTiers(({ status }, tier) => tierOf(status, tier)?.share ?? null), { top: 1 }],
-  ["traffic", perSecond(bytes), (shown) => ["stored", "loaded"].map((name) => ({
-    name: t(name), values: shown.map((reading) => readings.rate(reading, sumOfTiers(name))),
-  })), { top: 1024, binary: true }],
+  [
+    "traffic",
+    perSecond(bytes),
+    (shown) =>
+      ["stored", "loaded"].map((name) => ({
+        name: t(name),
+        values: shown.map((reading) => readings.rate(reading, sumOfTiers(name))),
+      })),
+    { top: 1024, binary: true },
+  ],
 ].map(([name, format, series, more = {}]) => ({
   series,
   chart: new Chart({ title: () => t(name), note: () => t(`${name}_more`), format, ...more }),
@@ -77,15 +123,19 @@ function showTiles(reading) {
     [t("ttft"), ttft, duration],
     [t("hit_rate"), prompts > 0 ? status.foundTokens / prompts : null, percent],
   ];
-  byId("tiles").replaceChildren(...tiles.map(([name, value, format]) =>
-    h("div", { class: "card tile" }, h("dt", {}, name), h("dd", {}, value === null ? "–" : format(value)))));
+  byId("tiles").replaceChildren(
+    ...tiles.map(([name, value, format]) =>
+      h("div", { class: "card tile" }, h("dt", {}, name), h("dd", {}, value === null ? "–" : format(value))),
+    ),
+  );
 }
 
 function showState() {
   const { latest } = readings;
   const clock = new Intl.DateTimeFormat(locale(), { timeStyle: "medium", hour12: false });
   const state = byId("state");
-  const name = latest === null ? null : latest.status === null ? "no_answer" : latest.status.ready ? "ready" : "not_ready";
+  const name =
+    latest === null ? null : latest.status === null ? "no_answer" : latest.status.ready ? "ready" : "not_ready";
   state.hidden = name === null;
   state.className = `pill ${name ?? ""}`;
   state.textContent = name === null ? "" : t(name);
@@ -100,7 +150,12 @@ function showState() {
 }
 
 function age(seconds) {
-  const units = [["day", 86400], ["hour", 3600], ["minute", 60], ["second", 1]];
+  const units = [
+    ["day", 86400],
+    ["hour", 3600],
+    ["minute", 60],
+    ["second", 1],
+  ];
   const [unit, size] = units.find(([, one]) => seconds >= one) ?? units.at(-1);
   return number(Math.floor(seconds / size), { style: "unit", unit, unitDisplay: "long" });
 }

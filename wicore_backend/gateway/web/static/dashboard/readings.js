@@ -9,7 +9,10 @@ const RATE_OVER_MS = 10_000;
 const QUANTILE_OVER_MS = 60_000;
 const GAP_MS = 3 * INTERVAL_MS; // more between two readings, and the line breaks
 
-/** A reading is {at, status, latencies}: ms, the page's terms of /status or null, {ttft, tpot, request}: histograms or null. */
+/**
+ * A reading is {at, status, latencies}: ms, the page's terms of /status or null, {ttft, tpot, request}: histograms or
+ * null.
+ */
 export class Readings {
   #all = [];
 
@@ -27,7 +30,9 @@ export class Readings {
     const shown = this.#all.filter(({ at }) => at >= time);
     return shown.flatMap((reading, index) => {
       const before = shown[index - 1];
-      return before && reading.at - before.at > GAP_MS ? [{ at: before.at + 1, status: null, latencies: null }, reading] : [reading];
+      return before && reading.at - before.at > GAP_MS
+        ? [{ at: before.at + 1, status: null, latencies: null }, reading]
+        : [reading];
     });
   }
 

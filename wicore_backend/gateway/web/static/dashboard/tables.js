@@ -5,11 +5,23 @@ import { bytes, number, t } from "../common/i18n.js";
 
 export function fillTables(status) {
   const outcomes = Object.entries({ ...status?.outcomes, ...status?.rejected }).filter(([, count]) => count > 0);
-  fill("outcomes", outcomes.map(([name, count]) => [name, number(count)]));
+  fill(
+    "outcomes",
+    outcomes.map(([name, count]) => [name, number(count)]),
+  );
   const reasons = (status?.reasons ?? []).filter(({ count }) => count > 0);
-  fill("reasons", reasons.map(({ reason, count, unit }) => [reason, `${number(count)} ${unit}`]));
-  fill("models", (status?.models ?? []).map(({ name, version, ready }) => [name, version, t(ready ? "ready" : "not_ready")]));
-  fill("devices", (status?.devices ?? []).map((device) => [device.name, deviceState(device)]));
+  fill(
+    "reasons",
+    reasons.map(({ reason, count, unit }) => [reason, `${number(count)} ${unit}`]),
+  );
+  fill(
+    "models",
+    (status?.models ?? []).map(({ name, version, ready }) => [name, version, t(ready ? "ready" : "not_ready")]),
+  );
+  fill(
+    "devices",
+    (status?.devices ?? []).map((device) => [device.name, deviceState(device)]),
+  );
   byId("devices").closest("section").hidden = !status?.devices.length;
 }
 
