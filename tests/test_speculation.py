@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine import emission
 from wicore_backend.engine.request import TokensEvent
+from wicore_backend.engine.sampler import sample
 from wicore_backend.engine.speculation import Lookup, Speculator
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
@@ -84,6 +86,21 @@ def test_answers_are_what_they_are_without_guesses(settings, overlaps, temperatu
         assert guesser.tokens == guesser.steps  # Which tokens are seen hangs on the step: nothing is guessed.
     else:
         assert guesser.tokens > 1.5 * guesser.steps
+
+
+def test_choosing_that_fails_with_guesses_goes_on_without_them(monkeypatch):
+    [question] = prompts(1)
+    params = [SamplingParams(max_tokens=40, ignore_eos=True)]
+    expected = run({"max_guessed_tokens": 0}, [question], params)
+
+    def sample_alone(logits, rows):
+        if len(rows) > 1:
+            raise RuntimeError("out of memory")
+        return sample(logits, rows)
+
+    monkeypatch.setattr(emission, "sample", sample_alone)
+    answers = {tuple(question): list(expected[0][0])}
+    assert run({}, [question], params, Guesser(answers, seed=1)) == expected
 
 
 def test_an_answer_ends_in_the_midst_of_what_was_guessed_right():
@@ -227,3 +244,11 @@ def test_nothing_is_guessed_of_a_batch_whose_plain_steps_were_never_seen():
     steps(speculator, 100, gain=1.5)
     assert speculator.wants(5)
     assert not speculator.wants(20)
+
+
+def test_a_step_with_guesses_that_some_left_in_the_meantime_is_compared_with_its_like_alone():
+    speculator = Speculator(8)
+    steps(speculator, 16, gain=1.5)
+    assert speculator.wants(4)
+    speculator.observe(decodes=1, tokens=3, seconds=1e-3, guessing=True)  # Steps of one were never seen.
+    assert speculator.wants(4)

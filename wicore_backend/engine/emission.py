@@ -131,7 +131,8 @@ class Emitter:
             if generation.reason is not None:
                 self._ledger.end_answer(job, sequence)
                 return told + 1
-            if told == len(guessed) or token != guessed[told]:
+            # The last one chosen is not computed yet, also if more had been guessed: choosing may have been cut short.
+            if told + 1 == len(chosen) or token != guessed[told]:
                 return told + 1
             self._advance(sequence)
         return len(chosen)

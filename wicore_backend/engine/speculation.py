@@ -121,6 +121,8 @@ class Speculator:
             self._plain_s[size] = before + _RATE * (each - before)
             self._left = max(0, self._left - 1)
             return
+        if size not in self._plain_s:  # Some left after guesses were wanted, and so few were never seen without.
+            return
         gain = tokens / seconds * self._plain_s[size]
         self._judged += 1
         self._gain += (gain - self._gain) * max(_RATE, 1 / self._judged)
