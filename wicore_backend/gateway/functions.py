@@ -104,7 +104,7 @@ def checked_fields(value: Any, place: str, *, known: tuple[str, ...]) -> Mapping
         if name not in known:
             raise InvalidRequestError(
                 f"{place} has the field {reprlib.repr(name)}; there are: {', '.join(known)}",
-                param=f"{place}.{name}"[:200],
+                param=f"{place}.{ascii(name)[1:-1]}"[:200],
             )
     return value
 

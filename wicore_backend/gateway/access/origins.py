@@ -51,7 +51,7 @@ class HostCheck:
         origin = header(scope, b"origin")
         if not self.same_origin or origin is None or origin in self.origins or "*" in self.origins:
             return
-        if urlsplit(origin).netloc.lower() != host.lower():
+        if _authority(origin) != host.lower():
             raise ForbiddenError(
                 f"pages of {origin[:100]!r} may not use this server; the setting cors.origins lets them",
                 code="wrong_origin",
@@ -62,6 +62,14 @@ def host_name(host: str) -> str:
     """The name or address in a Host header, without port and brackets, in lower case; "" if it is malformed."""
     try:
         return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _authority(origin: str) -> str:
+    """Host and port in an Origin header, in lower case; "" if it is malformed, or `null`."""
+    try:
+        return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""
 

@@ -14,7 +14,7 @@ from wicore_backend.gateway.openai.usage import CompletionUsage
 class ChatRequest(SamplingFields, BookkeepingFields):
     """The body of a request for a chat completion."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """The older name of the same."""

@@ -13,7 +13,7 @@ MOST_PROMPTS = 64
 MOST_ANSWERS = 128
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=2**20)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=2**20, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -23,8 +23,8 @@ class CompletionRequest(SamplingFields, BookkeepingFields):
     prompt: (
         Text
         | Tokens
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
     """A text, token ids, or several of either."""
     max_tokens: Annotated[int, Field(ge=0)] | None = 16

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from wicore_backend.gateway.errors import InvalidRequestError
-from wicore_backend.gateway.openai.fields import Body, refused
+from wicore_backend.gateway.openai.fields import MOST_PARTS, Body, refused
 
 FetchImage = Callable[[str], Awaitable[bytes]]
 """Gets the picture behind an http(s) URL. Raises ApiError."""
@@ -41,6 +41,8 @@ class ImagePart(Body):
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)]
+TextParts = Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)]
 Name = refused("the model's template has no names; put it into the content")
 
 
@@ -48,7 +50,7 @@ class SystemMessage(Body):
     """What the model is told before the conversation."""
 
     role: Literal["system", "developer"]
-    content: str | list[TextPart]
+    content: str | TextParts
     name: Name = None  # type: ignore[valid-type]
 
 
@@ -56,7 +58,7 @@ class UserMessage(Body):
     """What a person says."""
 
     role: Literal["user"]
-    content: str | list[Part]
+    content: str | Parts
     name: Name = None  # type: ignore[valid-type]
 
 
@@ -80,8 +82,8 @@ class AssistantMessage(Body):
     """What the model said, as an answer has it."""
 
     role: Literal["assistant"]
-    content: str | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | TextParts | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
     refusal: refused("the model does not refuse in a field of its own") = None  # type: ignore[valid-type]
     annotations: refused("there are no annotations", []) = None  # type: ignore[valid-type]
     audio: refused("there is no audio") = None  # type: ignore[valid-type]
@@ -93,7 +95,7 @@ class ToolMessage(Body):
     """What a call gave."""
 
     role: Literal["tool"]
-    content: str | list[TextPart]
+    content: str | TextParts
     tool_call_id: str
     name: str | None = None
     """Of the function; the call has it, too."""

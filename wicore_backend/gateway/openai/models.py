@@ -55,7 +55,7 @@ async def list_models(request: Request, caller: CallerDep) -> ModelList:
     return ModelList(data=[ModelCard(id=name) for name in names if caller.models is None or name in caller.models])
 
 
-@router.get("/v1/models/{model}", responses=_REFUSALS)
+@router.get("/v1/models/{model:path}", responses=_REFUSALS)
 async def get_model(model: str, request: Request, caller: CallerDep) -> ModelCard:
     """One of them."""
     check_model(model, request.app.state.settings)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from wicore_backend.gateway.openai.fields import Body, BookkeepingFields, WicoreFields, refused
+from wicore_backend.gateway.openai.fields import MOST_PARTS, Body, BookkeepingFields, WicoreFields, refused
 
 
 class InputText(Body):
@@ -36,6 +36,7 @@ class InputImage(Body):
 
 
 Part = Annotated[InputText | OutputText | InputImage, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)]
 
 
 class InputMessage(Body):
@@ -43,7 +44,7 @@ class InputMessage(Body):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Part]
+    content: str | Parts
     id: str | None = None
     status: str | None = None
     phase: str | None = None
@@ -66,7 +67,7 @@ class FunctionCallOutput(Body):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputText]
+    output: str | Annotated[list[InputText], Field(max_length=MOST_PARTS, fail_fast=True)]
     id: str | None = None
     status: str | None = None
 
@@ -96,13 +97,16 @@ class ResponsesRequest(WicoreFields, BookkeepingFields):
     """The body of a request for a response."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1, max_length=4096)]
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True)]
+    )
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: refused("the usage comes with the last event", {}) = None  # type: ignore[valid-type]
     text: TextOptions | None = None

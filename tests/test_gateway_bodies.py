@@ -1,0 +1,86 @@
+"""Bodies made of a million mistakes, and of text that is none, cost nobody anything and are named."""
+
+import re
+
+import pytest
+
+from tests.gateway_kit import CHAT, gateway
+
+MANY = 100_000
+USER = {"role": "user", "content": "hi"}
+
+
+def chat(**fields):
+    return "/v1/chat/completions", CHAT | fields
+
+
+def problems(answer):
+    """How many the server looked at."""
+    found = re.search(r"\(and (\d+) more\)", answer.json()["error"]["message"])
+    return 1 + int(found[1]) if found else 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        chat(messages=[{"role": "user", "content": [1] * MANY}]),
+        chat(messages=[{"role": "user", "content": [1] * 4000}] * 25),
+        chat(messages=[{"role": "assistant", "content": "", "tool_calls": [1] * MANY}, USER]),
+        chat(messages=[{"role": "user", "content": "hi", **{f"x{i}": 1 for i in range(MANY)}}]),
+        chat(logit_bias={str(i): "x" for i in range(MANY)}),
+        chat(metadata={str(i): 1 for i in range(MANY)}),
+        chat(**{f"x{i}": 1 for i in range(MANY)}),
+        ("/v1/completions", {"model": "wicore", "prompt": [""] * MANY}),
+        ("/v1/completions", {"model": "wicore", "prompt": [["x"] * 5000] * 20}),
+        ("/v1/responses", {"model": "wicore", "input": [{"role": "user", "content": [1] * MANY}]}),
+        ("/v1/responses", {"model": "wicore", "input": [1] * 4000}),
+        ("/v1/responses", {"model": "wicore", "input": "hi", "include": ["x"] * MANY}),
+        ("/v1/inference", {"prompt": "hi", "images": [1] * MANY}),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
+def test_of_many_mistakes_few_are_looked_at(path, body):
+    with gateway() as client:
+        answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    assert problems(answer) < 100
+
+
+def test_an_unknown_name_is_named_among_many():
+    path, body = chat(**{f"x{i}": 1 for i in range(200)})
+    with gateway() as client:
+        assert client.post(path, json=body).json()["error"]["param"] == "x0"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"tools": [{"type": "function", "\\ud800": 1}]',
+        '"tools": [{"type": "function", "function": {"name": "f", "\\ud800": 1}}]',
+        '"response_format": {"type": "text", "\\ud800": 1}',
+        '"response_format": {"type": "json_schema", "json_schema": {"\\ud800": 1}}',
+        '"response_format": {"type": "\\ud800"}',
+        '"tools": [{"type": "\\ud800"}]',
+        '"tool_choice": {"type": "\\ud800"}',
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(field):
+    body = f'{{"model": "wicore", "messages": [{{"role": "user", "content": "hi"}}], {field}}}'
+    with gateway() as client:
+        answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "null", "\xff"])
+def test_a_malformed_origin_is_refused_as_a_foreign_one(origin):
+    with gateway() as client:
+        answer = client.get("/health", headers={"Origin": origin.encode("latin-1")})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "wrong_origin")
+
+
+def test_a_model_whose_name_has_a_slash_can_be_asked_for():
+    with gateway(aliases=("google/gemma-3-4b-it",)) as client:
+        assert client.get("/v1/models/google/gemma-3-4b-it").json()["id"] == "google/gemma-3-4b-it"
+        assert client.get("/v1/models/google%2Fgemma-3-4b-it").json()["id"] == "google/gemma-3-4b-it"
+        assert client.get("/v1/models/google/other").json()["error"]["code"] == "model_not_found"
