@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from scripts.serving.installation import ROOT
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.grammar.source import source_of
 from wicore_backend.engine.grammar.spec import Grammar
+from wicore_backend.engine.request import FinishedEvent
 from wicore_backend.processor.tokenizer import Tokenizer
 
 MODEL = ROOT / "models" / "wicore-demo"
@@ -71,12 +73,19 @@ def compare(engine: Engine, name: str, grammar: dict[str, Any], answers: int, ro
 
     def rate(form: dict[str, Any] | None) -> float:
         params = SamplingParams(
-            max_tokens=TOKENS, min_tokens=TOKENS, temperature=1.0, seed=1, n=answers, grammar=form and Grammar(**form)
+            max_tokens=TOKENS,
+            min_tokens=TOKENS,
+            temperature=1.0,
+            seed=1,
+            n=answers,
+            grammar=Grammar(**form) if form else None,
         )
         with engine.stream("What is in this picture?", params) as stream:
-            events = list(stream)
-        usage = events[-1].usage
+            *_, last = stream
+        assert isinstance(last, FinishedEvent)
+        usage = last.usage
         assert usage.completion_tokens == TOKENS * answers, "an answer ended early"
+        assert usage.ttft_s is not None
         return usage.completion_tokens / (usage.total_s - usage.ttft_s)
 
     rate(None)
@@ -116,7 +125,7 @@ def mask_costs(tokenizer: LLTokenizer, grammar: dict[str, Any]) -> str:
         matcher = LLMatcher(tokenizer, source)
         for _ in range(TOKENS):
             bits = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
-            times.append(timed(lambda m=matcher, b=bits: m.unsafe_compute_mask_ptr(b.ctypes.data, b.nbytes)))
+            times.append(timed(partial(matcher.unsafe_compute_mask_ptr, bits.ctypes.data, bits.nbytes)))
             allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
             if not matcher.consume_token(int(draw.choice(allowed))) or matcher.is_stopped():
                 break
