@@ -68,7 +68,7 @@ def is_well(port):
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as client:
         client.request("POST", PATH, json.dumps(CHAT), {"Content-Type": "application/json"})
         answer = client.getresponse()
-        return answer.status == 200 and b"word" in answer.read() and time.monotonic() - began < 2
+        return answer.status == 200 and b"word" in answer.read() and time.monotonic() - began < 5
 
 
 def page_of(port):
@@ -83,7 +83,7 @@ def test_who_does_not_finish_asking_is_closed(beginning):
         silent.sendall(beginning)
         began = time.monotonic()
         assert read_all(silent) == b""
-        assert 0.3 <= time.monotonic() - began < 2
+        assert 0.3 <= time.monotonic() - began < 5
         assert is_well(port)
         assert metric(page_of(port), "wicore_gateway_connections_refused_total", reason="silent") == 1
 
@@ -92,7 +92,7 @@ def test_a_header_that_dribbles_has_no_more_time_than_one_that_is_silent():
     with served_gateway(connections=QUICK) as port, closing(connect(port)) as slow:
         began = time.monotonic()
         assert send_until_closed(slow, (bytes([byte]) for byte in head() * 20)), "it may dribble for ever"
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
         assert is_well(port)
 
 
@@ -122,7 +122,7 @@ def test_a_body_that_dribbles_gets_408():
         assert is_well(port)
         slow.sendall(b" ")
         answer = slow.recv(65536)
-        assert 0.4 <= time.monotonic() - began < 2
+        assert 0.4 <= time.monotonic() - began < 5
         assert status_of(answer) == 408
         assert error_of(answer)["code"] == "body_timeout"
         read_all(slow)
