@@ -12,6 +12,7 @@ from wicore_backend.gateway.access.key_ring import KeyRing
 from wicore_backend.gateway.access.keys import KeyRecord, PresentedKey, ServiceClass
 from wicore_backend.gateway.caller import Caller
 from wicore_backend.gateway.errors import ApiError
+from wicore_backend.gateway.generation import Generation
 
 SUBPROTOCOL = "wicore.key."
 """Browsers set no headers on a WebSocket: they offer this subprotocol with the key behind it, and `wicore.chat.v1`."""
@@ -53,18 +54,19 @@ class KeyAuthentication:
         key, record = self._record(connection)
         if record.admin:
             raise ForbiddenError(f"key {key.id} is for the admin endpoints only; use one of the tenant's keys here")
-        return _caller(key, record)
+        return _caller(key.id, record)
 
     async def administrator(self, connection: HTTPConnection) -> Caller:
         """The caller of an admin endpoint. Raises InvalidKeyError or ForbiddenError."""
         key, record = self._record(connection)
         if not record.admin:
             raise ForbiddenError(f"key {key.id} is not an admin key; `keys add --admin` makes one")
-        return _caller(key, record)
+        return _caller(key.id, record)
 
     async def observer(self, connection: HTTPConnection) -> Caller:
         """The caller of what any key may see. Raises InvalidKeyError."""
-        return _caller(*self._record(connection))
+        key, record = self._record(connection)
+        return _caller(key.id, record)
 
     def _record(self, connection: HTTPConnection) -> tuple[PresentedKey, KeyRecord]:
         texts = list(_presented(connection))
@@ -79,6 +81,28 @@ class KeyAuthentication:
         if record is None:
             raise InvalidKeyError(f"the API key given, wk_{key.id}_..., is not valid")
         return key, record
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInForce:
+    """A hook of every generation: a WebSocket, opened with a key, may outlive it, or what it allowed then."""
+
+    ring: KeyRing
+
+    async def admit(self, generation: Generation) -> None:
+        """Raise InvalidKeyError if the key is no longer what the connection was opened with."""
+        caller = generation.caller
+        record = self.ring.named(caller.key_id)
+        if record is None or record.admin or _caller(caller.key_id, record) != caller:
+            raise InvalidKeyError(
+                f"the API key that this connection was opened with, wk_{caller.key_id}_..., has been changed or revoked"
+            )
+
+    def first_token(self, generation: Generation) -> None:
+        """Nothing to do."""
+
+    def finished(self, generation: Generation) -> None:
+        """Nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +140,9 @@ def _presented(connection: HTTPConnection) -> Iterator[str]:
                 yield offered.removeprefix(SUBPROTOCOL)
 
 
-def _caller(key: PresentedKey, record: KeyRecord) -> Caller:
+def _caller(key_id: str, record: KeyRecord) -> Caller:
     return Caller(
-        key_id=key.id,
+        key_id=key_id,
         tenant=record.tenant,
         priority=PRIORITIES[record.service_class],
         models=None if record.models is None else frozenset(record.models),

@@ -7,7 +7,12 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from wicore_backend.gateway.access import admin
-from wicore_backend.gateway.access.authentication import Authentication, KeyAuthentication, OpenAuthentication
+from wicore_backend.gateway.access.authentication import (
+    Authentication,
+    KeyAuthentication,
+    KeyInForce,
+    OpenAuthentication,
+)
 from wicore_backend.gateway.access.key_ring import KeyRing, ReloadListener
 from wicore_backend.gateway.access.keys import KeyLimits
 from wicore_backend.gateway.access.middleware import AccessMiddleware, ConcurrencyLimit
@@ -49,6 +54,8 @@ class AccessExtension:
             hosts=self._host_check(),
             concurrency=ConcurrencyLimit(self.limits_of_key, self.limits_of_tenant),
         )
+        if self.ring is not None:
+            app.state.hooks.insert(0, KeyInForce(self.ring))
         app.include_router(admin.router)
 
     async def start(self) -> None:

@@ -85,12 +85,16 @@ class KeyRing:
 
     def find(self, presented: PresentedKey) -> KeyRecord | None:
         """The record of a valid key."""
+        record = self.named(presented.id)
+        return record if (record or _NOBODY).matches(presented.secret) else None
+
+    def named(self, key_id: str) -> KeyRecord | None:
+        """The record of the key with this id, if there still is one."""
         if (now := self.clock()) >= self._next_look:
             self._next_look = now + _CHECK_EVERY_S
             if FileState.of(self.path) != self._seen:
                 self.reload()
-        record = self._keys.keys.get(presented.id)
-        return record if (record or _NOBODY).matches(presented.secret) else None
+        return self._keys.keys.get(key_id)
 
     def reload(self) -> None:
         """Read the file now."""
