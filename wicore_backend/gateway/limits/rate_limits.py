@@ -23,6 +23,9 @@ LimitsOf = Callable[[str], KeyLimits]
 HEADERS = "ratelimit_headers"
 """Where in the connection's state the headers of its answer are."""
 
+_LEAD = "ratelimit_lead"
+"""Where in the connection's state is what became of the first prompt of an HTTP request."""
+
 Kind = Literal["requests", "tokens"]
 
 
@@ -65,11 +68,24 @@ class _Reservation:
 
 
 @dataclass(slots=True)
+class _Lead:
+    """The first prompt of a request, which the others wait for."""
+
+    prompt_tokens: float
+    """Of all prompts so far."""
+    refusal: ApiError | None = None
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True)
 class RateLimits:
     """A hook of every generation: charges what it will probably take before Triton is asked, settles what it took.
 
     A key's and its tenant's buckets are charged together or not at all. What nothing was computed for costs a request
     and no tokens; what was cancelled costs its prompt, and the tokens that came.
+
+    Several prompts in one HTTP request are one request, let through or refused with the first of them: buckets hold
+    little, and what waits for room prompt by prompt would never find it for all. The others' tokens become a debt.
     """
 
     store: BucketStore
@@ -85,21 +101,41 @@ class RateLimits:
         if not self._limits(caller, 0.0):
             return
         estimate = self._estimates[caller.tenant].of(generation.request)
-        limits = self._limits(caller, estimate.total)
-        for limit in limits:
-            if limit.kind == "tokens" and estimate.prompt > limit.amount:
-                raise RateLimitError(
-                    f"the prompt has about {estimate.prompt:.0f} tokens; {limit.whose} may use {limit.amount:g} tokens"
-                    " per minute: send a shorter one",
-                    kind="tokens",
-                    wait_s=None,
-                    headers={},
-                )
+        state = state_of(generation.connection.scope)
+        lead: _Lead | None = state.get(_LEAD)
+        if lead is not None:
+            await self._follow(lead, generation, estimate)
+            return
+        lead = _Lead(estimate.prompt)
+        if generation.connection.scope["type"] == "http":  # On a WebSocket every generation is a request.
+            state[_LEAD] = lead
+        try:
+            await self._lead(generation, estimate)
+        except ApiError as error:
+            lead.refusal = error
+            raise
+        finally:
+            lead.decided.set()
+
+    async def _lead(self, generation: Generation, estimate: Estimate) -> None:
+        limits = self._limits(generation.caller, estimate.total)
+        _check_prompts(limits, estimate.prompt)
         decision = await self.store.take([limit.charge for limit in limits])
         headers = rate_limit_headers(limits, decision)
         state_of(generation.connection.scope)[HEADERS] = headers
         if not decision.taken:
             raise _refusal(limits, decision, headers)
+        self._reserved[generation] = _Reservation(limits, estimate)
+
+    async def _follow(self, lead: _Lead, generation: Generation, estimate: Estimate) -> None:
+        await lead.decided.wait()
+        if lead.refusal is not None:
+            raise lead.refusal
+        limits = self._limits(generation.caller, estimate.total, requests=0.0)
+        lead.prompt_tokens += estimate.prompt
+        _check_prompts(limits, lead.prompt_tokens)
+        if charges := _token_charges(limits, estimate.total):
+            await self.store.adjust(charges)
         self._reserved[generation] = _Reservation(limits, estimate)
 
     def first_token(self, generation: Generation) -> None:
@@ -112,11 +148,7 @@ class RateLimits:
         if generation.usage is not None and generation.outcome == "completed":
             self._estimates[generation.caller.tenant].learn(generation.request, generation.usage)
         difference = tokens_taken(generation, reservation.estimate) - reservation.estimate.total
-        charges = [
-            Charge(limit.charge.bucket, limit.charge.rate, difference)
-            for limit in reservation.limits
-            if limit.kind == "tokens"
-        ]
+        charges = _token_charges(reservation.limits, difference)
         if charges and difference:
             task = asyncio.get_running_loop().create_task(self.store.adjust(charges))
             self._settling.add(task)
@@ -154,6 +186,23 @@ class RateLimits:
                     rate = Rate.per_minute(amount, burst_s=limits.burst_seconds, least=least)
                     found.append(Limit(whose, kind, amount, Charge(f"{bucket}:{kind}", rate, cost)))
         return tuple(found)
+
+
+def _token_charges(limits: Sequence[Limit], tokens: float) -> list[Charge]:
+    return [Charge(limit.charge.bucket, limit.charge.rate, tokens) for limit in limits if limit.kind == "tokens"]
+
+
+def _check_prompts(limits: Sequence[Limit], tokens: float) -> None:
+    """Raise RateLimitError for what no waiting makes room for."""
+    for limit in limits:
+        if limit.kind == "tokens" and tokens > limit.amount:
+            raise RateLimitError(
+                f"the prompt has about {tokens:.0f} tokens; {limit.whose} may use {limit.amount:g} tokens"
+                " per minute: send a shorter one",
+                kind="tokens",
+                wait_s=None,
+                headers={},
+            )
 
 
 def tokens_taken(generation: Generation, estimate: Estimate) -> float:
