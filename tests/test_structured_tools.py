@@ -276,3 +276,30 @@ def test_other_formats_are_refused_by_name(form, param):
     with pytest.raises(ApiError) as refused:
         structured.wire_options(form)
     assert (refused.value.param, refused.value.status) == (param, 400)
+
+
+def test_what_one_side_says_in_several_messages_is_one_turn():
+    picture, text = {"type": "image"}, {"type": "text", "text": "What is it?"}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Look."},
+        {"role": "user", "content": [picture, text]},
+        {"role": "user", "content": "Tell me."},
+        {"role": "assistant", "content": "A circle."},
+        {"role": "assistant", "content": "A red one."},
+        {"role": "user", "content": "Thanks."},
+        {"role": "user", "content": "Another?"},
+    ]
+    assert tools.render_messages(messages, None) == [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Look."},
+                picture,
+                {"type": "text", "text": "What is it?\n\nTell me."},
+            ],
+        },
+        {"role": "assistant", "content": "A circle.\n\nA red one."},
+        {"role": "user", "content": "Thanks.\n\nAnother?"},
+    ]

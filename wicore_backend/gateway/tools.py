@@ -148,7 +148,7 @@ def render_messages(messages: list[dict[str, Any]], plan: ToolPlan | None) -> li
     """A conversation in the roles of the model's template.
 
     The tools are declared in the system's words. An assistant's calls are its text, as it has written them. The
-    results of calls are a user's turn, together with what the user says next, because turns alternate.
+    results of calls are a user's turn. Turns alternate: what one side says in several messages is one turn of its.
 
     Parameters
     ----------
@@ -164,25 +164,23 @@ def render_messages(messages: list[dict[str, Any]], plan: ToolPlan | None) -> li
     """
     rendered: list[dict[str, Any]] = []
     called: dict[str, str] = {}
+    after_result = False
     for i, message in enumerate(messages):
         place = f"messages[{i}]"
         match message["role"]:
             case "assistant":
-                rendered.append({"role": "assistant", "content": _said(message, place)})
+                _say(rendered, "assistant", _said(message, place))
                 called |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
             case "tool":
-                _answer(rendered, _result(message, called, place))
-            case "user" if _awaits_user(rendered):
-                rendered[-1] = {"role": "user", "content": _joined(rendered[-1]["content"], message["content"])}
+                _say(rendered, "user", _result(message, called, place), between="\n" if after_result else "\n\n")
+            case "user":
+                _say(rendered, "user", message["content"])
             case _:
                 rendered.append(message)
+        after_result = message["role"] == "tool"
     if plan is not None:
         _declare(rendered, plan.declaration)
-    return [{key: value for key, value in message.items() if key != _RESULTS} for message in rendered]
-
-
-_RESULTS = "results"
-"""Marks a turn of results, to which more may come."""
+    return rendered
 
 
 def _said(message: Mapping[str, Any], place: str) -> str:
@@ -203,24 +201,29 @@ def _result(message: Mapping[str, Any], called: Mapping[str, str], place: str) -
     return result_text(called[call_id], message["content"])
 
 
-def _answer(rendered: list[dict[str, Any]], result: str) -> None:
-    if _awaits_user(rendered):
-        rendered[-1]["content"] += f"\n{result}"
+def _say(rendered: list[dict[str, Any]], role: str, content: str | list[dict[str, Any]], between: str = "\n\n") -> None:
+    """Put it into the last turn if that is the same side's, else begin one."""
+    if rendered and rendered[-1]["role"] == role:
+        rendered[-1] = {"role": role, "content": _joined(rendered[-1]["content"], content, between)}
     else:
-        rendered.append({"role": "user", "content": result, _RESULTS: True})
+        rendered.append({"role": role, "content": content})
 
 
-def _awaits_user(rendered: list[dict[str, Any]]) -> bool:
-    return bool(rendered) and _RESULTS in rendered[-1]
+def _joined(
+    first: str | list[dict[str, Any]], second: str | list[dict[str, Any]], between: str
+) -> str | list[dict[str, Any]]:
+    """Texts stay one text; parts stay parts, of which texts that meet become one."""
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}{between}{second}"
+    parts, more = _parts(first), _parts(second)
+    if parts and more and parts[-1]["type"] == more[0]["type"] == "text":
+        meeting = {"type": "text", "text": f"{parts[-1]['text']}{between}{more[0]['text']}"}
+        return [*parts[:-1], meeting, *more[1:]]
+    return [*parts, *more]
 
 
-def _joined(results: str, content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """A user's words after the results of calls, in one turn."""
-    if isinstance(content, str):
-        return f"{results}\n\n{content}"
-    if content and content[0]["type"] == "text":
-        return [{"type": "text", "text": f"{results}\n\n{content[0]['text']}"}, *content[1:]]
-    return [{"type": "text", "text": results}, *content]
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _declare(rendered: list[dict[str, Any]], declared: str) -> None:
