@@ -314,3 +314,22 @@ def test_urls_are_refused_by_name_unless_hosts_are_allowed():
             assert answer.status_code == 400
             assert answer.json()["error"]["param"]
     assert not backend.requests
+
+
+def test_the_pictures_of_one_request_together_are_bounded():
+    class Fetcher(PictureFetcher):
+        async def fetch(self, url):
+            assert url.startswith("https://pics.example/")
+            return PNG
+
+    backend = ScriptedBackend()
+    with gateway(backend, picture_urls={"hosts": ["pics.example"], "max_request_bytes": 2 * len(PNG)}) as client:
+        client.app.state.picture_fetcher = Fetcher(client.app.state.settings.picture_urls)
+        for count, status in ((2, 200), (3, 400), (2, 200)):
+            parts = [{"type": "image_url", "image_url": {"url": f"https://pics.example/{i}.png"}} for i in range(count)]
+            answer = client.post(
+                "/v1/chat/completions", json={**CHAT, "messages": [{"role": "user", "content": parts}]}
+            )
+            assert answer.status_code == status
+    assert answer.status_code == 200
+    assert len(backend.requests) == 2

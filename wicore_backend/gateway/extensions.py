@@ -30,14 +30,14 @@ class Extension(Protocol):
 
 
 class PictureUrls:
-    """Pictures by URL, for routes that ask `app.state.fetch_image`; without it they refuse URLs."""
+    """Pictures by URL, for routes that ask `app.state.picture_fetcher`; without it they refuse URLs."""
 
     def __init__(self, settings: PictureUrlSettings) -> None:
         self._fetcher = PictureFetcher(settings)
 
     def install(self, app: FastAPI) -> None:
-        """Set `app.state.fetch_image`."""
-        app.state.fetch_image = self._fetcher.fetch
+        """Set `app.state.picture_fetcher`."""
+        app.state.picture_fetcher = self._fetcher
 
     async def start(self) -> None:
         """Nothing to do."""

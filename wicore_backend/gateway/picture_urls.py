@@ -62,6 +62,9 @@ class PictureUrlSettings(Settings):
     max_bytes: Annotated[int, Field(ge=1)] = 20 * 2**20
     """Of one picture."""
 
+    max_request_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    """Of all pictures that are fetched for one request."""
+
     timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """For one picture, redirects included."""
 
@@ -128,6 +131,23 @@ class PictureFetcher:
 
     def __post_init__(self) -> None:
         self._places = asyncio.Semaphore(self.settings.max_fetches)
+
+    def for_request(self) -> Callable[[str], Awaitable[bytes]]:
+        """`fetch` for the pictures of one request, which together may not exceed `max_request_bytes`."""
+        left = self.settings.max_request_bytes
+
+        async def fetch_another(url: str) -> bytes:
+            nonlocal left
+            picture = await self.fetch(url)
+            left -= len(picture)
+            if left < 0:
+                raise PictureUrlError(
+                    f"the pictures up to {_shown(url)} have more than {self.settings.max_request_bytes} bytes together",
+                    code="image_too_large",
+                )
+            return picture
+
+        return fetch_another
 
     async def fetch(self, url: str) -> bytes:
         """The encoded picture behind `url`.

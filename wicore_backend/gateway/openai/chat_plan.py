@@ -17,6 +17,7 @@ from wicore_backend.gateway.openai.chat_schema import ChatRequest
 from wicore_backend.gateway.openai.fields import retention
 from wicore_backend.gateway.openai.messages import read_messages
 from wicore_backend.gateway.openai.models import check_model
+from wicore_backend.gateway.picture_urls import PictureFetcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class ChatPlan:
             options["best_of"] = body.best_of
         if body.logprobs:
             options["logprobs"] = body.top_logprobs or 0
-        conversation = await read_messages(body.messages, getattr(state, "fetch_image", None))
+        fetcher: PictureFetcher | None = getattr(state, "picture_fetcher", None)
+        conversation = await read_messages(body.messages, fetcher.for_request() if fetcher else None)
         request = GenerationRequest(
             id=request_id(connection),
             model=state.settings.model,
