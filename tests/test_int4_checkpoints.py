@@ -240,6 +240,10 @@ def out_of_range(parts: Parts) -> dict[str, Tensor]:
     return as_packed(parts) | {"weight_zero_point": torch.full(parts.zeros.shape, 8, dtype=torch.int8)}
 
 
+def in_words_by_themselves(parts: Parts) -> dict[str, Tensor]:
+    return as_packed(parts) | {"weight_zero_point": parts.zeros.to(torch.int32)}
+
+
 def packed_weights(**changes: Any) -> dict[str, Any]:
     group = PACKED["config_groups"]["group_0"]  # type: ignore[index]
     return PACKED | {"config_groups": {"group_0": group | {"weights": group["weights"] | changes}}}
@@ -262,6 +266,7 @@ def packed_weights(**changes: Any) -> dict[str, Any]:
         (with_nan, AWQ, "a scale that is not finite"),
         (of_another_shape, PACKED, "weight_shape of \\[1, 2\\] in place of"),
         (out_of_range, PACKED, "weight_zero_point outside of four bits"),
+        (in_words_by_themselves, PACKED, "weight_zero_point of .* not in whole words"),
     ],
 )
 def test_what_cannot_be_read_is_named(write: Any, config: dict[str, Any], message: str, plain: Path) -> None:

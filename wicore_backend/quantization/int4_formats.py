@@ -113,8 +113,12 @@ class PackedFormat:
         _refuse_reordered(tensors.get("weight_g_idx"), scales.shape[1])
         zeros = tensors.get("weight_zero_point")
         if zeros is not None:
-            signed = zeros.dtype == torch.int8
-            zeros = zeros + SYMMETRIC_ZERO if signed else _codes(zeros).transpose(1, 2).flatten(0, 1)[:rows]
+            if zeros.dtype == torch.int8:
+                zeros = zeros + SYMMETRIC_ZERO
+            elif len(zeros) == -(-rows // _CODES_A_WORD):
+                zeros = _codes(zeros).transpose(1, 2).flatten(0, 1)[:rows]
+            else:
+                raise ValueError(f"a weight_zero_point of {list(zeros.shape)} that is not in whole words")
             if not (zeros.shape == scales.shape and bool((zeros >= 0).all()) and bool((zeros < 16).all())):
                 raise ValueError("a weight_zero_point outside of four bits")
         return _matrix(_codes(tensors["weight_packed"]).flatten(1), scales, zeros, dtype)
