@@ -16,6 +16,7 @@ from PIL import Image, ImageChops
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine import loading
 from wicore_backend.engine.generation import Generation
+from wicore_backend.engine.grammar.spec import Grammar
 from wicore_backend.engine.loading import LoadedModel
 from wicore_backend.engine.plan import RejectReason
 from wicore_backend.engine.request import Deadlines, FinishedEvent, FinishReason, PriorityClass, TokensEvent
@@ -498,6 +499,10 @@ def test_draining_lets_the_running_end_and_refuses_new_ones():
             time.sleep(0.001)
         with pytest.raises(OverloadedError, match="retry after"):
             engine.generate("hello", greedy(1))
+        grammar = Grammar(regex="[a-z]{4}")
+        with pytest.raises(OverloadedError, match="retry after"):
+            engine.generate("hello", SamplingParams(max_tokens=1, grammar=grammar))
+        assert not engine.has_compiled(grammar)  # The stop would wait for it.
         assert len(stream.collect().token_ids) == 39
         draining.join(5)
         assert not draining.is_alive()

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder
+from wicore_backend.engine.request import Deadlines, FinishReason
 from wicore_backend.engine.vision_graphs import VisionGraphs
 from wicore_backend.processor.images import PixelNormalization, digest
 from wicore_backend.processor.prompt import PromptImage
@@ -181,3 +183,17 @@ def test_a_new_requests_unseen_pictures_are_encoded_ahead_and_a_fault_in_that_co
     first, second = foreseen
     assert first == 0
     assert second > 100  # What was cached meanwhile, the picture among it.
+
+
+def test_pictures_of_a_request_that_is_turned_away_are_not_encoded(monkeypatch):
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]}]
+    with Engine(EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32")) as engine:
+        engine._model = replace(engine._model, overlaps=True)
+        foreseen = []
+        monkeypatch.setattr(engine._model.runner, "foresee", lambda *of_request: foreseen.append(of_request))
+        prompt, events = engine.processor.process(question, images=[PICTURE]), Queue()
+        too_soon = Deadlines(first_token_s=1e-9)
+        engine.submit(prompt, SamplingParams(max_tokens=2), sink=events.put, deadlines=too_soon)
+        assert events.get(timeout=20).reason is FinishReason.REJECTED
+        engine.generate("no picture", SamplingParams(max_tokens=2))
+    assert not foreseen

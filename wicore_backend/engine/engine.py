@@ -166,6 +166,8 @@ class Engine:
         """
         params = params.completed(self._model.generation_defaults)
         self._check(prompt, params)
+        with self._lock:
+            self._check_open(for_request=True)  # Before a grammar is compiled for nobody, which a stop would wait for.
         now = time.monotonic()
         request = Request(
             id=request_id or secrets.token_hex(8),
@@ -468,7 +470,8 @@ class Engine:
 
     def _add(self, job: Job) -> None:
         self._ledger.add(job)
-        if job.request.prompt.images and self._model.overlaps:
+        # One that was turned away shows nothing.
+        if job.request.prompt.images and self._model.overlaps and job.generations[0].sequence in self._ledger:
             self._foresee(job)
 
     def _foresee(self, job: Job) -> None:
