@@ -10,6 +10,7 @@ import pytest
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine import emission
 from wicore_backend.engine.request import TokensEvent
+from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampler import sample
 from wicore_backend.engine.speculation import Lookup, Speculator
 
@@ -101,6 +102,23 @@ def test_choosing_that_fails_with_guesses_goes_on_without_them(monkeypatch):
     monkeypatch.setattr(emission, "sample", sample_alone)
     answers = {tuple(question): list(expected[0][0])}
     assert run({}, [question], params, Guesser(answers, seed=1)) == expected
+
+
+def test_steps_that_fail_with_guesses_are_tried_ever_more_rarely(monkeypatch):
+    question = [2, *[400, 401, 402, 403, 404] * 12]
+    params = SamplingParams(max_tokens=200, ignore_eos=True, logit_bias={"402": 6.0, "403": 6.0})
+    run_step, failed = ModelRunner.run, []
+
+    def without_memory_for_guesses(runner, plan, ahead=None):
+        if plan.guesses:
+            failed.append(plan)
+            raise RuntimeError("out of memory")
+        return run_step(runner, plan, ahead)
+
+    expected = run({"max_guessed_tokens": 0}, [question], [params])
+    monkeypatch.setattr(ModelRunner, "run", without_memory_for_guesses)
+    assert run({}, [question], [params]) == expected
+    assert 2 <= len(failed) <= 10  # Two each time: after 16 steps without, then 32, 64, 128.
 
 
 def test_an_answer_ends_in_the_midst_of_what_was_guessed_right():

@@ -570,6 +570,8 @@ class Engine:
             told = self._emitter.tell(untold.choice, untold.plan.guesses)
         now = time.monotonic()
         seconds, self._told = now - max(untold.began, self._told), now
+        if untold.guessing and untold.computed.retried:
+            self._speculator.rest()
         usual = seconds > 0 and not untold.computed.retried
         self._learn(untold.plan, seconds, usual=usual and not untold.plan.guesses)
         if usual and untold.plan.decodes and not untold.plan.chunks:

@@ -129,11 +129,15 @@ class Speculator:
         if self._judged % _TRIAL:
             return
         if self._gain < _WORTH:
-            self._left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-            self._gain, self._judged = 0.0, 0
+            self.rest()
         else:
             self._pause = _FIRST_PAUSE
             self._left = int(self._judged % _RECHECK == 0)
+
+    def rest(self) -> None:
+        """Guess nothing for a while: it does not pay, or a step with guesses failed, for lack of memory perhaps."""
+        self._left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        self._gain, self._judged = 0.0, 0
 
 
 def may_be_guessed(sequence: Sequence) -> bool:
