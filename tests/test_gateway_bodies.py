@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.gateway_kit import CHAT, gateway
+from tests.gateway_kit import CHAT, ScriptedBackend, gateway
 
 MANY = 100_000
 USER = {"role": "user", "content": "hi"}
@@ -44,6 +44,22 @@ def test_of_many_mistakes_few_are_looked_at(path, body):
         answer = client.post(path, json=body)
     assert answer.status_code == 400
     assert problems(answer) < 100
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "part"),
+    [("/v1/chat/completions", "messages", "text"), ("/v1/responses", "input", "input_text")],
+)
+def test_all_messages_together_have_so_many_parts_and_no_more(path, name, part):
+    backend = ScriptedBackend()
+    parts = [{"type": part, "text": "a"}] * 1024
+    with gateway(backend) as client:
+        for messages, status in ((4, 200), (5, 400)):
+            body = {"model": "wicore", name: [{"role": "user", "content": parts}] * messages}
+            answer = client.post(path, json=body)
+            assert answer.status_code == status
+    assert answer.json()["error"]["param"] == name
+    assert len(backend.requests) == 1
 
 
 def test_an_unknown_name_is_named_among_many():

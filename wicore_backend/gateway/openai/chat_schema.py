@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from wicore_backend.gateway.openai.fields import BookkeepingFields, SamplingFields, refused
+from wicore_backend.gateway.openai.fields import BookkeepingFields, SamplingFields, few_parts, refused
 from wicore_backend.gateway.openai.messages import Message
 from wicore_backend.gateway.openai.usage import CompletionUsage
 
@@ -14,7 +14,7 @@ from wicore_backend.gateway.openai.usage import CompletionUsage
 class ChatRequest(SamplingFields, BookkeepingFields):
     """The body of a request for a chat completion."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True), few_parts]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """The older name of the same."""

@@ -54,6 +54,22 @@ def counted(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _check_parts(messages: Any) -> Any:
+    if isinstance(messages, list):
+        lists = (value for m in messages if isinstance(m, dict) for value in m.values() if isinstance(value, list))
+        if (count := sum(map(len, lists))) > MOST_PARTS:
+            raise PydanticCustomError(
+                "too_long",
+                "there are {count} parts in all messages; {most} are taken",
+                {"count": count, "most": MOST_PARTS},
+            )
+    return messages
+
+
+few_parts = BeforeValidator(_check_parts)
+"""Counts what all messages together consist of before it is looked at: a million parts take a minute to read."""
+
+
 def refused(why: str, *harmless: Any) -> Any:
     """The type of a field that is refused, unless it is null or one of the values that ask for nothing."""
 

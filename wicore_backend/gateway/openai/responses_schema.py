@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from wicore_backend.gateway.openai.fields import MOST_PARTS, Body, BookkeepingFields, WicoreFields, refused
+from wicore_backend.gateway.openai.fields import MOST_PARTS, Body, BookkeepingFields, WicoreFields, few_parts, refused
 
 
 class InputText(Body):
@@ -97,10 +97,11 @@ class ResponsesRequest(WicoreFields, BookkeepingFields):
     """The body of a request for a response."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    input: (
+    input: Annotated[
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True)]
-    )
+        | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True)],
+        few_parts,
+    ]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
