@@ -184,13 +184,12 @@ def _texts(raw: bytes) -> list[bytes]:
 def _to_message(response: Response) -> pb.ModelStreamInferResponse:
     inferred = pb.ModelInferResponse(model_name="wicore")
     for name, value in asdict(response).items():
-        integers = not isinstance(value, str)
-        value = (value,) if isinstance(value, int) else value
-        raw = struct.pack(f"<{len(value)}i", *value) if integers else struct.pack("<I", len(value.encode()))
-        raw += b"" if integers else value.encode()
-        inferred.outputs.add(
-            name=name, datatype="INT32" if integers else "BYTES", shape=[len(value) if integers else 1]
-        )
+        if isinstance(value, str):
+            kind, shape, raw = "BYTES", 1, struct.pack("<I", len(value.encode())) + value.encode()
+        else:
+            values = (value,) if isinstance(value, int) else value
+            kind, shape, raw = "INT32", len(values), struct.pack(f"<{len(values)}i", *values)
+        inferred.outputs.add(name=name, datatype=kind, shape=[shape])
         inferred.raw_output_contents.append(raw)
     return pb.ModelStreamInferResponse(infer_response=inferred)
 

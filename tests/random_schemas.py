@@ -47,10 +47,10 @@ def _schema(draw: random.Random) -> Any:
 
 
 def _part(draw: random.Random, depth: int) -> Any:
-    leaves = [_string, _number, _any, _enum, _types]
-    nodes = [_object, _object, _array, _combination] if depth else []
-    make: Callable[[random.Random, int], Any] = draw.choice(leaves + nodes)
-    return make(draw, depth - 1)
+    makers: list[Callable[[random.Random, int], Any]] = [_string, _number, _any, _enum, _types]
+    if depth:
+        makers += [_object, _object, _array, _combination]
+    return draw.choice(makers)(draw, depth - 1)
 
 
 def _string(draw: random.Random, _depth: int) -> Any:

@@ -49,9 +49,8 @@ def run(engine: Engine, schemas: list[Any], *, temperature: float, max_tokens: i
     for first in range(0, len(schemas), TOGETHER):
         streams = []
         for seed, schema in enumerate(schemas[first : first + TOGETHER], start=first):
-            params = SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, seed=seed, grammar={"json_schema": schema}
-            )
+            grammar: Any = {"json_schema": schema}
+            params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, grammar=grammar)
             try:
                 streams.append((schema, engine.stream("Describe this picture.", params)))
             except InvalidArgumentError as error:
