@@ -275,6 +275,12 @@ def test_what_cannot_be_read_is_named(write: Any, config: dict[str, Any], messag
         load(plain)
 
 
+@pytest.mark.parametrize(("group", "columns"), [(3, 24), (12, 36), (None, 36)])
+def test_groups_that_fill_no_words_are_refused(group: int | None, columns: int) -> None:
+    with pytest.raises(CheckpointError, match=f"{columns} inputs in .* groups is not read"):
+        AwqFormat(group).stored((16, columns))
+
+
 def test_a_cpu_multiplies_by_what_the_codes_stand_for() -> None:
     parts = random_parts((48, 64), symmetric=False)
     matrix = AwqFormat(GROUP).matrix(as_awq(parts), (48, 64), dtype=torch.float32)

@@ -172,7 +172,10 @@ def _packed(codes: Tensor) -> Tensor:
 def _groups(shape: tuple[int, ...], group: int | None) -> int:
     if group is not None and shape[1] % group:
         raise CheckpointError(f"a matrix of {shape[1]} inputs cannot have groups of {group}; quantise in smaller ones")
-    return 1 if group is None else shape[1] // group
+    groups = 1 if group is None else shape[1] // group
+    if shape[1] // groups * (2 - groups % 2) % _CODES_A_WORD:  # One, or two that lie together: see `Int4Matrix`.
+        raise CheckpointError(f"a matrix of {shape[1]} inputs in {groups} groups is not read; take groups of 128")
+    return groups
 
 
 def _words(shape: tuple[int, ...], codes: int) -> int:
