@@ -45,6 +45,9 @@ Guess = Callable[[Sequence, int], tuple[int, ...]]
 
 _NONE: Mapping[Sequence, tuple[int, ...]] = MappingProxyType({})
 
+_MOST_GUESSED = 64
+"""Guessed tokens of a step: each has logits of its own, a megabyte of them, and several times that where it is drawn."""
+
 _RETRY_PLANS = 8
 """While nobody leaves, room changes little: the head of the queue is looked at again after so many steps."""
 
@@ -253,7 +256,7 @@ class Scheduler:
         placed: dict[Sequence, tuple[int, ...]] = {}
         if self._blocks.budget is not None:
             return placed
-        left = self._limits.max_batch_tokens - len(self._decoding)
+        left = min(_MOST_GUESSED, self._limits.max_batch_tokens - len(self._decoding))
         for sequence in self._decoding:
             tokens = guess(sequence, min(left, sequence.max_tokens - len(sequence.tokens) - 1))
             end = sequence.computed + 1 + len(tokens)
