@@ -46,7 +46,7 @@ Guess = Callable[[Sequence, int], tuple[int, ...]]
 _NONE: Mapping[Sequence, tuple[int, ...]] = MappingProxyType({})
 
 _MOST_GUESSED = 64
-"""Guessed tokens of a step: each has logits of its own, a megabyte of them, and several times that where it is drawn."""
+"""Guessed tokens of a step: each has logits of its own, a megabyte, and several times that where it is drawn."""
 
 _RETRY_PLANS = 8
 """While nobody leaves, room changes little: the head of the queue is looked at again after so many steps."""
