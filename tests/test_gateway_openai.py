@@ -450,6 +450,32 @@ def test_a_question_with_a_picture_through_wicores_own_endpoint():
     assert error_of(post(backend, "/v1/inference", {**body, "images": ["%"]}))["param"] == "images[0]"
 
 
+def test_a_question_with_pictures_by_upload():
+    backend = Said(*said("Hel", "lo"))
+    with gateway(backend) as client:
+        files = [("images", ("a.png", b"one", "image/png")), ("images", ("b.png", b"two", "image/png"))]
+        fields = {"prompt": "What?", "max_tokens": "5", "temperature": "0"}
+        answer = client.post("/v1/inference/upload", data=fields, files=files)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["content"] == "Hello"
+        asked = backend.requests[0]
+        assert (asked.prompt, asked.images) == ("What?", (b"one", b"two"))
+        assert (asked.options["max_tokens"], asked.options["temperature"]) == (5, 0)
+        for wrong, param in (
+            ({"max_tokens": "many"}, "max_tokens"),
+            ({"prompt": ""}, "prompt"),
+            ({"no_such": "1"}, "no_such"),
+        ):
+            sent = client.post("/v1/inference/upload", data={**fields, **wrong}, files=files)
+            assert error_of(sent)["param"] == param
+        named = client.post("/v1/inference/upload", data=fields, files=[("photo", ("a.png", b"one", "image/png"))])
+        assert error_of(named)["param"] == "photo"
+        assert error_of(client.post("/v1/inference/upload", json=fields))["param"] == "prompt"
+        broken = client.post("/v1/inference/upload", content=b"x", headers={"content-type": "multipart/form-data"})
+        assert error_of(broken)["code"] == "bad_request"
+        assert len(backend.requests) == 1
+
+
 def test_embeddings_are_refused_clearly():
     assert error_of(post(ScriptedBackend(), "/v1/embeddings", {"input": "x"}))["code"] == "unsupported_endpoint"
 
