@@ -1,6 +1,7 @@
 """Bodies made of a million mistakes, and of text that is none, cost nobody anything and are named."""
 
 import re
+import time
 
 import pytest
 
@@ -100,3 +101,17 @@ def test_a_model_whose_name_has_a_slash_can_be_asked_for():
         assert client.get("/v1/models/google/gemma-3-4b-it").json()["id"] == "google/gemma-3-4b-it"
         assert client.get("/v1/models/google%2Fgemma-3-4b-it").json()["id"] == "google/gemma-3-4b-it"
         assert client.get("/v1/models/google/other").json()["error"]["code"] == "model_not_found"
+
+
+def test_a_body_of_millions_of_values_is_not_parsed_and_one_long_text_is():
+    backend = ScriptedBackend()
+    with gateway(backend) as client:
+        json = {"content-type": "application/json"}
+        tiny = b'{"x": [' + b"[]," * 3_000_000 + b"1]}"
+        began = time.perf_counter()
+        answer = client.post("/v1/chat/completions", content=tiny, headers=json)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+        assert time.perf_counter() - began < 1  # To parse it takes longer than that.
+        long = {"messages": [{"role": "user", "content": "a, " * 1_000_000}]}
+        assert client.post("/v1/chat/completions", json=CHAT | long).status_code == 200
