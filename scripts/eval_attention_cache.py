@@ -257,6 +257,7 @@ def open_engine(listener: Listener, computing: Callable[..., Computed], **settin
                 dtype="float32",
                 threads=1,
                 max_batch_tokens=CHUNK,
+                max_guessed_tokens=0,  # Steps are recorded and recalled one token at a time.
                 **settings,
             )
         ) as engine,
