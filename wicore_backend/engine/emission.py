@@ -142,11 +142,11 @@ class Emitter:
         generations = [self._ledger.owner(sequence)[1] for sequence in sequences]
         sampling = [generation.sampling_row for generation in generations]
         where: dict[Sequence, range] = {}
-        for sequence in after.keys() & rows.keys():
-            own = sampling[sequences.index(sequence)]
-            where[sequence] = range(len(places), len(places) + len(after[sequence]))
-            places += after[sequence]
-            sampling += [replace(own, place=own.place + further) for further in range(1, 1 + len(after[sequence]))]
+        for sequence, own in list(zip(sequences, sampling, strict=True)):
+            if further := after.get(sequence):
+                where[sequence] = range(len(places), len(places) + len(further))
+                places += further
+                sampling += [replace(own, place=own.place + n) for n in range(1, 1 + len(further))]
         if places != list(range(len(logits))):
             logits = rows_of(logits, places)
         tokens = sample(logits, sampling)
