@@ -18,6 +18,7 @@ from wicore_backend.engine.prompts import PromptGraphs
 from wicore_backend.engine.recording import CudaRecorder
 from wicore_backend.engine.runner import run_layers
 from wicore_backend.engine.segments import SegmentGraphs, token_counts
+from wicore_backend.engine.step_inputs import StepInputs
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.pool import KVPools
@@ -168,30 +169,30 @@ def decode_graphs(model, record):
     )
 
 
+def inputs_of(model, max_tokens):
+    executor = model.executor
+    tokens = token_counts(max_tokens)[-1]
+    return StepInputs.of(model.config.text, tokens=tokens, device=executor.device, dtype=executor.dtype)
+
+
 def segment_graphs(model, record, max_tokens):
-    text = model.config.text
     return SegmentGraphs(
         executor=model.executor,
         attention=model.attention,
         rotary=model.rotary,
         layout=model.layout,
-        hidden_size=text.hidden_size,
-        attended_size=text.num_heads * text.head_dim,
-        max_tokens=max_tokens,
+        inputs=inputs_of(model, max_tokens),
         record=record,
     )
 
 
 def prompt_graphs(model, record, max_tokens):
-    text = model.config.text
     return PromptGraphs(
         executor=model.executor,
         attention=model.attention,
         rotary=model.rotary,
         layout=model.layout,
-        hidden_size=text.hidden_size,
-        attended_size=text.num_heads * text.head_dim,
-        max_tokens=max_tokens,
+        inputs=inputs_of(model, max_tokens),
         max_keys=MAX_KEYS,
         measures=True,
         record=record,

@@ -58,7 +58,8 @@ def make_runner(
         from wicore_backend.engine.graphs import DecodeGraphs
         from wicore_backend.engine.prompts import PromptGraphs
         from wicore_backend.engine.recording import CudaRecorder
-        from wicore_backend.engine.segments import SegmentGraphs
+        from wicore_backend.engine.segments import SegmentGraphs, token_counts
+        from wicore_backend.engine.step_inputs import StepInputs
         from wicore_backend.engine.vision_graphs import VisionGraphs
         from wicore_backend.executor.cuda_executor import CudaExecutor
 
@@ -86,15 +87,15 @@ def make_runner(
                 measures=sampling is not None,
                 record=record,
             )
-            hidden_size, attended_size = text.hidden_size, text.num_heads * text.head_dim
+            # One for both, since a step is a prompt by itself or it is not.
+            longest = token_counts(max_batch_tokens)[-1]
+            inputs = StepInputs.of(text, tokens=longest, device=device, dtype=dtype)
             prompts = PromptGraphs(
                 executor=executor,
                 attention=attention,
                 rotary=rotary,
                 layout=pools.layout,
-                hidden_size=hidden_size,
-                attended_size=attended_size,
-                max_tokens=max_batch_tokens,
+                inputs=inputs,
                 max_keys=max_model_len,
                 measures=sampling is not None,
                 record=record,
@@ -104,9 +105,7 @@ def make_runner(
                 attention=attention,
                 rotary=rotary,
                 layout=pools.layout,
-                hidden_size=hidden_size,
-                attended_size=attended_size,
-                max_tokens=max_batch_tokens,
+                inputs=inputs,
                 record=record,
             )
             for graphs_of in (decodes, prompts, segments):

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
@@ -19,8 +18,8 @@ from wicore_backend.engine.graphs import Bucket
 from wicore_backend.engine.recording import Record, Recorded, Sizes
 from wicore_backend.engine.runner import Attended, run_layers
 from wicore_backend.engine.segments import token_counts
+from wicore_backend.engine.step_inputs import StepInputs
 from wicore_backend.executor.base import Executor
-from wicore_backend.executor.upload import to_device
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.models.gemma3.rope import RotaryTables
 
@@ -64,10 +63,10 @@ class PromptGraphs:
 
     Parameters
     ----------
-    hidden_size, attended_size
-        Values of a token's hidden state, and of its attention.
-    max_tokens, max_keys
-        Of a step; and of a sequence.
+    inputs
+        Of the longest step that is recorded.
+    max_keys
+        Of a sequence.
     measures
         Whether attention mass may be asked of steps.
     record
@@ -81,9 +80,7 @@ class PromptGraphs:
         attention: PromptAttention,
         rotary: RotaryTables,
         layout: KVLayout,
-        hidden_size: int,
-        attended_size: int,
-        max_tokens: int,
+        inputs: StepInputs,
         max_keys: int,
         measures: bool,
         record: Record,
@@ -95,16 +92,12 @@ class PromptGraphs:
         self._max_keys = min(max_keys, _KEYS)
         self._measures = measures
         self._record = record
-        self._wanted = token_counts(max_tokens)
-        most, device = self._wanted[-1], executor.device
-        self._embedded = torch.zeros(most, hidden_size, dtype=executor.dtype, device=device)
-        self._positions = torch.zeros(most, dtype=torch.int32, device=device)
-        self._attended = torch.zeros(most, attended_size, dtype=executor.dtype, device=device)
+        self._inputs = inputs
         self._graphs: Sizes[_Graph] = Sizes()
 
     def prepare(self) -> None:
         """Record prompts of all sizes: see `Sizes.prepare`."""
-        self._graphs.prepare(self._wanted, self._prepared, "prompts")
+        self._graphs.prepare(token_counts(len(self._inputs)), self._prepared, "prompts")
 
     def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int | None], None]) -> Attended | None:
         """What the layers make of the embeddings `hidden` [T, D] of a step; None if it fits none that is prepared.
@@ -120,20 +113,19 @@ class PromptGraphs:
         except ValueError:  # Too many keys.
             return None
         arrive(None)
-        self._embedded[:count].copy_(hidden)
-        self._positions[:count].copy_(to_device(step.positions, hidden.device))
+        self._inputs.fill(hidden, step.positions)
         results = graph.replay()
         return Attended(plan, results.hidden[:count], results.attention[:count])
 
     def _prepared(self, size: int) -> _Graph:
         """The graph for `size` tokens, recorded without any: none of its rows touches the pools."""
         executor, attention, rotary, layers = self._executor, self._attention, self._rotary, self._layout.layers
-        embedded, positions, out = self._embedded[:size], self._positions[:size], self._attended[:size]
-        bucket = attention.prompt_bucket(max_keys=self._max_keys, out=out, measures=self._measures)
+        inputs = self._inputs.first(size)
+        bucket = attention.prompt_bucket(max_keys=self._max_keys, out=inputs.attended, measures=self._measures)
 
         def work() -> Results:
-            rope = rotary.lookup(positions)
-            return Results(*run_layers(executor, attention, bucket.plan, layers, embedded, rope))
+            rope = rotary.lookup(inputs.positions)
+            return Results(*run_layers(executor, attention, bucket.plan, layers, inputs.embedded, rope))
 
         work()
         recorded = self._record(work)

@@ -15,14 +15,13 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
 from wicore_backend.engine.recording import Record, Recorded, Sizes
 from wicore_backend.engine.runner import Attended
+from wicore_backend.engine.step_inputs import StepInputs
 from wicore_backend.executor.base import Executor
-from wicore_backend.executor.upload import to_device
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.models.gemma3.rope import RotaryTables
 
@@ -53,32 +52,17 @@ class _Walk:
 
     Parameters
     ----------
-    embedded
-        [T, D], the embeddings.
-    positions
-        int32 [T]
-    attended
-        [T, query heads * d], which all but the first segment read.
+    inputs
+        Of T tokens; all but the first segment read the attention in it.
     """
 
-    def __init__(
-        self,
-        executor: Executor,
-        rotary: RotaryTables,
-        layout: KVLayout,
-        *,
-        embedded: Tensor,
-        positions: Tensor,
-        attended: Tensor,
-    ) -> None:
+    def __init__(self, executor: Executor, rotary: RotaryTables, layout: KVLayout, inputs: StepInputs) -> None:
         self._executor = executor
         self._rotary = rotary
         self._groups = [group for group, _ in layout.layers]
-        self._positions = positions
+        self._inputs = inputs
         self._rope: Mapping[LayerGroup, tuple[Tensor, Tensor]] = {}
-        self.embedded = embedded
-        self.attended = attended
-        self.hidden = embedded
+        self.hidden = inputs.embedded
 
     def segments(self) -> Iterator[Callable[[], Between]]:
         """To be called in this order, each after the attention of the layer that the one before it begins."""
@@ -87,13 +71,13 @@ class _Walk:
             yield partial(self._mid, layer)
 
     def _first(self) -> Between:
-        self._rope = self._rotary.lookup(self._positions)
-        self.hidden = self.embedded
+        self._rope = self._rotary.lookup(self._inputs.positions)
+        self.hidden = self._inputs.embedded
         return Between(self.hidden, *self._executor.first(self.hidden, *self._rope[self._groups[0]]))
 
     def _mid(self, layer: int) -> Between:
         rope = self._rope[self._groups[layer + 1]]
-        self.hidden, qkv = self._executor.mid(layer, self.hidden, self.attended, *rope)
+        self.hidden, qkv = self._executor.mid(layer, self.hidden, self._inputs.attended, *rope)
         return Between(self.hidden, *qkv)
 
 
@@ -101,9 +85,7 @@ class _Walk:
 class _Bucket:
     """Memory for the inputs of steps of so many tokens, and their segments over it."""
 
-    embedded: Tensor
-    positions: Tensor
-    attended: Tensor
+    inputs: StepInputs
     segments: Sequence[Recorded[Between]]
 
 
@@ -114,10 +96,8 @@ class SegmentGraphs:
 
     Parameters
     ----------
-    hidden_size, attended_size
-        Values of a token's hidden state, and of its attention.
-    max_tokens
-        Of a step.
+    inputs
+        Of the longest step that is recorded.
     record
         Makes a segment's work repeatable.
     """
@@ -129,9 +109,7 @@ class SegmentGraphs:
         attention: PlacingAttention,
         rotary: RotaryTables,
         layout: KVLayout,
-        hidden_size: int,
-        attended_size: int,
-        max_tokens: int,
+        inputs: StepInputs,
         record: Record,
     ) -> None:
         self._executor = executor
@@ -139,16 +117,12 @@ class SegmentGraphs:
         self._rotary = rotary
         self._layout = layout
         self._record = record
-        self._wanted = token_counts(max_tokens)
-        most, device = self._wanted[-1], executor.device
-        self._embedded = torch.zeros(most, hidden_size, dtype=executor.dtype, device=device)
-        self._positions = torch.zeros(most, dtype=torch.int32, device=device)
-        self._attended = torch.zeros(most, attended_size, dtype=executor.dtype, device=device)
+        self._inputs = inputs
         self._buckets: Sizes[_Bucket] = Sizes()
 
     def prepare(self) -> None:
         """Record steps of all sizes: see `Sizes.prepare`."""
-        self._buckets.prepare(self._wanted, self._prepared, "tokens")
+        self._buckets.prepare(token_counts(len(self._inputs)), self._prepared, "tokens")
 
     def run(self, step: PackedStep, hidden: Tensor, arrive: Callable[[int | None], None]) -> Attended | None:
         """What the layers make of the embeddings `hidden` [T, D] of a step; None if it fits none that is prepared.
@@ -159,10 +133,9 @@ class SegmentGraphs:
         bucket = self._buckets.fitting(count)
         if bucket is None:
             return None
-        bucket.embedded[:count].copy_(hidden)
-        bucket.positions[:count].copy_(to_device(step.positions, hidden.device))
+        bucket.inputs.fill(hidden, step.positions)
         between = bucket.segments[0]()
-        plan = self._attention.plan(step, out=bucket.attended)  # While the device is at it.
+        plan = self._attention.plan(step, out=bucket.inputs.attended)  # While the device is at it.
         for layer, segment in enumerate(bucket.segments[1:]):
             arrive(layer)
             self._attend(plan, layer, between, count)
@@ -177,13 +150,10 @@ class SegmentGraphs:
 
         They touch no pool. What they take of the device's memory such a step takes as well.
         """
-        if tokens <= self._wanted[-1]:
+        if tokens <= len(self._inputs):
             return
         try:
-            embedded, positions, attended = (
-                part.new_zeros(tokens, *part.shape[1:]) for part in (self._embedded, self._positions, self._attended)
-            )
-            for segment in islice(self._walk(embedded, positions, attended).segments(), 2):
+            for segment in islice(self._walk(self._inputs.like(tokens)).segments(), 2):
                 segment()
         except Exception:
             _log.exception("a step of %d tokens cannot be rehearsed; the first one will show why", tokens)
@@ -193,23 +163,21 @@ class SegmentGraphs:
     def _attend(self, plan: Any, layer: int, between: Between, count: int) -> Tensor:
         return self._attention.attend(plan, layer, between.q[:count], between.k[:count], between.v[:count])
 
-    def _walk(self, embedded: Tensor, positions: Tensor, attended: Tensor) -> _Walk:
-        return _Walk(
-            self._executor, self._rotary, self._layout, embedded=embedded, positions=positions, attended=attended
-        )
+    def _walk(self, inputs: StepInputs) -> _Walk:
+        return _Walk(self._executor, self._rotary, self._layout, inputs)
 
     def _prepared(self, size: int) -> _Bucket:
         """The segments for `size` tokens; they touch no pool."""
-        embedded, positions, attended = self._embedded[:size], self._positions[:size], self._attended[:size]
-        walk = self._walk(embedded, positions, attended)
+        inputs = self._inputs.first(size)
+        walk = self._walk(inputs)
         for segment in walk.segments():
             segment()
         recorded = []
         for segment in walk.segments():
             recorded.append(self._record(segment))
             recorded[-1].lend()  # The hidden state, which the next one reads, is the walk's as well.
-        walk.hidden = embedded
-        return _Bucket(embedded, positions, attended, recorded)
+        walk.hidden = inputs.embedded
+        return _Bucket(inputs, recorded)
 
 
 def token_counts(max_tokens: int) -> Sequence[int]:
