@@ -37,7 +37,8 @@ def questions():
 
 def answers(questions, device: str, dtype: Any, model: Path = CHECKPOINT) -> list[list[int]]:
     prompts, images = [prompt for prompt, _ in questions], [pictures for _, pictures in questions]
-    with Engine(EngineConfig(model=model, device=device, dtype=dtype)) as engine:
+    settings = EngineConfig(model=model, device=device, dtype=dtype, kv_cache_bytes=4 * 2**30)
+    with Engine(settings) as engine:
         results = engine.generate(prompts, SamplingParams(max_tokens=96, temperature=0.0), images=images)
     return [list(result.token_ids) for result in results]
 

@@ -51,7 +51,7 @@ def test_another_tenant_of_the_prefix_cache_is_answered_as_the_first():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 def test_a_gpu_answers_as_the_cpu(expected):
-    with Engine(config(**FP8_KV, device="cuda")) as engine:
+    with Engine(config(**FP8_KV, device="cuda", kv_cache_bytes=2**30)) as engine:
         answers = [engine.generate(talk(), greedy(), images=[PICTURE]) for _ in range(2)]
     assert answers[1].usage.cached_tokens > answers[0].usage.cached_tokens == 0
     assert [answer.token_ids for answer in answers] == [expected.token_ids] * 2
