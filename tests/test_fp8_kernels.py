@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from tests.gemma3_random import write_random_checkpoint
+from tests.peak_memory import peak_bytes
 from tests.test_fp8 import quantize
 from tests.test_gpu_kernels import EPS, HOPPER_SHARED_MEMORY, every_dtype, relative_error, rms_norm, segments
+from wicore_backend.executor import fp8_matrix
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.fp8_matrix import FP8_TILES, Fp8GpuMatrix
 from wicore_backend.executor.kernels.fp8_products import fp8_product
@@ -156,6 +158,20 @@ def test_every_way_to_multiply_gives_the_plain_twins_product(role, rows):
         raw = matrix.unscaled(x)
         raw = raw.scaled() if isinstance(raw, Unscaled) else raw
         assert relative_error(raw.sum(0) if raw.dim() == 3 else raw, exact) < 1e-2
+
+
+@pytest.mark.parametrize("role", ["qkv", "gate_up", "head"])
+def test_what_cublas_cannot_multiply_is_widened_a_part_at_a_time(role, monkeypatch, kernel_device):
+    weight = quantized_fp8(torch.randn(120, 64, device=kernel_device).half())
+    bias = torch.randn(120, device=kernel_device).half() if role == "qkv" else None
+    x = torch.randn(20, 64, device=kernel_device).half()
+    whole = Fp8GpuMatrix(role, weight, bias)(x)
+    monkeypatch.setattr(fp8_matrix, "_WIDENED_AT_ONCE", 7 * 64)
+    in_parts = Fp8GpuMatrix(role, weight, bias)
+    assert relative_error(in_parts(x), whole) < 1e-3
+    if kernel_device.type == "cpu":
+        results = 2 * x.new_empty(20, 120).nbytes * (2 if role == "head" else 1)
+        assert peak_bytes(lambda: in_parts(x)) <= results + 6 * 7 * 64
 
 
 @pytest.mark.parametrize("role", FP8_TILES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wicore_backend.executor.kernels import fp8_rows
@@ -44,12 +43,17 @@ UNSCALED_ROWS: Mapping[Role, int] = {"gate_up": 256, "out": 2048, "down": 2048}
 _ALIGNED = 16
 """Both sides of a matrix must be multiples of it for cuBLAS to take it in FP8."""
 
+_WIDENED_AT_ONCE = 2**25
+"""Elements of a matrix that are widened at a time, at most, where cuBLAS does not take FP8: 192 MiB, with the float32
+that they pass through."""
+
 
 class Fp8GpuMatrix:
     """`Matrix` of an `Fp8Matrix`.
 
     One row is multiplied as it is, by a tiling that fits. All else is quantised, each row by its own largest value, for
-    tensor cores: streamed while rows are few, by cuBLAS beyond. Where neither can be, the matrix is widened each time.
+    tensor cores: streamed while rows are few, by cuBLAS beyond. Where neither can be, the matrix is widened each time,
+    part by part.
     """
 
     def __init__(self, role: Role, weight: Fp8Matrix, bias: Tensor | None = None) -> None:
@@ -112,15 +116,26 @@ class Fp8GpuMatrix:
     def _scaled(self, x: Rows) -> Tensor:
         weight = self._weight
         if isinstance(x, Tensor):
-            return F.linear(x, weight.dequantized(), self._bias)
-        product = torch._scaled_mm(
-            *(x.values, weight.values.T),
-            scale_a=x.scale[:, None],
-            scale_b=weight.scale[None, :],
-            out_dtype=weight.dtype,
-            use_fast_accum=True,
-        )
+            product = self._widened(x)
+        else:
+            product = torch._scaled_mm(
+                *(x.values, weight.values.T),
+                scale_a=x.scale[:, None],
+                scale_b=weight.scale[None, :],
+                out_dtype=weight.dtype,
+                use_fast_accum=True,
+            )
         return product if self._bias is None else product.add_(self._bias)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """x W^T, [T, N], of the widened matrix."""
+        rows, columns = self._weight.shape
+        at_once = max(1, _WIDENED_AT_ONCE // columns)
+        product = x.new_empty(len(x), rows)
+        for first in range(0, rows, at_once):
+            part = self._weight.rows(first, first + at_once).dequantized()
+            torch.mm(x, part.T, out=product[:, first : first + len(part)])
+        return product
 
     def _tile(self, rows: int) -> Tile | None:
         """How to cut a product of so many rows; None to leave it to cuBLAS."""

@@ -39,6 +39,10 @@ class Fp8Matrix:
     def nbytes(self) -> int:
         return self.values.nbytes + self.scale.nbytes
 
+    def rows(self, first: int, last: int) -> Fp8Matrix:
+        """The rows from `first` up to `last`, without a copy."""
+        return Fp8Matrix(self.values[first:last], self.scale[first:last], self.dtype)
+
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.values.float().mul_(self.scale[:, None]).to(dtype or self.dtype)
 
