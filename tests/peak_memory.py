@@ -15,7 +15,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
         kept = work()
     del kept
     now = peak = 0
-    results = observed.profiler.kineto_results  # type: ignore[union-attr]
+    results = observed.profiler.kineto_results
     for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
