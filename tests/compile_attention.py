@@ -5,12 +5,14 @@ To be run as a program of its own, without TRITON_INTERPRET: the interpreter's s
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel
@@ -35,7 +37,9 @@ def shared_bytes(kernel: Any, constants: dict[str, Any], pool: str | None, capab
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    shared: int = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+    target = GPUTarget("cuda", capability, 32)
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target))  # Kernels ask it what card they are for.
+    shared: int = triton.compile(source, target=target, options=options).metadata.shared
     return shared
 
 
