@@ -13,7 +13,7 @@ import torch
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.assembly import make_runner
-from wicore_backend.engine.graph_memory import graph_bytes
+from wicore_backend.engine.cache_memory import host_cache_bytes, image_cache_bytes, kv_cache_bytes
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampling_params import generation_defaults
 from wicore_backend.engine.tiers import BlockMover, ColdStorage
@@ -27,7 +27,7 @@ from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import NameScheme
 from wicore_backend.hmt.policy import POLICIES
-from wicore_backend.hmt.pool import KVPools, slot_bytes, staging_bytes
+from wicore_backend.hmt.pool import KVPools, slot_bytes
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
@@ -35,12 +35,6 @@ from wicore_backend.observability.progress import ByteProgress
 from wicore_backend.processor.processor import Processor
 
 _log = logging.getLogger(__name__)
-
-_CPU_KV_CACHE_BYTES = 2**30
-_CUDA_HOST_CACHE_BYTES = 4 * 2**30
-_CPU_HOST_CACHE_BYTES = 2**28
-_CUDA_IMAGE_CACHE_BYTES = 2**28
-_CPU_IMAGE_CACHE_BYTES = 2**26
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,13 +112,15 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         _log.warning("kv_budget_tokens = %d: answers of longer sequences are lossy", settings.kv_budget_tokens)
     num_blocks = divide_memory(
         layout,
-        memory_bytes=settings.kv_cache_bytes or _free_memory(settings, config, device, dtype),
+        memory_bytes=kv_cache_bytes(settings, config.text, free=_free_memory(device), value_bytes=dtype.itemsize),
         max_sequences=settings.max_running,
         max_tokens=max_model_len,
         max_chunk=settings.max_batch_tokens,
     )
     host_slots = divide_host_memory(
-        num_blocks, slot_bytes(layout, settings.host_cache_codec, kv_dtype), _host_cache_bytes(settings, device)
+        num_blocks,
+        slot_bytes(layout, settings.host_cache_codec, kv_dtype),
+        host_cache_bytes(settings, cuda=device.type == "cuda"),
     )
     pools = KVPools.allocate(
         layout, num_blocks, host_slots, device=device, dtype=kv_dtype, host_codec=settings.host_cache_codec
@@ -138,7 +134,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         max_running=settings.max_running,
         max_batch_tokens=settings.max_batch_tokens,
         graphs=settings.cuda_graphs,
-        image_cache_bytes=_image_cache_bytes(settings, device),
+        image_cache_bytes=image_cache_bytes(settings, cuda=device.type == "cuda"),
         sampling=MassSampling.of(layout) if pools.host or budget or device.type == "cuda" else None,
     )
     _log.info(
@@ -222,20 +218,6 @@ def _kv_dtype(settings: EngineConfig, dtype: torch.dtype) -> torch.dtype:
     return FP8
 
 
-def _host_cache_bytes(settings: EngineConfig, device: torch.device) -> int:
-    if settings.host_cache_bytes is not None:
-        return settings.host_cache_bytes
-    if device.type == "cuda":
-        return _CUDA_HOST_CACHE_BYTES
-    return 0 if settings.nvme_cache_path is None else _CPU_HOST_CACHE_BYTES
-
-
-def _image_cache_bytes(settings: EngineConfig, device: torch.device) -> int:
-    if settings.image_cache_bytes is not None:
-        return settings.image_cache_bytes
-    return _CUDA_IMAGE_CACHE_BYTES if device.type == "cuda" else _CPU_IMAGE_CACHE_BYTES
-
-
 def _cold_storage(
     settings: EngineConfig, layout: KVLayout, pools: KVPools, dtype: torch.dtype, woken: Callable[[], None]
 ) -> ColdStorage | None:
@@ -266,13 +248,6 @@ def _cold_storage(
     )
 
 
-def _free_memory(settings: EngineConfig, config: Gemma3Config, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes for the KV cache where no setting says how many."""
-    if device.type != "cuda":
-        return _CPU_KV_CACHE_BYTES
-    free = torch.cuda.mem_get_info(device)[0]
-    if settings.cuda_graphs:
-        limits = {"max_running": settings.max_running, "max_batch_tokens": settings.max_batch_tokens}
-        free = max(0, free - graph_bytes(config.text, **limits, value_bytes=dtype.itemsize))
-    share = int(free * settings.hmt_gpu_threshold) - _image_cache_bytes(settings, device)
-    return share - staging_bytes(share) if _host_cache_bytes(settings, device) else share
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that a CUDA device has free."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
