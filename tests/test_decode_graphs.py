@@ -170,9 +170,7 @@ def decode_graphs(model, record):
 
 
 def inputs_of(model, max_tokens):
-    executor = model.executor
-    tokens = token_counts(max_tokens)[-1]
-    return StepInputs.of(model.config.text, tokens=tokens, device=executor.device, dtype=executor.dtype)
+    return StepInputs.of(model.config.text, model.executor, tokens=token_counts(max_tokens)[-1])
 
 
 def segment_graphs(model, record, max_tokens):

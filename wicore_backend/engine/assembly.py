@@ -89,7 +89,7 @@ def make_runner(
             )
             # One for both, since a step is a prompt by itself or it is not.
             longest = token_counts(max_batch_tokens)[-1]
-            inputs = StepInputs.of(text, tokens=longest, device=device, dtype=dtype)
+            inputs = StepInputs.of(text, executor, tokens=longest)
             prompts = PromptGraphs(
                 executor=executor,
                 attention=attention,

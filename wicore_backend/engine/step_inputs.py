@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wicore_backend.executor.base import Executor
 from wicore_backend.executor.upload import to_device
 from wicore_backend.models.gemma3.config import TextConfig
 
@@ -33,12 +34,13 @@ class StepInputs:
     attended: Tensor
 
     @classmethod
-    def of(cls, text: TextConfig, *, tokens: int, device: torch.device, dtype: torch.dtype) -> Self:
-        """For steps of up to so many tokens."""
+    def of(cls, text: TextConfig, executor: Executor, *, tokens: int) -> Self:
+        """For steps of up to so many tokens, on the device and in the types of `executor`."""
+        device = executor.device
         return cls(
-            torch.zeros(tokens, text.hidden_size, dtype=dtype, device=device),
+            torch.zeros(tokens, text.hidden_size, dtype=executor.residual, device=device),
             torch.zeros(tokens, dtype=torch.int32, device=device),
-            torch.zeros(tokens, text.num_heads * text.head_dim, dtype=dtype, device=device),
+            torch.zeros(tokens, text.num_heads * text.head_dim, dtype=executor.dtype, device=device),
         )
 
     def __len__(self) -> int:

@@ -24,10 +24,22 @@ class QKV(NamedTuple):
 
 
 class Executor(Protocol):
-    """Dense segments of one Gemma-3 model on one device. D is the hidden size, V the vocabulary."""
+    """Dense segments of one Gemma-3 model on one device. D is the hidden size, V the vocabulary.
+
+    Attributes
+    ----------
+    dtype
+        Of queries, keys, values, attention's results, cosines, sines and pixels.
+    residual
+        Of hidden states and soft tokens: `dtype`, but float32 where the residual stream would overflow it (float16).
+    recordable
+        Whether a CUDA graph can hold what it gives the device.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    residual: torch.dtype
+    recordable: bool
 
     def embed(self, ids: Tensor, soft_tokens: Tensor | None, soft_rows: Tensor | None) -> Tensor:
         """Hidden states [T, D] of `ids` int [T], scaled by sqrt(D).

@@ -26,7 +26,8 @@ class CudaExecutor:
     def __init__(self, config: Gemma3Config, weights: Gemma3Weights) -> None:
         text = weights.text
         self.device = text.embedding.device
-        self.dtype = text.embedding.dtype
+        self.dtype = self.residual = text.embedding.dtype
+        self.recordable = True
         self._config = config
         self._vision = weights.vision
         self._embedding = text.embedding

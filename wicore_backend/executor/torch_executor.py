@@ -24,7 +24,8 @@ class TorchExecutor:
     def __init__(self, config: Gemma3Config, weights: Gemma3Weights) -> None:
         embedding = weights.text.embedding
         self.device = embedding.device
-        self.dtype = embedding.dtype
+        self.dtype = self.residual = embedding.dtype
+        self.recordable = False  # Graphs need OpenAI Triton, and where that is, `CudaExecutor` is quicker.
         self._config = config
         self._vision = weights.vision
         self._embedding = embedding
