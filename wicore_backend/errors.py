@@ -34,6 +34,10 @@ class CheckpointError(InvalidArgumentError):
     """A model directory that is incomplete, inconsistent or of an unknown kind."""
 
 
+class SegmentError(InvalidArgumentError):
+    """Exported segments that are incomplete, damaged or of another kind, or a model that cannot be exported so."""
+
+
 class OverloadedError(WicoreError):
     """The queue is full, or the engine is draining.
 
