@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from wicore_backend.config import EngineConfig
-from wicore_backend.engine.graph_memory import graph_bytes
 from wicore_backend.hmt.pool import staging_bytes
-from wicore_backend.models.gemma3.config import TextConfig
 
 _CPU_KV_CACHE_BYTES = 2**30
 _CUDA_HOST_CACHE_BYTES = 4 * 2**30
@@ -14,32 +12,22 @@ _CUDA_IMAGE_CACHE_BYTES = 2**28
 _CPU_IMAGE_CACHE_BYTES = 2**26
 
 
-def kv_cache_bytes(settings: EngineConfig, text: TextConfig, *, free: int | None, value_bytes: int) -> int:
+def kv_cache_bytes(settings: EngineConfig, *, free: int | None, needed: int) -> int:
     """Bytes of the KV cache on the device.
 
     Parameters
     ----------
     free
         Bytes that the CUDA device has free once weights are loaded; None on the CPU.
-    value_bytes
-        Of a number of the activations.
+    needed
+        Of these, what computing will take.
     """
     if settings.kv_cache_bytes is not None:
         return settings.kv_cache_bytes
     if free is None:
         return _CPU_KV_CACHE_BYTES
-    free = max(0, free - recorded_bytes(settings, text, value_bytes=value_bytes))
-    share = int(free * settings.hmt_gpu_threshold) - image_cache_bytes(settings, cuda=True)
+    share = int(max(0, free - needed) * settings.hmt_gpu_threshold) - image_cache_bytes(settings, cuda=True)
     return share - staging_bytes(share) if host_cache_bytes(settings, cuda=True) else share
-
-
-def recorded_bytes(settings: EngineConfig, text: TextConfig, *, value_bytes: int) -> int:
-    """About what recorded steps take of a CUDA device."""
-    if not settings.cuda_graphs:
-        return 0
-    return graph_bytes(
-        text, max_running=settings.max_running, max_batch_tokens=settings.max_batch_tokens, value_bytes=value_bytes
-    )
 
 
 def host_cache_bytes(settings: EngineConfig, *, cuda: bool) -> int:

@@ -14,6 +14,7 @@ from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.assembly import make_runner
 from wicore_backend.engine.cache_memory import host_cache_bytes, image_cache_bytes, kv_cache_bytes
+from wicore_backend.engine.graph_memory import graph_bytes
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampling_params import generation_defaults
 from wicore_backend.engine.tiers import BlockMover, ColdStorage
@@ -112,7 +113,9 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         _log.warning("kv_budget_tokens = %d: answers of longer sequences are lossy", settings.kv_budget_tokens)
     num_blocks = divide_memory(
         layout,
-        memory_bytes=kv_cache_bytes(settings, config.text, free=_free_memory(device), value_bytes=dtype.itemsize),
+        memory_bytes=kv_cache_bytes(
+            settings, free=_free_memory(device), needed=_recorded_bytes(settings, config, dtype)
+        ),
         max_sequences=settings.max_running,
         max_tokens=max_model_len,
         max_chunk=settings.max_batch_tokens,
@@ -251,3 +254,11 @@ def _cold_storage(
 def _free_memory(device: torch.device) -> int | None:
     """Bytes that a CUDA device has free."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def _recorded_bytes(settings: EngineConfig, config: Gemma3Config, dtype: torch.dtype) -> int:
+    """About what recorded steps will take of a CUDA device."""
+    if not settings.cuda_graphs:
+        return 0
+    limits = {"max_running": settings.max_running, "max_batch_tokens": settings.max_batch_tokens}
+    return graph_bytes(config.text, **limits, value_bytes=dtype.itemsize)
