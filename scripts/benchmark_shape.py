@@ -107,6 +107,7 @@ def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int
         max_batch_tokens=args.batch_tokens,
         max_decode_slowdown=1000.0,  # Prompts first: decode steps are then of the whole batch.
         prefix_cache=False,
+        max_guessed_tokens=0,  # Random weights fall into loops, which are guessed: steps would be of several tokens.
         host_cache_bytes=args.host_bytes,
         kv_cache_bytes=args.kv_bytes,
         kv_cache_dtype=args.kv_dtype,
