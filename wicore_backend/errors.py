@@ -38,6 +38,10 @@ class SegmentError(InvalidArgumentError):
     """Exported segments that are incomplete, damaged or of another kind, or a model that cannot be exported so."""
 
 
+class ExecutorError(InvalidArgumentError):
+    """An executor that cannot be had: of a library, engines, a card or its memory, something is missing or unfit."""
+
+
 class OverloadedError(WicoreError):
     """The queue is full, or the engine is draining.
 

@@ -1,0 +1,192 @@
+"""The two TensorRT libraries, and where they differ."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+
+from wicore_backend.errors import ExecutorError
+
+_log = logging.getLogger(__name__)
+
+
+class LibraryName(StrEnum):
+    """Whose engines these are; those of one library are nothing to the other."""
+
+    TENSORRT = "tensorrt"
+    """From NVIDIA's images, for data centre cards too. Builds for the card that it finds, and times kernels there."""
+    TENSORRT_RTX = "tensorrt_rtx"
+    """For GeForce, RTX and cards like them. Builds for cards that are not there; compiles kernels when it is run."""
+
+
+LibraryChoice = Literal["auto", "tensorrt", "tensorrt_rtx"]
+
+_MODULES: Mapping[LibraryName, tuple[str, ...]] = {
+    LibraryName.TENSORRT: ("tensorrt",),
+    LibraryName.TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+}
+_REMEDIES: Mapping[LibraryName, str] = {
+    LibraryName.TENSORRT: "use an image of NVIDIA's that has it (nvcr.io/nvidia/tritonserver:*-py3: Dockerfile.triton)",
+    LibraryName.TENSORRT_RTX: "pip install 'wicore[tensorrt-rtx]'",
+}
+_TYPES: Mapping[str, torch.dtype] = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "FP8": torch.float8_e4m3fn,
+    "INT8": torch.int8,
+    "UINT8": torch.uint8,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A TensorRT library.
+
+    Attributes
+    ----------
+    version
+        Its own: an engine runs with the version that built it.
+    api
+        Its Python module.
+    """
+
+    name: LibraryName
+    version: str
+    api: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+    @property
+    def builds_for_other_cards(self) -> bool:
+        """Engines are built for the card that is asked for. Otherwise they are for the one that is there."""
+        return hasattr(self.api, "ComputeCapability")
+
+    @property
+    def configures_contexts(self) -> bool:
+        """Contexts take an `IRuntimeConfig`: with a cache of compiled kernels and a say in when those are compiled."""
+        return hasattr(self.api, "IRuntimeCache")
+
+    @property
+    def times_kernels(self) -> bool:
+        """Building is measuring: timings are worth keeping, and there is a level of optimisation to choose."""
+        return self.name is LibraryName.TENSORRT
+
+    def target(self, compute_capability: str) -> Any:
+        """The library's word for "sm89".
+
+        Raises
+        ------
+        ExecutorError
+            If it cannot build for that card.
+        """
+        wanted = getattr(self.api.ComputeCapability, compute_capability.upper(), None)
+        if wanted is None or not compute_capability.startswith("sm"):
+            able = sorted(name.lower() for name in self.api.ComputeCapability.__members__ if name.startswith("SM"))
+            remedy = _REMEDIES[LibraryName.TENSORRT]
+            raise ExecutorError(f"{self} cannot build for {compute_capability}, only for {able}; for others {remedy}")
+        return wanted
+
+    def dtype(self, dtype: Any) -> torch.dtype | str:
+        """PyTorch's word for a type of the library's, or the library's own where PyTorch has none."""
+        return _TYPES.get(dtype.name, dtype.name)
+
+    def messages(self) -> Messages:
+        """A new logger for the library's objects."""
+        return messages_of(self.api)
+
+
+class Messages:
+    """What the library logs: sent on to this process's log, and kept for errors to quote.
+
+    Attributes
+    ----------
+    logger
+        The library's `ILogger`.
+    activations, weights
+        Bytes that the library said that an engine's activations take, one number for each profile, and its weights.
+    """
+
+    logger: Any
+    _MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
+
+    def __init__(self) -> None:
+        self.activations: list[int] = []
+        self.weights: list[int] = []
+        self._errors: deque[str] = deque(maxlen=4)
+
+    def note(self, level: int, text: str) -> None:
+        """One message. On any thread."""
+        text = text.strip()
+        if level >= logging.ERROR:
+            self._errors.append(text)
+        if found := self._MEMORY.search(text):
+            (self.activations if found[1] == "Activation" else self.weights).append(int(found[2]))
+        _log.log(level, "%s", text)
+
+    def errors(self) -> str:
+        """The last errors, which are forgotten by that; what to quote where there were none."""
+        said = "; ".join(self._errors)
+        self._errors.clear()
+        return said or "the library logged no error"
+
+
+def messages_of(api: Any) -> Messages:
+    """`Messages` for a library with the module `api`."""
+    severity = api.ILogger.Severity
+    levels = {
+        severity.INTERNAL_ERROR: logging.ERROR,
+        severity.ERROR: logging.ERROR,
+        severity.WARNING: logging.WARNING,
+        severity.INFO: logging.DEBUG,
+    }
+    messages = Messages()
+
+    class Forward(api.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in levels:
+                messages.note(levels[severity], msg)
+
+    messages.logger = Forward()
+    return messages
+
+
+def load_library(choice: LibraryChoice = "auto") -> Library:
+    """Import the library that is asked for; "auto" takes TensorRT, or else TensorRT-RTX.
+
+    Raises
+    ------
+    ExecutorError
+        If it is not there, or does not load, with what to do.
+    """
+    names = tuple(LibraryName) if choice == "auto" else (LibraryName(choice),)
+    problems = []
+    for name in names:
+        for module in _MODULES[name]:
+            try:
+                api = import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name == module:
+                    continue
+                problems.append(f"{module} does not load: {error}")
+            except (ImportError, OSError, RuntimeError) as error:
+                problems.append(f"{module} does not load: {error}")
+            else:
+                return Library(name, str(api.__version__), api)
+    remedies = ", or ".join(f"for {name}: {_REMEDIES[name]}" for name in names)
+    raise ExecutorError("; ".join([f"no {' or '.join(names)} library here", *problems, remedies]))
