@@ -46,8 +46,8 @@ INT4_TILES: Mapping[Role, Mapping[int, Int4Tile]] = {
 }
 """For each role, by the largest number of rows, the tiling that is fastest; none beyond, where cuBLAS is.
 
-Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/int4.md), up to 8 rows before the kernel summed x;
-`scripts/benchmark_int4_tiles.py` measures them again.
+Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/int4.md); `scripts/benchmark_int4_tiles.py` measures
+them again.
 """
 
 _WIDENED_AT_ONCE = 2**27

@@ -1,9 +1,8 @@
 """Products of a few rows with an INT4 matrix, which is read as it is, in OpenAI Triton.
 
-Codes come out of their words raised (`kernels/int4_codes.py`). What was added comes off again in one of three ways, by
-the number of rows: for a few, a tensor core sums x besides, and each group's sum is corrected; for more, from each code
-before the product, so that groups' sums are scaled in float32; for many, the scale is multiplied in there, too, and
-there are no sums of groups. `kernels/products.py` says what starts early and why.
+Codes come out of their words raised (`kernels/int4_codes.py`). What was added comes off each code before the product;
+the sums of groups are then scaled in float32. For many rows the scale is multiplied in there, too, and there are no sums
+of groups. `kernels/products.py` says what starts early and why.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from wicore_backend.executor.kernels.int4_codes import high, low, lowered, raised, scale_type
+from wicore_backend.executor.kernels.int4_codes import high, low, lowered, scale_type
 from wicore_backend.executor.kernels.small import gelu, overlaps
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
@@ -41,7 +40,7 @@ class Int4Tile:
     early
         Whether the first span is loaded into registers before the kernel's input is there.
     scaled
-        Whether codes are scaled before they are multiplied, where there are more than 8 rows: rounded once more.
+        Whether codes are scaled before they are multiplied: rounded once more.
     """
 
     columns: int
@@ -95,14 +94,7 @@ def add_span(
     x_1 = load_rows(x + QUARTER, keep, total.shape[-1])
     x_2 = load_rows(x + 2 * QUARTER, keep, total.shape[-1])
     x_3 = load_rows(x + 3 * QUARTER, keep, total.shape[-1])
-    if total.shape[-1] == 8:
-        # A sum over x tells what raising the codes added; a tensor core has it sooner than all codes are lowered.
-        ones = tl.full(codes.shape, 1.0, X)
-        group = tl.dot(raised(codes, 4, x_0, PACKED), x_1, tl.dot(raised(codes, 0, x_0, PACKED), x_0))
-        total += scale_0 * (group - zero_0 * tl.dot(ones, x_1, tl.dot(ones, x_0)))
-        group = tl.dot(raised(codes, 12, x_0, PACKED), x_3, tl.dot(raised(codes, 8, x_0, PACKED), x_2))
-        total += scale_1 * (group - zero_1 * tl.dot(ones, x_3, tl.dot(ones, x_2)))
-    elif SCALED:
+    if SCALED:
         zero_0, zero_1, scale_0, scale_1 = zero_0.to(X), zero_1.to(X), scale_0.to(X), scale_1.to(X)
         total = tl.dot(lowered(codes, zero_0, scale_0, 0, True, PACKED), x_0, total)
         total = tl.dot(lowered(codes, zero_0, scale_0, 4, True, PACKED), x_1, total)
