@@ -1,8 +1,8 @@
 """Products of a few rows with an INT4 matrix, which is read as it is, in OpenAI Triton.
 
-Codes come out of their words raised (`kernels/int4_codes.py`). What was added comes off each code before the product;
-the sums of groups are then scaled in float32. For many rows the scale is multiplied in there, too, and there are no sums
-of groups. `kernels/products.py` says what starts early and why.
+Codes come out of their words raised (`kernels/int4_codes.py`). What was added comes off each code before the product,
+and groups' sums are scaled in float32; for many rows the scale is multiplied in there, too, and there are no sums of
+groups. `kernels/products.py` says what starts early and why.
 """
 
 from __future__ import annotations
