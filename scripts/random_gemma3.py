@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "query_pre_attn_scalar": 168,
     },
+    "gemma-3-12b": {
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+    },
     "gemma-3-4b": {
         "hidden_size": 2560,
         "intermediate_size": 10240,
@@ -56,6 +66,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """The decoders, as their config.json has them; and one that any machine runs, to try things with."""
+
+_VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 896,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+
+def published_config(shape: str) -> Gemma3Config:
+    """The configuration of a published model of this shape, its vision tower included."""
+    config = {"model_type": "gemma3", "text_config": _COMMON | SHAPES[shape], "vision_config": _VISION}
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(config))
+        return Gemma3Config.from_checkpoint(Path(directory))
 
 
 def write_directory(shape: str, target: Path, *, like: Path) -> None:
