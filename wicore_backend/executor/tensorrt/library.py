@@ -101,7 +101,8 @@ class Library:
 
     def dtype(self, dtype: Any) -> torch.dtype | str:
         """PyTorch's word for a type of the library's, or the library's own where PyTorch has none."""
-        return _TYPES.get(dtype.name, dtype.name)
+        name = str(dtype.name)
+        return _TYPES.get(name, name)
 
     def messages(self) -> Messages:
         """A new logger for the library's objects."""

@@ -70,7 +70,7 @@ def profiles_for(*, max_running: int, max_batch_tokens: int, max_images: int = M
     most_rows = min(max_batch_tokens, max_running + GUESSED_TOKENS)
     rows = Range(1, min(max_running, most_rows), most_rows)
     images = Range(1, 1, max_images)
-    profiles = []
+    profiles: list[Profile] = []
     # Matrices are read once for any number of decodes, up to some 16 of them; and a long step is mostly full.
     for name, last, few_sizes in (
         ("decode", min(max_running, max_batch_tokens), True),
