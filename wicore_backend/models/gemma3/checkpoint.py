@@ -7,8 +7,9 @@ straight to where they stay, so that the peak is the model, and one matrix where
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wicore_backend.errors import CheckpointError
-from wicore_backend.models.gemma3.config import Gemma3Config, TextConfig, VisionConfig
+from wicore_backend.models.gemma3.config import Gemma3Config, VisionConfig
 from wicore_backend.models.gemma3.tensor_names import HEAD, Shape, canonical_name, expected_shapes, may_be_quantized
 from wicore_backend.models.gemma3.upload import StoredTensor, Uploader, stored_tensors
 from wicore_backend.models.gemma3.weight_format import weight_format
 from wicore_backend.models.gemma3.weights import (
     Affine,
     Gemma3Weights,
+    LayerEnd,
+    LayerStart,
     LayerWeights,
     TextWeights,
     VisionLayerWeights,
@@ -59,18 +62,112 @@ def load_weights(
     CheckpointError
         If a file is missing or broken, or if its tensors are not those that `config` calls for.
     """
-    with ExitStack() as stack:
-        tensors = _TensorFiles(directory, stack, device, progress)
-        quantized = _QuantizedModules(weight_format(directory), tensors)
-        shapes = expected_shapes(config)
-        if config.text.tied_head and not tensors.hold_module(_module(HEAD)):
-            del shapes[HEAD]
-        tensors.check(quantized.expected(shapes))
-        loader = _Loader(tensors, quantized, device, dtype)
-        return Gemma3Weights(
-            text=_load_text(loader, config.text),
-            vision=_load_vision(loader, config.vision) if config.vision else None,
+    with CheckpointReader(directory, config, device=device, dtype=dtype, progress=progress) as reader:
+        embedding = reader.embedding()
+        layers = tuple(map(reader.layer, range(config.text.num_layers)))
+        text = TextWeights(embedding, layers, reader.norm(), _head(reader, embedding))
+        return Gemma3Weights(text, reader.vision() if config.vision else None)
+
+
+def _head(reader: CheckpointReader, embedding: Tensor) -> Weight:
+    """The head: `embedding` where the checkpoint has no other, or repeats it."""
+    if not reader.has_head:
+        return embedding
+    head = reader.head()
+    return embedding if isinstance(head, Tensor) and torch.equal(head, embedding) else head
+
+
+class CheckpointReader(AbstractContextManager["CheckpointReader"]):
+    """The checkpoint in `directory`, to be read part by part, each as `load_weights` gives it. A context.
+
+    That the files hold what `config` calls for is checked before anything is read.
+
+    Raises
+    ------
+    CheckpointError
+        As `load_weights`, here and whenever something is read.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Gemma3Config,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Callable[[int, int], object] = lambda _, __: None,
+    ) -> None:
+        self._config = config
+        with ExitStack() as stack:
+            tensors = _TensorFiles(directory, stack, device, progress)
+            quantized = _QuantizedModules(weight_format(directory), tensors)
+            shapes = expected_shapes(config)
+            self.has_head = tensors.hold_module(_module(HEAD))
+            """Whether there is a head beside the embedding."""
+            if config.text.tied_head and not self.has_head:
+                del shapes[HEAD]
+            tensors.check(quantized.expected(shapes))
+            self._load = _Loader(tensors, quantized, device, dtype)
+            self._stack = stack.pop_all()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def embedding(self) -> Tensor:
+        return self._load.tensor("text.embed_tokens.weight")
+
+    def layer(self, index: int) -> LayerWeights:
+        start, end = self.layer_start(index), self.layer_end(index)
+        return LayerWeights(
+            input_norm=start.input_norm,
+            qkv=start.qkv,
+            qkv_bias=start.qkv_bias,
+            qk_norm=start.qk_norm,
+            out=end.out,
+            out_bias=end.out_bias,
+            post_attention_norm=end.post_attention_norm,
+            pre_feedforward_norm=end.pre_feedforward_norm,
+            gate_up=end.gate_up,
+            down=end.down,
+            post_feedforward_norm=end.post_feedforward_norm,
         )
+
+    def layer_start(self, index: int) -> LayerStart:
+        load, text, layer = self._load, self._config.text, f"text.layers.{index}"
+        projections = tuple(f"{layer}.self_attn.{name}_proj" for name in "qkv")
+        q_norm, k_norm = (load.norm(f"{layer}.self_attn.{name}_norm") for name in "qk")
+        return LayerStart(
+            input_norm=load.norm(f"{layer}.input_layernorm"),
+            qkv=load.weight(*projections),
+            qkv_bias=load.tensor(*(f"{p}.bias" for p in projections)) if text.attention_bias else None,
+            qk_norm=torch.cat((q_norm.expand(text.num_heads, -1), k_norm.expand(text.num_kv_heads, -1))),
+        )
+
+    def layer_end(self, index: int) -> LayerEnd:
+        load, layer = self._load, f"text.layers.{index}"
+        return LayerEnd(
+            out=load.weight(f"{layer}.self_attn.o_proj"),
+            out_bias=load.tensor(f"{layer}.self_attn.o_proj.bias") if self._config.text.attention_bias else None,
+            post_attention_norm=load.norm(f"{layer}.post_attention_layernorm"),
+            pre_feedforward_norm=load.norm(f"{layer}.pre_feedforward_layernorm"),
+            gate_up=load.weight(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
+            down=load.weight(f"{layer}.mlp.down_proj"),
+            post_feedforward_norm=load.norm(f"{layer}.post_feedforward_layernorm"),
+        )
+
+    def norm(self) -> Tensor:
+        """Of what the last layer gives."""
+        return self._load.norm("text.norm")
+
+    def head(self) -> Weight:
+        """The checkpoint's own head, or the embedding where it has none."""
+        return self._load.weight(_module(HEAD)) if self.has_head else self.embedding()
+
+    def vision(self) -> VisionWeights:
+        assert self._config.vision is not None, "a text-only model has no vision weights"
+        return _load_vision(self._load, self._config.vision)
 
 
 class _TensorFiles:
@@ -267,43 +364,6 @@ class _Loader:
     def norm(self, module: str) -> Tensor:
         """1 + weight of one of Gemma's norms, float32."""
         return 1.0 + self._tensors.read(f"{module}.weight").float()
-
-    def head(self, embedding: Tensor) -> Weight:
-        """The head: `embedding` where the checkpoint has no other, or repeats it."""
-        module = _module(HEAD)
-        if not self._tensors.hold_module(module):
-            return embedding
-        head = self.weight(module)
-        return embedding if isinstance(head, Tensor) and torch.equal(head, embedding) else head
-
-
-def _load_text(load: _Loader, config: TextConfig) -> TextWeights:
-    embedding = load.tensor("text.embed_tokens.weight")
-    return TextWeights(
-        embedding=embedding,
-        layers=tuple(_load_layer(load, config, f"text.layers.{i}") for i in range(config.num_layers)),
-        norm=load.norm("text.norm"),
-        head=load.head(embedding),
-    )
-
-
-def _load_layer(load: _Loader, config: TextConfig, layer: str) -> LayerWeights:
-    attention = f"{layer}.self_attn"
-    projections = tuple(f"{attention}.{name}_proj" for name in "qkv")
-    q_norm, k_norm = load.norm(f"{attention}.q_norm"), load.norm(f"{attention}.k_norm")
-    return LayerWeights(
-        input_norm=load.norm(f"{layer}.input_layernorm"),
-        qkv=load.weight(*projections),
-        qkv_bias=load.tensor(*(f"{p}.bias" for p in projections)) if config.attention_bias else None,
-        qk_norm=torch.cat((q_norm.expand(config.num_heads, -1), k_norm.expand(config.num_kv_heads, -1))),
-        out=load.weight(f"{attention}.o_proj"),
-        out_bias=load.tensor(f"{attention}.o_proj.bias") if config.attention_bias else None,
-        post_attention_norm=load.norm(f"{layer}.post_attention_layernorm"),
-        pre_feedforward_norm=load.norm(f"{layer}.pre_feedforward_layernorm"),
-        gate_up=load.weight(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
-        down=load.weight(f"{layer}.mlp.down_proj"),
-        post_feedforward_norm=load.norm(f"{layer}.post_feedforward_layernorm"),
-    )
 
 
 def _load_vision(load: _Loader, config: VisionConfig) -> VisionWeights:

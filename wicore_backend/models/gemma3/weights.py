@@ -43,6 +43,45 @@ class LayerWeights:
     post_feedforward_norm: Tensor
     """float32 [D]"""
 
+    @property
+    def start(self) -> LayerStart:
+        return LayerStart(self.input_norm, self.qkv, self.qkv_bias, self.qk_norm)
+
+    @property
+    def end(self) -> LayerEnd:
+        return LayerEnd(
+            out=self.out,
+            out_bias=self.out_bias,
+            post_attention_norm=self.post_attention_norm,
+            pre_feedforward_norm=self.pre_feedforward_norm,
+            gate_up=self.gate_up,
+            down=self.down,
+            post_feedforward_norm=self.post_feedforward_norm,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStart:
+    """What a layer reads before its attention; tensors as in `LayerWeights`."""
+
+    input_norm: Tensor
+    qkv: Weight
+    qkv_bias: Tensor | None
+    qk_norm: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerEnd:
+    """What a layer reads after its attention; tensors as in `LayerWeights`."""
+
+    out: Weight
+    out_bias: Tensor | None
+    post_attention_norm: Tensor
+    pre_feedforward_norm: Tensor
+    gate_up: Weight
+    down: Weight
+    post_feedforward_norm: Tensor
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextWeights:
