@@ -54,10 +54,13 @@ def _embed(ids, table, out, size, scale, BLOCK: tl.constexpr):
     tl.store(out + row * size + column, (value * scale).to(out.dtype.element_ty), mask=within)
 
 
-def embed(ids: Tensor, table: Tensor, scale: float) -> Tensor:
-    """Rows `ids` int [T] of `table` [V, D], times `scale`: [T, D]."""
+def embed(ids: Tensor, table: Tensor, scale: float, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows `ids` int [T] of `table` [V, D], times `scale`: [T, D] beside `ids`, in `dtype` or that of the table.
+
+    The table may lie in page-locked memory of the host.
+    """
     size = table.shape[1]
-    out = table.new_empty(len(ids), size)
+    out = ids.new_empty(len(ids), size, dtype=dtype or table.dtype)
     _embed[(len(ids), triton.cdiv(size, 2048))](ids, table, out, size, scale, BLOCK=2048, num_warps=_WARPS)
     return out
 

@@ -25,17 +25,18 @@ class RotaryTables:
         }
 
     def lookup(self, positions: Tensor) -> dict[LayerGroup, tuple[Tensor, Tensor]]:
-        """For each group that the model has, cosines and sines [T, head dim] of `positions` int [T]."""
+        """For each group that the model has, cosines and sines [T, head dim], each contiguous, of `positions`
+        int [T]."""
         looked_up = {}
         for group, table in self._tables.items():
-            cos, sin = table.index_select(0, positions).unbind(1)
+            cos, sin = table.index_select(1, positions).unbind()
             looked_up[group] = (cos, sin)
         return looked_up
 
 
 def _table(rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> Tensor:
-    """[max_positions, 2 (cos, sin), head dim]; both halves of the head have the same angles."""
+    """[2 (cos, sin), max_positions, head dim]; both halves of the head have the same angles."""
     inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse / rope.factor).to(device)
     angles = torch.cat((angles, angles), -1)
-    return torch.stack((angles.cos(), angles.sin()), 1)
+    return torch.stack((angles.cos(), angles.sin()))
