@@ -41,7 +41,7 @@ _KINDS = {
     "attention": ("decode_kernel",),
 }
 """Kernels by parts of their names; the rest are norms, RoPE, embedding, sampling, copies."""
-_QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {
+QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {
     "bf16": lambda matrix: matrix,
     "fp8": quantized_fp8,
     "int4": lambda matrix: quantized_int4(matrix, math.gcd(128, matrix.shape[1]), search=False),
@@ -94,7 +94,7 @@ def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int
 
     def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype, **__: Any) -> Any:
         nonlocal weight_bytes
-        weights = random_weights(config, device=device, dtype=dtype, quantize=_QUANTIZE[args.weights])
+        weights = random_weights(config, device=device, dtype=dtype, quantize=QUANTIZE[args.weights])
         tensors = [t for layer in weights.text.layers for t in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         weight_bytes = sum(t.nbytes for t in (*tensors, weights.text.head))
         return weights
