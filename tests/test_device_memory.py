@@ -1,34 +1,344 @@
-"""What is set aside for CUDA graphs grows with what they are recorded for, and is no more than a card can spare."""
+"""What is set aside for computing, before the KV cache gets the rest, is what computing then takes; and no card is
+promised more than it has."""
 
+from __future__ import annotations
+
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from wicore_backend.engine.graph_memory import graph_bytes
+from scripts.random_gemma3 import SHAPES, write_directory
+from tests.gemma3_random import write_random_checkpoint
+from tests.peak_memory import peak_bytes
+from tests.test_decode_graphs import Model, decodes, prompts
+from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.attention.gpu.needs import AttentionNeeds
+from wicore_backend.attention.gpu.paged import GpuPagedAttention
+from wicore_backend.attention.gpu.tuning import Tuning
+from wicore_backend.engine.assembly import device_needs as needs_on_device
+from wicore_backend.engine.cache_memory import kv_cache_bytes
+from wicore_backend.engine.device_memory import Widening, device_needs
+from wicore_backend.engine.logprobs import logprobs_bytes, logprobs_of
+from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder, pixel_bytes
+from wicore_backend.engine.sampler import SamplingRow, sample, sampling_bytes
+from wicore_backend.engine.sampling_params import SamplingParams as Params
+from wicore_backend.executor.int4_matrix import widened_bytes
+from wicore_backend.executor.needs import activation_bytes, logits_bytes
+from wicore_backend.hmt.budget import divide_memory
+from wicore_backend.hmt.fp8 import FP8
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.pool import KVPools
+from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.rope import RotaryTables
+from wicore_backend.models.gemma3.vision import encode_images, encoding_bytes
+from wicore_backend.processor.images import PixelNormalization
+from wicore_backend.processor.prompt import PromptImage
+from wicore_backend.quantization.int4 import Int4Matrix
 
-CONFIG = Gemma3Config.from_checkpoint(Path(__file__).resolve().parent.parent / "models" / "wicore-demo")
-
-
-def taken(max_running=64, max_batch_tokens=512, value_bytes=2):
-    return graph_bytes(CONFIG.text, max_running=max_running, max_batch_tokens=max_batch_tokens, value_bytes=value_bytes)
-
-
-def test_more_sequences_more_tokens_and_wider_values_take_more():
-    assert taken() < taken(max_running=65) < taken(max_running=256)
-    assert taken() < taken(max_batch_tokens=640)
-    assert taken() < taken(value_bytes=4)
-
-
-def test_logits_of_every_sequence_find_room():
-    of_one = CONFIG.text.vocab_size * 6  # float32, and the product that they are rounded from
-    assert taken(max_running=3000) - taken(max_running=2000) >= 1000 * of_one
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_MODEL = ROOT / "models" / "wicore-demo"
+GIB = 2**30
+SMALL = 4096
+"""Bytes that nobody counts: indices, results of a few numbers."""
 
 
-def test_steps_too_long_for_a_graph_take_nothing():
-    assert taken(max_batch_tokens=1024) == taken(max_batch_tokens=8192)
+def about(stated: int, measured: int, *, at_most: float = 2.0) -> None:
+    assert measured <= stated + SMALL, f"{measured:,} bytes were taken, {stated:,} stated"
+    assert stated <= at_most * measured + SMALL, f"{stated:,} bytes were stated, {measured:,} taken"
+
+
+# ---- Each part against what the code takes
+
+
+@pytest.mark.parametrize("groups", ["local and global", "global alone"])
+@pytest.mark.parametrize("kv_dtype", [torch.float16, FP8])
+def test_attention_takes_what_its_needs_say(groups, kv_dtype):
+    layers = [LayerGroup.LOCAL, LayerGroup.GLOBAL, LayerGroup.GLOBAL] if "local" in groups else [LayerGroup.GLOBAL] * 2
+    layout = KVLayout.of(layers, block_size=16, kv_heads=4, head_dim=64, window=64, bytes_per_value=kv_dtype.itemsize)
+    blocks = {group: torch.zeros(4, *layout.block_shape(group)).to(kv_dtype) for group in layout.groups}
+    attention = GpuPagedAttention(
+        KVPools(layout, blocks), query_heads=8, scale=1.0, window=64, softcap=None, dtype=torch.float16, processors=20
+    )
+    tuning = Tuning.of(64, torch.float16, kv_dtype)
+    needs = AttentionNeeds(layout, query_heads=8, value_bytes=2, tuning=tuning, processors=20)
+    for sequences, max_keys in ((33, 5000), (8, 5000), (1, 5000)):
+        plan = attention.decode_bucket(sequences=sequences, max_keys=max_keys).plan
+        tensors = [plan.out, plan.mass.decodes_at]
+        for of_group in plan.decodes.values():
+            scratch = of_group.scratch
+            tensors += [of_group.items, scratch.partial, scratch.stats, scratch.arrived]
+        about(needs.decode_bucket(sequences=sequences, max_keys=max_keys), storage_bytes(tensors), at_most=1.1)
+        if sequences == 33:
+            shared = plan.mass.values.untyped_storage().nbytes()
+            about(needs.masses(sequences=33, max_keys=max_keys), shared, at_most=1.0)
+        assert plan.mass.values.untyped_storage().nbytes() == shared
+    for tokens in (500, 16):
+        plan = attention.prompt_bucket(max_keys=2048, out=torch.zeros(tokens, 8 * 64).half()).plan
+        taken = storage_bytes([plan.log_totals, plan.mass.values, plan.prefills[LayerGroup.GLOBAL].tiles])
+        about(needs.prompt_bucket(tokens=tokens, max_keys=2048), taken, at_most=1.1)
+
+
+def storage_bytes(tensors) -> int:
+    """Of all memory that the tensors lie in."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_a_step_of_its_own_takes_no_more_than_stated(tmp_path):
+    model = Model(tmp_path, torch.device("cpu"))
+    text = model.config.text
+    tuning = Tuning.of(text.head_dim, torch.float32)
+    needs = AttentionNeeds(model.layout, query_heads=text.num_heads, value_bytes=4, tuning=tuning, processors=4)
+    for step in (
+        decodes([40, 3, 17, 40], measured={1: [0, 1, 2, 3]}),
+        prompts([30], decoded=[45, 2], measured={1: [0, 2]}),
+        prompts([40, 2], measured={1: [0, 1]}),
+    ):
+
+        def plan(step=step):
+            made = model.attention.plan(step)
+            return made, model.attention.collect(made)
+
+        tokens, sequences = len(step.positions), len(step.query_lens)
+        staged = 2 * 8 * (tokens + 64 * sequences)  # On a CPU, what is sent to the device lies beside what it takes.
+        assert peak_bytes(plan) <= needs.step(tokens=tokens, sequences=sequences, max_keys=48) + staged
+
+
+@torch.inference_mode()
+def test_segments_and_the_head_take_what_is_stated(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 512, "vocab_size": 4096, "num_hidden_layers": 2}
+    write_random_checkpoint(tmp_path, text=shape)
+    config = Gemma3Config.from_checkpoint(tmp_path)
+    from wicore_backend.executor.cuda_executor import CudaExecutor
+
+    text = config.text
+    executor = CudaExecutor(config, load_weights(tmp_path, config, device=torch.device("cpu"), dtype=torch.float32))
+    rotary = RotaryTables(config, max_positions=64, device=torch.device("cpu"), dtype=torch.float32)
+    rope = rotary.lookup(torch.arange(40, dtype=torch.int32))[text.layer_groups[0]]
+    ids, attention = torch.zeros(40, dtype=torch.int64), torch.zeros(40, text.num_heads * text.head_dim)
+
+    def mid():
+        hidden = executor.embed(ids, None, None)
+        q, k, v = executor.first(hidden, *rope)
+        hidden, qkv = executor.mid(0, hidden, attention, *rope)
+        return q, k, v, hidden, qkv
+
+    about(activation_bytes(text, tokens=40, value_bytes=4), peak_bytes(mid))
+    hidden, rows = torch.zeros(40, 64), torch.arange(30)
+    taken = peak_bytes(lambda: executor.last(hidden, attention, rows))
+    stated = logits_bytes(text, rows=30, value_bytes=4) + activation_bytes(text, tokens=30, value_bytes=4)
+    about(stated, taken, at_most=3)
+
+
+@pytest.mark.parametrize("rows", [1, 30, 70])
+def test_choosing_tokens_takes_what_is_stated(rows):
+    vocab = 8192
+    logits = torch.randn(rows, vocab)
+    drawn = Params(temperature=1.0, top_k=64, top_p=0.95, min_p=0.01, presence_penalty=0.1, logit_bias={3: 1.0})
+    asked = [SamplingRow(drawn, seed=7, place=2, prompt=[2, 3], answer=[5]) for _ in range(rows)]
+    about(sampling_bytes(rows=rows, vocab=vocab), peak_bytes(lambda: sample(logits, asked)))
+    tokens = torch.zeros(rows, dtype=torch.int64)
+    about(logprobs_bytes(rows=rows, vocab=vocab), peak_bytes(lambda: logprobs_of(logits, tokens, [5] * rows)))
+
+
+def test_tokens_that_are_drawn_in_parts_are_those_drawn_at_once():
+    logits = torch.randn(70, 500)
+    drawn = Params(temperature=1.0, top_p=0.9)
+    rows = [SamplingRow(drawn, seed=seed, place=seed) for seed in range(70)]
+    one_by_one = [sample(logits[n : n + 1], rows[n : n + 1]).item() for n in range(70)]
+    assert sample(logits, rows).tolist() == one_by_one
+    mixed = [row if n % 3 else SamplingRow(Params(temperature=0.0), seed=0, place=0) for n, row in enumerate(rows)]
+    expected = [token if n % 3 else int(logits[n].argmax()) for n, token in enumerate(one_by_one)]
+    assert sample(logits, mixed).tolist() == expected
+
+
+def test_the_vision_tower_takes_what_is_stated(tmp_path):
+    vision = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
+    write_random_checkpoint(tmp_path, vision=vision)
+    config = Gemma3Config.from_checkpoint(tmp_path)
+    assert config.vision is not None
+    weights = load_weights(tmp_path, config, device=torch.device("cpu"), dtype=torch.float32)
+    assert weights.vision is not None
+    side = config.vision.image_size
+    pixels = torch.randn(4, 3, side, side)
+    taken = peak_bytes(lambda: encode_images(pixels, weights.vision, config))
+    about(encoding_bytes(config.vision, pictures=4, value_bytes=4), taken)
+
+    whole = PictureEncoder(
+        lambda pixels: torch.zeros(len(pixels), 1, 1),
+        PixelNormalization(mean=(0.5,) * 3, std=(0.5,) * 3),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        cache_bytes=0,
+    )
+    shown = [np.full((3, side, side), n, np.uint8) for n in range(MAX_BATCH)]
+    pictures = [Picture("", PromptImage(0, 1, pixels, bytes([n]))) for n, pixels in enumerate(shown)]
+    stated = pixel_bytes(config.vision, pictures=MAX_BATCH, value_bytes=4)
+    about(stated, peak_bytes(lambda: whole.soft_tokens(pictures)))
+
+
+def test_rotations_take_what_is_stated():
+    config = Gemma3Config.from_checkpoint(DEMO_MODEL)
+    tables = RotaryTables(config, max_positions=100, device=torch.device("cpu"), dtype=torch.bfloat16)
+    taken = sum(table.nbytes for table in tables._tables.values())
+    assert RotaryTables.nbytes(config.text, max_positions=100, value_bytes=2) == taken
+
+
+# ---- Together, for cards
+
+
+def int4(rows: int, columns: int) -> Int4Matrix:
+    """A matrix without contents."""
+    spans = columns // 256
+    codes = torch.empty(rows // 16, spans, 16, 32, dtype=torch.int32, device="meta")
+    scales = torch.empty(rows // 16, spans, 16, 2, dtype=torch.bfloat16, device="meta")
+    return Int4Matrix(codes, scales, None, torch.bfloat16)
+
+
+VISION_OF_27B = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 896,
+    "patch_size": 14,
+}
+
+
+@pytest.fixture(scope="module")
+def shape_of_27b(tmp_path_factory) -> Gemma3Config:
+    directory = tmp_path_factory.mktemp("27b")
+    write_directory("gemma-3-27b", directory, like=DEMO_MODEL)
+    config = Gemma3Config.from_checkpoint(directory)
+    demo = Gemma3Config.from_checkpoint(DEMO_MODEL).vision
+    assert demo is not None
+    sizes = {"hidden_size", "intermediate_size", "num_layers", "num_heads", "image_size", "patch_size"}
+    of_27b = {"num_layers": 27, "num_heads": 16} | VISION_OF_27B
+    vision = replace(demo, **{name: of_27b[name] for name in sizes})
+    return replace(config, vision=vision, mm_tokens_per_image=256)
+
+
+def layout_of(config: Gemma3Config, settings: EngineConfig) -> KVLayout:
+    text = config.text
+    return KVLayout.of(
+        text.layer_groups,
+        block_size=settings.block_size,
+        kv_heads=text.num_kv_heads,
+        head_dim=text.head_dim,
+        window=text.window,
+        bytes_per_value=1 if settings.kv_cache_dtype == "fp8" else 2,
+    )
+
+
+def needs_of_27b(config: Gemma3Config, settings: EngineConfig) -> dict[str, int]:
+    """On a card like an RTX 4090, whose weights are INT4."""
+    layout = layout_of(config, settings)
+    pool = FP8 if settings.kv_cache_dtype == "fp8" else torch.bfloat16
+    tuning = Tuning.of(128, torch.bfloat16, pool, shared_bytes=101_376)
+    attention = AttentionNeeds(layout, query_heads=32, value_bytes=2, tuning=tuning, processors=128)
+    widening = Widening(matrix=widened_bytes(int4(43008, 5376)), keys=0)
+    length = settings.context(config.text.max_position_embeddings)
+    return device_needs(config, settings, attention, widening, max_model_len=length, value_bytes=2)
+
+
+CARD = 24 * GIB - 600 * 2**20
+"""What a card of 24 GB has for a process, less its own context."""
+WEIGHTS_OF_27B = int(15.9 * GIB)
+"""Its layers in INT4, 12.5 GiB; the embedding, which is the head, and the tower in 16 bits."""
+
+
+def settings_of(**more) -> EngineConfig:
+    return EngineConfig(model=DEMO_MODEL, kv_cache_dtype="fp8", nvme_codec="exact", **more)
+
+
+@pytest.mark.parametrize(("max_running", "tokens"), [(64, 8192), (16, 32_768), (4, 65_536)])
+def test_a_27b_model_in_int4_has_room_to_compute_on_a_card_of_24_gb(shape_of_27b, max_running, tokens):
+    settings = settings_of(max_running=max_running, max_model_len=tokens)
+    needs = needs_of_27b(shape_of_27b, settings)
+    free = CARD - WEIGHTS_OF_27B
+    cache = kv_cache_bytes(settings, free=free, needed=sum(needs.values()))
+    layout = layout_of(shape_of_27b, settings)
+    # One sequence at least, or it is refused by name when the model is loaded, not in the middle of an answer.
+    divide_memory(layout, memory_bytes=cache, max_sequences=max_running, max_tokens=tokens, max_chunk=512)
+    assert cache + sum(needs.values()) <= free
+    # The parts that used to be left out, or were counted as if they were a few MiB.
+    assert needs["pictures"] > GIB // 8
+    assert needs["steps"] > shape_of_27b.text.vocab_size * 4 * max_running * 4
+    assert needs["plans"] > max_running * tokens // 32 * 32 * 4
+
+
+def test_more_of_anything_needs_more(shape_of_27b):
+    def total(**more) -> int:
+        return sum(needs_of_27b(shape_of_27b, settings_of(**{"max_model_len": 8192} | more)).values())
+
+    assert total(cuda_graphs=False) < total() < total(max_running=65) < total(max_running=256)
+    assert total() < total(max_batch_tokens=1024) < total(max_batch_tokens=8192)
+    assert total() < total(max_model_len=131_072)
+    assert total(max_guessed_tokens=0) < total()
+
+
+def test_what_a_step_is_given_is_set_aside_once_for_all_recorded_sizes(shape_of_27b):
+    """It was counted for each size as if they did not share it."""
+    needs = {n: needs_of_27b(shape_of_27b, settings_of(max_batch_tokens=n))["recorded steps"] for n in (512, 1024)}
+    tokens, text = 512, shape_of_27b.text
+    of_inputs = tokens * (text.hidden_size + 4096) * 2
+    assert needs[1024] - needs[512] < activation_bytes(text, tokens=tokens, value_bytes=2) + 2 * of_inputs
 
 
 @pytest.mark.parametrize("max_running", [1, 64])
 def test_a_small_model_takes_little(max_running):
-    assert taken(max_running=max_running) < 2**29
+    config = Gemma3Config.from_checkpoint(DEMO_MODEL)
+    settings = EngineConfig(model=DEMO_MODEL, max_running=max_running)
+    tuning = Tuning.of(config.text.head_dim, torch.bfloat16)
+    attention = AttentionNeeds(
+        layout_of(config, settings), query_heads=config.text.num_heads, value_bytes=2, tuning=tuning, processors=132
+    )
+    needs = device_needs(config, settings, attention, Widening(), max_model_len=8192, value_bytes=2)
+    assert sum(needs.values()) < GIB // 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU's memory")
+@pytest.mark.parametrize("shape", ["wicore-demo", "gemma-3-4b"])
+@torch.inference_mode()
+def test_a_model_computes_within_what_was_set_aside(shape, tmp_path, monkeypatch):
+    """At the most that may run at once, sampled from all tokens, with pictures if it sees them."""
+    from scripts.random_gemma3 import random_weights
+
+    model = DEMO_MODEL
+    if shape in SHAPES:
+        write_directory(shape, tmp_path, like=DEMO_MODEL)
+        model = tmp_path
+        monkeypatch.setattr(
+            "wicore_backend.engine.loading.load_weights",
+            lambda _, config, *, device, dtype, **_progress: random_weights(config, device=device, dtype=dtype),
+        )
+    stated = []
+
+    def noted(config, weights, settings, layout, *, kv_dtype):
+        torch.cuda.empty_cache()
+        needs = needs_on_device(config, weights, settings, layout, kv_dtype=kv_dtype)
+        stated.append((torch.cuda.mem_get_info()[0], sum(needs.values())))
+        return needs
+
+    monkeypatch.setattr("wicore_backend.engine.loading.device_needs", noted)
+    settings = EngineConfig(
+        model=model,
+        device="cuda",
+        hmt_gpu_threshold=0.2,
+        max_running=32,
+        max_model_len=4096,
+        host_cache_bytes=0,
+        image_cache_bytes=0,
+    )
+    torch.cuda.empty_cache()
+    with Engine(settings) as engine:
+        params = SamplingParams(max_tokens=40, temperature=1.0, top_p=0.9, ignore_eos=True)
+        engine.generate(["The sea is wide and " * 40 + str(n) for n in range(48)], params)
+        pools = sum(tensor.nbytes for tensor in engine._model.pools.tensors.values())
+        (free, needed), left = stated[0], torch.cuda.mem_get_info()[0]
+        taken = free - left - pools
+    assert taken <= needed

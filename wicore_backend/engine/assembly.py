@@ -10,11 +10,17 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from wicore_backend.attention.gpu.needs import AttentionNeeds
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.attention.torch_paged import TorchPagedAttention
+from wicore_backend.config import EngineConfig
+from wicore_backend.engine import device_memory
+from wicore_backend.engine.device_memory import Widening
 from wicore_backend.engine.pictures import PictureEncoder
 from wicore_backend.engine.runner import DecodeReplay, LayersReplay, ModelRunner
 from wicore_backend.executor.torch_executor import TorchExecutor
+from wicore_backend.hmt.fp8 import FP8
+from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.hmt.pool import KVPools
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.rope import RotaryTables
@@ -22,6 +28,41 @@ from wicore_backend.models.gemma3.weights import Gemma3Weights
 from wicore_backend.processor.images import PixelNormalization
 
 _log = logging.getLogger(__name__)
+
+
+def device_needs(
+    config: Gemma3Config, weights: Gemma3Weights, settings: EngineConfig, layout: KVLayout, *, kv_dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes that a model's runner takes of its CUDA device, beside weights and pools, by what they are for."""
+    if find_spec("triton") is None:
+        return {}  # Nothing is recorded, and the share that the KV cache leaves has to do.
+    from wicore_backend.attention.gpu import hopper
+    from wicore_backend.attention.gpu.paged import tuning_for
+    from wicore_backend.executor.matrix import widened_bytes
+
+    text, embedding = config.text, weights.text.embedding
+    device, dtype = embedding.device, embedding.dtype
+    tuning = tuning_for(text.head_dim, dtype, kv_dtype, device)
+    attention = AttentionNeeds(
+        layout,
+        query_heads=text.num_heads,
+        value_bytes=dtype.itemsize,
+        tuning=tuning,
+        processors=torch.cuda.get_device_properties(device).multi_processor_count,
+    )
+    rows, keys = attention.tile_tokens * attention.group_rows, tuning.prefill.keys
+    on_hopper = tuning.prefill.hopper_stages is not None and hopper.fits(
+        layout, kv_dtype, dtype, device, rows=rows, keys=keys
+    )
+    matrices = (m for layer in weights.text.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down))
+    widening = Widening(
+        matrix=max(map(widened_bytes, matrices)),
+        head=widened_bytes(weights.text.head),
+        keys=hopper.WIDENED_BYTES if on_hopper and kv_dtype == FP8 else 0,
+    )
+    max_model_len = settings.context(text.max_position_embeddings)
+    needs = {"max_model_len": max_model_len, "value_bytes": dtype.itemsize}
+    return device_memory.device_needs(config, settings, attention, widening, **needs)
 
 
 def make_runner(

@@ -12,9 +12,8 @@ import torch
 
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.config import EngineConfig
-from wicore_backend.engine.assembly import make_runner
+from wicore_backend.engine.assembly import device_needs, make_runner
 from wicore_backend.engine.cache_memory import host_cache_bytes, image_cache_bytes, kv_cache_bytes
-from wicore_backend.engine.graph_memory import graph_bytes
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampling_params import generation_defaults
 from wicore_backend.engine.tiers import BlockMover, ColdStorage
@@ -32,6 +31,7 @@ from wicore_backend.hmt.pool import KVPools, slot_bytes
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
+from wicore_backend.models.gemma3.weights import Gemma3Weights
 from wicore_backend.observability.progress import ByteProgress
 from wicore_backend.processor.processor import Processor
 
@@ -113,9 +113,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         _log.warning("kv_budget_tokens = %d: answers of longer sequences are lossy", settings.kv_budget_tokens)
     num_blocks = divide_memory(
         layout,
-        memory_bytes=kv_cache_bytes(
-            settings, free=_free_memory(device), needed=_recorded_bytes(settings, config, dtype)
-        ),
+        memory_bytes=_cache_bytes(settings, config, weights, layout, kv_dtype),
         max_sequences=settings.max_running,
         max_tokens=max_model_len,
         max_chunk=settings.max_batch_tokens,
@@ -251,14 +249,15 @@ def _cold_storage(
     )
 
 
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes that a CUDA device has free."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
-def _recorded_bytes(settings: EngineConfig, config: Gemma3Config, dtype: torch.dtype) -> int:
-    """About what recorded steps will take of a CUDA device."""
-    if not settings.cuda_graphs:
-        return 0
-    limits = {"max_running": settings.max_running, "max_batch_tokens": settings.max_batch_tokens}
-    return graph_bytes(config.text, **limits, value_bytes=dtype.itemsize)
+def _cache_bytes(
+    settings: EngineConfig, config: Gemma3Config, weights: Gemma3Weights, layout: KVLayout, kv_dtype: torch.dtype
+) -> int:
+    """Bytes of the KV cache on the device, whose weights are loaded."""
+    device = weights.text.embedding.device
+    if device.type != "cuda":
+        return kv_cache_bytes(settings, free=None, needed=0)
+    free, _ = torch.cuda.mem_get_info(device)
+    needs = device_needs(config, weights, settings, layout, kv_dtype=kv_dtype)
+    in_mib = (f"{what} {size / 2**20:,.0f}" for what, size in needs.items())
+    _log.info("%.0f MiB of %s are free; needed to compute, in MiB: %s", free / 2**20, device, ", ".join(in_mib))
+    return kv_cache_bytes(settings, free=free, needed=sum(needs.values()))

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
+import torch
 from torch import Tensor
 
 from wicore_backend.engine.request import TokenLogprob
 from wicore_backend.executor.upload import to_host
 
 ReadLogprobs = Callable[[], list[TokenLogprob]]
+
+
+def logprobs_bytes(*, rows: int, vocab: int) -> int:
+    """Memory that `logprobs_of` takes for so many rows, their logits aside."""
+    return rows * vocab * 2 * torch.float32.itemsize
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, tops: Rows[int]) -> ReadLogprobs:

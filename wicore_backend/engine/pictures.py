@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from wicore_backend.executor.upload import to_device
+from wicore_backend.models.gemma3.config import VisionConfig
 from wicore_backend.processor.images import PixelNormalization
 from wicore_backend.processor.prompt import PromptImage
 
-MAX_BATCH = 8
-"""Pictures that go through the tower at once, which bounds what its activations take; eight fill any card."""
+MAX_BATCH = 2
+"""Pictures that go through the tower at once, which bounds what its activations take: one fills an H200, and eight took
+as long as one after the other (docs/benchmarks/loading-and-pictures.md)."""
 
 _Key = tuple[str, bytes]
 
@@ -42,6 +44,11 @@ class _Encoded:
     done: torch.cuda.Event | None = None
     awaited: bool = False
     """Encoded ahead, and not asked for since."""
+
+
+def pixel_bytes(vision: VisionConfig, *, pictures: int, value_bytes: int) -> int:
+    """Memory that the pixels of so many pictures take until they are normalised."""
+    return pictures * vision.num_channels * vision.image_size**2 * (1 + torch.int32.itemsize + value_bytes)
 
 
 class PictureEncoder:
@@ -76,7 +83,7 @@ class PictureEncoder:
         self._encode_pixels = encode
         # A byte of a channel becomes one of 256 values: looked up, they are the same on every device.
         self._values = torch.from_numpy(normalization.table()).to(device, dtype).flatten()
-        self._channels = torch.arange(3, device=device).view(1, 3, 1, 1) * 256
+        self._channels = torch.arange(3, dtype=torch.int32, device=device).view(1, 3, 1, 1) * 256
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[_Key, _Encoded] = OrderedDict()
         self._bytes = 0
@@ -123,7 +130,8 @@ class PictureEncoder:
             for first in range(0, len(pictures), MAX_BATCH):
                 batch = pictures[first : first + MAX_BATCH]
                 pixels = to_device(np.stack([p.image.pixels for p in batch]), self._values.device)
-                tokens = self._encode_pixels(self._values[pixels.int() + self._channels])
+                places = pixels.int().add_(self._channels)
+                tokens = self._encode_pixels(self._values.index_select(0, places.flatten()).view(places.shape))
                 made |= {p.key: _Encoded(own.clone()) for p, own in zip(batch, tokens, strict=True)}
             if self._beside is not None and made:
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]

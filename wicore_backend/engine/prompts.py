@@ -27,6 +27,11 @@ _KEYS = 2048
 """Of a sequence. More keys are shared out among programs, or come with so many tokens that no graph is needed."""
 
 
+def prompt_keys(max_keys: int) -> int:
+    """Keys of the longest sequence that is recorded, of a model whose sequences have up to `max_keys`."""
+    return min(max_keys, _KEYS)
+
+
 class PromptAttention(Attention[Any], Protocol):
     """Attention whose plans for a prompt can stay where they are, as `GpuPagedAttention`'s."""
 
@@ -89,7 +94,7 @@ class PromptGraphs:
         self._attention = attention
         self._rotary = rotary
         self._layout = layout
-        self._max_keys = min(max_keys, _KEYS)
+        self._max_keys = prompt_keys(max_keys)
         self._measures = measures
         self._record = record
         self._inputs = inputs

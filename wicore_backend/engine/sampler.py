@@ -15,6 +15,11 @@ from wicore_backend.engine.grammar.progress import GrammarProgress, allowed_toke
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.executor.upload import to_device
 
+_DRAWN_AT_ONCE = 32
+"""Rows, since to sort them takes much more memory than they have."""
+_DRAWING_BYTES = 36
+"""For each of their logits: a copy under the temperature, what is sorted with its places, and what sorting takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
@@ -43,6 +48,12 @@ class SamplingRow:
         return bool(self.penalised or self.params.logit_bias or self.grammar or self.held_back)
 
 
+def sampling_bytes(*, rows: int, vocab: int) -> int:
+    """Memory that `sample` takes for so many rows, their logits aside."""
+    # Those under penalties and a grammar are copied, and so are, of some rows, those that are drawn.
+    return vocab * (rows * 2 * torch.float32.itemsize + min(rows, _DRAWN_AT_ONCE) * _DRAWING_BYTES)
+
+
 def sample(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
     """The next token of each row of `logits` float32 [R, V]: int64 [R], on its device.
 
@@ -52,11 +63,11 @@ def sample(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
         logits = _reshape(logits.clone(), rows)
     drawn = [row for row, r in enumerate(rows) if r.params.temperature > 0]
     if len(drawn) == len(rows):
-        return _draw(logits, rows)
+        return _draw_in_parts(logits, rows)
     tokens = logits.argmax(-1)
     if drawn:
         places = to_device(np.array(drawn, np.int64), logits.device)
-        tokens.index_copy_(0, places, _draw(logits.index_select(0, places), [rows[row] for row in drawn]))
+        tokens.index_copy_(0, places, _draw_in_parts(logits.index_select(0, places), [rows[row] for row in drawn]))
     return tokens
 
 
@@ -124,6 +135,13 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
         drops = params.presence_penalty + params.frequency_penalty * counts
         places = to_device(tokens, logits.device)
         logits.index_add_(0, places, to_device(drops.astype(np.float32), logits.device), alpha=-1)
+
+
+def _draw_in_parts(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
+    if len(rows) <= _DRAWN_AT_ONCE:
+        return _draw(logits, rows)
+    parts = [slice(first, first + _DRAWN_AT_ONCE) for first in range(0, len(rows), _DRAWN_AT_ONCE)]
+    return torch.cat([_draw(logits[part], rows[part]) for part in parts])
 
 
 def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:

@@ -45,7 +45,7 @@ Guess = Callable[[Sequence, int], tuple[int, ...]]
 
 _NONE: Mapping[Sequence, tuple[int, ...]] = MappingProxyType({})
 
-_MOST_GUESSED = 64
+MOST_GUESSED = 64
 """Guessed tokens of a step: each has logits of its own, a megabyte, and several times that where it is drawn."""
 
 _RETRY_PLANS = 8
@@ -256,7 +256,7 @@ class Scheduler:
         placed: dict[Sequence, tuple[int, ...]] = {}
         if self._blocks.budget is not None:
             return placed
-        left = min(_MOST_GUESSED, self._limits.max_batch_tokens - len(self._decoding))
+        left = min(MOST_GUESSED, self._limits.max_batch_tokens - len(self._decoding))
         for sequence in self._decoding:
             tokens = guess(sequence, min(left, sequence.max_tokens - len(sequence.tokens) - 1))
             end = sequence.computed + 1 + len(tokens)

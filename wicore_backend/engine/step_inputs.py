@@ -43,6 +43,11 @@ class StepInputs:
             torch.zeros(tokens, text.num_heads * text.head_dim, dtype=executor.dtype, device=device),
         )
 
+    @staticmethod
+    def nbytes(text: TextConfig, *, tokens: int, value_bytes: int) -> int:
+        """Of what `of` makes."""
+        return tokens * ((text.hidden_size + text.num_heads * text.head_dim) * value_bytes + 4)
+
     def __len__(self) -> int:
         return len(self.positions)
 

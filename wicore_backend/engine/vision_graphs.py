@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wicore_backend.engine.recording import Record, Recorded
 
-BATCHES = (8, 4, 2, 1)
+BATCHES = (2, 1)
 """Pictures at once. The largest first: the others find room in its memory."""
 
 _log = logging.getLogger(__name__)
@@ -46,13 +46,17 @@ class VisionGraphs:
 
     def prepare(self, pixels: Tensor) -> None:
         """Record the graphs for pictures like `pixels` [3, S, S]. Those that cannot be had are computed without."""
+        together = pixels.expand(max(BATCHES), -1, -1, -1).contiguous()  # One batch at a time is computed.
         for size in BATCHES:
-            batch = pixels.expand(size, -1, -1, -1).contiguous()
+            batch = together[:size]
             try:
                 self._encode(batch)  # What is compiled, loaded and allocated once is so now.
-                self._graphs[size] = _Graph(batch, self._record(partial(self._work, batch)))
+                recorded = self._record(partial(self._work, batch))
             except Exception:
                 _log.exception("the vision tower cannot be recorded for %d pictures: it is launched by kernels", size)
+                continue
+            recorded.lend()
+            self._graphs[size] = _Graph(batch, recorded)
 
     def _work(self, pixels: Tensor) -> _Tokens:
         return _Tokens(self._encode(pixels))

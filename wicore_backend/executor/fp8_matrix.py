@@ -48,6 +48,19 @@ _WIDENED_AT_ONCE = 2**25
 that they pass through."""
 
 
+def widened_bytes(weight: Fp8Matrix) -> int:
+    """Memory that a product of more rows than the kernels take has besides its operands and its result."""
+    if weight.dtype is torch.bfloat16 and _cublas_takes(weight):
+        return 0
+    rows, columns = weight.shape
+    return min(rows, _widened_rows(columns)) * columns * (torch.float32.itemsize + weight.dtype.itemsize)
+
+
+def _widened_rows(columns: int) -> int:
+    """Of a matrix of so many columns, the rows that are widened at a time."""
+    return max(1, _WIDENED_AT_ONCE // columns)
+
+
 class Fp8GpuMatrix:
     """`Matrix` of an `Fp8Matrix`.
 
@@ -130,7 +143,7 @@ class Fp8GpuMatrix:
     def _widened(self, x: Tensor) -> Tensor:
         """x W^T, [T, N], of the widened matrix."""
         rows, columns = self._weight.shape
-        at_once = max(1, _WIDENED_AT_ONCE // columns)
+        at_once = _widened_rows(columns)
         product = x.new_empty(len(x), rows)
         for first in range(0, rows, at_once):
             part = self._weight.rows(first, first + at_once).dequantized()

@@ -53,6 +53,22 @@ them again.
 _WIDENED_AT_ONCE = 2**27
 """Elements of a matrix that are widened for cuBLAS at a time, at most: 256 MiB in 16 bits."""
 
+_PLAIN_WIDENING_BYTES = 16
+"""For each element of a matrix that the kernels do not take, at most, while it is widened by PyTorch's operators."""
+
+
+def widened_bytes(weight: Int4Matrix) -> int:
+    """Memory that a product of more rows than the kernels take has besides its operands and its result."""
+    rows, columns = weight.shape
+    if not takes(weight):
+        return rows * columns * _PLAIN_WIDENING_BYTES
+    return min(rows, _widened_tiles(columns) * TILE_ROWS) * columns * weight.dtype.itemsize
+
+
+def _widened_tiles(columns: int) -> int:
+    """Of a matrix of so many columns, the tiles' rows that are widened at a time."""
+    return max(1, _WIDENED_AT_ONCE // columns // TILE_ROWS)
+
 
 class Int4GpuMatrix:
     """`Matrix` of an `Int4Matrix`: few rows by kernels that read its codes, more by cuBLAS on what they stand for."""
@@ -81,7 +97,7 @@ class Int4GpuMatrix:
         if not self._by_kernels:
             return F.linear(x, self._weight.dequantized(), self._bias)
         rows, columns = self._weight.shape
-        at_once = max(1, _WIDENED_AT_ONCE // columns // TILE_ROWS)
+        at_once = _widened_tiles(columns)
         product = x.new_empty(len(x), rows)
         widened = x.new_empty(min(rows, at_once * TILE_ROWS), columns)
         for start in range(0, rows // TILE_ROWS, at_once):

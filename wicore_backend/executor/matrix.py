@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from wicore_backend.executor import fp8_matrix, int4_matrix
 from wicore_backend.executor.fp8_matrix import Fp8GpuMatrix
 from wicore_backend.executor.int4_matrix import Int4GpuMatrix
 from wicore_backend.executor.kernels import fp8_rows, small
@@ -35,6 +36,13 @@ def matrix_of(role: Role, weight: Weight, bias: Tensor | None = None) -> Matrix:
     if isinstance(weight, Int4Matrix):
         return Int4GpuMatrix(role, weight, bias)
     raise TypeError(f"no kernels multiply by a {type(weight).__name__}")
+
+
+def widened_bytes(weight: Weight) -> int:
+    """Memory that a product by `weight` takes at most besides its operands and its result."""
+    if isinstance(weight, Fp8Matrix):
+        return fp8_matrix.widened_bytes(weight)
+    return int4_matrix.widened_bytes(weight) if isinstance(weight, Int4Matrix) else 0
 
 
 def add_norm(

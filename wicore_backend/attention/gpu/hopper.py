@@ -14,6 +14,8 @@ from wicore_backend.hmt.layout import KVLayout, LayerGroup
 
 ROWS = 128
 """Of a tile of queries."""
+WIDENED_BYTES = 2**28
+"""For keys and values in float16, by default, where pools are in FP8."""
 _PANEL = 64  # values of half a head; of 16 bits, a row of shared memory as the tensor cores read it
 
 

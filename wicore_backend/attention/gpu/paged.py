@@ -37,14 +37,13 @@ from wicore_backend.attention.gpu.schedule import (
     decode_items,
     prefill_tiles,
 )
-from wicore_backend.attention.gpu.tuning import Tuning
+from wicore_backend.attention.gpu.tuning import MASS_KEYS, Tuning
 from wicore_backend.attention.gpu.upload import Upload, put
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.pool import KVPools
 
 _LOG2_E = 1.4426950408889634
-_MASS_KEYS = 64  # of a tile of `prefill_mass_kernel`
 _MASS_ROWS = 64  # of its queries, at least
 _COMBINED_AT_ONCE = 4096  # values of partial results that a program holds while it puts them together
 
@@ -83,7 +82,7 @@ class GpuPagedAttention:
         dtype: torch.dtype | None = None,
         tuning: Tuning | None = None,
         processors: int | None = None,
-        widened_bytes: int = 2**28,
+        widened_bytes: int = hopper.WIDENED_BYTES,
     ) -> None:
         layout = pools.layout
         if query_heads % layout.kv_heads:
@@ -98,7 +97,7 @@ class GpuPagedAttention:
         self._dtype = pools.dtype if dtype is None else dtype
         self._window = window
         self._query_heads = query_heads
-        self._tuning = tuning = tuning or _tuning(layout.head_dim, self._dtype, pools.dtype, self._device)
+        self._tuning = tuning = tuning or tuning_for(layout.head_dim, self._dtype, pools.dtype, self._device)
         if processors is None:
             processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._processors = processors
@@ -109,7 +108,7 @@ class GpuPagedAttention:
         group_rows = triton.next_power_of_2(group)
         self._group = group
         self._tile_tokens = max(1, tuning.prefill.rows // group_rows)
-        self._cell = min(layout.block_size & -layout.block_size, tuning.decode.keys, _MASS_KEYS)
+        self._cell = min(layout.block_size & -layout.block_size, tuning.decode.keys, MASS_KEYS)
         dims = max(16, triton.next_power_of_2(layout.head_dim))
         heads: dict[str, Any] = {
             "KV_HEADS": layout.kv_heads,
@@ -154,7 +153,7 @@ class GpuPagedAttention:
             )
         self._mass_options = scoring | {
             "TOKENS": max(1, _MASS_ROWS // group_rows),
-            "KEYS": _MASS_KEYS,
+            "KEYS": MASS_KEYS,
             "CELL": self._cell,
         }
 
@@ -551,7 +550,7 @@ class GpuPagedAttention:
             )
         run = None if plan.mass is None else plan.mass.in_prefills.get(layer)
         if plan.mass is not None and run is not None:
-            prefill_mass_kernel[heads, run.count, triton.cdiv(run.most_keys, _MASS_KEYS)](
+            prefill_mass_kernel[heads, run.count, triton.cdiv(run.most_keys, MASS_KEYS)](
                 *(q, pool, plan.log_totals, plan.mass.prefills, prefills.tables, prefills.uppers, plan.mass.values),
                 first=run.first,
                 **strides,
@@ -560,7 +559,8 @@ class GpuPagedAttention:
             )
 
 
-def _tuning(head_dim: int, dtype: torch.dtype, pool: torch.dtype, device: torch.device) -> Tuning:
+def tuning_for(head_dim: int, dtype: torch.dtype, pool: torch.dtype, device: torch.device) -> Tuning:
+    """`Tuning.of` heads of this size, queries of `dtype` and pools of type `pool`, with the device's shared memory."""
     if device.type != "cuda":
         return Tuning.of(head_dim, dtype, pool)
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -16,6 +16,10 @@ _ADA_SHARED_BYTES = 101_376
 """... and on an RTX 4090, L20 or L4. A T10 has 65,536."""
 
 
+MASS_KEYS = 64
+"""Of a tile of `prefill_mass_kernel`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """How a kernel is compiled and how much of it is put on a multiprocessor.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.models.gemma3.config import Gemma3Config, Rope
+from wicore_backend.models.gemma3.config import Gemma3Config, Rope, TextConfig
 
 
 class RotaryTables:
@@ -23,6 +23,11 @@ class RotaryTables:
             for group, rope in config.text.rope.items()
             if group in config.text.layer_groups
         }
+
+    @staticmethod
+    def nbytes(text: TextConfig, *, max_positions: int, value_bytes: int) -> int:
+        """Of the tables of a model."""
+        return len(set(text.layer_groups)) * max_positions * 2 * text.head_dim * value_bytes
 
     def lookup(self, positions: Tensor) -> dict[LayerGroup, tuple[Tensor, Tensor]]:
         """For each group that the model has, cosines and sines [T, head dim], each contiguous, of `positions`

@@ -18,11 +18,17 @@ def encode_images(pixels: Tensor, weights: VisionWeights, config: Gemma3Config) 
     hidden = F.linear(_patches(pixels, vision), weights.patches.weight, weights.patches.bias) + weights.positions
     for layer in weights.layers:
         hidden = hidden + _attention(_layer_norm(hidden, layer.norm1, vision), layer, vision)
-        up = F.linear(_layer_norm(hidden, layer.norm2, vision), layer.up.weight, layer.up.bias)
-        hidden = hidden + F.linear(F.gelu(up, approximate="tanh"), layer.down.weight, layer.down.bias)
+        hidden = hidden + _mlp(_layer_norm(hidden, layer.norm2, vision), layer)
     hidden = _pool(_layer_norm(hidden, weights.norm, vision), vision, isqrt(config.mm_tokens_per_image))
     normed = F.rms_norm(hidden.float(), hidden.shape[-1:], weights.soft_token_norm, vision.layer_norm_eps)
     return F.linear(normed.to(hidden.dtype), weights.projection)
+
+
+def encoding_bytes(vision: VisionConfig, *, pictures: int, value_bytes: int) -> int:
+    """Memory that `encode_images` takes for so many pictures at a time, their pixels and soft tokens aside."""
+    patches, pixels = vision.patches_per_side**2, vision.num_channels * vision.image_size**2
+    attending, feeding = 8 * vision.hidden_size, 3 * vision.hidden_size + 2 * vision.intermediate_size
+    return pictures * (pixels + patches * max(attending, feeding)) * value_bytes
 
 
 def _patches(pixels: Tensor, vision: VisionConfig) -> Tensor:
@@ -39,6 +45,12 @@ def _attention(hidden: Tensor, layer: VisionLayerWeights, vision: VisionConfig) 
     q, k, v = qkv.view(N, P, 3, vision.num_heads, D // vision.num_heads).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, P, D)
     return F.linear(attended, layer.out.weight, layer.out.bias)
+
+
+def _mlp(hidden: Tensor, layer: VisionLayerWeights) -> Tensor:
+    # In a function, so that nothing wide outlives it.
+    wide = F.gelu(F.linear(hidden, layer.up.weight, layer.up.bias), approximate="tanh")
+    return F.linear(wide, layer.down.weight, layer.down.bias)
 
 
 def _layer_norm(hidden: Tensor, norm: Affine, vision: VisionConfig) -> Tensor:
