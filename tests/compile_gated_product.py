@@ -13,7 +13,8 @@ from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from wicore_backend.executor.kernels.gated_hopper import COLUMNS, DEPTH, ROWS, gated_kernel
+from wicore_backend.executor.kernels.gated_hopper import DEPTH, gated_kernel
+from wicore_backend.executor.kernels.shared_tiles import COLUMNS, ROWS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -25,10 +26,11 @@ def compiled(dtype: str) -> CompiledKernel:
         "x": f"tensordesc<{dtype}[{ROWS}, {DEPTH}],{shared!r}>",
         "weight": f"tensordesc<{dtype}[{COLUMNS}, {DEPTH}],{shared!r}>",
         "out": f"*{dtype}",
+        "parts": "*fp32",
     }
     names = [parameter.name for parameter in gated_kernel.params]
     signature = {name: types.get(name, "i32") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("out", "columns", "depth")}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("out", "parts", "columns", "depth")}
     source = GluonASTSource(gated_kernel, signature, {}, aligned)
     return triton.compile(source, target=HOPPER, options={"num_warps": 4})
 

@@ -32,7 +32,7 @@ Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/hopper.md).
 """
 
 
-_GATED_ROWS = 4096
+_GATED_ROWS = 512
 """From as many on the kernel for gate and up is faster than cuBLAS with GELU after it."""
 
 

@@ -15,6 +15,9 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 """The largest value of E4M3 without infinities (OCP 8-bit Floating Point Specification, 5.2)."""
 
+LEAST_SCALE = 2.0**-120
+"""Of a row: its inverse is a float32."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fp8Matrix:
@@ -77,9 +80,10 @@ Rows = Tensor | Fp8Rows
 def quantized_rows(x: Tensor) -> Fp8Rows:
     """`x` [T, K] in FP8: the largest magnitude of each row becomes 448, the rest is rounded to nearest."""
     wide = x.float()
-    scale = wide.abs().amax(1).div_(FP8_MAX)
-    scale.masked_fill_(scale == 0, 1.0)  # A row of zeros is one whatever its scale.
-    return Fp8Rows((wide / scale[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale)
+    largest = wide.abs().amax(1)
+    scale = largest.div(FP8_MAX).clamp_(min=LEAST_SCALE)
+    scale.masked_fill_(largest == 0, 1.0)  # A row of zeros is one whatever its scale.
+    return Fp8Rows((wide * scale.reciprocal()[:, None]).to(FP8), scale)
 
 
 def quantized_fp8(matrix: Tensor) -> Fp8Matrix:

@@ -1,7 +1,10 @@
 """Rows in FP8, each by its own largest value, where something else writes them anyway: norms and GELU.
 
 The plain twin is `quantized_rows` of what `small` gives. Each row is one program's, since its scale is known when all
-of it is. What these read may be a product that still lacks its scales, which it is quicker without.
+of it is; a program has row after row where there are many, and the weights once. What these read may be a product that
+still lacks its scales, which it is quicker without.
+
+Instructions are what takes the time, so a row is two pieces, a power of two and what is left, not padded to one.
 """
 
 from __future__ import annotations
@@ -13,32 +16,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wicore_backend.executor.kernels.small import follow, gelu, overlaps
+from wicore_backend.executor.kernels.small import follow, gelu, norm_launch, overlaps, processors
 from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_of
-from wicore_backend.quantization.fp8 import FP8, FP8_MAX, Fp8Rows, Rows
+from wicore_backend.quantization.fp8 import FP8, FP8_MAX, LEAST_SCALE, Fp8Rows, Rows
 
 
 @triton.jit
-def _store_quantized(value, within, out, scales, row, size, column, LARGEST: tl.constexpr):
-    """`value` [BLOCK] of a row, in FP8, and its scale; a row of zeros has the scale 1."""
-    largest = tl.max(tl.abs(tl.where(within, value, 0.0)))
-    scale = tl.where(largest > 0, largest / LARGEST, 1.0)
-    tl.store(scales + row, scale)
-    # Rounding may bring the largest a hair over what the type holds.
-    value = tl.minimum(tl.maximum(value / scale, -LARGEST), LARGEST)
-    tl.store(out + row.to(tl.int64) * size + column, e4m3_of(value), mask=within)
+def _row_scale(largest, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+    """A row's scale, and its inverse."""
+    scale = tl.where(largest > 0, tl.maximum(tl.div_rn(largest, LARGEST), LEAST), 1.0)
+    return scale, tl.div_rn(1.0, scale)
 
 
 @triton.jit
 def _quantize_rows(
-    x, out, scales, size, x_stride, BLOCK: tl.constexpr, LARGEST: tl.constexpr, OVERLAPPED: tl.constexpr
+    x,
+    out,
+    scales,
+    size,
+    x_stride,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LEAST: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    within = column < size
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, FIRST)
+    rest = FIRST + tl.arange(0, REST)
+    within = rest < size
     follow(OVERLAPPED)
-    value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=within, other=0.0).to(tl.float32)
-    _store_quantized(value, within, out, scales, row, size, column, LARGEST)
+    at = x + row * x_stride
+    value = tl.load(at + column).to(tl.float32)
+    more = tl.load(at + rest, mask=within, other=0.0).to(tl.float32)
+    scale, inverse = _row_scale(tl.maximum(tl.max(tl.abs(value)), tl.max(tl.abs(more))), LARGEST, LEAST)
+    tl.store(scales + row, scale)
+    tl.store(out + row * size + column, e4m3_of(value * inverse))
+    tl.store(out + row * size + rest, e4m3_of(more * inverse), mask=within)
 
 
 def quantize_rows(x: Tensor) -> Fp8Rows:
@@ -46,10 +60,13 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
     rows, size = x.shape
     out = _empty(rows, size, x)
     overlapped = overlaps(x)
+    first, rest = _pieces(size)
     _quantize_rows[(rows,)](
         *(x, out.values.view(torch.uint8), out.scale, size, x.stride(0)),
-        BLOCK=triton.next_power_of_2(size),
+        FIRST=first,
+        REST=rest,
         LARGEST=FP8_MAX,
+        LEAST=LEAST_SCALE,
         OVERLAPPED=overlapped,
         num_warps=_warps(size),
         launch_pdl=overlapped,
@@ -73,6 +90,15 @@ class Unscaled:
         return self.values.float() * self.row_scale[:, None] * self.column_scale
 
 
+@triton.jit
+def _added(at, mask, part_size, PARTS: tl.constexpr):
+    """Some columns of a row, the sum of its parts."""
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(at + part * part_size, mask=mask, other=0.0).to(tl.float32)
+    return value
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _add_norm(
     x,
@@ -90,33 +116,49 @@ def _add_norm(
     SCALES: tl.constexpr,
     PARTS: tl.constexpr,
     QUANTIZES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
     LARGEST: tl.constexpr,
+    LEAST: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    within = column < size
-    factor = tl.load(weight + column, mask=within, other=0.0)
-    next_factor = tl.load(next_weight + column, mask=within, other=0.0)
+    column = tl.arange(0, FIRST)
+    rest = FIRST + tl.arange(0, REST)
+    all_within = column < FIRST
+    within = rest < size
+    factor = tl.load(weight + column)
+    rest_factor = tl.load(weight + rest, mask=within, other=0.0)
+    next_factor = tl.load(next_weight + column)
+    rest_next_factor = tl.load(next_weight + rest, mask=within, other=0.0)
     if SCALES:
-        scale = tl.load(column_scale + column, mask=within, other=0.0)
+        scale = tl.load(column_scale + column)
+        rest_scale = tl.load(column_scale + rest, mask=within, other=0.0)
     follow(OVERLAPPED)
-    at = row.to(tl.int64) * size + column
-    value = tl.load(x + at, mask=within, other=0.0).to(tl.float32)
-    carried = tl.load(residual + at, mask=within, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        value += tl.load(x + part * rows * size + at, mask=within, other=0.0).to(tl.float32)
-    if SCALES:
-        value *= scale * tl.load(row_scale + row)
-    value *= tl.rsqrt(tl.sum(value * value) / size + eps) * factor
-    value += carried
-    tl.store(summed + at, value.to(summed.dtype.element_ty), mask=within)
-    value *= tl.rsqrt(tl.sum(value * value) / size + eps) * next_factor
-    if QUANTIZES:
-        _store_quantized(value, within, out, scales, row, size, column, LARGEST)
-    else:
-        tl.store(out + at, value.to(out.dtype.element_ty), mask=within)
+    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        start = row * size
+        value = _added(x + start + column, all_within, rows * size, PARTS)
+        more = _added(x + start + rest, within, rows * size, PARTS)
+        if SCALES:
+            of_row = tl.load(row_scale + row)
+            value *= scale * of_row
+            more *= rest_scale * of_row
+        root = tl.rsqrt((tl.sum(value * value) + tl.sum(more * more)) / size + eps)
+        value = value * (root * factor) + tl.load(residual + start + column).to(tl.float32)
+        more = more * (root * rest_factor) + tl.load(residual + start + rest, mask=within, other=0.0).to(tl.float32)
+        tl.store(summed + start + column, value.to(summed.dtype.element_ty))
+        tl.store(summed + start + rest, more.to(summed.dtype.element_ty), mask=within)
+        root = tl.rsqrt((tl.sum(value * value) + tl.sum(more * more)) / size + eps)
+        value *= next_factor
+        more *= rest_next_factor
+        if QUANTIZES:
+            largest = tl.maximum(tl.max(tl.abs(value)), tl.max(tl.abs(more)))
+            of_row, inverse = _row_scale(largest * root, LARGEST, LEAST)
+            tl.store(scales + row, of_row)
+            tl.store(out + start + column, e4m3_of(value * (root * inverse)))
+            tl.store(out + start + rest, e4m3_of(more * (root * inverse)), mask=within)
+        else:
+            tl.store(out + start + column, (value * root).to(out.dtype.element_ty))
+            tl.store(out + start + rest, (more * root).to(out.dtype.element_ty), mask=within)
 
 
 def add_norm(
@@ -128,19 +170,34 @@ def add_norm(
     normed = _empty(rows, size, residual) if quantizes else torch.empty_like(residual)
     values, row_scale, column_scale = _parts(x)
     out, scales = _written(normed)
+    launch = norm_launch(rows, size)
     overlapped = overlaps(residual)
-    _add_norm[(rows,)](
+    first, rest = _pieces(size)
+    _add_norm[(min(rows, launch.programs * processors(residual.device)),)](
         *(values, row_scale, column_scale, residual, weight, next_weight, summed, out, scales, rows, size, eps),
         SCALES=isinstance(x, Unscaled),
         PARTS=1 if values.dim() == 2 else len(values),
         QUANTIZES=quantizes,
-        BLOCK=triton.next_power_of_2(size),
+        FIRST=first,
+        REST=rest,
         LARGEST=FP8_MAX,
+        LEAST=LEAST_SCALE,
         OVERLAPPED=overlapped,
-        num_warps=_warps(size),
+        num_warps=launch.warps,
         launch_pdl=overlapped,
     )
     return summed, normed
+
+
+@triton.jit
+def _fed(at, column_scale, of_row, size, column, mask, SCALES: tl.constexpr):
+    """GELU of some columns of gate times those of up."""
+    gate = tl.load(at + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + size + column, mask=mask, other=0.0).to(tl.float32)
+    if SCALES:
+        gate *= tl.load(column_scale + column, mask=mask, other=0.0) * of_row
+        up *= tl.load(column_scale + size + column, mask=mask, other=0.0) * of_row
+    return gelu(gate) * up
 
 
 @triton.jit
@@ -152,25 +209,25 @@ def _gated(
     scales,
     size,
     SCALES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
     LARGEST: tl.constexpr,
+    LEAST: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    within = column < size
-    if SCALES:
-        gate_scale = tl.load(column_scale + column, mask=within, other=0.0)
-        up_scale = tl.load(column_scale + size + column, mask=within, other=0.0)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, FIRST)
+    rest = FIRST + tl.arange(0, REST)
+    within = rest < size
     follow(OVERLAPPED)
-    at = gate_up + row.to(tl.int64) * 2 * size + column
-    gate = tl.load(at, mask=within, other=0.0).to(tl.float32)
-    up = tl.load(at + size, mask=within, other=0.0).to(tl.float32)
-    if SCALES:
-        scale = tl.load(row_scale + row)
-        gate *= gate_scale * scale
-        up *= up_scale * scale
-    _store_quantized(gelu(gate) * up, within, out, scales, row, size, column, LARGEST)
+    of_row = tl.load(row_scale + row) if SCALES else 1.0
+    at = gate_up + row * 2 * size
+    value = _fed(at, column_scale, of_row, size, column, column < FIRST, SCALES)
+    more = _fed(at, column_scale, of_row, size, rest, within, SCALES)
+    scale, inverse = _row_scale(tl.maximum(tl.max(tl.abs(value)), tl.max(tl.abs(more))), LARGEST, LEAST)
+    tl.store(scales + row, scale)
+    tl.store(out + row * size + column, e4m3_of(value * inverse))
+    tl.store(out + row * size + rest, e4m3_of(more * inverse), mask=within)
 
 
 def gated(gate_up: Tensor | Unscaled) -> Fp8Rows:
@@ -180,11 +237,14 @@ def gated(gate_up: Tensor | Unscaled) -> Fp8Rows:
     fed = _empty(rows, size, values)
     out, scales = _written(fed)
     overlapped = overlaps(values)
+    first, rest = _pieces(size)
     _gated[(rows,)](
         *(values, row_scale, column_scale, out, scales, size),
         SCALES=isinstance(gate_up, Unscaled),
-        BLOCK=triton.next_power_of_2(size),
+        FIRST=first,
+        REST=rest,
         LARGEST=FP8_MAX,
+        LEAST=LEAST_SCALE,
         OVERLAPPED=overlapped,
         num_warps=_warps(size),
         launch_pdl=overlapped,
@@ -204,6 +264,12 @@ def _written(rows: Rows) -> tuple[Tensor, Tensor]:
 def _empty(rows: int, size: int, like: Tensor) -> Fp8Rows:
     values = torch.empty(rows, size, dtype=FP8, device=like.device)
     return Fp8Rows(values, torch.empty(rows, dtype=torch.float32, device=like.device))
+
+
+def _pieces(size: int) -> tuple[int, int]:
+    """Of a row: the largest power of two, and the smallest that holds the rest."""
+    first = 1 << (size.bit_length() - 1)
+    return first, int(triton.next_power_of_2(max(1, size - first)))
 
 
 def _warps(size: int) -> int:

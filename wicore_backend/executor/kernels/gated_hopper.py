@@ -6,15 +6,13 @@ in shared memory, they are one operand of the tensor cores, and one accumulator 
 
 Three parts of a program run beside each other. One warp has the bulk copy engine bring tiles into a ring; two
 warpgroups have half of the rows each. They are out of step by up to the ring's length, so that one has the tensor cores
-while the other is at its GELU. Programs stay on their multiprocessor and take tile after tile.
+while the other is at its GELU. Programs stay on their multiprocessor and take tile after tile (`shared_tiles.py`).
 
 Written in Gluon, OpenAI Triton's language a level below, which no interpreter runs: where there is no GPU, tests see
 only that it compiles.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import triton
@@ -31,13 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-ROWS, COLUMNS, DEPTH, STAGES = 128, 128, 64, 4
-"""Of the result and of the inner dimension, a tile; and tiles in the ring."""
+from wicore_backend.executor.kernels.shared_tiles import COLUMNS, ROWS, Shares, place, sum_parts
+from wicore_backend.executor.kernels.small import gelu, processors
 
-ROW_TILES = 16
-"""That are taken one after the other with the same columns: what programs read at the same time stays in the cache."""
+DEPTH, STAGES = 64, 4
+"""Of the inner dimension, a tile; and tiles in the ring."""
 
-_ROWS, _COLUMNS, _DEPTH, _STAGES, _ROW_TILES = map(gl.constexpr, (ROWS, COLUMNS, DEPTH, STAGES, ROW_TILES))
+_ROWS, _COLUMNS, _DEPTH, _STAGES = map(gl.constexpr, (ROWS, COLUMNS, DEPTH, STAGES))
 
 
 def fits(weight: Tensor) -> bool:
@@ -47,23 +45,26 @@ def fits(weight: Tensor) -> bool:
 
 
 @gluon.jit
-def _place(number, row_tiles, column_tiles):
-    """A tile's row and column."""
-    width = _ROW_TILES * column_tiles
-    first = number // width * _ROW_TILES
-    size = gl.minimum(row_tiles - first, _ROW_TILES)
-    within = number % width
-    return first + within % size, within // size
+def _unit(number, shared, splits, depth):
+    """A unit's tile, and from where to where in the inner dimension it multiplies."""
+    steps = depth // _DEPTH
+    part = number % splits
+    whole = number >= shared * splits
+    tile = gl.where(whole, number - shared * (splits - 1), number // splits)
+    start = gl.where(whole, 0, steps * part // splits)
+    end = gl.where(whole, steps, steps * (part + 1) // splits)
+    return tile, start * _DEPTH, end * _DEPTH
 
 
 @gluon.jit
-def _bring(x, weight, row_tiles, column_tiles, columns, depth, xs, weights, there, free):
-    """Fill the ring, tile after tile of the result."""
+def _bring(x, weight, row_tiles, column_tiles, columns, depth, shared, splits, units, xs, weights, there, free):
+    """Fill the ring, unit after unit."""
     layout: gl.constexpr = weights.layout
     step = 0
-    for number in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
-        row, column = _place(number, row_tiles, column_tiles)
-        for at in range(0, depth, _DEPTH):
+    for number in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile, start, end = _unit(number, shared, splits, depth)
+        row, column = place(tile, row_tiles, column_tiles)
+        for at in range(start, end, _DEPTH):
             stage = step % _STAGES
             phase = (step // _STAGES) & 1
             mbarrier.wait(free.index(stage), phase ^ 1)
@@ -78,47 +79,55 @@ def _bring(x, weight, row_tiles, column_tiles, columns, depth, xs, weights, ther
 
 @gluon.jit
 def _multiply(
-    out, rows, row_tiles, column_tiles, columns, depth, xs, weights, there, free,
+    out, parts, rows, row_tiles, column_tiles, columns, depth, shared, splits, units, xs, weights, there, free,
     WARPGROUP: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's 64 rows of every tile."""
+    """A warpgroup's 64 rows of every unit."""
     of_sum: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * _COLUMNS, 16])
     of_memory: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     step = 0
-    for number in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
-        row, column = _place(number, row_tiles, column_tiles)
+    for number in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile, start, end = _unit(number, shared, splits, depth)
+        row, column = place(tile, row_tiles, column_tiles)
         total = gl.zeros([64, 2 * _COLUMNS], gl.float32, of_sum)
-        for at in range(0, depth, _DEPTH):
+        for at in range(start, end, _DEPTH):
             stage = step % _STAGES
             mbarrier.wait(there.index(stage), (step // _STAGES) & 1)
             mine = xs.index(stage).slice(WARPGROUP * 64, 64)
             total = warpgroup_mma(mine, weights.index(stage).permute((1, 0)), total, is_async=True)
             total = warpgroup_mma_wait(1, deps=[total])
-            if at > 0:  # The product before is done, and so its tiles are read.
+            if at > start:  # The product before is done, and so its tiles are read.
                 tl.debug_barrier()
                 mbarrier.arrive(free.index((step - 1) % _STAGES))
             step += 1
         total = warpgroup_mma_wait(0, deps=[total])
         tl.debug_barrier()
         mbarrier.arrive(free.index((step - 1) % _STAGES))
-        gate, up = gl.split(gl.permute(gl.reshape(total, [64, 2, _COLUMNS]), [0, 2, 1]))
-        # GELU in its tanh form, as `small.gelu`.
-        value = gate / (1.0 + gl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))) * up
-        value = gl.convert_layout(value.to(out.dtype.element_ty), of_memory)
-        of_rows = row * _ROWS + WARPGROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, of_memory))
-        of_columns = column * _COLUMNS + gl.arange(0, _COLUMNS, gl.SliceLayout(0, of_memory))
-        places = out + of_rows.to(gl.int64)[:, None] * columns + of_columns[None, :]
-        gl.store(places, value, mask=(of_rows < rows)[:, None])
+        if number < shared * splits:
+            sum_rows = number * _ROWS + WARPGROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, of_sum))
+            sum_columns = gl.arange(0, 2 * _COLUMNS, gl.SliceLayout(0, of_sum))
+            gl.store(parts + sum_rows[:, None] * (2 * _COLUMNS) + sum_columns[None, :], total)
+        else:
+            gate, up = gl.split(gl.permute(gl.reshape(total, [64, 2, _COLUMNS]), [0, 2, 1]))
+            value = gl.convert_layout((gelu(gate) * up).to(out.dtype.element_ty), of_memory)
+            of_rows = row * _ROWS + WARPGROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, of_memory))
+            of_columns = column * _COLUMNS + gl.arange(0, _COLUMNS, gl.SliceLayout(0, of_memory))
+            places = out + of_rows.to(gl.int64)[:, None] * columns + of_columns[None, :]
+            gl.store(places, value, mask=(of_rows < rows)[:, None])
 
 
-@gluon.jit
-def gated_kernel(x, weight, out, rows, row_tiles, column_tiles, columns, depth):
+@gluon.jit(do_not_specialize=["rows", "row_tiles", "column_tiles", "shared", "splits", "units"])
+def gated_kernel(x, weight, out, parts, rows, row_tiles, column_tiles, columns, depth, shared, splits, units):
     """GELU(x G^T) times x U^T, [rows, columns]. Grid: as many programs as there are multiprocessors, at most.
 
     Parameters
     ----------
     x, weight
         Descriptors of [rows, depth] and of G and U, [2 columns, depth], in boxes of [ROWS or COLUMNS, DEPTH].
+    parts
+        float32 [shared, splits, ROWS, 2, COLUMNS]: of the tiles that are shared out, the parts' sums, gate and up.
+    shared, splits, units
+        See `Shares`.
     """
     xs = gl.allocate_shared_memory(x.dtype, [_STAGES, _ROWS, _DEPTH], x.layout)
     weights = gl.allocate_shared_memory(x.dtype, [_STAGES, 2 * _COLUMNS, _DEPTH], weight.layout)
@@ -132,22 +141,29 @@ def gated_kernel(x, weight, out, rows, row_tiles, column_tiles, columns, depth):
         [
             (
                 _multiply,
-                (out, rows, row_tiles, column_tiles, columns, depth, xs, weights, there, free, gl.constexpr(0)),
+                (
+                    out, parts, rows, row_tiles, column_tiles, columns, depth, shared, splits, units,
+                    xs, weights, there, free, gl.constexpr(0),
+                ),
             ),
             (
                 _multiply,
-                (out, rows, row_tiles, column_tiles, columns, depth, xs, weights, there, free, gl.constexpr(1)),
+                (
+                    out, parts, rows, row_tiles, column_tiles, columns, depth, shared, splits, units,
+                    xs, weights, there, free, gl.constexpr(1),
+                ),
             ),
-            (_bring, (x, weight, row_tiles, column_tiles, columns, depth, xs, weights, there, free)),
+            (
+                _bring,
+                (
+                    x, weight, row_tiles, column_tiles, columns, depth, shared, splits, units,
+                    xs, weights, there, free,
+                ),
+            ),
         ],
         [4, 1],
         [240, 24],
-    )
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    )  # fmt: skip
 
 
 def gated_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -159,11 +175,16 @@ def gated_product(x: Tensor, weight: Tensor) -> Tensor:
     columns = len(weight) // 2
     out = x.new_empty(rows, columns)
     row_tiles, column_tiles = triton.cdiv(rows, ROWS), columns // COLUMNS
+    programs = processors(x.device)
+    shares = Shares.of(row_tiles * column_tiles, steps=depth // DEPTH, programs=programs)
+    parts = x.new_empty(shares.shared * shares.splits, ROWS, 2, COLUMNS, dtype=torch.float32)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    gated_kernel[(min(_processors(x.device), row_tiles * column_tiles),)](
+    gated_kernel[(min(programs, shares.units),)](
         TensorDescriptor.from_tensor(x, [ROWS, DEPTH], layout),
         TensorDescriptor.from_tensor(weight, [COLUMNS, DEPTH], layout),
-        *(out, rows, row_tiles, column_tiles, columns, depth),
+        *(out, parts, rows, row_tiles, column_tiles, columns, depth, shares.shared, shares.splits, shares.units),
         num_warps=4,
     )
+    if shares.shared:
+        sum_parts(parts, out, shares)
     return out

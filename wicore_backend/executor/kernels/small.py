@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 _WARPS = 4
 _MANY_ROWS, _VERY_MANY_ROWS = 256, 2048
 _GATED_BLOCK = 1024
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @cache
@@ -26,7 +27,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Multiprocessors; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -103,7 +104,7 @@ def _norm(
         tl.store(out + at, value.to(out.dtype.element_ty), mask=within)
 
 
-class _NormLaunch(NamedTuple):
+class NormLaunch(NamedTuple):
     """Warps of a program; how many programs a multiprocessor has, if rows are that many; rows that are loaded ahead."""
 
     warps: int
@@ -111,19 +112,19 @@ class _NormLaunch(NamedTuple):
     stages: int
 
 
-def _norm_launch(rows: int, size: int) -> _NormLaunch:
+def norm_launch(rows: int, size: int) -> NormLaunch:
     """The fastest of those measured in docs/benchmarks/hopper.md: many rows share the reading of the weights."""
     if rows < _MANY_ROWS:
-        return _NormLaunch(max(1, min(16, int(triton.next_power_of_2(size)) // 512)), rows, 1)
-    return _NormLaunch(4, 4, 1) if rows < _VERY_MANY_ROWS else _NormLaunch(8, 2, 3)
+        return NormLaunch(max(1, min(16, int(triton.next_power_of_2(size)) // 512)), rows, 1)
+    return NormLaunch(4, 4, 1) if rows < _VERY_MANY_ROWS else NormLaunch(8, 2, 3)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of `x` [T, D] times `weight` float32 [D]."""
     out = torch.empty_like(x)
     rows, size = x.shape
-    launch = _norm_launch(rows, size)
-    _norm[(min(rows, launch.programs * _processors(x.device)),)](
+    launch = norm_launch(rows, size)
+    _norm[(min(rows, launch.programs * processors(x.device)),)](
         *(x, x, weight, weight, out, out, rows, size, eps),
         ADDS=False,
         PARTS=1,
@@ -151,9 +152,9 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, e
     """
     summed, out = torch.empty_like(residual), torch.empty_like(residual)
     rows, size = residual.shape
-    launch = _norm_launch(rows, size)
+    launch = norm_launch(rows, size)
     overlapped = overlaps(x)
-    _norm[(min(rows, launch.programs * _processors(x.device)),)](
+    _norm[(min(rows, launch.programs * processors(x.device)),)](
         *(x, residual, weight, next_weight, summed, out, rows, size, eps),
         ADDS=True,
         PARTS=1 if x.dim() == 2 else len(x),
@@ -228,7 +229,24 @@ def qk_norm_rope(product: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps:
 @triton.jit
 def gelu(x):
     """GELU in its tanh form: x times the logistic function of 2 sqrt(2 / pi) (x + 0.044715 x^3)."""
-    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    # Written as exp and a quotient it takes twice the instructions, to keep subnormals, which are nothing beside 1.
+    return x * _one_over_1_plus_exp2(x * (-2.302208198144325 - 0.1029432395800235 * x * x))
+
+
+@triton.jit
+def _one_over_1_plus_exp2(x):
+    if _INTERPRETED:
+        result = 1.0 / (1.0 + tl.exp2(x))
+    else:
+        result = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return result
 
 
 @triton.jit
