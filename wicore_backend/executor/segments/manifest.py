@@ -79,8 +79,13 @@ class SegmentSet:
     files: Mapping[Segment, SegmentFile]
 
     @classmethod
-    def read(cls, directory: Path, *, name: str = MANIFEST) -> Self:
+    def read(cls, directory: Path, *, name: str = MANIFEST, whole: bool = True) -> Self:
         """The set that was exported to `directory`.
+
+        Parameters
+        ----------
+        whole
+            Refuse files that are missing or cut short, rather than leave them out.
 
         Raises
         ------
@@ -100,6 +105,11 @@ class SegmentSet:
             raise SegmentError(f"{path} has version {version} in place of {FORMAT_VERSION}; {_REMEDY}")
         precision = Precision(fields.choice("precision", tuple(Precision)))
         files = [_segment_file(directory, entry) for entry in fields.entries("segments")]
+        if whole:
+            for file in files:
+                _check_stored(file)
+        else:
+            files = [file for file in files if file.stored_bytes() == file.nbytes]
         by_segment = {file.spec.segment: file for file in files}
         if len(by_segment) != len(files):
             raise SegmentError(f"{path} names a segment twice; {_REMEDY}")
@@ -144,17 +154,19 @@ def _segment_file(directory: Path, entry: _Fields) -> SegmentFile:
     name = entry.text("file")
     if Path(name).name != name or not name.endswith(".onnx") or (directory / name).is_symlink():
         raise entry.error("file", "the name of an .onnx file beside it")
-    file = SegmentFile(
+    return SegmentFile(
         SegmentSpec(segment, _specs(entry, "inputs"), _specs(entry, "outputs")),
         directory / name,
         _specs(entry, "weights"),
         entry.integer("bytes"),
     )
+
+
+def _check_stored(file: SegmentFile) -> None:
     if not file.path.is_file():
-        raise SegmentError(f"{directory} lacks {name}, which {MANIFEST} names; {_REMEDY}")
+        raise SegmentError(f"{file.path.parent} lacks {file.path.name}, which its manifest names; {_REMEDY}")
     if (stored := file.stored_bytes()) != file.nbytes:
         raise SegmentError(f"{file.path} and its data have {stored:,} bytes in place of {file.nbytes:,}; {_REMEDY}")
-    return file
 
 
 def _specs(entry: _Fields, key: str) -> tuple[TensorSpec, ...]:
