@@ -211,6 +211,12 @@ class Engine:
         """Whether `submit` of a request with this grammar takes no longer than without one."""
         return self._grammars.has(grammar)
 
+    def compile(self, grammar: Grammar | None) -> None:
+        """Have a grammar compiled, so that `submit` does not wait for it; raises what `submit` would."""
+        with self._lock:
+            self._check_open(for_request=True)
+        self._grammars.begin(grammar, 0)
+
     def cancel(self, request_id: str) -> None:
         """End a request, waiting or running, within one step. An id that is unknown, or ended, is no error."""
         self._inbox.put(partial(self._ledger.cancel, request_id))

@@ -9,7 +9,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from weakref import WeakValueDictionary
 
 from wicore_backend.engine.engine import Engine
 from wicore_backend.errors import WicoreError
+from wicore_backend.processor.prompt import Prompt
+from wicore_backend.triton.grammar_queue import GrammarQueue, WaitingRequest
 from wicore_backend.triton.lifecycle import Lifecycle
 from wicore_backend.triton.logs import log_to_triton
 from wicore_backend.triton.metrics import Metrics, MetricsThread
@@ -32,9 +33,6 @@ _log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 5.0
 """How long after the last request's end its client may take to be told, before the server is stopped."""
-
-_COMPILING = 8
-"""Requests that wait for their grammars at once, beside all others, which wait for nobody."""
 
 _HARDLY_EVER = 10**9
 """Collections of Python's second generation before a full one."""
@@ -63,7 +61,7 @@ class TritonPythonModel:
         )
         self._replies = ReplySender(self._engine.processor.tokenizer.token_text)
         self._outbox = Outbox(on_end=lambda end: self._metrics.observe(end.usage))
-        self._compiling = ThreadPoolExecutor(_COMPILING, thread_name_prefix="wicore-compiling")
+        self._grammars = GrammarQueue()
         self._attachable: WeakValueDictionary[bytes, Channel] = WeakValueDictionary()  # The outbox holds what is open.
         self._lifecycle = self._look_after(args["model_name"])
         # A full collection looks through all that has been loaded, and all that the cache's policies remember: 100 ms
@@ -89,7 +87,7 @@ class TritonPythonModel:
         if self._lifecycle is not None:
             self._lifecycle.close()
         self._engine.close()
-        self._compiling.shutdown()
+        self._grammars.close()
         self._outbox.close()
         self._metrics_thread.close()
 
@@ -109,32 +107,16 @@ class TritonPythonModel:
         time.sleep(_SETTLING_S)
 
     def _take(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:
-        """Submit a request; one whose grammar is to be compiled first, which may take seconds, on another thread."""
+        """Submit a request; one whose grammar is to be compiled first, which may take seconds, waits elsewhere."""
         arrival = arrival_of(tensors, time.monotonic())
         options = RequestOptions.parse(request.parameters(), tensors, json_tensor="request")
-        submit = partial(self._submit, request, tensors, sender, options, arrival)
-        if self._engine.has_compiled(options.sampling.grammar):
-            submit()
-        else:
-            self._compiling.submit(self._submit_late, request, sender, submit)
-
-    def _submit_late(self, request: Any, sender: Any, submit: Callable[[], None]) -> None:
-        try:
-            submit()
-        except Exception as error:
-            self._refuse(request, sender, error)
-
-    def _refuse(self, request: Any, sender: Any, error: Exception) -> None:
-        if not isinstance(error, WicoreError):
-            _log.error("request %r could not be submitted", request.request_id(), exc_info=error)
-        self._replies.fail(sender, error)
-
-    def _submit(
-        self, request: Any, tensors: dict[str, Any], sender: Any, options: RequestOptions, arrival: float
-    ) -> None:
         prompt = prompt_from_tensors(tensors, self._engine.processor.image_size)
         # Clients choose their request ids, also twice the same; inside, each request has its own.
         request_id = f"{request.request_id()}#{secrets.token_hex(8)}"
+        grammar = options.sampling.grammar
+        waits = not self._engine.has_compiled(grammar)
+        if waits:
+            self._grammars.check_room()
         key = request_id.encode()
         in_ensemble = list(request.requested_output_names()) == ["tick"]
         wire = EnsembleWire(key, sender, self._replies) if in_ensemble else DirectWire(sender, self._replies)
@@ -142,8 +124,32 @@ class TritonPythonModel:
             wire,
             stream=options.serving.stream,
             answers=options.sampling.n,
-            cancel=partial(self._engine.cancel, request_id),
+            cancel=lambda: self._cancel(waiting, request_id),
         )
+        waiting = WaitingRequest(
+            channel.put, prompt_tokens=len(prompt), arrival=arrival, deadlines=options.serving.deadlines
+        )
+        submit = partial(self._submit, prompt, options, channel, request_id, arrival)
+        if not waits:
+            waiting.submit(submit)
+        if isinstance(wire, EnsembleWire):
+            self._attachable[key] = channel
+        self._outbox.begin(channel)
+        if waits:
+            self._grammars.add(waiting, compile_it=partial(self._engine.compile, grammar), submit=submit)
+
+    def _refuse(self, request: Any, sender: Any, error: Exception) -> None:
+        if not isinstance(error, WicoreError):
+            _log.error("request %r could not be submitted", request.request_id(), exc_info=error)
+        self._replies.fail(sender, error)
+
+    def _cancel(self, waiting: WaitingRequest, request_id: str) -> None:
+        if not waiting.cancel():
+            self._engine.cancel(request_id)
+
+    def _submit(
+        self, prompt: Prompt, options: RequestOptions, channel: Channel, request_id: str, arrival: float
+    ) -> None:
         self._engine.submit(
             prompt,
             options.sampling,
@@ -155,9 +161,6 @@ class TritonPythonModel:
             retention=options.serving.retention,
             arrival=arrival,
         )
-        if isinstance(wire, EnsembleWire):
-            self._attachable[key] = channel
-        self._outbox.begin(channel)
 
     def _attach(self, key: bytes, sender: Any, *, cancelled: bool) -> None:
         """On the sending thread: a tick has come back."""

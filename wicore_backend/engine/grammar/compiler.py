@@ -99,6 +99,9 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar, source: str) -> LLMatcher:
         if not self._slots.acquire(timeout=_LONGEST_S):
             raise OverloadedError("other grammars are being compiled", retry_after_s=_LONGEST_S)
+        if (matcher := self._compiled(source)) is not None:  # By who was before.
+            self._slots.release()
+            return matcher
         tokenizer = self._tokenizer
 
         def compile_it() -> LLMatcher:
