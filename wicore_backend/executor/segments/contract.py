@@ -33,7 +33,8 @@ class Precision(StrEnum):
     """For cards without bfloat16 (T10, T4: SM75). Gemma-3 overflows float16, so the residual stream is float32, and
     what reaches a norm is scaled down by a power of two that the norm takes out again."""
     INT4 = "int4"
-    """Decoder matrices in 4 bits with a scale for each 128 inputs, widened as they are read; the rest as bf16."""
+    """Decoder matrices in 4 bits with a scale for each 128 inputs (64 or 32 where those of a matrix are no multiple, or
+    where a quantised checkpoint has such), widened as they are read; the rest as bf16."""
     FP8 = "fp8"
     """Decoder matrices in e4m3 with a scale for each output, multiplied by activations in e4m3 with a scale for each
     token, where the library can; the rest as bf16."""

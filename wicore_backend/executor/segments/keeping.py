@@ -10,7 +10,7 @@ from torch import Tensor
 from wicore_backend.errors import SegmentError
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind
 from wicore_backend.executor.segments.manifest import WeightsAs
-from wicore_backend.executor.segments.matrices import FP8_INPUTS, INT4_GROUP, Keeping, keeps_codes, kept, plain
+from wicore_backend.executor.segments.matrices import FP8_INPUTS, INT4_GROUPS, Keeping, keeps_codes, kept, plain
 from wicore_backend.executor.segments.source import ShapeParts, WeightSource
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weights import LayerEnd, LayerStart, VisionWeights, Weight
@@ -19,7 +19,7 @@ from wicore_backend.quantization.fp8 import Fp8Matrix
 from wicore_backend.quantization.int4 import Int4Matrix
 
 _KEEPING: dict[Precision, Keeping] = {Precision.INT4: "int4", Precision.FP8: "fp8"}
-_MULTIPLES: dict[Precision, int] = {Precision.INT4: INT4_GROUP, Precision.FP8: FP8_INPUTS}
+_MULTIPLES: dict[Precision, int] = {Precision.INT4: INT4_GROUPS[-1], Precision.FP8: FP8_INPUTS}
 
 
 class KeptParts:
@@ -124,7 +124,7 @@ def _plain(weight: Weight) -> Tensor:
 def _bits(precision: Precision) -> float:
     """That a value of a decoder's matrix takes, scales included."""
     if precision is Precision.INT4:
-        return 4 + 16 / INT4_GROUP
+        return 4 + 16 / INT4_GROUPS[0]
     return 8 if precision is Precision.FP8 else 8 * precision.activations.itemsize
 
 

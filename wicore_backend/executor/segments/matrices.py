@@ -19,10 +19,9 @@ from wicore_backend.quantization.int4_rounding import quantized_int4
 
 Keeping = Literal["plain", "int4", "fp8"]
 
-INT4_GROUP = 128
-"""Inputs that share a scale in a matrix that is quantised here."""
-KEPT_GROUPS = (32, 64, INT4_GROUP)
-"""Those with which a quantised matrix is taken as it is: TensorRT-RTX 1.7 builds each, and keeps the codes."""
+INT4_GROUPS = (128, 64, 32)
+"""Inputs that share a scale: the first that fits a matrix which is quantised here; one that is quantised already may
+have any. TensorRT-RTX 1.7 keeps the codes of each, and widens them in the kernel that multiplies."""
 FP8_INPUTS = 16
 """A matrix in FP8 must have a multiple of so many inputs: what tensor cores read at once."""
 _SMALLEST_SCALE = 1e-12
@@ -56,10 +55,18 @@ def kept(weight: Weight, keeping: Keeping, dtype: torch.dtype, *, search: bool =
     if keeping == "int4":
         if isinstance(weight, Int4Matrix) and keeps_codes(weight):
             return weight
-        return quantized_int4(plain(weight, dtype), INT4_GROUP, search=search)
+        return quantized_int4(plain(weight, dtype), int4_group(weight.shape[1]), search=search)
     if weight.shape[1] % FP8_INPUTS:
         raise ValueError(f"{weight.shape[1]} inputs are no multiple of {FP8_INPUTS}")
     return weight if isinstance(weight, Fp8Matrix) else quantized_fp8(plain(weight, dtype))
+
+
+def int4_group(inputs: int) -> int:
+    """Inputs that share a scale in a matrix of so many, or ValueError if none do."""
+    for group in INT4_GROUPS:
+        if inputs % group == 0:
+            return group
+    raise ValueError(f"{inputs} inputs are no multiple of {INT4_GROUPS[-1]}")
 
 
 def plain(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -69,7 +76,7 @@ def plain(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 def keeps_codes(matrix: Int4Matrix) -> bool:
     """Whether a graph can have the codes of `matrix`: there are no zero points in it, and groups have a known size."""
-    return matrix.zeros is None and matrix.group in KEPT_GROUPS
+    return matrix.zeros is None and matrix.group in INT4_GROUPS
 
 
 def _int4_product(at: Scope, name: str, x: Value, weight: Int4Matrix) -> Value:
