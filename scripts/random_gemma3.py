@@ -81,19 +81,31 @@ _VISION = {
 
 def published_config(shape: str) -> Gemma3Config:
     """The configuration of a published model of this shape, its vision tower included."""
-    config = {"model_type": "gemma3", "text_config": _COMMON | SHAPES[shape], "vision_config": _VISION}
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(config))
+        (Path(directory) / "config.json").write_text(json.dumps(_config(shape, vision=True)))
         return Gemma3Config.from_checkpoint(Path(directory))
 
 
-def write_directory(shape: str, target: Path, *, like: Path) -> None:
-    """A checkpoint directory of `shape` without weights: its config.json, and the tokenizer files of that in `like`."""
+def _config(shape: str, *, vision: bool) -> dict[str, Any]:
+    text = _COMMON | SHAPES[shape]
+    return {"model_type": "gemma3", "text_config": text, "vision_config": _VISION} if vision else text
+
+
+def write_directory(shape: str, target: Path, *, like: Path, vision: bool = False, **more: Any) -> None:
+    """A checkpoint directory of `shape` without weights: its config.json, and the tokenizer files of that in `like`.
+
+    Parameters
+    ----------
+    vision
+        With the published models' tower; otherwise it is a text-only model.
+    more
+        Keys and values of config.json besides.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for file in like.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != "config.json":
             shutil.copy(file, target)
-    (target / "config.json").write_text(json.dumps(_COMMON | SHAPES[shape]))
+    (target / "config.json").write_text(json.dumps(_config(shape, vision=vision) | more))
 
 
 def random_weights(

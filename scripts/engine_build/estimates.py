@@ -1,0 +1,129 @@
+"""What building engines takes, before it begins: time, memory, disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wicore_backend.devices.memory import segment_bytes
+from wicore_backend.errors import ExecutorError
+from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind, segments
+from wicore_backend.executor.segments.manifest import WeightsAs
+from wicore_backend.models.gemma3.config import Gemma3Config
+
+_BASE_BYTES = 1_200 * 2**20
+"""Of a process with PyTorch and the library, before it has read a weight."""
+_PLAIN_COPIES = 3.0
+"""Of a segment's weights in bfloat16, at once: as read, as its graph has them, and as the library does."""
+_BYTES_PER_SECOND: Mapping[Precision, float] = {
+    Precision.FP32: 120e6,
+    Precision.BF16: 120e6,
+    Precision.FP16: 120e6,
+    Precision.FP8: 40e6,
+    Precision.INT4: 20e6,
+}
+"""Of engine, on one core."""
+_SEGMENT_SECONDS = 1.0
+_GRAPH_BYTES = 2**20
+"""Of an engine or a graph that has no weights in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one engine computes: a segment, or several of the same shape whose weights it is given.
+
+    Attributes
+    ----------
+    engine_bytes
+        Of its file.
+    memory_bytes
+        Of the process that exports and builds it, at most.
+    seconds
+        On one core.
+    """
+
+    segments: tuple[Segment, ...]
+    engine_bytes: int
+    memory_bytes: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """`mid_007`, or `mid` for all of them."""
+        return self.segments[0].name if len(self.segments) == 1 else str(self.segments[0].kind)
+
+
+def parts(config: Gemma3Config, precision: Precision, weights: WeightsAs) -> tuple[Part, ...]:
+    """The engines of a model, in the order of its segments."""
+    plain, stored = segment_bytes(config, Precision.BF16), segment_bytes(config, precision)
+    groups: list[tuple[Segment, ...]] = []
+    for segment in segments(config):
+        if weights == "inputs" and segment.kind is SegmentKind.MID and groups[-1][0].kind is SegmentKind.MID:
+            groups[-1] += (segment,)
+        else:
+            groups.append((segment,))
+    return tuple(_part(group, plain[group[0]], stored[group[0]], precision, weights) for group in groups)
+
+
+def _part(group: tuple[Segment, ...], plain: int, stored: int, precision: Precision, weights: WeightsAs) -> Part:
+    if weights == "inputs":
+        return Part(group, _GRAPH_BYTES, _BASE_BYTES + plain, _SEGMENT_SECONDS)
+    memory = _BASE_BYTES + round(_PLAIN_COPIES * plain)
+    return Part(group, stored + _GRAPH_BYTES, memory, _SEGMENT_SECONDS + stored / _BYTES_PER_SECOND[precision])
+
+
+def disk_needed(todo: Sequence[Part], *, jobs: int, keep_onnx: bool) -> int:
+    """Bytes that building `todo` takes at most: engines, and the graphs that are there at once."""
+    graphs = sorted((part.engine_bytes for part in todo), reverse=True)
+    return sum(graphs) + sum(graphs if keep_onnx else graphs[:jobs])
+
+
+def check_disk(directory: Path, needed: int) -> None:
+    """Whether the disk of `directory`, which need not exist, has room.
+
+    Raises
+    ------
+    ExecutorError
+        If it has not.
+    """
+    free = free_bytes(directory)
+    if needed > free:
+        raise ExecutorError(
+            f"{directory} will take up to {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; make room, "
+            "or name another directory with --engines"
+        )
+
+
+def free_bytes(directory: Path) -> int:
+    """Of the disk that `directory` is, or will be, on."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def check_memory(todo: Sequence[Part], budget: int) -> None:
+    """Whether each of `todo` can be built in `budget` bytes of memory.
+
+    Raises
+    ------
+    ExecutorError
+        If one cannot.
+    """
+    for part in todo:
+        if part.memory_bytes > budget:
+            raise ExecutorError(
+                f"{part.name} needs about {part.memory_bytes / 2**30:.1f} GiB of memory to be built, and there are "
+                f"{budget / 2**30:.1f}; give it more (--memory), close what takes it, or build on a larger machine: "
+                "engines of TensorRT-RTX can be copied"
+            )
+
+
+def available_memory() -> int:
+    """Bytes that processes can have now, of the machine or of the container that this is."""
+    meminfo = Path("/proc/meminfo").read_text()
+    machine = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        return min(machine, int(most) - int(used.read_text()))
+    return machine
