@@ -340,6 +340,7 @@ def test_lua_and_python_do_the_same(redis_port, rate, other, steps):
     asyncio.run(body())
 
 
+@pytest.mark.timing
 def test_two_copies_with_one_redis_hold_one_limit_in_real_time(redis_port, tmp_path):
     # What is saved up for two seconds bridges the stalls of a busy machine.
     per_minute, burst_s, seconds = 1200, 2.0, float(os.environ.get("RATE_TEST_SECONDS", "6"))

@@ -17,6 +17,7 @@ from wicore_backend.engine.request import TokensEvent
 from wicore_backend.engine.step_time import StepShape, StepTimeModel
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
+pytestmark = pytest.mark.timing
 DECODES = StepShape(4, 4, 100, 0)
 PLAN = StepPlan([], [], DECODES)
 
