@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Positive = Annotated[int, Field(ge=1)]
 
+ExecutorSetting = Literal["auto", "torch", "tensorrt", "onnx"]
+
 
 class EngineConfig(Settings):
     """Settings of one engine. Sizes are in tokens unless the name says otherwise."""
@@ -29,6 +31,24 @@ class EngineConfig(Settings):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights, activations and KV cache; auto is bfloat16 on CUDA and float32 on the CPU."""
+
+    executor: ExecutorSetting = "auto"
+    """What computes the layers between their attentions, and pictures. torch: PyTorch, on a GPU by kernels of its own.
+    tensorrt: engines that were built for this model and this card (scripts/build_engines.py). onnx: ONNX Runtime, on
+    the CPU, or with its package for GPUs on CUDA; what it runs is exported from the checkpoint when the model is loaded
+    for the first time. auto takes tensorrt where `engines` holds engines for the card, and else torch."""
+
+    engines: Annotated[Path, Field(strict=False)] | None = None
+    """Directory of this model's exported graphs and built engines. None is one in the user's cache
+    ($XDG_CACHE_HOME/wicore, ~/.cache/wicore), named after the model and what is in its checkpoint."""
+
+    engine_precision: Literal["auto", "fp32", "bf16", "fp16", "int4", "fp8"] = "auto"
+    """In which precision tensorrt and onnx compute: `engines` has a directory for each. auto is, with tensorrt, the
+    most exact of those that there are engines in for the card, and with onnx that of `dtype`."""
+
+    host_embeddings: bool = False
+    """With tensorrt and onnx on CUDA: keep the embeddings of tokens in page-locked host memory, from where a step reads
+    a row for each token. That saves device memory: 2.8 GB for gemma-3-27b."""
 
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """How keys and values are kept; auto is `dtype`. fp8 (e4m3) is LOSSY: a byte each, half of a 16-bit type's memory,

@@ -1,8 +1,7 @@
-"""Weights and pools to a runner: the fastest executor and attention that the device has."""
+"""An executor and pools to a runner: the fastest attention that the device has, and graphs of what can be recorded."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -16,32 +15,37 @@ from wicore_backend.attention.torch_paged import TorchPagedAttention
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine import device_memory
 from wicore_backend.engine.device_memory import Widening
+from wicore_backend.engine.executor_loading import LoadedExecutor
 from wicore_backend.engine.pictures import PictureEncoder
 from wicore_backend.engine.runner import DecodeReplay, LayersReplay, ModelRunner
-from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.hmt.pool import KVPools
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.rope import RotaryTables
-from wicore_backend.models.gemma3.weights import Gemma3Weights
 from wicore_backend.processor.images import PixelNormalization
-
-_log = logging.getLogger(__name__)
 
 
 def device_needs(
-    config: Gemma3Config, weights: Gemma3Weights, settings: EngineConfig, layout: KVLayout, *, kv_dtype: torch.dtype
+    config: Gemma3Config,
+    settings: EngineConfig,
+    layout: KVLayout,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    loaded: LoadedExecutor | None = None,
 ) -> dict[str, int]:
-    """Bytes that a model's runner takes of its CUDA device, beside weights and pools, by what they are for."""
+    """Bytes that a model's runner takes of its CUDA device, beside weights and pools, by what they are for.
+
+    Of an executor that is not `loaded` yet it is not known what it widens.
+    """
     if find_spec("triton") is None:
         return {}  # Nothing is recorded, and the share that the KV cache leaves has to do.
     from wicore_backend.attention.gpu import hopper
     from wicore_backend.attention.gpu.paged import tuning_for
-    from wicore_backend.executor.matrix import widened_bytes
 
-    text, embedding = config.text, weights.text.embedding
-    device, dtype = embedding.device, embedding.dtype
+    text = config.text
     tuning = tuning_for(text.head_dim, dtype, kv_dtype, device)
     attention = AttentionNeeds(
         layout,
@@ -54,10 +58,9 @@ def device_needs(
     on_hopper = tuning.prefill.hopper_stages is not None and hopper.fits(
         layout, kv_dtype, dtype, device, rows=rows, keys=keys
     )
-    matrices = (m for layer in weights.text.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down))
     widening = Widening(
-        matrix=max(map(widened_bytes, matrices)),
-        head=widened_bytes(weights.text.head),
+        matrix=0 if loaded is None else loaded.widened_matrix,
+        head=0 if loaded is None else loaded.widened_head,
         keys=hopper.WIDENED_BYTES if on_hopper and kv_dtype == FP8 else 0,
     )
     max_model_len = settings.context(text.max_position_embeddings)
@@ -67,7 +70,7 @@ def device_needs(
 
 def make_runner(
     config: Gemma3Config,
-    weights: Gemma3Weights,
+    loaded: LoadedExecutor,
     pools: KVPools,
     *,
     normalization: PixelNormalization,
@@ -78,22 +81,18 @@ def make_runner(
     image_cache_bytes: int,
     sampling: MassSampling | None,
 ) -> ModelRunner:
-    """A runner over `pools`, computing on the device and in the type of `weights`.
+    """A runner over `pools`, computing on the device and in the type of the executor.
 
-    On a GPU with OpenAI Triton it computes by kernels of its own, of which it records CUDA graphs here unless `graphs`
-    is False; elsewhere by PyTorch's.
+    On a GPU with OpenAI Triton attention is by kernels of its own, and where the executor can be recorded, steps are as
+    CUDA graphs, unless `graphs` is False; elsewhere attention is by PyTorch's.
     """
-    text, embedding = config.text, weights.text.embedding
-    device, dtype = embedding.device, embedding.dtype
+    text, executor = config.text, loaded.executor
+    device, dtype = executor.device, executor.dtype
     pictures = partial(
         PictureEncoder, normalization=normalization, device=device, dtype=dtype, cache_bytes=image_cache_bytes
     )
-    rotary = RotaryTables(config, max_positions=max_model_len, device=embedding.device, dtype=embedding.dtype)
-    if embedding.is_cuda and find_spec("triton") is None:
-        _log.warning(
-            "no OpenAI Triton (pip install triton): computing by PyTorch's own kernels, at a fraction of speed"
-        )
-    elif embedding.is_cuda:
+    rotary = RotaryTables(config, max_positions=max_model_len, device=device, dtype=dtype)
+    if device.type == "cuda" and find_spec("triton") is not None:
         # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
         from wicore_backend.attention.gpu.paged import GpuPagedAttention
         from wicore_backend.engine.graphs import DecodeGraphs
@@ -102,22 +101,20 @@ def make_runner(
         from wicore_backend.engine.segments import SegmentGraphs, token_counts
         from wicore_backend.engine.step_inputs import StepInputs
         from wicore_backend.engine.vision_graphs import VisionGraphs
-        from wicore_backend.executor.cuda_executor import CudaExecutor
 
-        executor = CudaExecutor(config, weights)
         attention = GpuPagedAttention(
             pools,
             query_heads=text.num_heads,
             scale=text.attention_scale,
             window=text.window,
             softcap=text.attn_logit_softcapping,
-            dtype=embedding.dtype,
+            dtype=dtype,
         )
         replay: DecodeReplay | None = None
         layers: tuple[LayersReplay, ...] = ()
         vision: Callable[[Tensor], Tensor] = executor.vision
-        if graphs:
-            record = CudaRecorder(embedding.device)
+        if graphs and executor.recordable:
+            record = loaded.recording(CudaRecorder(device))
             decodes = DecodeGraphs(
                 executor=executor,
                 attention=attention,
@@ -155,7 +152,7 @@ def make_runner(
             replay, layers = decodes, (prompts, segments)
             if config.vision is not None:
                 side = config.vision.image_size
-                vision = tower = VisionGraphs(executor.vision, CudaRecorder(device))
+                vision = tower = VisionGraphs(executor.vision, loaded.recording(CudaRecorder(device)))
                 tower.prepare(torch.zeros(3, side, side, dtype=dtype, device=device))
         return ModelRunner(
             executor=executor,
@@ -168,18 +165,17 @@ def make_runner(
             replay=replay,
             layers=layers,
         )
-    plain = TorchExecutor(config, weights)
     return ModelRunner(
-        executor=plain,
+        executor=executor,
         attention=TorchPagedAttention(
             pools,
             scale=text.attention_scale,
             window=text.window,
             softcap=text.attn_logit_softcapping,
-            dtype=embedding.dtype,
+            dtype=dtype,
         ),
         rotary=rotary,
-        pictures=pictures(plain.vision),
+        pictures=pictures(executor.vision),
         layout=pools.layout,
         sampling=sampling,
         arrive=pools.wait,

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.assembly import device_needs, make_runner
 from wicore_backend.engine.cache_memory import host_cache_bytes, image_cache_bytes, kv_cache_bytes
+from wicore_backend.engine.executor_loading import LoadedExecutor, load_executor
+from wicore_backend.engine.executors import Choice, choose, computing_type, find_engines
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampling_params import generation_defaults
 from wicore_backend.engine.tiers import BlockMover, ColdStorage
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
+from wicore_backend.executor.segments.contract import Precision
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.bounded_kv import KVBudget
 from wicore_backend.hmt.budget import divide_host_memory, divide_memory
@@ -28,11 +32,8 @@ from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import NameScheme
 from wicore_backend.hmt.policy import POLICIES
 from wicore_backend.hmt.pool import KVPools, slot_bytes
-from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
-from wicore_backend.models.gemma3.weights import Gemma3Weights
-from wicore_backend.observability.progress import ByteProgress
 from wicore_backend.processor.processor import Processor
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class LoadedModel:
     """0 for a model without vision."""
     eos_token_ids: frozenset[int]
     generation_defaults: Mapping[str, Any]
+    executor: Choice
+    """What computes, and why."""
     overlaps: bool = False
     """The device computes while the host goes on."""
 
@@ -80,9 +83,11 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
     if device.type == "cuda":
         # This thread's: kernels and events go to the current device, wherever their tensors are.
         torch.cuda.set_device(device.index or 0)
-    dtype = _dtype(settings.dtype, device)
-    kv_dtype = _kv_dtype(settings, dtype)
     config = Gemma3Config.from_checkpoint(settings.model)
+    choice = choose(settings.executor, device, find=partial(find_engines, settings, config, device))
+    _log.info("%s: the executor is %s: %s", settings.model.name, choice.name, choice.reason)
+    dtype = computing_type(choice, settings, device)
+    kv_dtype = _kv_dtype(settings, dtype)
     positions = config.text.max_position_embeddings
     max_model_len = settings.context(positions)
     image_tokens = config.mm_tokens_per_image if config.vision else 0
@@ -94,11 +99,6 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
     processor = Processor.from_checkpoint(
         settings.model, limits=settings.prompt_limits(positions), do_pan_and_scan=settings.pan_and_scan
     )
-    reading = time.monotonic()
-    with ByteProgress(f"{settings.model.name}: reading weights", _log) as progress:
-        weights = load_weights(settings.model, config, device=device, dtype=dtype, progress=progress)
-    read = time.monotonic()
-
     layout = KVLayout.of(
         config.text.layer_groups,
         block_size=settings.block_size,
@@ -107,13 +107,24 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         window=config.text.window,
         bytes_per_value=kv_dtype.itemsize,
     )
+    needs = partial(device_needs, config, settings, layout, device=device, dtype=dtype, kv_dtype=kv_dtype)
+    reading = time.monotonic()
+    executor = load_executor(
+        choice,
+        settings,
+        config,
+        device=device,
+        dtype=dtype,
+        reserved_bytes=lambda: sum(needs().values()) + (settings.kv_cache_bytes or 0),
+    )
+    read = time.monotonic()
     budget = None
     if settings.kv_budget_tokens is not None:
         budget = KVBudget.of(settings.kv_budget_tokens, settings.block_size)
         _log.warning("kv_budget_tokens = %d: answers of longer sequences are lossy", settings.kv_budget_tokens)
     num_blocks = divide_memory(
         layout,
-        memory_bytes=_cache_bytes(settings, config, weights, layout, kv_dtype),
+        memory_bytes=_cache_bytes(settings, device, partial(needs, loaded=executor)),
         max_sequences=settings.max_running,
         max_tokens=max_model_len,
         max_chunk=settings.max_batch_tokens,
@@ -128,7 +139,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
     )
     runner = make_runner(
         config,
-        weights,
+        executor,
         pools,
         normalization=processor.normalization,
         max_model_len=max_model_len,
@@ -149,7 +160,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
     defaults = generation_defaults(settings.model)
     try:
         # The last thing that can fail: it has threads and a lock.
-        cold = _cold_storage(settings, layout, pools, dtype, woken)
+        cold = _cold_storage(settings, layout, pools, _computed_in(executor), woken)
     except BaseException:
         pools.close()
         raise
@@ -183,6 +194,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         soft_tokens_per_image=image_tokens,
         eos_token_ids=frozenset(config.eos_token_ids),
         generation_defaults=defaults,
+        executor=choice,
         overlaps=device.type == "cuda",
     )
 
@@ -196,14 +208,6 @@ def _device(name: str) -> torch.device:
             f"device = {name!r}: this machine has {torch.cuda.device_count()} usable CUDA devices; use 'cpu' or 'auto'"
         )
     return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _kv_dtype(settings: EngineConfig, dtype: torch.dtype) -> torch.dtype:
@@ -220,7 +224,7 @@ def _kv_dtype(settings: EngineConfig, dtype: torch.dtype) -> torch.dtype:
 
 
 def _cold_storage(
-    settings: EngineConfig, layout: KVLayout, pools: KVPools, dtype: torch.dtype, woken: Callable[[], None]
+    settings: EngineConfig, layout: KVLayout, pools: KVPools, computed_in: str, woken: Callable[[], None]
 ) -> ColdStorage | None:
     directory = settings.nvme_cache_path
     if directory is None:
@@ -243,21 +247,24 @@ def _cold_storage(
         pools=pools,
         policy=POLICIES[settings.hmt_policy],
         # The codec's own says what blocks are in, which need not be what they were computed in.
-        fingerprint=checkpoint_fingerprint(settings.model) + str(dtype).encode(),
+        fingerprint=checkpoint_fingerprint(settings.model) + computed_in.encode(),
         woken=woken,
         behind_bytes_per_second=settings.nvme_write_behind_bytes_per_second,
     )
 
 
-def _cache_bytes(
-    settings: EngineConfig, config: Gemma3Config, weights: Gemma3Weights, layout: KVLayout, kv_dtype: torch.dtype
-) -> int:
-    """Bytes of the KV cache on the device, whose weights are loaded."""
-    device = weights.text.embedding.device
+def _computed_in(loaded: LoadedExecutor) -> str:
+    """What tells a model's keys and values apart by how they were computed: weights that were rounded give others."""
+    dtype = str(loaded.executor.dtype)
+    return f"{dtype} {loaded.precision}" if loaded.precision in (Precision.INT4, Precision.FP8) else dtype
+
+
+def _cache_bytes(settings: EngineConfig, device: torch.device, needs: Callable[[], Mapping[str, int]]) -> int:
+    """Bytes of the KV cache on the device, where the executor is loaded; `needs` is what else takes memory there."""
     if device.type != "cuda":
         return kv_cache_bytes(settings, free=None, needed=0)
     free, _ = torch.cuda.mem_get_info(device)
-    needs = device_needs(config, weights, settings, layout, kv_dtype=kv_dtype)
-    in_mib = (f"{what} {size / 2**20:,.0f}" for what, size in needs.items())
+    needed = needs()
+    in_mib = (f"{what} {size / 2**20:,.0f}" for what, size in needed.items())
     _log.info("%.0f MiB of %s are free; needed to compute, in MiB: %s", free / 2**20, device, ", ".join(in_mib))
-    return kv_cache_bytes(settings, free=free, needed=sum(needs.values()))
+    return kv_cache_bytes(settings, free=free, needed=sum(needed.values()))

@@ -1,0 +1,139 @@
+"""Which executor a setting stands for on a machine, why, and what is said where it cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gemma3_random import write_random_checkpoint
+from wicore_backend.config import EngineConfig
+from wicore_backend.engine.executors import (
+    ExecutorName,
+    choose,
+    engines_directory,
+    exported_precision,
+    find_engines,
+)
+from wicore_backend.errors import ExecutorError, InvalidArgumentError
+from wicore_backend.executor.segments.contract import Precision
+from wicore_backend.executor.tensorrt.library import LibraryName
+from wicore_backend.executor.tensorrt.profiles import profiles_for
+from wicore_backend.executor.tensorrt.records import EngineKey
+from wicore_backend.executor.tensorrt.store import EngineSet
+from wicore_backend.models.gemma3.config import Gemma3Config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+ENGINES = EngineSet(
+    Path("/engines/int4/tensorrt_rtx-1.7-sm89"),
+    EngineKey(
+        model="0123456789abcdef",
+        precision=Precision.INT4,
+        library=LibraryName.TENSORRT_RTX,
+        version="1.7",
+        compute_capability="sm89",
+        profiles=profiles_for(max_running=8, max_batch_tokens=512),
+    ),
+    {},
+)
+
+
+def engines():
+    return ENGINES
+
+
+def no_engines():
+    raise ExecutorError("there are no TensorRT engines in /engines; build them with scripts/build_engines.py")
+
+
+def nobody_asks():
+    raise AssertionError("looking for engines takes time, and nobody wants them")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "find", "name", "reason"),
+    [
+        ("torch", CPU, nobody_asks, ExecutorName.TORCH, "executor = 'torch'"),
+        ("torch", CUDA, nobody_asks, ExecutorName.TORCH, "executor = 'torch'"),
+        ("auto", CPU, nobody_asks, ExecutorName.TORCH, "on a CPU"),
+        ("auto", CUDA, no_engines, ExecutorName.TORCH, "no TensorRT engines in /engines"),
+        ("auto", CUDA, engines, ExecutorName.TENSORRT, "engines in int4 for sm89 by tensorrt_rtx 1.7: /engines/int4"),
+        ("tensorrt", CUDA, engines, ExecutorName.TENSORRT, "executor = 'tensorrt', engines in int4 for sm89"),
+        ("onnx", CPU, nobody_asks, ExecutorName.ONNX, "executor = 'onnx'"),
+        ("onnx", CUDA, nobody_asks, ExecutorName.ONNX, "executor = 'onnx'"),
+    ],
+)
+def test_the_choice_and_its_reason(wanted, device, find, name, reason):
+    choice = choose(wanted, device, find=find, installed=lambda _: True)
+    assert choice.name is name
+    assert reason in choice.reason
+    assert (choice.engines is ENGINES) == (name is ExecutorName.TENSORRT)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "find", "said"),
+    [
+        ("tensorrt", CPU, nobody_asks, r"needs a CUDA device, and device is cpu; set executor to"),
+        ("tensorrt", CUDA, no_engines, r"executor = 'tensorrt': there are no .* in /engines; build them with scripts"),
+        ("onnx", CPU, nobody_asks, r"ONNX Runtime is not installed; pip install 'wicore\[onnx\]'"),
+    ],
+)
+def test_what_is_asked_for_and_is_not_there_is_an_error_with_a_remedy(wanted, device, find, said):
+    with pytest.raises(ExecutorError, match=said):
+        choose(wanted, device, find=find, installed=lambda _: False)
+
+
+@pytest.mark.parametrize("value", ["tensorflow", "ONNX", 1])
+def test_other_names_are_refused_with_those_that_there_are(value):
+    with pytest.raises(InvalidArgumentError, match=r"executor.*'auto', 'torch', 'tensorrt' or 'onnx'"):
+        EngineConfig(model="/m", executor=value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "precision"),
+    [
+        ({}, CPU, Precision.FP32),
+        ({}, CUDA, Precision.BF16),
+        ({"dtype": "float32"}, CUDA, Precision.FP32),
+        ({"dtype": "float16"}, CPU, Precision.FP16),
+        ({"engine_precision": "fp16"}, CPU, Precision.FP16),
+        ({"engine_precision": "int4"}, CUDA, Precision.INT4),
+        ({"dtype": "bfloat16", "engine_precision": "fp8"}, CUDA, Precision.FP8),
+    ],
+)
+def test_onnx_computes_in_the_type_of_the_settings(settings, device, precision):
+    assert exported_precision(EngineConfig(model="/m", **settings), device) is precision
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dtype": "bfloat16"}, "dtype = 'bfloat16': ONNX Runtime multiplies no bfloat16 on a CPU"),
+        ({"engine_precision": "int4"}, "engine_precision = 'int4': ONNX Runtime multiplies no bfloat16 on a CPU"),
+        ({"dtype": "float32", "engine_precision": "fp16"}, "computes in float16, and dtype = 'float32'"),
+    ],
+)
+def test_onnx_in_a_type_that_it_has_not_is_an_error(settings, said):
+    with pytest.raises(ExecutorError, match=said):
+        exported_precision(EngineConfig(model="/m", **settings), CPU)
+
+
+def test_each_checkpoint_has_its_own_directory_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directories = set()
+    for seed in (1, 2):
+        write_random_checkpoint(tmp_path / str(seed) / "tiny", seed=seed)
+        directories.add(engines_directory(EngineConfig(model=tmp_path / str(seed) / "tiny")))
+    assert len(directories) == 2
+    assert {directory.parent for directory in directories} == {tmp_path / "cache" / "wicore"}
+    assert all(directory.name.startswith("tiny-") for directory in directories)
+    given = EngineConfig(model=tmp_path / "1" / "tiny", engines=tmp_path / "mine")
+    assert engines_directory(given) == tmp_path / "mine"
+
+
+def test_where_no_engine_is_it_is_said_where_was_looked_and_what_builds_them(tmp_path):
+    write_random_checkpoint(tmp_path / "tiny")
+    settings = EngineConfig(model=tmp_path / "tiny", engines=tmp_path / "mine")
+    with pytest.raises(ExecutorError, match=f"in {tmp_path / 'mine'} .*scripts/build_engines.py"):
+        find_engines(settings, Gemma3Config.from_checkpoint(settings.model), CUDA)

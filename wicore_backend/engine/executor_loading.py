@@ -1,0 +1,170 @@
+"""From a checkpoint, exported graphs or engines to an executor on its device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from wicore_backend.config import EngineConfig
+from wicore_backend.engine.executors import Choice, ExecutorName, exported_precision
+from wicore_backend.engine.exporting import exported_segments
+from wicore_backend.engine.recording import Record
+from wicore_backend.executor.base import Executor
+from wicore_backend.executor.embedding import Embedding
+from wicore_backend.executor.segments.contract import Precision, Segment, segments
+from wicore_backend.executor.segments.export import bindings
+from wicore_backend.executor.tensorrt.store import EngineSet
+from wicore_backend.executor.torch_executor import TorchExecutor
+from wicore_backend.models.gemma3.checkpoint import CheckpointReader, load_weights
+from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.weights import Gemma3Weights
+from wicore_backend.observability.progress import ByteProgress
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedExecutor:
+    """An executor, and what has to be known of it besides.
+
+    Attributes
+    ----------
+    precision
+        Of its graphs or engines, if it has such.
+    widened_matrix, widened_head
+        Device memory that it takes for a moment to widen a part of a layer's matrix, or of the head.
+    recording
+        What its work is recorded by, made of a recorder.
+    """
+
+    executor: Executor
+    precision: Precision | None = None
+    widened_matrix: int = 0
+    widened_head: int = 0
+    recording: Callable[[Record], Record] = lambda record: record
+
+
+def load_executor(
+    choice: Choice,
+    settings: EngineConfig,
+    config: Gemma3Config,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    reserved_bytes: Callable[[], int],
+) -> LoadedExecutor:
+    """The executor of the choice, with the weights that it computes with and no others.
+
+    Parameters
+    ----------
+    dtype
+        What it computes in: `computing_type`.
+    reserved_bytes
+        Device memory that others will have: an executor that can leave weights in host memory then does.
+
+    Raises
+    ------
+    CheckpointError, SegmentError, ExecutorError
+        If what it is made of is missing, broken, or another model's.
+    """
+    match choice.name:
+        case ExecutorName.TORCH:
+            return _torch(settings, config, device, dtype)
+        case ExecutorName.ONNX:
+            return _onnx(settings, config, device)
+        case ExecutorName.TENSORRT:
+            assert choice.engines is not None
+            return _tensorrt(choice.engines, settings, config, device, reserved_bytes())
+    assert_never(choice.name)
+
+
+def _torch(settings: EngineConfig, config: Gemma3Config, device: torch.device, dtype: torch.dtype) -> LoadedExecutor:
+    if settings.host_embeddings:
+        _log.warning(
+            "host_embeddings is for the executors tensorrt and onnx: this one multiplies by the embeddings, too"
+        )
+    weights = _weights(settings, config, device, dtype)
+    if device.type == "cuda" and find_spec("triton") is not None:
+        # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
+        from wicore_backend.executor.cuda_executor import CudaExecutor
+        from wicore_backend.executor.matrix import widened_bytes
+
+        matrices = (m for layer in weights.text.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        return LoadedExecutor(
+            CudaExecutor(config, weights),
+            widened_matrix=max(map(widened_bytes, matrices)),
+            widened_head=widened_bytes(weights.text.head),
+        )
+    if device.type == "cuda":
+        _log.warning(
+            "no OpenAI Triton (pip install triton): computing by PyTorch's own kernels, at a fraction of speed"
+        )
+    return LoadedExecutor(TorchExecutor(config, weights))
+
+
+def _onnx(settings: EngineConfig, config: Gemma3Config, device: torch.device) -> LoadedExecutor:
+    # Imported where it is used: it is a package that need not be there.
+    from wicore_backend.executor.onnx_executor import OnnxExecutor
+    from wicore_backend.executor.onnx_session import OnnxRuntime
+
+    precision = exported_precision(settings, device)
+    runtime = OnnxRuntime(device, threads=settings.threads or torch.get_num_threads())
+    # On a CPU, ONNX Runtime lays matrices that are within a graph out anew, as it multiplies them fastest. On a GPU it
+    # does not, and weights that are inputs need no second copy of the model on the disk.
+    within = device.type == "cpu" or precision in (Precision.INT4, Precision.FP8)
+    exported = exported_segments(settings, precision, weights="embedded" if within else "inputs")
+    embedding, given = _given(settings, config, device, precision, whole=exported.weights == "inputs")
+    return LoadedExecutor(OnnxExecutor(config, exported, embedding, runtime, weights=given), precision)
+
+
+def _tensorrt(
+    engines: EngineSet, settings: EngineConfig, config: Gemma3Config, device: torch.device, reserved_bytes: int
+) -> LoadedExecutor:
+    # Imported where there is a card.
+    from wicore_backend.executor.tensorrt.card import CudaCard
+    from wicore_backend.executor.tensorrt.executor import TensorRTExecutor
+    from wicore_backend.executor.tensorrt.library import load_library
+
+    key = engines.key
+    embedding, given = _given(settings, config, device, key.precision, whole=key.weights == "inputs")
+    executor = TensorRTExecutor.load(
+        config,
+        engines,
+        library=load_library(),
+        card=CudaCard.of(device),
+        embed=embedding,
+        weights=given,
+        reserved_bytes=reserved_bytes,
+        graphs=settings.cuda_graphs,
+    )
+    return LoadedExecutor(executor, key.precision, recording=executor.recording)
+
+
+def _given(
+    settings: EngineConfig, config: Gemma3Config, device: torch.device, precision: Precision, *, whole: bool
+) -> tuple[Embedding, Mapping[Segment, Mapping[str, Tensor]]]:
+    """What segments in `precision` have not within: embeddings and, of a `whole` model, the weights of each segment."""
+    dtype = precision.activations
+    given: dict[Segment, Mapping[str, Tensor]] = {}
+    if whole:
+        weights = _weights(settings, config, device, dtype)
+        table = weights.text.embedding
+        given = {segment: bindings(config, weights, segment, precision) for segment in segments(config)}
+    else:
+        where = torch.device("cpu") if settings.host_embeddings else device
+        with CheckpointReader(settings.model, config, device=where, dtype=dtype) as reader:
+            table = reader.embedding()
+    if settings.host_embeddings and device.type == "cuda":
+        table = table.cpu().pin_memory()
+    return Embedding(table, device=device, residual=precision.residual), given
+
+
+def _weights(settings: EngineConfig, config: Gemma3Config, device: torch.device, dtype: torch.dtype) -> Gemma3Weights:
+    with ByteProgress(f"{settings.model.name}: reading weights", _log) as progress:
+        return load_weights(settings.model, config, device=device, dtype=dtype, progress=progress)

@@ -1,0 +1,220 @@
+"""Which executor computes a model's dense segments, and why: decided once, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import assert_never
+
+import torch
+
+from wicore_backend.config import EngineConfig, ExecutorSetting
+from wicore_backend.errors import ExecutorError
+from wicore_backend.executor.segments.contract import Precision, segments
+from wicore_backend.executor.tensorrt.library import load_library
+from wicore_backend.executor.tensorrt.store import MANIFEST, EngineSet, EngineStore, Wanted
+from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
+
+_BY_TYPE = {torch.float32: Precision.FP32, torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}
+_NAMED_DIGITS = 16
+
+
+class ExecutorName(StrEnum):
+    """What there is."""
+
+    TORCH = "torch"
+    TENSORRT = "tensorrt"
+    ONNX = "onnx"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """An executor.
+
+    Attributes
+    ----------
+    reason
+        Why this one, in words for whoever runs the server.
+    engines
+        What the TensorRT executor runs; None for the others.
+    """
+
+    name: ExecutorName
+    reason: str
+    engines: EngineSet | None = None
+
+
+def choose(
+    wanted: ExecutorSetting,
+    device: torch.device,
+    *,
+    find: Callable[[], EngineSet],
+    installed: Callable[[str], object] = find_spec,
+) -> Choice:
+    """The executor that the setting stands for on `device`.
+
+    Parameters
+    ----------
+    find
+        The engines for this model and this card; raises ExecutorError, saying why, where there are none.
+    installed
+        Whether there is such a Python package.
+
+    Raises
+    ------
+    ExecutorError
+        If there is not what is asked for: says what is missing and what helps.
+    """
+    asked = f"executor = {wanted!r}"
+    match wanted:
+        case "torch":
+            return Choice(ExecutorName.TORCH, asked)
+        case "onnx":
+            if not installed("onnxruntime"):
+                raise ExecutorError(f"{asked}: ONNX Runtime is not installed; pip install 'wicore[onnx]'")
+            return Choice(ExecutorName.ONNX, asked)
+        case "tensorrt":
+            if device.type != "cuda":
+                raise ExecutorError(
+                    f"{asked} needs a CUDA device, and device is {device}; set executor to 'auto', 'torch' or 'onnx'"
+                )
+            try:
+                engines = find()
+            except ExecutorError as error:
+                raise ExecutorError(f"{asked}: {error}") from None
+            return Choice(ExecutorName.TENSORRT, f"{asked}, {_described(engines)}", engines)
+        case "auto":
+            if device.type != "cuda":
+                return Choice(ExecutorName.TORCH, f"{asked} takes it on a CPU")
+            try:
+                engines = find()
+            except ExecutorError as error:
+                return Choice(ExecutorName.TORCH, f"{asked}, and {error}")
+            return Choice(ExecutorName.TENSORRT, f"{asked}, and there are {_described(engines)}", engines)
+    assert_never(wanted)
+
+
+def _described(engines: EngineSet) -> str:
+    key = engines.key
+    return (
+        f"engines in {key.precision} for {key.compute_capability} by {key.library} {key.version}: {engines.directory}"
+    )
+
+
+def engines_directory(settings: EngineConfig) -> Path:
+    """Where this model's exported graphs and engines are.
+
+    Raises
+    ------
+    OSError
+        If the checkpoint cannot be read, after which the directory is named where the setting names none.
+    """
+    if settings.engines is not None:
+        return settings.engines
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    fingerprint = checkpoint_fingerprint(settings.model).hex()[:_NAMED_DIGITS]
+    return cache / "wicore" / f"{settings.model.resolve().name}-{fingerprint}"
+
+
+def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.device) -> EngineSet:
+    """The TensorRT engines for this model, these settings and the card that `device` is.
+
+    Raises
+    ------
+    ExecutorError
+        If there are none, or no library to run them: says what was looked for and where, and what builds them.
+    """
+    # Imported where there is a card to look at.
+    from wicore_backend.executor.tensorrt.card import CudaCard
+
+    root = engines_directory(settings)
+    if not any(root.glob(f"*/*/{MANIFEST}")):
+        raise ExecutorError(
+            f"there are no TensorRT engines in {root} (*/*/{MANIFEST}); build them with scripts/build_engines.py, or "
+            "set engines to the directory that has them"
+        )
+    library, card = load_library(), CudaCard.of(device)
+    wanted = Wanted(
+        model=checkpoint_fingerprint(settings.model).hex(),
+        precision=_engine_precision(settings),
+        library=library.name,
+        version=library.version,
+        compute_capability=card.compute_capability,
+        card=card.name,
+        max_running=settings.max_running,
+        max_batch_tokens=settings.max_batch_tokens,
+        segments=tuple(segments(config)),
+    )
+    engines = EngineStore(root).find(wanted)
+    activations = engines.key.precision.activations
+    if settings.dtype not in ("auto", _name(activations)):
+        raise ExecutorError(
+            f"the engines in {engines.directory} compute in {_name(activations)}, and dtype = {settings.dtype!r}; "
+            "set dtype to 'auto', or engine_precision to that of other engines"
+        )
+    return engines
+
+
+def exported_precision(settings: EngineConfig, device: torch.device) -> Precision:
+    """The precision of the graphs that ONNX Runtime is given on `device`.
+
+    Raises
+    ------
+    ExecutorError
+        If it cannot compute in it there.
+    """
+    dtype = _setting(settings, device)
+    precision = _engine_precision(settings) or _BY_TYPE[dtype]
+    if settings.dtype != "auto" and precision.activations is not dtype:
+        raise ExecutorError(
+            f"engine_precision = {str(precision)!r} computes in {_name(precision.activations)}, and dtype = "
+            f"{settings.dtype!r}; set one of them to 'auto'"
+        )
+    if device.type == "cpu" and precision.activations is torch.bfloat16:
+        named = "dtype" if settings.engine_precision == "auto" else "engine_precision"
+        raise ExecutorError(
+            f"{named} = {getattr(settings, named)!r}: ONNX Runtime multiplies no bfloat16 on a CPU; set dtype to "
+            "'float32' and engine_precision to 'auto'"
+        )
+    return precision
+
+
+def computing_type(choice: Choice, settings: EngineConfig, device: torch.device) -> torch.dtype:
+    """What the chosen executor computes in.
+
+    Raises
+    ------
+    ExecutorError
+        If it cannot compute in what the settings say.
+    """
+    match choice.name:
+        case ExecutorName.TORCH:
+            return _setting(settings, device)
+        case ExecutorName.ONNX:
+            return exported_precision(settings, device).activations
+        case ExecutorName.TENSORRT:
+            assert choice.engines is not None
+            return choice.engines.key.precision.activations
+    assert_never(choice.name)
+
+
+def _setting(settings: EngineConfig, device: torch.device) -> torch.dtype:
+    """What `dtype` stands for."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, settings.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _engine_precision(settings: EngineConfig) -> Precision | None:
+    return None if settings.engine_precision == "auto" else Precision(settings.engine_precision)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
