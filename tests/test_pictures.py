@@ -166,10 +166,55 @@ def test_beside_other_work_and_as_graphs_the_tokens_are_the_same():
     rng = random.Random(0)
     for _ in range(200):
         pictures = [picture(rng.randrange(9)) for _ in range(rng.randrange(1, 12))]
-        ours.foresee(pictures[: rng.randrange(3)])
+        ours.foresee("a request", pictures[: rng.randrange(3)])
         torch.cuda._sleep(rng.randrange(200_000))
         torch.testing.assert_close(ours.soft_tokens(pictures).cpu(), expected(pictures), rtol=1e-3, atol=1e-3)
     assert ours.hits > 100
+
+
+def ahead(tower: Tower, pictures: int) -> PictureEncoder:
+    """One that encodes ahead, though on a CPU that is beside nothing, and remembers so many pictures."""
+    ours = encoder(tower, pictures)
+    ours._ahead = True
+    return ours
+
+
+def test_what_is_encoded_ahead_is_not_encoded_again_when_it_is_asked_for():
+    tower = Tower()
+    ours = ahead(tower, 4)
+    ours.foresee("a", [picture(1), picture(2), picture(3)])  # As far as half the cache has room.
+    assert tower.batches == [1, 1]
+    torch.testing.assert_close(ours.soft_tokens([picture(1), picture(2)]), expected([picture(1), picture(2)]))
+    assert tower.batches == [1, 1]
+    ours.foresee("b", [picture(4)])  # Those two are awaited no more.
+    assert tower.batches == [1, 1, 1]
+
+
+def test_pictures_of_a_request_that_ended_before_its_turn_make_room_for_the_next():
+    tower = Tower()
+    ours = ahead(tower, 4)
+    ours.foresee("gone", [picture(1), picture(2)])
+    ours.foresee("next", [picture(3)])
+    assert tower.batches == [1, 1]  # There is no room to look ahead for the next, ...
+    ours.forget("gone")
+    ours.foresee("next", [picture(3), picture(4)])
+    assert tower.batches == [1, 1, 1, 1]  # ... until nobody awaits the others any more.
+    ours.soft_tokens([picture(5)])
+    ours.soft_tokens([picture(3), picture(4)])
+    assert tower.batches == [1, 1, 1, 1, 1]  # What nobody asked for has left first.
+
+
+def test_what_another_request_awaits_too_stays():
+    tower = Tower()
+    ours = ahead(tower, 6)
+    for owner, seed in (("b", 1), ("a", 2), ("b", 2)):
+        ours.foresee(owner, [picture(seed)])
+    ours.forget("a")
+    for seed in (3, 4, 5, 6, 7):  # One more than there is room for: the oldest leaves.
+        ours.soft_tokens([picture(seed)])
+    tower.batches.clear()
+    ours.soft_tokens([picture(2)])
+    assert tower.batches == []
 
 
 def test_a_new_requests_unseen_pictures_are_encoded_ahead_and_a_fault_in_that_costs_nothing(monkeypatch):
@@ -195,6 +240,22 @@ def test_a_new_requests_unseen_pictures_are_encoded_ahead_and_a_fault_in_that_co
     first, second = foreseen
     assert first == 0
     assert second > 100  # What was cached meanwhile, the picture among it.
+
+
+def test_a_request_that_ends_in_whatever_way_lets_go_of_its_pictures(monkeypatch):
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]}]
+    with Engine(EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32")) as engine:
+        engine._model = replace(engine._model, overlaps=True)
+        pictures = engine._model.runner._pictures
+        monkeypatch.setattr(pictures, "_ahead", True)
+        prompt, events = engine.processor.process(question, images=[PICTURE]), Queue()
+        request_id = engine.submit(prompt, SamplingParams(max_tokens=1000, ignore_eos=True), sink=events.put)
+        engine.cancel(request_id)
+        while not hasattr(events.get(timeout=20), "usage"):
+            pass
+        engine.generate(question, SamplingParams(max_tokens=2), images=[PICTURE])
+    assert pictures.encoded == 1
+    assert not pictures._awaited
 
 
 def test_pictures_of_a_request_that_is_turned_away_are_not_encoded(monkeypatch):

@@ -435,7 +435,8 @@ class Engine:
             self._model.mover.close(persist_s=0.0)
             raise
 
-    def _one_ended(self) -> None:
+    def _one_ended(self, request: Request) -> None:
+        self._model.runner.forget(request)
         with self._lock:
             self._unfinished -= 1
             self._emptied.notify_all()

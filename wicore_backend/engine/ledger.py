@@ -11,7 +11,7 @@ from wicore_backend.config import EngineConfig
 from wicore_backend.engine.generation import Generation
 from wicore_backend.engine.job import Job
 from wicore_backend.engine.plan import Rejected, RejectReason
-from wicore_backend.engine.request import DeadlineKind, FinishReason, Sequence
+from wicore_backend.engine.request import DeadlineKind, FinishReason, Request, Sequence
 from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.statistics import StatisticsRecorder
 from wicore_backend.errors import (
@@ -40,7 +40,11 @@ class RequestLedger:
     """
 
     def __init__(
-        self, scheduler: Scheduler, recorder: StatisticsRecorder, config: EngineConfig, ended: Callable[[], None]
+        self,
+        scheduler: Scheduler,
+        recorder: StatisticsRecorder,
+        config: EngineConfig,
+        ended: Callable[[Request], None],
     ) -> None:
         self._scheduler = scheduler
         self._recorder = recorder
@@ -155,7 +159,7 @@ class RequestLedger:
     def _conclude(self, job: Job, reason: FinishReason, error: WicoreError | None) -> None:
         event = job.finish(reason, time.monotonic(), error)
         self._recorder.finished(event)
-        self._ended()
+        self._ended(job.request)
         _log.info(
             logfmt(
                 "request",

@@ -42,8 +42,6 @@ class _Encoded:
 
     tokens: Tensor
     done: torch.cuda.Event | None = None
-    awaited: bool = False
-    """Encoded ahead, and not asked for since."""
 
 
 def pixel_bytes(vision: VisionConfig, *, pictures: int, value_bytes: int) -> int:
@@ -87,6 +85,8 @@ class PictureEncoder:
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[_Key, _Encoded] = OrderedDict()
         self._bytes = 0
+        self._ahead = device.type == "cuda"
+        self._awaited: dict[str, set[_Key]] = {}  # by who awaits them: encoded ahead, and not asked for since
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.encoded = self.hits = 0
 
@@ -95,6 +95,8 @@ class PictureEncoder:
         missing = {p.key: p for p in pictures if p.key not in self._cache}
         self.hits += len(pictures) - len(missing)
         made = self._encode(list(missing.values()))
+        for keys in self._awaited.values():
+            keys -= {p.key for p in pictures}
         found = [made[p.key] if p.key in made else self._cache[p.key] for p in pictures]
         for picture, encoded in zip(pictures, found, strict=True):
             self._arrive(encoded)
@@ -104,23 +106,32 @@ class PictureEncoder:
         self._keep(made)
         return tokens
 
-    def foresee(self, pictures: Iterable[Picture]) -> None:
+    def foresee(self, request_id: str, pictures: Iterable[Picture]) -> None:
         """Begin to encode, beside the device's other work, what will be asked for: as far as half the cache has room.
 
-        On a CPU there is no beside, and nothing is done.
+        On a CPU there is no beside, and nothing is done. To be followed by `forget`.
         """
-        if self._beside is None:
+        if not self._ahead:
             return
-        awaited = sum(encoded.tokens.nbytes for encoded in self._cache.values() if encoded.awaited)
+        awaited = self._awaited.setdefault(request_id, set())
         for picture in pictures:
-            if 2 * awaited >= self._cache_bytes:
+            if 2 * self._awaited_bytes() >= self._cache_bytes:
                 return
             if picture.key not in self._cache:
-                made = self._encode([picture])
-                for encoded in made.values():
-                    encoded.awaited = True
-                    awaited += encoded.tokens.nbytes
-                self._keep(made)
+                self._keep(self._encode([picture]))
+                awaited.add(picture.key)
+            elif any(picture.key in keys for keys in self._awaited.values()):
+                awaited.add(picture.key)
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended: what was encoded ahead for it, and nobody asked for, is the first to leave."""
+        unasked = self._awaited.pop(request_id, set()).difference(*self._awaited.values())
+        for key in unasked & self._cache.keys():
+            self._cache.move_to_end(key, last=False)
+
+    def _awaited_bytes(self) -> int:
+        awaited = set().union(*self._awaited.values()) & self._cache.keys()
+        return sum(self._cache[key].tokens.nbytes for key in awaited)
 
     def _encode(self, pictures: list[Picture]) -> dict[_Key, _Encoded]:
         """Each in memory of its own, so that one that is kept does not hold what a batch took."""
@@ -143,7 +154,6 @@ class PictureEncoder:
 
     def _arrive(self, encoded: _Encoded) -> None:
         """Make it safe to read on the current stream."""
-        encoded.awaited = False
         if encoded.done is not None:
             stream = torch.cuda.current_stream(encoded.tokens.device)
             stream.wait_event(encoded.done)

@@ -229,7 +229,12 @@ class ModelRunner:
     def foresee(self, request: Request, computed: int) -> None:
         """Begin to encode the pictures of a request that waits, of whose prompt `computed` tokens are in the cache."""
         images = request.prompt.images
-        self._pictures.foresee(Picture(request.tenant, image) for image in images if image.start >= computed)
+        pictures = (Picture(request.tenant, image) for image in images if image.start >= computed)
+        self._pictures.foresee(request.id, pictures)
+
+    def forget(self, request: Request) -> None:
+        """The request has ended: let go of pictures that were encoded ahead for it alone."""
+        self._pictures.forget(request.id)
 
     def _soft_tokens(self, chunks: Rows[Chunk], offsets: list[int]) -> tuple[Tensor | None, Tensor | None]:
         """Soft tokens [R, D] of all images in the step and the packed rows that they replace."""
