@@ -108,10 +108,12 @@ class SegmentContexts:
         bound = self._bound.get(profile)
         if bound is None:
             bound = self._bound[profile] = self._fresh(profile)
-        for spec, tensor in zip(self._spec.inputs, inputs, strict=True):
+        # Copies are held until all is on the stream, or one would be made where another one was.
+        readable = [_aligned(tensor) for tensor in inputs]
+        for spec, tensor in zip(self._spec.inputs, readable, strict=True):
             self._check(spec, tensor)
             self._shape(bound, spec.name, tuple(tensor.shape))
-            self._bind(bound, spec.name, _aligned(tensor))
+            self._bind(bound, spec.name, tensor)
         for spec, tensor in zip(self._spec.outputs, outputs, strict=True):
             self._check(spec, tensor)
             self._bind(bound, spec.name, tensor)
@@ -150,10 +152,7 @@ class SegmentContexts:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where TensorRT can read it: rows one after the other, from a round address.
-
-    A copy may be let go once it is bound: on a stream, memory is not given to others before its readers are done.
-    """
+    """The tensor, or a copy of it where TensorRT can read it: rows one after the other, from a round address."""
     if tensor.is_contiguous() and (tensor.device.type == "cpu" or tensor.data_ptr() % ALIGNMENT == 0):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

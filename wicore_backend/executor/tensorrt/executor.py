@@ -231,7 +231,7 @@ class TensorRTExecutor:
         if count > self._most_tokens:
             raise EngineError(
                 f"a step of {count} tokens, and these engines compute {self._most_tokens} at most; set "
-                f"max_batch_tokens = {self._most_tokens}, or run scripts/build_engines.py with "
+                f"max_batch_tokens = {self._most_tokens}, or run python -m scripts.build_engines with "
                 f"--max-batch-tokens {count}"
             )
         return QKV(*(self._scratch[name][:count] for name in ("q", "k", "v")))
@@ -248,7 +248,7 @@ def _check_identity(engines: EngineSet, library: Library, card: Card) -> None:
         problems.append(f"of contract {key.contract}, and this is {CONTRACT_VERSION}")
     if problems:
         raise ExecutorError(
-            f"the engines in {engines.directory} are {'; '.join(problems)}; run scripts/build_engines.py with "
+            f"the engines in {engines.directory} are {'; '.join(problems)}; run python -m scripts.build_engines with "
             f"--target {card.compute_capability} and this library"
         )
 

@@ -126,7 +126,7 @@ class EngineLoader:
         if engine is None:
             raise ExecutorError(
                 f"{self._library} cannot open {path} on {self._card.name}: {self._messages.errors()}; if it was built "
-                "for this card and this version of the library, delete it and run scripts/build_engines.py again"
+                "for this card and this version of the library, delete it and run the build command again"
             )
         self._check_contract(engine, record, path)
         if not deferred:

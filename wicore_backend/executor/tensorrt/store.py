@@ -79,7 +79,7 @@ class Wanted:
         """What builds them."""
         precision = self.precision or (Precision.FP16 if self.compute_capability == "sm75" else Precision.BF16)
         return (
-            f"scripts/build_engines.py MODEL --target {self.compute_capability} --precision {precision} "
+            f"python -m scripts.build_engines MODEL --target {self.compute_capability} --precision {precision} "
             f"--library {'rtx' if self.library is LibraryName.TENSORRT_RTX else 'tensorrt'} "
             f"--max-running {self.max_running} --max-batch-tokens {self.max_batch_tokens}"
         )
@@ -112,7 +112,7 @@ class EngineSet:
 def read_engine(directory: Path, record: EngineRecord) -> mmap.mmap:
     """An engine's file in `directory`: see `EngineSet.read`."""
     path = directory / record.file
-    remedy = f"delete it and run scripts/build_engines.py again, which builds what is missing in {directory}"
+    remedy = f"delete it and run the build command again, which builds what is missing in {directory}"
     if path.is_symlink():
         raise ExecutorError(f"{path} is a link, which may lead anywhere; {remedy}")
     try:
