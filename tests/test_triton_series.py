@@ -13,6 +13,7 @@ from wicore_backend.engine.statistics import (
     BlockUsage,
     BoundUsage,
     EngineStatistics,
+    ExecutorInUse,
     QueueStatistics,
     StatisticsRecorder,
     StepStatistics,
@@ -65,6 +66,7 @@ COLD = ColdStatistics(
     ),
 )
 STATISTICS = EngineStatistics(
+    executor=ExecutorInUse("onnx", "executor = 'onnx'"),
     running=3,
     waiting=4,
     blocks={
@@ -101,6 +103,7 @@ def test_every_number_of_the_statistics_is_on_the_page():
     said = page()
     expected = {
         ("wicore_engine_healthy",): 1,
+        ("wicore_executor_info", "onnx", "executor = 'onnx'"): 1,
         ("wicore_requests_total", "stop"): 9,
         ("wicore_requests_rejected_total", "too_late"): 2,
         ("wicore_running_requests",): 3,
@@ -227,7 +230,8 @@ def snapshot(lower: LowerTiers | None, budget: KVBudget | None = None) -> Engine
     layout = KVLayout.of(groups, block_size=tokens, kv_heads=heads, head_dim=dim, window=16, bytes_per_value=2)
     blocks = BlockManager(layout, dict.fromkeys(LayerGroup, 9), max_chunk=8, lower=lower, budget=budget)
     scheduler = Scheduler(blocks, SchedulerLimits(max_batch_tokens=8, max_running=1), StepTimeModel())
-    return StatisticsRecorder().snapshot(scheduler, blocks, now=0.0, unfinished=0)
+    executor = ExecutorInUse("torch", "a test")
+    return StatisticsRecorder().snapshot(executor, scheduler, blocks, now=0.0, unfinished=0)
 
 
 def test_a_block_on_the_disk_is_in_the_statistics_and_on_the_page(tmp_path):

@@ -201,6 +201,8 @@ def test_the_status_shows_models_load_and_memories(gateway, client):
     status = httpx.get(f"{gateway.url}/status").json()
     assert status["ready"]
     assert {model["name"] for model in status["models"]} >= {"wicore", "wicore_gemma3", "wicore_preprocess"}
+    reason = "executor = 'auto' takes it on a CPU"
+    assert status["executors"] == [{"model": "wicore_gemma3", "name": "torch", "reason": reason}]
     assert status["load"]["generated_tokens_total"] > 0
     assert status["load"]["kv_blocks"]["global"]["total"] > 0
     assert status["cache"]["tiers"][0]["tier"] == "device"

@@ -309,7 +309,11 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """The engine's numbers at this moment."""
         return self._recorder.snapshot(
-            self._scheduler, self._model.blocks, now=time.monotonic(), unfinished=self._unfinished
+            self._model.executor,
+            self._scheduler,
+            self._model.blocks,
+            now=time.monotonic(),
+            unfinished=self._unfinished,
         )
 
     def explain_cache(

@@ -16,9 +16,10 @@ from wicore_backend.config import EngineConfig
 from wicore_backend.engine.assembly import device_needs, make_runner
 from wicore_backend.engine.cache_memory import host_cache_bytes, image_cache_bytes, kv_cache_bytes
 from wicore_backend.engine.executor_loading import LoadedExecutor, load_executor
-from wicore_backend.engine.executors import Choice, choose, computing_type, find_engines
+from wicore_backend.engine.executors import choose, computing_type, find_engines
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampling_params import generation_defaults
+from wicore_backend.engine.statistics import ExecutorInUse
 from wicore_backend.engine.tiers import BlockMover, ColdStorage
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
 from wicore_backend.executor.segments.contract import Precision
@@ -55,8 +56,7 @@ class LoadedModel:
     """0 for a model without vision."""
     eos_token_ids: frozenset[int]
     generation_defaults: Mapping[str, Any]
-    executor: Choice
-    """What computes, and why."""
+    executor: ExecutorInUse
     overlaps: bool = False
     """The device computes while the host goes on."""
 
@@ -194,7 +194,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         soft_tokens_per_image=image_tokens,
         eos_token_ids=frozenset(config.eos_token_ids),
         generation_defaults=defaults,
-        executor=choice,
+        executor=ExecutorInUse(choice.name, choice.reason),
         overlaps=device.type == "cuda",
     )
 

@@ -83,9 +83,18 @@ class StepStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class ExecutorInUse:
+    """What computes the dense segments: its name, and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatistics:
     """One engine's numbers. Counts are since its start, gauges of the moment."""
 
+    executor: ExecutorInUse
     running: int
     waiting: int
     blocks: Mapping[LayerGroup, BlockUsage]
@@ -178,7 +187,9 @@ class StatisticsRecorder:
         self._prompt_tokens += event.usage.prompt_tokens
         self._completion_tokens += event.usage.completion_tokens
 
-    def snapshot(self, scheduler: Scheduler, blocks: BlockManager, *, now: float, unfinished: int) -> EngineStatistics:
+    def snapshot(
+        self, executor: ExecutorInUse, scheduler: Scheduler, blocks: BlockManager, *, now: float, unfinished: int
+    ) -> EngineStatistics:
         """Everything counted so far, with the gauges of now. `unfinished` requests include those on their way in."""
         queues = {}
         for c, started in self._started.items():
@@ -193,6 +204,7 @@ class StatisticsRecorder:
             )
         running = scheduler.num_running
         return EngineStatistics(
+            executor=executor,
             running=running,
             waiting=max(scheduler.num_waiting, unfinished - running),
             blocks={

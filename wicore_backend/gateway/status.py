@@ -17,6 +17,7 @@ from wicore_backend.gateway.server_metrics import ServerMetrics
 from wicore_backend.gateway.status_schema import (
     Cache,
     Device,
+    ExecutorState,
     GatewayState,
     HealthAnswer,
     KvBlocks,
@@ -78,6 +79,7 @@ async def status(request: Request, _caller: CallerDep) -> StatusAnswer:
         server=found.server if found else None,
         system_fingerprint=await state.backend.fingerprint() if found else None,
         models=[_model(model, found) for model in found.models] if found else [],
+        executors=_executors(metrics),
         devices=_devices(metrics),
         load=_load(metrics) if metrics.samples else None,
         cache=_cache(metrics),
@@ -126,6 +128,14 @@ def _model(model: Model, found: BackendStatus) -> ModelState:
             compute_ms=counts["compute_ms"],
         ),
     )
+
+
+def _executors(metrics: ServerMetrics) -> list[ExecutorState]:
+    found = (sample.labels for sample in metrics.samples if sample.name == "wicore_executor_info")
+    return [
+        ExecutorState(model=labels.get("model", ""), name=labels.get("name", ""), reason=labels.get("reason", ""))
+        for labels in found
+    ]
 
 
 def _devices(metrics: ServerMetrics) -> list[Device]:

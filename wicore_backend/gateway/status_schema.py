@@ -50,6 +50,16 @@ class ModelState(BaseModel):
     requests: RequestCounts | None
 
 
+class ExecutorState(BaseModel):
+    """What computes a model's dense segments."""
+
+    model: str
+    name: str
+    """torch, tensorrt or onnx."""
+    reason: str
+    """Why this one."""
+
+
 class Device(BaseModel):
     """A GPU. What the server does not say is null."""
 
@@ -156,6 +166,7 @@ class StatusAnswer(BaseModel):
     """Name and version."""
     system_fingerprint: str | None
     models: list[ModelState]
+    executors: list[ExecutorState]
     devices: list[Device]
     load: Load | None
     cache: Cache | None

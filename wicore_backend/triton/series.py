@@ -170,6 +170,12 @@ def _coefficients(statistics: EngineStatistics) -> Samples:
 
 FAMILIES = (
     Family("gauge", "wicore_engine_healthy", "1 if the engine is well, 0 if not", lambda _, h: _one(float(h.ok))),
+    Family(
+        "gauge",
+        "wicore_executor_info",
+        "1, with the executor of the dense segments and why it was chosen",
+        lambda s, _: [(asdict(s.executor), 1.0)],
+    ),
     # Requests. The queue times are a histogram that the engine keeps. Triton's own kind could only be added to time by
     # time, so its series are counters, under the names that Prometheus gives to a histogram's.
     Family(
