@@ -40,7 +40,6 @@ from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
 
 _LIBRARIES = {"rtx": LibraryName.TENSORRT_RTX, "tensorrt": LibraryName.TENSORRT}
-_DEFAULTS = EngineConfig(model=Path("any"))
 
 _log = logging.getLogger("build_engines")
 
@@ -87,7 +86,7 @@ class _Report:
 
 
 def _key(args: argparse.Namespace, plan: Plan | None, library: Library) -> EngineKey:
-    settings = plan.engine_config(args.model) if plan else _DEFAULTS
+    settings = plan.engine_config(args.model) if plan else EngineConfig(model=args.model)
     timed_on = torch.cuda.get_device_name() if library.times_kernels and torch.cuda.is_available() else None
     return EngineKey(
         model=checkpoint_fingerprint(args.model).hex(),

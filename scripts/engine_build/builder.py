@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,10 +18,12 @@ from scripts.engine_build.estimates import Part, available_memory, check_disk, c
 from scripts.engine_build.worker import Built, Order, begin, build
 from wicore_backend.errors import ExecutorError, SegmentError
 from wicore_backend.executor.segments.contract import Segment
+from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.segments.manifest import SegmentFile, SegmentSet
 from wicore_backend.executor.tensorrt.building import BuildOptions, Target
 from wicore_backend.executor.tensorrt.records import EngineKey
 from wicore_backend.executor.tensorrt.store import EngineFolder
+from wicore_backend.observability.progress import ByteProgress
 
 _GRAPHS = "graphs"
 """Below the engines, for graphs that are dropped once their engine is there."""
@@ -30,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 Began = Callable[[Part], None]
 Ended = Callable[[Part, Built], None]
+Submit = Callable[[Order], "Future[Built]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,93 +119,100 @@ class Build:
             died. What is built by then stays.
         """
         self.check(limits)
-        folder = EngineFolder.open(self._root, self.key)
         with _alone(self.directory):
-            for name in self.directory.glob("*.engine.tmp"):
-                name.unlink()
-            shutil.rmtree(self.directory / _GRAPHS, ignore_errors=True)
-            graphs = {} if (there := self._exported()) is None else dict(there.files)
-            for part, built in _built(self._orders(self.missing(), graphs), limits, began):
-                folder.add(built.record)
-                if built.graph is not None:
-                    graphs |= dict.fromkeys(part.segments, built.graph)
-                ended(part, built)
-            shutil.rmtree(self.directory / _GRAPHS, ignore_errors=True)
-            if self._keep_onnx and there is None:
-                self._keep(graphs)
+            folder = EngineFolder.open(self._root, self.key)
+            for unfinished in self.directory.glob("*.engine.tmp"):
+                unfinished.unlink()
+            graphs = self._graphs()
+            orders = [(part, self._order(part, graphs)) for part in self.missing()]
+            with _emptied(self.directory / _GRAPHS), _workers(limits.jobs) as submit:
+                for part, built in build_all(orders, limits, submit, began):
+                    folder.add(built.record)
+                    ended(part, built)
 
-    def _orders(self, parts: Sequence[Part], graphs: dict[Segment, SegmentFile]) -> list[tuple[Part, Order]]:
-        kept = self._root / self.key.precision
-        directory = kept if self._keep_onnx else self.directory / _GRAPHS
-        directory.mkdir(parents=True, exist_ok=True)
-        return [
-            (
-                part,
-                Order(
-                    model=self._model,
-                    segments=part.segments,
-                    weights=self.key.weights,
-                    graph=graphs.get(part.segments[0]),
-                    graphs=directory,
-                    keep_graph=self._keep_onnx,
-                    search=self._search,
-                    engine=self.directory / f"{part.segments[0].name}.engine",
-                    target=Target(self.key.library, self.key.compute_capability, self.key.precision),
-                    profiles=self.key.profiles,
-                    options=self._options,
-                    timing_cache=self.directory / "timings.cache",
-                ),
-            )
-            for part in parts
-        ]
+    def _order(self, part: Part, graphs: Mapping[Segment, SegmentFile]) -> Order:
+        first = part.segments[0]
+        return Order(
+            model=self._model,
+            segments=part.segments,
+            weights=self.key.weights,
+            graph=graphs.get(first),
+            graphs=self.directory / _GRAPHS,
+            search=self._search,
+            engine=self.directory / f"{first.name}.engine",
+            target=Target(self.key.library, self.key.compute_capability, self.key.precision),
+            profiles=self.key.profiles,
+            options=self._options,
+            timing_cache=self.directory / "timings.cache",
+        )
 
-    def _exported(self) -> SegmentSet | None:
-        """Graphs of this model that were exported before, as these engines need them."""
+    def _graphs(self) -> Mapping[Segment, SegmentFile]:
+        """Those that stay: exported now, or before for other engines of the same model."""
+        directory, precision, weights = self._root / self.key.precision, self.key.precision, self.key.weights
+        if self._keep_onnx:
+            with ByteProgress("exporting", _log) as progress:
+                kept = export_segments(
+                    self._model, directory, precision, weights=weights, search=self._search, progress=progress
+                )
+            return kept.files
         try:
-            there = SegmentSet.read(self._root / self.key.precision)
+            kept = SegmentSet.read(directory)
         except SegmentError:
-            return None
-        fits = (there.fingerprint, there.weights) == (self.key.model, self.key.weights)
-        return there if fits else None
-
-    def _keep(self, graphs: dict[Segment, SegmentFile]) -> None:
-        segments = [segment for part in self._parts for segment in part.segments]
-        if missing := [segment.name for segment in segments if segment not in graphs]:
-            _log.warning(
-                "graphs are kept, without a list of them: %d of an earlier run are gone, %s first",
-                len(missing),
-                missing[0],
-            )
-            return
-        directory = self._root / self.key.precision
-        files = {segment: graphs[segment] for segment in segments}
-        SegmentSet(directory, self.key.precision, self.key.model, self.key.weights, files).write()
+            return {}
+        return kept.files if (kept.fingerprint, kept.weights) == (self.key.model, weights) else {}
 
 
-def _built(orders: Sequence[tuple[Part, Order]], limits: Limits, began: Began) -> Iterator[tuple[Part, Built]]:
-    """Each order's engine as it is done; the largest are begun first, as far as memory allows."""
-    waiting = sorted(orders, key=lambda order: order[0].memory_bytes, reverse=True) if limits.jobs > 1 else list(orders)
-    budget, running = limits.budget, dict[Future[Built], Part]()
+@contextmanager
+def _emptied(directory: Path) -> Iterator[None]:
+    """A directory that is empty at first and gone in the end."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Submit]:
+    """Processes that build, which end with this context, and with this process however it ends."""
     pool = ProcessPoolExecutor(
-        limits.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=begin, initargs=(os.getpid(),)
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=begin, initargs=(os.getpid(),)
     )
     try:
-        while waiting or running:
-            free = budget - sum(part.memory_bytes for part in running.values())
-            fits = next((o for o in waiting if o[0].memory_bytes <= free), None) if len(running) < limits.jobs else None
-            if fits is not None:
-                waiting.remove(fits)
-                began(fits[0])
-                running[pool.submit(build, fits[1])] = fits[0]
-                continue
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                part = running.pop(future)
-                yield part, _result(future, [part, *running.values()])
+        yield lambda order: pool.submit(build, order)
     finally:
+        processes = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):
+        for process in processes:
             process.kill()
+            process.join()
+
+
+def build_all(
+    orders: Sequence[tuple[Part, Order]], limits: Limits, submit: Submit, began: Began
+) -> Iterator[tuple[Part, Built]]:
+    """Each order's engine as it is done: at most `limits.jobs` at once, and so many that their memory is in the budget.
+
+    Raises
+    ------
+    WicoreError
+        As the first build that fails does.
+    """
+    waiting = sorted(orders, key=lambda order: -order[0].memory_bytes) if limits.jobs > 1 else list(orders)
+    budget, running = limits.budget, dict[Future[Built], Part]()
+    while waiting or running:
+        free = budget - sum(part.memory_bytes for part in running.values())
+        fits = next((order for order in waiting if order[0].memory_bytes <= free), None)
+        if fits is not None and len(running) < limits.jobs:
+            waiting.remove(fits)
+            part, order = fits
+            began(part)
+            running[submit(order)] = part
+            continue
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            part = running.pop(future)
+            yield part, _result(future, [part, *running.values()])
 
 
 def _result(future: Future[Built], parts: Sequence[Part]) -> Built:
@@ -219,6 +229,7 @@ def _result(future: Future[Built], parts: Sequence[Part]) -> Built:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """That no other process builds in `directory` meanwhile."""
+    directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".building").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -44,7 +44,9 @@ def inspection(root: Path) -> str:
     """
     tables = [_manifest_table(directory, manifest) for directory, manifest in EngineStore(root).manifests()]
     if not tables:
-        raise ExecutorError(f"{root} has no engines; build them: scripts/build_engines.py MODEL --engines {root}")
+        raise ExecutorError(
+            f"{root} has no engines; build them: python -m scripts.build_engines MODEL --engines {root} ..."
+        )
     return "\n\n".join(tables)
 
 

@@ -37,9 +37,9 @@ class Order:
     graph
         Exported already, or None.
     graphs
-        Directory for the graph, if it is not there.
-    keep_graph
-        Leave the graph there.
+        Directory for the graph while it is needed, if it is not there.
+    search
+        `export_segment`'s.
     engine
         Where the engine goes.
     """
@@ -49,7 +49,6 @@ class Order:
     weights: WeightsAs
     graph: SegmentFile | None
     graphs: Path
-    keep_graph: bool
     search: bool
     engine: Path
     target: Target
@@ -64,8 +63,6 @@ class Built:
 
     Attributes
     ----------
-    graph
-        None if it was not kept.
     export_s, build_s
         Seconds.
     peak_bytes
@@ -73,7 +70,6 @@ class Built:
     """
 
     record: EngineRecord
-    graph: SegmentFile | None
     export_s: float
     build_s: float
     peak_bytes: int
@@ -118,12 +114,11 @@ def build(order: Order) -> Built:
             options=order.options,
         )
     finally:
-        if order.graph is None and not order.keep_graph:
+        if order.graph is None:
             for path in (graph.path, graph.data):
                 path.unlink(missing_ok=True)
     record = record.model_copy(update={"segments": tuple(segment.name for segment in order.segments)})
-    kept = graph if order.keep_graph else None
-    return Built(record, kept, exported - began, time.monotonic() - exported, _peak())
+    return Built(record, exported - began, time.monotonic() - exported, _peak())
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,367 @@
+"""The command that builds engines: what it says before, what a kill leaves, what it refuses, what it leaves on disk."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from scripts import build_engines
+from scripts.engine_build import estimates
+from scripts.engine_build.builder import Limits, build_all
+from scripts.engine_build.estimates import Part, check_memory, disk_needed, parts
+from scripts.random_gemma3 import published_config
+from tests.gemma3_random import write_random_checkpoint
+from wicore_backend.devices.memory import segment_bytes
+from wicore_backend.errors import ExecutorError
+from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind, segments
+from wicore_backend.executor.segments.manifest import SegmentSet
+from wicore_backend.executor.tensorrt.library import load_library
+from wicore_backend.executor.tensorrt.store import EngineStore, Wanted
+from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = 3
+NAMES = ("first", "mid_000", "mid_001", "last", "vision")
+CONFIG = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    directory: Path = tmp_path_factory.mktemp("model")
+    write_random_checkpoint(directory, text=CONFIG, vision={})
+    return directory
+
+
+def command(model: Path, *args: str) -> list[str]:
+    return [sys.executable, "-m", "scripts.build_engines", str(model), *args]
+
+
+def arguments(engines: Path, *more: str) -> list[str]:
+    return ["--engines", str(engines), "--target", "sm89", "--precision", "bf16", "--library", "rtx", *more]
+
+
+def run(model: Path, engines: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(model, *arguments(engines, *more)), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def call(model: Path, monkeypatch, *args: str) -> None:
+    """The command in this process."""
+    monkeypatch.setattr(sys, "argv", ["build_engines", str(model), *args])
+    build_engines.main()
+
+
+@pytest.fixture(scope="module")
+def built(model, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    engines = tmp_path_factory.mktemp("engines")
+    return engines, run(model, engines, "--jobs", "2", "--max-running", "4", "--max-batch-tokens", "96")
+
+
+def folder(engines: Path) -> Path:
+    (found,) = engines.glob("*/*/engines.json")
+    return found.parent
+
+
+def complete(model: Path, engines: Path, *, precision: Precision = Precision.BF16) -> bool:
+    library = load_library("tensorrt_rtx")
+    wanted = Wanted(
+        model=checkpoint_fingerprint(model).hex(),
+        precision=precision,
+        library=library.name,
+        version=library.version,
+        compute_capability="sm89",
+        card="NVIDIA GeForce RTX 4090",
+        max_running=4,
+        max_batch_tokens=96,
+        segments=tuple(segments(Gemma3Config.from_checkpoint(model))),
+    )
+    found = EngineStore(engines).find(wanted)
+    return all(found.read(record) for record in found.records)
+
+
+def test_a_build_leaves_a_whole_set_and_nothing_else(model, built):
+    engines, done = built
+    assert done.returncode == 0, done.stderr
+    assert complete(model, engines)
+    names = {path.name for path in folder(engines).iterdir()}
+    assert names == {"engines.json", ".building", *(f"{name}.engine" for name in NAMES)}
+    assert not list(engines.rglob("*.onnx"))
+    for name in NAMES:
+        assert re.search(
+            rf"^{name}: [\d.]+ MiB in [\d.]+ \+ [\d.]+ s, [\d.]+ GiB of memory; \d left", done.stderr, re.M
+        )
+    assert "5 engines built" in done.stdout
+    assert f"serve them: scripts/serve.sh --model {model} --set executor=tensorrt" in done.stdout
+    assert "--set max_running=4" in done.stdout
+
+
+def test_engines_are_within_what_was_estimated(model, built):
+    config = Gemma3Config.from_checkpoint(model)
+    estimated = {part.name: part for part in parts(config, Precision.BF16, "embedded")}
+    assert tuple(estimated) == NAMES
+    for name, part in estimated.items():
+        engine = folder(built[0]) / f"{name}.engine"
+        assert part.engine_bytes / 8 < engine.stat().st_size < part.engine_bytes + 2**21
+
+
+def test_what_is_there_is_not_built_again_and_what_is_damaged_is(model, built, monkeypatch, capsys):
+    engines, _ = built
+    limits = ["--max-running", "4", "--max-batch-tokens", "96"]
+    victim = folder(engines) / "mid_001.engine"
+    whole, others = victim.read_bytes(), {p: p.stat().st_mtime_ns for p in folder(engines).glob("*.engine")}
+    victim.write_bytes(whole[:-1])
+    call(model, monkeypatch, *arguments(engines, *limits, "--dry-run"))
+    said = capsys.readouterr().out
+    assert re.search(r"1 of 5 engines to build", said)
+    assert said.count("there already") == 4
+    call(model, monkeypatch, *arguments(engines, *limits))
+    assert "1 engines built" in capsys.readouterr().out
+    assert complete(model, engines)
+    assert {p for p in others if p.stat().st_mtime_ns != others[p]} == {victim}
+
+
+def test_inspect_tells_what_engines_are_and_which_are_damaged(model, built, monkeypatch, capsys):
+    engines, _ = built
+    call(model, monkeypatch, "--engines", str(engines), "--inspect")
+    said = capsys.readouterr().out
+    assert "bf16, weights embedded, tensorrt_rtx" in said
+    assert "decode: 1 to 4 tokens (best 4), prompts: 5 to 96 tokens" in said
+    for name in NAMES:
+        assert re.search(rf"^{name} +[\d.]+ +[\d.]+ +[\d.]+ .*(bfloat16|float32):\d+", said, re.M), name
+    assert "hidden[*,128] attention[*," in said
+    assert "5 engines" in said
+    victim = folder(engines) / "last.engine"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    call(model, monkeypatch, "--engines", str(engines), "--inspect")
+    assert "is damaged: its checksum" in capsys.readouterr().out
+    victim.write_bytes(whole)
+
+
+def children(pid: int) -> set[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    own = {int(child) for task in tasks for child in task.read_text().split()}
+    return own | {grandchild for child in own for grandchild in children(child)}
+
+
+def gone(pids: set[int]) -> bool:
+    def is_gone(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except OSError:
+            return True
+
+    return all(map(is_gone, pids))
+
+
+def waited_for(condition, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def begun(model: Path, engines: Path) -> subprocess.Popen[str]:
+    args = arguments(engines, "--max-running", "4", "--max-batch-tokens", "96")
+    return subprocess.Popen(command(model, *args), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_kill_at_any_moment_leaves_what_a_next_run_goes_on_with(model, tmp_path):
+    """Of the command while a graph is written, then of its worker while an engine is built."""
+    process = begun(model, tmp_path)
+    graphs = next(iter(tmp_path.glob("*/*")), tmp_path) / "graphs"
+    assert waited_for(lambda: any(tmp_path.glob("*/*/graphs/mid_000.*")))
+    everybody = children(process.pid)
+    process.kill()
+    process.communicate()
+    assert everybody
+    assert waited_for(lambda: gone(everybody)), "a worker outlived the command"
+    names = [e["file"] for e in json.loads((folder(tmp_path) / "engines.json").read_bytes())["engines"]]
+    assert names == ["first.engine"]
+    kept = (folder(tmp_path) / "first.engine").stat()
+
+    process = begun(model, tmp_path)
+    assert waited_for(lambda: any(tmp_path.glob("*/*/graphs/last.onnx")))
+    for child in children(process.pid):
+        if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(child, signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert "the process that built last was killed" in said
+    assert "run the command again" in said
+    assert not graphs.exists()
+
+    done = run(model, tmp_path, "--max-running", "4", "--max-batch-tokens", "96")
+    assert done.returncode == 0, done.stderr
+    assert "first" not in done.stderr
+    assert complete(model, tmp_path)
+    assert (folder(tmp_path) / "first.engine").stat().st_ino == kept.st_ino
+
+
+def test_graphs_that_are_kept_serve_other_engines(model, tmp_path, monkeypatch, capsys):
+    limits = ["--max-running", "4", "--max-batch-tokens", "96"]
+    call(model, monkeypatch, *arguments(tmp_path, *limits, "--weights", "inputs", "--keep-onnx"))
+    there = SegmentSet.read(tmp_path / "bf16")
+    assert there.weights == "inputs"
+    assert complete(model, tmp_path)
+    # All `mid` are one engine, which is given each layer's weights.
+    assert {path.name for path in folder(tmp_path).glob("*.engine")} == {
+        f"{name}.engine" for name in ("first", "mid_000", "last", "vision")
+    }
+    assert "4 engines built" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "bf16").glob("*.onnx")}
+    call(
+        model,
+        monkeypatch,
+        *("--engines", str(tmp_path), "--target", "sm120", "--precision", "bf16", "--library", "rtx", *limits),
+        *("--weights", "inputs"),
+    )
+    assert len(list(tmp_path.glob("bf16/*-sm120/*.engine"))) == 4
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "bf16").glob("*.onnx")} == before
+
+
+def test_two_builds_of_the_same_engines_do_not_mix(model, built):
+    engines, _ = built
+    (folder(engines) / "vision.engine").rename(folder(engines) / "aside")
+    try:
+        with (folder(engines) / ".building").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = run(model, engines, "--max-running", "4", "--max-batch-tokens", "96")
+    finally:
+        (folder(engines) / "aside").rename(folder(engines) / "vision.engine")
+    assert done.returncode == 1
+    assert "another process builds in" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--target", "sm89", "--library", "rtx"], "--precision is missing; or name a plan: --plan t10x2-4b"),
+        (["--plan", "rtx4090-27b", "--target", "sm90"], "--target sm90: --plan rtx4090-27b has sm89"),
+        (["--plan", "rtx5090-27b"], "invalid choice: 'rtx5090-27b'"),
+        (["--plan", "rtx4090-27b", "--jobs", "0"], "'0' is no whole number above 0"),
+    ],
+)
+def test_what_is_typed_wrongly_is_named(model, monkeypatch, capsys, args, said):
+    with pytest.raises(SystemExit) as ended:
+        call(model, monkeypatch, *args)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--target", "sm90", "--precision", "bf16", "--library", "rtx"], "cannot build for sm90, only for .*sm89"),
+        (
+            ["--target", "sm90", "--precision", "bf16", "--library", "tensorrt"],
+            "no tensorrt library here; for tensorrt: ",
+        ),
+        (["--inspect"], "has no engines; build them: python -m scripts.build_engines"),
+    ],
+)
+def test_what_cannot_be_is_said_with_what_can(model, tmp_path, monkeypatch, args, said):
+    with pytest.raises(SystemExit, match=said):
+        call(model, monkeypatch, "--engines", str(tmp_path), *args)
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"build_engines: .*config\.json"):
+        call(tmp_path / "none", monkeypatch, *arguments(tmp_path))
+
+
+def test_a_model_that_a_plan_does_not_fit_is_refused(tmp_path, monkeypatch):
+    config = published_config("gemma-3-27b")
+    monkeypatch.setattr(build_engines.Gemma3Config, "from_checkpoint", lambda _: config)
+    with pytest.raises(SystemExit, match=r"--plan t10x2-4b is for gemma-3-4b, and .* not enough for 131,072 tokens"):
+        call(tmp_path, monkeypatch, "--plan", "t10x2-4b")
+
+
+def test_disk_and_memory_are_looked_at_before_anything_is_built(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimates, "free_bytes", lambda _: 10**6)
+    with pytest.raises(SystemExit, match=r"will take up to 0.0 GB, and its disk has 0.0 GB free; make room"):
+        call(model, monkeypatch, *arguments(tmp_path))
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match=r"needs about \d.\d GiB of memory to be built, and there are 0.1"):
+        call(model, monkeypatch, *arguments(tmp_path, "--memory", "0.1"))
+    call(model, monkeypatch, *arguments(tmp_path, "--dry-run"))
+    assert "5 of 5 engines to build" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_27b_in_int4_is_planned_as_its_sizes_are():
+    config = published_config("gemma-3-27b")
+    planned = parts(config, Precision.INT4, "embedded")
+    assert len(planned) == 64
+    stored = segment_bytes(config, Precision.INT4)
+    assert 16.5e9 < sum(part.engine_bytes for part in planned) < 17.5e9
+    largest = max(planned, key=lambda part: part.engine_bytes)
+    assert largest.segments == (Segment(SegmentKind.LAST),)
+    one = disk_needed(planned, jobs=1, keep_onnx=False)
+    assert one == sum(part.engine_bytes for part in planned) + largest.engine_bytes
+    assert disk_needed(planned, jobs=1, keep_onnx=True) == 2 * sum(part.engine_bytes for part in planned)
+    assert all(part.engine_bytes >= stored[part.segments[0]] for part in planned)
+    with pytest.raises(ExecutorError, match="last needs about"):
+        check_memory(planned, largest.memory_bytes - 1)
+    check_memory(planned, largest.memory_bytes)
+
+
+def test_builds_run_together_as_far_as_jobs_and_memory_allow():
+    at_once, most_memory, most_jobs = set[Part](), 0, 0
+    lock, step = threading.Lock(), threading.Event()
+
+    def build(part: Part) -> str:
+        nonlocal most_memory, most_jobs
+        with lock:
+            at_once.add(part)
+            most_memory = max(most_memory, sum(each.memory_bytes for each in at_once))
+            most_jobs = max(most_jobs, len(at_once))
+        step.wait(0.02)
+        with lock:
+            at_once.discard(part)
+        return part.name
+
+    some = [Part((Segment(SegmentKind.MID, i),), 1, size, 1.0) for i, size in enumerate((5, 6, 3, 3, 3, 9, 2, 1))]
+    with ThreadPoolExecutor(8) as pool:
+        done = list(
+            build_all(
+                [(part, part) for part in some],
+                Limits(jobs=3, memory=10),
+                lambda part: pool.submit(build, part),
+                lambda _: None,
+            )
+        )
+    assert sorted(name for _, name in done) == sorted(part.name for part in some)
+    assert all(part.name == name for part, name in done)
+    assert most_memory <= 10
+    assert most_jobs == 3
+
+
+def test_a_failure_of_one_build_is_that_of_the_command():
+    part = Part((Segment(SegmentKind.FIRST),), 1, 1, 1.0)
+
+    def fail(_: object) -> str:
+        raise ExecutorError("the library said no")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ExecutorError, match="said no"):
+        list(
+            build_all(
+                [(part, part)],
+                Limits(memory=10),
+                lambda order: pool.submit(fail, order),
+                lambda _: None,
+            )
+        )
