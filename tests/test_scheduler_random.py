@@ -256,7 +256,7 @@ class Oracle(Speculator):
         super().__init__(4)
         self._rng = Random(0)
 
-    def wants(self, decodes: int) -> bool:
+    def wants(self, decodes: int, keys: int) -> bool:  # noqa: ARG002
         return decodes > 0 and self._rng.random() < 0.7
 
     def guess(self, sequence: Sequence, most: int) -> tuple[int, ...]:

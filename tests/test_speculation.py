@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.engine import emission
 from wicore_backend.engine.request import TokensEvent
 from wicore_backend.engine.runner import ModelRunner
 from wicore_backend.engine.sampler import sample
 from wicore_backend.engine.speculation import Lookup, Speculator
+from wicore_backend.engine.step_time import Coefficients, StepShape
+from wicore_backend.hmt.blocks import SequenceBlocks
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
 
@@ -28,7 +31,7 @@ class Guesser(Speculator):
         self._rng = random.Random(seed)
         self.tokens = self.steps = 0
 
-    def wants(self, decodes):
+    def wants(self, decodes, _keys):
         return bool(decodes)
 
     def guess(self, sequence, most):
@@ -38,15 +41,41 @@ class Guesser(Speculator):
         tokens = [token if rng.random() < 0.8 else rng.randrange(300, 1500) for token in known]
         return tuple(tokens[: max(0, min(most, rng.randrange(9)))])
 
-    def observe(self, *, decodes, tokens, seconds, guessing):
+    def observe(self, *, decodes, keys, tokens, seconds, guessing):
         assert guessing
         assert seconds > 0
+        assert keys >= decodes
         self.steps += decodes
         self.tokens += tokens
 
 
 def prompts(count: int) -> list[list[int]]:
     return [[2, *random.Random(n).choices(range(300, 1500), k=20 + 37 * n)] for n in range(count)]
+
+
+@pytest.mark.parametrize("guesses", [0, 5])
+def test_steps_with_guesses_tell_where_attention_fell_as_often_as_those_without(guesses, monkeypatch):
+    """A step of five guesses passes by most positions at which decodes are measured."""
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(SequenceBlocks, "attended", lambda blocks, mass: told.append((blocks.stop, float(mass.sum()))))
+    [question] = prompts(1)
+
+    class Right(Guesser):
+        def guess(self, sequence, most):
+            known = self._answers[tuple(question)][sequence.answered :]
+            return tuple(known[: min(most, guesses)])
+
+    params = SamplingParams(max_tokens=64, ignore_eos=True)
+    config = EngineConfig(model=MODEL, device="cpu", dtype="float32", threads=1)
+    with Engine(config) as engine:
+        engine._speculator = Speculator(0)
+        answer = list(engine.generate(question, params).token_ids)
+        engine._speculator = guesser = Right({tuple(question): answer}, seed=0)
+        engine._model.runner.sampling = MassSampling.of(engine._model.pools.layout, interval=8)
+        assert list(engine.generate(question, params).token_ids) == answer
+    assert (guesser.tokens > 5 * guesser.steps) == bool(guesses)
+    assert 64 // 8 <= len(told) <= 64 // 8 + 2  # And once at the prompt's end.
+    assert [share for _, share in told] == pytest.approx([1.0] * len(told), abs=1e-3)
 
 
 def run(settings: dict, questions: list[list[int]], params: list[SamplingParams], guesser=None, *, overlaps=False):
@@ -137,7 +166,7 @@ def test_an_answer_ends_in_the_midst_of_what_was_guessed_right():
 class Repeater(Speculator):
     """Wants guesses in every step."""
 
-    def wants(self, decodes):
+    def wants(self, decodes, _keys):
         return bool(decodes)
 
     def observe(self, **_):
@@ -223,16 +252,17 @@ def test_a_guess_that_is_right_is_followed_by_a_longer_one_and_a_wrong_one_by_a_
 
 # Whether to guess.
 
+KEYS = 1000
+
 
 def steps(speculator: Speculator, count: int, *, gain: float) -> int:
     """So many steps of 1 ms without guesses, and as many tokens more a second with them; how many had guesses."""
     guessing = 0
     for _ in range(count):
-        wants = speculator.wants(4)
+        wants = speculator.wants(4, KEYS)
         guessing += wants
-        speculator.observe(
-            decodes=4, tokens=round(4 * (2 * gain if wants else 1)), seconds=2e-3 if wants else 1e-3, guessing=wants
-        )
+        told, seconds = (round(4 * 2 * gain), 2e-3) if wants else (4, 1e-3)
+        speculator.observe(decodes=4, keys=KEYS, tokens=told, seconds=seconds, guessing=wants)
     return guessing
 
 
@@ -260,13 +290,55 @@ def test_zero_guesses_none():
 def test_nothing_is_guessed_of_a_batch_whose_plain_steps_were_never_seen():
     speculator = Speculator(8)
     steps(speculator, 100, gain=1.5)
-    assert speculator.wants(5)
-    assert not speculator.wants(20)
+    assert speculator.wants(5, KEYS)
+    assert not speculator.wants(20, KEYS)
 
 
 def test_a_step_with_guesses_that_some_left_in_the_meantime_is_compared_with_its_like_alone():
     speculator = Speculator(8)
     steps(speculator, 16, gain=1.5)
-    assert speculator.wants(4)
-    speculator.observe(decodes=1, tokens=3, seconds=1e-3, guessing=True)  # Steps of one were never seen.
-    assert speculator.wants(4)
+    assert speculator.wants(4, KEYS)
+    speculator.observe(decodes=1, keys=KEYS, tokens=3, seconds=1e-3, guessing=True)  # Steps of one were never seen.
+    assert speculator.wants(4, KEYS)
+
+
+DEVICE = Coefficients(step=5e-3, sequence=2e-5, prefill_token=1e-5, key=2e-8, pair=0.0)
+"""Of plain steps: 800,000 keys are read in 16 ms. As pieces of prompt, whose keys may be shared out among fewer
+programs than a decode's, they take six times as long."""
+
+
+def shares_of_guessing(*phases: tuple[int, float]) -> tuple[list[float], float]:
+    """Of phases of 1,500 steps of eight sequences, each with so many keys and such a share of guesses that are right,
+    the share of the steps that had guesses; and all tokens a second over those without any."""
+    speculator, decodes, guessed = Speculator(8), 8, 4
+    told = seconds = plain_tokens = 0.0
+    shares = []
+    for each, right in phases:
+        keys, guessing = decodes * each, 0
+        plain_s = DEVICE.seconds(StepShape(decodes, decodes, keys, 0))
+        with_guesses_s = DEVICE.seconds(StepShape((1 + guessed) * decodes, decodes, 6 * keys, 0))
+        plain_tokens_a_second = decodes / plain_s
+        for _ in range(1500):
+            wants = speculator.wants(decodes, keys)
+            guessing += wants
+            tokens, took = (round(decodes * (1 + right * guessed)), with_guesses_s) if wants else (decodes, plain_s)
+            speculator.observe(decodes=decodes, keys=keys, tokens=tokens, seconds=took, guessing=wants)
+            told, seconds = told + tokens, seconds + took
+            plain_tokens += took * plain_tokens_a_second
+        shares.append(guessing / 1500)
+    return shares, told / plain_tokens
+
+
+def test_guesses_whose_attention_costs_more_than_they_bring_are_left_at_long_context():
+    (short, long, short_again), gain = shares_of_guessing((1000, 0.5), (100_000, 0.5), (1000, 0.5))
+    assert short > 0.9
+    assert long < 0.1
+    assert short_again > 0.9
+    assert gain > 1.3
+
+
+def test_what_long_contexts_took_does_not_make_guesses_look_good_at_short_ones():
+    (long, short), gain = shares_of_guessing((100_000, 0.0), (1000, 0.0))
+    assert long < 0.1
+    assert short < 0.1
+    assert gain > 0.95

@@ -36,6 +36,11 @@ class MassSampling:
         layers = tuple(i for i, (group, _) in enumerate(layout.layers) if group is LayerGroup.GLOBAL)
         return cls(layers, interval)
 
+    def first_due(self, positions: range) -> int:
+        """The first of a sequence's `positions` at which a decode is measured; their first if there is none."""
+        due = -(-positions.start // self.interval) * self.interval
+        return due if due in positions else positions.start
+
     def choose(self, decodes: Sequence[int], prompts: Sequence[int]) -> Mapping[int, Sequence[int]]:
         """The sequences to measure in each layer.
 

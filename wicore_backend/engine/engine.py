@@ -517,7 +517,7 @@ class Engine:
     def _step(self) -> None:
         self._monitor.step_begins()
         began = time.monotonic()
-        guessing = self._speculator.wants(self._scheduler.num_decoding)
+        guessing = self._speculator.wants(self._scheduler.num_decoding, self._scheduler.keys_read)
         if guessing:
             self._tell()  # What is guessed follows from tokens that are known.
         plan = self._scheduler.plan(began, self._speculator.guess if guessing else None)
@@ -582,7 +582,7 @@ class Engine:
         now = time.monotonic()
         seconds, self._told = now - max(untold.began, self._told), now
         if untold.guessing and untold.computed.retried:
-            self._speculator.rest()
+            self._speculator.rest(len(untold.plan.decodes), untold.plan.shape.keys_read)
         usual = seconds > 0 and not untold.computed.retried
         self._learn(untold.plan, seconds, usual=usual and not untold.plan.guesses)
         if usual and untold.plan.decodes and not untold.plan.chunks:
@@ -625,7 +625,11 @@ class Engine:
             right = max(0, told.get(sequence, 0) - 1)
             self._speculator.learn(sequence, right=right, guessed=len(guessed))
         self._speculator.observe(
-            decodes=len(untold.plan.decodes), tokens=sum(told.values()), seconds=seconds, guessing=untold.guessing
+            decodes=len(untold.plan.decodes),
+            keys=untold.plan.shape.keys_read,
+            tokens=sum(told.values()),
+            seconds=seconds,
+            guessing=untold.guessing,
         )
 
     def _end(self) -> None:

@@ -160,7 +160,7 @@ class ModelRunner:
         chunks = plan.parts
         # Several tokens of a sequence are a piece of prompt to attention, which sees them one after the other.
         decodes = 0 if plan.guesses else len(plan.decodes)
-        step = self._pack(chunks, decodes=decodes, measured={} if plan.guesses else self._measured(plan))
+        step = self._pack(chunks, decodes=decodes, measured=self._measured(plan))
         ids = self._ids(plan, ahead)
         if self._replay is not None and not plan.chunks and not plan.guesses:
             self._arrive(None)
@@ -201,7 +201,8 @@ class ModelRunner:
         if self.sampling is None:
             return {}
         prompts = [i for i, chunk in enumerate(plan.chunks, len(plan.decodes)) if chunk.completes]
-        return self.sampling.choose([s.computed for s in plan.decodes], prompts)
+        spans = (range(s.computed, s.computed + 1 + len(plan.guesses.get(s, ()))) for s in plan.decodes)
+        return self.sampling.choose([self.sampling.first_due(span) for span in spans], prompts)
 
     def _pack(self, chunks: Rows[Chunk], *, decodes: int, measured: Mapping[int, Rows[int]]) -> PackedStep:
         limits = []

@@ -110,6 +110,11 @@ class Scheduler:
         return len(self._decoding)
 
     @property
+    def keys_read(self) -> int:
+        """Keys that the next step's decodes see in the global group, about."""
+        return self._context
+
+    @property
     def num_waiting(self) -> int:
         return len(self._queue) + len(self._parked) + len(self._restoring)
 

@@ -6,12 +6,15 @@ computes a sequence's next token and the guessed ones after it, and each of thei
 Which one depends on the logits, the request's seed and the place in the answer alone, so that a guess that is right is
 what would have come one by one, and the first that is wrong ends what the step is good for.
 
-A step with guesses takes longer, and on CUDA the host has to read the tokens before it can plan the next one. Whether
-that pays is measured on the steps themselves; where it does not, it is tried again now and then.
+A step with guesses takes longer, and on CUDA the host has to read the tokens before it can plan the next one; and its
+attention, which is that of pieces of prompt, may take longer by more than its tokens say, the more keys there are.
+Whether guessing pays is measured on the steps themselves, among those with about as many sequences and keys; where it
+does not, it is tried again now and then.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -78,6 +81,43 @@ class Lookup:
         self._count = len(tokens)
 
 
+class _Trial:
+    """Whether guessing pays in steps with about as many sequences and keys."""
+
+    def __init__(self) -> None:
+        self.left = _FIRST_PAUSE
+        """Steps without guesses that are to come."""
+        self.plain_s: float | None = None
+        """What a sequence's share of a step without guesses takes."""
+        self._pause = _FIRST_PAUSE
+        self._gain = 0.0
+        self._judged = 0
+
+    def observe_plain(self, each_s: float) -> None:
+        """A step without guesses took so long for each of its sequences."""
+        self.plain_s = each_s if self.plain_s is None else self.plain_s + _RATE * (each_s - self.plain_s)
+        self.left = max(0, self.left - 1)
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """A step with guesses gave so many tokens."""
+        if self.plain_s is None:  # Some left after guesses were wanted, and so few were never seen without.
+            return
+        self._judged += 1
+        self._gain += (tokens / seconds * self.plain_s - self._gain) * max(_RATE, 1 / self._judged)
+        if self._judged % _TRIAL:
+            return
+        if self._gain < _WORTH:
+            self.rest()
+        else:
+            self._pause = _FIRST_PAUSE
+            self.left = int(self._judged % _RECHECK == 0)
+
+    def rest(self) -> None:
+        """Guess nothing for a while, and for twice as long the next time."""
+        self.left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        self._gain, self._judged = 0.0, 0
+
+
 class Speculator:
     """Which steps are to have guesses, and what they guess.
 
@@ -90,15 +130,16 @@ class Speculator:
     def __init__(self, most: int) -> None:
         self._most = most
         self._lookups: WeakKeyDictionary[Sequence, Lookup] = WeakKeyDictionary()
-        self._plain_s: dict[int, float] = {}  # a step's without guesses, by number of decodes in powers of two
-        self._gain = 0.0
-        self._judged = 0
-        self._pause = _FIRST_PAUSE
-        self._left = _FIRST_PAUSE
+        # By number of decodes and of the keys that they read, in powers of two.
+        self._trials: defaultdict[tuple[int, int], _Trial] = defaultdict(_Trial)
 
-    def wants(self, decodes: int) -> bool:
-        """Whether a step of so many decodes is to have guesses; their tokens must be known when it is planned."""
-        return self._most > 0 and not self._left and decodes.bit_length() in self._plain_s
+    def wants(self, decodes: int, keys: int) -> bool:
+        """Whether a step of so many decodes, which read so many keys, is to have guesses.
+
+        Their tokens must be known when it is planned.
+        """
+        trial = self._trials[_size(decodes, keys)]
+        return self._most > 0 and trial.plain_s is not None and not trial.left
 
     def guess(self, sequence: Sequence, most: int) -> tuple[int, ...]:
         """Up to `most` tokens that may follow those of a sequence that decodes."""
@@ -112,32 +153,24 @@ class Speculator:
         if sequence in self._lookups:
             self._lookups[sequence].learn(right, guessed)
 
-    def observe(self, *, decodes: int, tokens: int, seconds: float, guessing: bool) -> None:
-        """A step of `decodes` alone gave `tokens`, and was planned so that it could have guesses, or not."""
-        size = decodes.bit_length()
-        each = seconds / decodes
-        if not guessing:
-            before = self._plain_s.get(size, each)
-            self._plain_s[size] = before + _RATE * (each - before)
-            self._left = max(0, self._left - 1)
-            return
-        if size not in self._plain_s:  # Some left after guesses were wanted, and so few were never seen without.
-            return
-        gain = tokens / seconds * self._plain_s[size]
-        self._judged += 1
-        self._gain += (gain - self._gain) * max(_RATE, 1 / self._judged)
-        if self._judged % _TRIAL:
-            return
-        if self._gain < _WORTH:
-            self.rest()
-        else:
-            self._pause = _FIRST_PAUSE
-            self._left = int(self._judged % _RECHECK == 0)
+    def observe(self, *, decodes: int, keys: int, tokens: int, seconds: float, guessing: bool) -> None:
+        """A step of `decodes` alone, which read so many `keys`, gave `tokens`.
 
-    def rest(self) -> None:
-        """Guess nothing for a while: it does not pay, or a step with guesses failed, for lack of memory perhaps."""
-        self._left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-        self._gain, self._judged = 0.0, 0
+        It was planned so that it could have guesses, or not.
+        """
+        trial = self._trials[_size(decodes, keys)]
+        if guessing:
+            trial.observe(tokens, seconds)
+        else:
+            trial.observe_plain(seconds / decodes)
+
+    def rest(self, decodes: int, keys: int) -> None:
+        """Such a step with guesses failed, for lack of memory perhaps: have none for a while."""
+        self._trials[_size(decodes, keys)].rest()
+
+
+def _size(decodes: int, keys: int) -> tuple[int, int]:
+    return decodes.bit_length(), keys.bit_length()
 
 
 def may_be_guessed(sequence: Sequence) -> bool:
