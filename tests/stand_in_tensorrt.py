@@ -202,7 +202,7 @@ class ICudaEngine:
         self._budget = budget
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._nodes)[index]
+        return str(list(self._nodes)[index])
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT

@@ -20,6 +20,7 @@ from wicore_backend.errors import EngineError, ExecutorError
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind
 from wicore_backend.executor.segments.export import bindings, export_segments
+from wicore_backend.executor.segments.manifest import WeightsAs
 from wicore_backend.executor.tensorrt.executor import TensorRTExecutor
 from wicore_backend.executor.tensorrt.profiles import profiles_for
 from wicore_backend.executor.torch_executor import TorchExecutor
@@ -37,7 +38,7 @@ MID = Segment(SegmentKind.MID, 1)
 class Model:
     """A checkpoint, its weights, and its exported segments."""
 
-    def __init__(self, checkpoint: Path, directory: Path, *, weights: str = "embedded"):
+    def __init__(self, checkpoint: Path, directory: Path, *, weights: WeightsAs = "embedded"):
         self.checkpoint = checkpoint
         self.config = Gemma3Config.from_checkpoint(checkpoint)
         self.exported = export_segments(checkpoint, directory, Precision.FP32, weights=weights)
