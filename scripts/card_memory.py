@@ -53,7 +53,7 @@ def _plan_rows(memories: Iterable[tuple[Plan, CardMemory]]) -> Iterator[Sequence
     yield "plan", "card", "model", "weights", "head", "tower", "tokens", "computing", "KV cache", "free"
     for plan, memory in memories:
         parts = [_gib(memory.weights.get(part, 0)) for part in ("decoder", "head", "vision tower")]
-        table = "host" if plan.embedding_on_host else _gib(memory.weights["embedding table"])
+        table = "host" if memory.settings.host_embeddings else _gib(memory.weights["embedding table"])
         working = _gib(sum(memory.working.values()))
         card = f"{plan.cards} x {plan.card.name}, one engine each" if plan.cards > 1 else plan.card.name
         model = f"{plan.model.removeprefix('gemma-3-')} {plan.precision}"
@@ -102,8 +102,8 @@ def _misfit_rows() -> Iterator[Sequence[str]]:
 
 def _bare(card: Card, config: Gemma3Config, precision: Precision) -> CardMemory:
     """With the least that an engine takes: eight sequences, tokens in host memory, all that is free."""
-    settings = EngineConfig(model=_SOME_MODEL, max_running=8, hmt_gpu_threshold=0.95)
-    return CardMemory.of(config, settings, precision, card_bytes=card.memory_bytes, embedding_on_host=True)
+    settings = EngineConfig(model=_SOME_MODEL, max_running=8, hmt_gpu_threshold=0.95, host_embeddings=True)
+    return CardMemory.of(config, settings, precision, card_bytes=card.memory_bytes)
 
 
 def _gib(size: int) -> str:

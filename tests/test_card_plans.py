@@ -101,7 +101,7 @@ def test_what_is_planned_fits_and_adds_up(name):
     assert all(size >= 0 for size in parts)
     pools = sum(memory.blocks[group] * memory.layout.block_bytes(group) for group in memory.layout.groups)
     assert pools <= memory.kv_cache
-    assert ("embedding table" in memory.on_host) is plan.embedding_on_host
+    assert ("embedding table" in memory.on_host) is memory.settings.host_embeddings
     assert memory.host_tokens > 0
     assert memory.disk_tokens > memory.host_tokens
 
@@ -127,13 +127,12 @@ def test_more_sequences_fit_where_they_are_shorter():
 
 @pytest.mark.parametrize("model", ["gemma-3-12b", "gemma-3-27b"])
 def test_a_t10_does_not_hold_the_larger_models(model):
-    settings = EngineConfig(model=Path("model"), max_running=1)
+    settings = EngineConfig(model=Path("model"), max_running=1, host_embeddings=True)
     memory = CardMemory.of(
         published_config(model),
         settings,
         Precision.FP16,
         card_bytes=CARDS["t10"].memory_bytes,
-        embedding_on_host=True,
     )
     assert memory.longest == 0
     assert memory.reserve < 0

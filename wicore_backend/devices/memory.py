@@ -101,8 +101,10 @@ def sequence_bytes(layout: KVLayout, tokens: int, *, max_chunk: int) -> Mapping[
 
 
 def workspace_bytes(config: Gemma3Config, settings: EngineConfig, precision: Precision) -> int:
-    """About the memory that engines compute in: contexts share it, so that the segment with the most counts."""
-    return max(_intermediates(config, settings, precision, kind) for kind in {s.kind for s in segments(config)})
+    """About the memory that engines compute in: the decoder's contexts share it, and the tower has its own."""
+    needs = {kind: _intermediates(config, settings, precision, kind) for kind in {s.kind for s in segments(config)}}
+    tower = needs.pop(SegmentKind.VISION, 0)
+    return tower + max(needs.values())
 
 
 def _intermediates(config: Gemma3Config, settings: EngineConfig, precision: Precision, kind: SegmentKind) -> int:
@@ -169,7 +171,6 @@ class CardMemory:
         precision: Precision,
         *,
         card_bytes: int,
-        embedding_on_host: bool,
     ) -> CardMemory:
         """The memory of an engine with `settings` on a card of `card_bytes`, with segments in `precision`."""
         sizes, text, value_bytes = segment_bytes(config, precision), config.text, precision.activations.itemsize
@@ -178,8 +179,8 @@ class CardMemory:
         embedding = embedding_bytes(config, precision)
         weights = {"decoder": sum(sizes.values()) - head - vision, "head": head}
         weights |= {"vision tower": vision} if vision else {}
-        on_host = {"embedding table": embedding} if embedding_on_host else {}
-        weights |= {} if embedding_on_host else {"embedding table": embedding}
+        on_host = {"embedding table": embedding} if settings.host_embeddings else {}
+        weights |= {} if settings.host_embeddings else {"embedding table": embedding}
         steps = len(bucket_sizes(settings.max_running)) if settings.cuda_graphs else 0
         working = {
             "CUDA and libraries": CONTEXT_BYTES,

@@ -18,6 +18,7 @@ from wicore_backend.models.gemma3.config import Gemma3Config
 
 _DISK: Mapping[str, Any] = {"nvme_cache_path": Path("/var/cache/wicore/kv"), "nvme_cache_bytes": 200 * 10**9}
 _FP8_KV: Mapping[str, Any] = {"kv_cache_dtype": "fp8"}
+_HOST_TABLE: Mapping[str, Any] = {"host_embeddings": True}
 _WHOLE_CARD: Mapping[str, Any] = {"hmt_gpu_threshold": 0.95}
 """Nothing else is on the card: no desktop, no other process."""
 
@@ -32,8 +33,6 @@ class Plan:
         The published model that it was drawn up for.
     settings
         Of the engine, by name, where they differ from the defaults.
-    embedding_on_host
-        The token table lies in host memory, page-locked: a step reads a row a token of it.
     cards
         Engines of it that a machine of this kind runs, one a card.
     """
@@ -43,7 +42,6 @@ class Plan:
     model: str
     precision: Precision
     settings: Mapping[str, Any]
-    embedding_on_host: bool = False
     cards: int = 1
 
     def engine_config(self, model: Path) -> EngineConfig:
@@ -62,7 +60,6 @@ class Plan:
             self.engine_config(model),
             self.precision,
             card_bytes=self.card.memory_bytes,
-            embedding_on_host=self.embedding_on_host,
         )
 
 
@@ -89,16 +86,14 @@ PLANS: Mapping[str, Plan] = _by_name(
             CARDS["rtx4090"],
             "gemma-3-27b",
             Precision.INT4,
-            {"max_running": 8, **_FP8_KV, **_WHOLE_CARD, **_host(16), **_DISK},
-            embedding_on_host=True,
+            {"max_running": 8, **_FP8_KV, **_WHOLE_CARD, **_HOST_TABLE, **_host(16), **_DISK},
         ),
         Plan(
             "rtx4090-12b",
             CARDS["rtx4090"],
             "gemma-3-12b",
             Precision.FP8,
-            {"max_running": 16, **_FP8_KV, **_host(16), **_DISK},
-            embedding_on_host=True,
+            {"max_running": 16, **_FP8_KV, **_HOST_TABLE, **_host(16), **_DISK},
         ),
         Plan(
             "rtx4090-4b",
@@ -112,16 +107,14 @@ PLANS: Mapping[str, Plan] = _by_name(
             CARDS["l20"],
             "gemma-3-27b",
             Precision.INT4,
-            {"max_running": 16, **_FP8_KV, **_host(32), **_DISK},
-            embedding_on_host=True,
+            {"max_running": 16, **_FP8_KV, **_HOST_TABLE, **_host(32), **_DISK},
         ),
         Plan(
             "l20-27b-fp8",
             CARDS["l20"],
             "gemma-3-27b",
             Precision.FP8,
-            {"max_running": 16, **_FP8_KV, **_host(32), **_DISK},
-            embedding_on_host=True,
+            {"max_running": 16, **_FP8_KV, **_HOST_TABLE, **_host(32), **_DISK},
         ),
         Plan(
             "l20-12b",
