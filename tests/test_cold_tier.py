@@ -833,6 +833,38 @@ def test_the_tier_measures_itself_before_anything_is_restored_and_after_a_restar
         assert 0 < one <= many
 
 
+class LaterWritesWait(FaultyFiles):
+    """The first write waits for `first`, all others for `go`."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.first: threading.Event | None = threading.Event()
+        self.begun = threading.Event()
+
+    def write(self, run, pieces):
+        mine, self.first = self.first or self.go, None
+        self.begun.set()
+        assert mine.wait(30)
+        super().write(run, pieces)
+
+
+def test_a_disk_is_not_measured_while_it_is_written_to(tmp_path):
+    with Bench(tmp_path, open_files=LaterWritesWait) as bench:
+        blocks = [bench.put(GLOBAL, number, number) for number in range(SLOTS)]
+        (files,) = bench.files
+        first = files.first
+        assert bench.tier.spill(blocks[:1]) == 1
+        assert files.begun.wait(5)
+        assert bench.tier.spill(blocks[1:]) == len(blocks) - 1
+        first.set()
+        bench.wait(1)
+        time.sleep(0.3)
+        assert bench.tier.restore_seconds(1) is None
+        files.go.set()
+        bench.wait(len(blocks) - 1)
+        wait_for_measurement(bench)
+
+
 def test_a_disk_that_was_slow_is_found_to_be_well_again(tmp_path):
     limits = ColdTierLimits(tray_bytes=1 << 14, trays=3, measure_s=0.02)
     with Bench(tmp_path, limits=limits, open_files=FaultyFiles, read_deadline_s=0.3) as bench:

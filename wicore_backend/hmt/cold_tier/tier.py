@@ -123,7 +123,9 @@ class ColdTier:
             )
 
         self._down = SpillWorker(desk(self._report_spilled))
-        self._up = RestoreWorker(desk(self._report), measure_s=limits.measure_s)
+        self._up = RestoreWorker(
+            desk(self._report), measure_s=limits.measure_s, stores_until=lambda: self._down.stores_until
+        )
         for worker in (self._down, self._up):
             worker.start()
         self._up.wake()

@@ -38,6 +38,9 @@ _REST_S = 100e-6
 they are spilled, the steps of a loop thread on two cores take 5 times as long without a rest, and 2.5 times with it, at
 3/4 of the speed. With large blocks it does not show."""
 
+_QUIET_S = 0.05
+"""After the last store, before the disk is measured: others may follow at once."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Desk:
@@ -248,6 +251,12 @@ class SpillWorker(Worker[_SpillBatch]):
         super().__init__("cold-spill", desk)
         self._queue = deque()
         self._resting_until = -inf
+        self._ended_at = -inf
+
+    @property
+    def stores_until(self) -> float:
+        """Until when the disk was last written to; inf while it is. Safe on any thread."""
+        return inf if self._queue or self._under_way else self._ended_at
 
     def spill(self, blocks: Sequence[SlotBlock], after: Callable[[], None] | None) -> None:
         """Queue blocks whose bytes are there once `after` has returned. Safe on any thread."""
@@ -318,6 +327,7 @@ class SpillWorker(Worker[_SpillBatch]):
             self._over(batch)
 
     def _end_batch(self, batch: _SpillBatch) -> None:
+        self._ended_at = time.monotonic()
         self._end(zip(batch.blocks, batch.outcomes, strict=True))
 
     def _end(self, ends: Iterable[tuple[SlotBlock, Outcome]]) -> None:
@@ -333,13 +343,21 @@ class RestoreWorker(Worker[_RestoreBatch]):
 
     With nothing to do it measures, at first and then every `measure_s`: it restores up to two trays of held records to
     nowhere. So there is a pace before anybody has to rely on it, and a disk that was slow is found to be well again.
+    While the disk is written to it would look slower than it is: the first measurement waits for the end of that, and
+    others for `measure_s` more at most.
+
+    Parameters
+    ----------
+    stores_until
+        Until when the disk was last written to; inf while it is.
     """
 
     _queue: deque[_Job]
 
-    def __init__(self, desk: Desk, *, measure_s: float) -> None:
+    def __init__(self, desk: Desk, *, measure_s: float, stores_until: Callable[[], float]) -> None:
         super().__init__("cold-restore", desk)
         self._queue = deque()
+        self._stores_until = stores_until
         self._measure_s = measure_s
         self._measured_at = -inf
         largest = max(stage.codec.encoded_bytes for stage in desk.stages.values())
@@ -368,7 +386,9 @@ class RestoreWorker(Worker[_RestoreBatch]):
 
     @property
     def _measure_due(self) -> float:
-        return max(self._measured_at, self.pace.measured_at or -inf) + self._measure_s
+        due = max(self._measured_at, self.pace.measured_at or -inf) + self._measure_s
+        quiet = self._stores_until() + _QUIET_S
+        return quiet if due == -inf else max(due, min(quiet, due + self._measure_s))
 
     def _begin(self, job: _Job, after: Callable[[], None] | None) -> None:
         try:
