@@ -154,6 +154,7 @@ def make_runner(
                 side = config.vision.image_size
                 vision = tower = VisionGraphs(executor.vision, loaded.recording(CudaRecorder(device)))
                 tower.prepare(torch.zeros(3, side, side, dtype=dtype, device=device))
+            loaded.prepared()
         return ModelRunner(
             executor=executor,
             attention=attention,

@@ -41,6 +41,8 @@ class LoadedExecutor:
         Device memory that it takes for a moment to widen a part of a layer's matrix, or of the head.
     recording
         What its work is recorded by, made of a recorder.
+    prepared
+        To be called when all that is recorded and rehearsed has been.
     """
 
     executor: Executor
@@ -48,6 +50,7 @@ class LoadedExecutor:
     widened_matrix: int = 0
     widened_head: int = 0
     recording: Callable[[Record], Record] = lambda record: record
+    prepared: Callable[[], None] = lambda: None
 
 
 def load_executor(
@@ -131,19 +134,20 @@ def _tensorrt(
     from wicore_backend.executor.tensorrt.executor import TensorRTExecutor
     from wicore_backend.executor.tensorrt.library import load_library
 
-    key = engines.key
+    key, card = engines.key, CudaCard.of(device)
+    card.leave_default_stream()
     embedding, given = _given(settings, config, device, key.precision, whole=key.weights == "inputs")
     executor = TensorRTExecutor.load(
         config,
         engines,
         library=load_library(),
-        card=CudaCard.of(device),
+        card=card,
         embed=embedding,
         weights=given,
         reserved_bytes=reserved_bytes,
         graphs=settings.cuda_graphs,
     )
-    return LoadedExecutor(executor, key.precision, recording=executor.recording)
+    return LoadedExecutor(executor, key.precision, recording=executor.recording, prepared=executor.save_kernels)
 
 
 def _given(

@@ -55,6 +55,12 @@ class CudaCard:
             device = torch.device("cuda", torch.cuda.current_device())
         return cls(device, torch.cuda.get_device_name(device), f"sm{major}{minor}")
 
+    def leave_default_stream(self) -> None:
+        """Make another stream this thread's current one: on the default one TensorRT waits at each execution."""
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        torch.cuda.set_stream(stream)
+
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
 
