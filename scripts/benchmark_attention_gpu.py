@@ -302,7 +302,7 @@ def main() -> None:
     if small:
         nth, of = map(int, arguments.nth.split("/"))
         decodes = [replace(chosen, decode=launch) for launch in decode_variants(kv_dtype)]
-        prefills = [replace(chosen, prefill=launch) for launch in prefill_variants()]
+        prefills = [replace(chosen, prefill=launch, local_prefill=None) for launch in prefill_variants()]
         for tuning in decodes[nth::of]:
             Bench(of_kind(LayerGroup.GLOBAL, 575), memory, tuning).decode_graph()
         for tuning in prefills[nth::of]:
@@ -337,7 +337,10 @@ def main() -> None:
         chunks = [of_kind(LayerGroup.GLOBAL, 0, 1, 8192), of_kind(LayerGroup.GLOBAL, 32768, 1, 8192)]
         chunks.append(of_kind(LayerGroup.LOCAL, 8192, 1, 8192))
         for launch in prefill_variants():
-            tflops = [measure_prefill(load, memory, replace(chosen, prefill=launch))["TFLOP/s"] for load in chunks]
+            tflops = [
+                measure_prefill(load, memory, replace(chosen, prefill=launch, local_prefill=None))["TFLOP/s"]
+                for load in chunks
+            ]
             report({"prefill": str(launch), "TFLOP/s": tflops})
     if "yardsticks" in arguments.what:
         for row in yardsticks(memory):

@@ -24,6 +24,7 @@ from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.hopper import Widening, widening
 from wicore_backend.attention.gpu.kernels.widen import widen_kernel
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
+from wicore_backend.attention.gpu.rehearsal import rehearse
 from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
 from wicore_backend.attention.torch_paged import TorchPagedAttention
 from wicore_backend.hmt.fp8 import FP8, to_fp8
@@ -292,6 +293,56 @@ def test_a_bucket_serves_whatever_fits_it_at_the_same_addresses(kernel_device):
     assert before == [result.data_ptr() for result in (bucket.plan.out, bucket.plan.decodes[LayerGroup.GLOBAL].items)]
 
 
+@pytest.mark.parametrize("window", [10, 64], ids=["beyond the window", "within it"])
+@pytest.mark.parametrize("keys", [16, 32])
+def test_a_bucket_serves_a_prompt_by_itself(window, keys, kernel_device):
+    """Whose groups see the same within the window, where one's tiles serve both, whatever tiles of keys they have."""
+    tuning = replace(SMALL, prefill=replace(SMALL.prefill, keys=32), local_prefill=replace(SMALL.prefill, keys=keys))
+    shape = Shape(window=window)
+    bench = Bench(shape, [Part(0, 40)], kernel_device, tuning=tuning, processors=1)
+    out = torch.zeros(40, 4 * 16, device=kernel_device)
+    bucket = bench.attention.prompt_bucket(max_keys=60, out=out)
+    for part in (Part(0, 40), Part(17, 23, image=(5, 9)), Part(0, 3), Part(30, 20, gone=frozenset({1, 2}))):
+        other = Bench(shape, [part], kernel_device, tuning=tuning, processors=1)
+        step = other.step({1: [0]})
+        bench.attention._pools = other.attention._pools
+        other.attention = bench.attention
+        other.check(step, bench.attention.refresh_prompt(bucket, step), rows=40)
+
+
+@pytest.mark.parametrize(("stored", "widened_heads"), [(None, []), (FP8, [2, 1])])
+def test_what_no_bucket_launches_is_rehearsed_over_pools_of_its_own(stored, widened_heads, kernel_device):
+    shape = Shape(32, kv_heads=2, window=2000, dtype=torch.float16, kv_dtype=stored)
+    bench = Bench(shape, [Part(0, 1)], kernel_device, processors=16)
+    for pool in bench.pools.tensors.values():
+        bits(pool).zero_()
+    plans, heads = [], []
+
+    def make(pools: KVPools, /, *, processors: int | None, widened_bytes: int) -> GpuPagedAttention:
+        attention = bench.attention._like(pools, processors=processors or 16, widened_bytes=widened_bytes)
+        plan = attention.plan
+
+        def noted(step: PackedStep) -> Any:
+            plans.append(plan(step))
+            blocks, tiles = (
+                len(step.block_tables[LayerGroup.GLOBAL][0]),
+                plans[-1].prefills[LayerGroup.GLOBAL].num_items,
+            )
+            counts = {"first_block": 0, "blocks": blocks, "tiles": tiles, "sequences": 1, "programs": processors or 16}
+            if widened := widening(pools.layout, memory_bytes=widened_bytes, **counts):
+                heads.append(widened.heads)
+            return plans[-1]
+
+        attention.plan = noted
+        return attention
+
+    tile_tokens = bench.attention._tile_tokens
+    rehearse(bench.pools, make, query_heads=4, tile_tokens=tile_tokens, dtype=torch.float16)
+    assert all(of_group.scratch is not None for of_group in plans[0].prefills.values()), "keys are not shared out"
+    assert heads == widened_heads, "not as many heads at once as can be"
+    assert not any(bits(pool).any() for pool in bench.pools.tensors.values())
+
+
 def compiled_alone(program: str) -> list[str]:
     """What a program prints that compiles kernels for cards that need not be here."""
     alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -360,7 +411,7 @@ class TestOnTheDevice:
         parts = [Part(0, 1), Part(0, 1000), Part(1900, 1111, image=(700, 256)), Part(3, 4), Part(0, 64)]
         layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
         launch = PrefillLaunch(keys, 8, 2, 1, rows=128, hopper_stages=stages)
-        tuning = replace(Tuning.of(128, torch.bfloat16), prefill=launch)
+        tuning = replace(Tuning.of(128, torch.bfloat16), prefill=launch, local_prefill=None)
         options = {"tuning": tuning, "processors": 8, "layers": layers, "widened_bytes": widened_bytes}
         check(shape, parts, device, head_dim=128, **options)
 

@@ -149,6 +149,7 @@ def make_runner(
             for graphs_of in (decodes, prompts, segments):
                 graphs_of.prepare()
             segments.rehearse(max_batch_tokens)
+            attention.rehearse()
             replay, layers = decodes, (prompts, segments)
             if config.vision is not None:
                 side = config.vision.image_size

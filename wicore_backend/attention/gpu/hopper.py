@@ -85,9 +85,9 @@ class HopperPrefill:
     Parameters
     ----------
     options
-        Those of `prefill_kernel` that it has, too.
+        By group, those of `prefill_kernel` that it has, too.
     stages
-        Tiles of keys that are loaded ahead.
+        By group, tiles of keys that are loaded ahead.
     widened_bytes
         Device memory for keys and values in float16, if the pools are bytes.
     """
@@ -96,9 +96,9 @@ class HopperPrefill:
         self,
         layout: KVLayout,
         pools: Mapping[LayerGroup, Tensor],
-        options: Mapping[str, Any],
+        options: Mapping[LayerGroup, Mapping[str, Any]],
         *,
-        stages: int,
+        stages: Mapping[LayerGroup, int],
         widened_bytes: int,
     ) -> None:
         # Imported where it is used: the language is for such cards alone.
@@ -115,7 +115,10 @@ class HopperPrefill:
             group: _in_boxes(pool.flatten(4).flatten(0, 3), layout.block_size) for group, pool in pools.items()
         }
         names = ("KV_HEADS", "GROUP", "GROUP_ROWS", "HEAD_DIM", "BLOCK_SIZE", "KEYS", "SOFTCAP", "scale", "softcap")
-        self._options = {name: options[name] for name in names} | {"STAGES": stages, "num_warps": 4}
+        self._options = {
+            group: {name: of_group[name] for name in names} | {"STAGES": stages[group], "num_warps": 4}
+            for group, of_group in options.items()
+        }
         self.widened_bytes = widened_bytes if self._from_bytes else 0
         self._wide = torch.empty(self.widened_bytes // 2, dtype=torch.float16, device=some_pool.device)
 
@@ -138,7 +141,7 @@ class HopperPrefill:
             rows_in_block=self._layout.layers_in[group] * rows,
             q_token=q.stride(0),
             q_head=q.stride(1),
-            **self._options,
+            **self._options[group],
         )
 
     def widened(
@@ -190,7 +193,7 @@ class HopperPrefill:
                 rows_in_block=2 * size,
                 q_token=q.stride(0),
                 q_head=q.stride(1),
-                **self._options,
+                **self._options[group],
             )
 
 

@@ -10,7 +10,9 @@ contents change, so that a CUDA graph that was captured with it is good for ever
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill
 from wicore_backend.attention.gpu.masses import MASS_TAIL, Measurements
 from wicore_backend.attention.gpu.plans import DecodeBucket, Decodes, MassMemory, Plan, Prefills, Scratch
 from wicore_backend.attention.gpu.prompt_bucket import PromptBucket, Shared
+from wicore_backend.attention.gpu.rehearsal import rehearse
 from wicore_backend.attention.gpu.schedule import (
     ITEM_FIELDS,
     Ints,
@@ -36,12 +39,15 @@ from wicore_backend.attention.gpu.schedule import (
     decode_capacity,
     decode_items,
     prefill_tiles,
+    slots_of,
 )
 from wicore_backend.attention.gpu.tuning import MASS_KEYS, Tuning
 from wicore_backend.attention.gpu.upload import Upload, put
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.pool import KVPools
+
+_log = logging.getLogger(__name__)
 
 _LOG2_E = 1.4426950408889634
 _MASS_ROWS = 64  # of its queries, at least
@@ -95,6 +101,16 @@ class GpuPagedAttention:
         self._device = next(iter(pools.tensors.values())).device
         self._shared_masses = torch.empty(0, query_heads, device=self._device)
         self._dtype = pools.dtype if dtype is None else dtype
+        self._like = partial(
+            GpuPagedAttention,
+            query_heads=query_heads,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            dtype=self._dtype,
+            tuning=tuning,
+        )
+        self._kv_pools = pools
         self._window = window
         self._query_heads = query_heads
         self._tuning = tuning = tuning or tuning_for(layout.head_dim, self._dtype, pools.dtype, self._device)
@@ -125,9 +141,13 @@ class GpuPagedAttention:
             "SOFTCAP": softcap is not None,
             "PRECISION": "ieee",
         }
-        self._write_options = heads | {"HEADS": triton.next_power_of_2(layout.kv_heads)}
         # Programmatic dependent launch came with Hopper.
         overlapped = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (9, 0)
+        self._write_options = heads | {
+            "HEADS": triton.next_power_of_2(layout.kv_heads),
+            "OVERLAPPED": overlapped,
+            "launch_pdl": overlapped,
+        }
         self._decode_options = scoring | {
             "OVERLAPPED": overlapped,
             "ROWS": max(16, group_rows),
@@ -138,16 +158,16 @@ class GpuPagedAttention:
             "launch_pdl": overlapped,
             "num_stages": tuning.decode.stages,
         }
-        self._prefill_options = scoring | {
-            "ROWS": self._tile_tokens * group_rows,
-            "KEYS": tuning.prefill.keys,
-            "num_warps": tuning.prefill.warps,
-            "num_stages": tuning.prefill.stages,
+        self._prefill_rows = rows = self._tile_tokens * group_rows
+        launches = {group: tuning.prefill_of(group) for group in layout.groups}
+        self._prefill_options = {
+            group: scoring | {"ROWS": rows, "KEYS": launch.keys, "num_warps": launch.warps, "num_stages": launch.stages}
+            for group, launch in launches.items()
         }
         self._hopper: HopperPrefill | None = None
-        rows, keys, stages = self._tile_tokens * group_rows, tuning.prefill.keys, tuning.prefill.hopper_stages
-        types = pools.dtype, self._dtype
-        if stages is not None and hopper.fits(layout, *types, self._device, rows=rows, keys=keys):
+        stages = {group: launch.hopper_stages for group, launch in launches.items() if launch.hopper_stages is not None}
+        fitting = partial(hopper.fits, layout, pools.dtype, self._dtype, self._device, rows=rows)
+        if all(group in stages and fitting(keys=launch.keys) for group, launch in launches.items()):
             self._hopper = HopperPrefill(
                 layout, self._pools, self._prefill_options, stages=stages, widened_bytes=widened_bytes
             )
@@ -255,6 +275,14 @@ class GpuPagedAttention:
             return {sequence: closed_up.spread(sequence, mass) for sequence, mass in masses.items()}
 
         return wait
+
+    def rehearse(self) -> None:
+        """Compile what no bucket launches, and steps may: see `rehearsal.py`."""
+        own = {"query_heads": self._query_heads, "tile_tokens": self._tile_tokens, "dtype": self._dtype}
+        try:
+            rehearse(self._kv_pools, self._like, **own)
+        except Exception:
+            _log.exception("long prompts' attention cannot be rehearsed; the first one will show why")
 
     # ---- Plans for captured graphs
 
@@ -374,10 +402,19 @@ class GpuPagedAttention:
             If the step is not one prompt by itself, or does not fit the bucket.
         """
         closed_up = self._close_up(step)
-        shared = {}
+        shared: dict[LayerGroup, Shared] = {}
+        alike = closed_up is None and int(step.positions.max()) < self._window
         for group in self._layout.groups:
             of_step, sequences = self._seen_by(group, step, closed_up)
-            shared[group] = Shared(of_step, sequences, self._prefill_tiles(group, of_step, sequences))
+            if alike and shared:  # All that one group sees so does the other, from blocks of its own.
+                other = next(iter(shared.values()))
+                slots = slots_of(step, sequences, block_size=self._layout.block_size)
+                tiles = PrefillTiles(
+                    other.tiles.items, other.tiles.tiles, other.tiles.lowers, other.tiles.uppers, slots
+                )
+            else:
+                tiles = self._prefill_tiles(group, of_step, sequences)
+            shared[group] = Shared(of_step, sequences, tiles)
         return bucket.refresh(shared, closed_up)
 
     def _idle(self, bucket: DecodeBucket) -> dict[Hashable, Ints]:
@@ -422,7 +459,7 @@ class GpuPagedAttention:
             block_size=self._layout.block_size,
             window=self._window,
             tokens=self._tile_tokens,
-            keys=self._tuning.prefill.keys,
+            keys=self._tuning.prefill_of(group).keys,
             items=self._prefill_fill,
             least_keys=self._tuning.prefill.least_keys,
         )
@@ -449,7 +486,6 @@ class GpuPagedAttention:
         return Decodes(upload[group, "items"], num_items, upload[group, "tables"], scratch)
 
     def _prefills(self, upload: Upload, group: LayerGroup, tiles: PrefillTiles, widening: Widening | None) -> Prefills:
-        rows = self._prefill_options["ROWS"]
         return Prefills(
             tiles=upload[group, "tiles"],
             num_items=len(tiles.items),
@@ -457,7 +493,7 @@ class GpuPagedAttention:
             lowers=upload[group, "lowers"],
             uppers=upload[group, "uppers"],
             slots=upload[group, "slots"],
-            scratch=self._scratch(len(tiles.items), rows, tiles.tiles) if tiles.split else None,
+            scratch=self._scratch(len(tiles.items), self._prefill_rows, tiles.tiles) if tiles.split else None,
             widening=widening,
             places=None if widening is None else upload[group, "places"],
         )
@@ -531,9 +567,9 @@ class GpuPagedAttention:
             **self._write_options,
         )
         strides = {"q_token": q.stride(0), "q_head": q.stride(1)}
+        group, index = self._layout.layers[layer]
         out, shares = plan.out[plan.num_decodes :], (prefills.tiles, prefills.tables, prefills.lowers, prefills.uppers)
         if self._hopper is not None and prefills.scratch is None:
-            group, index = self._layout.layers[layer]
             of_layer = (group, index, q, out, plan.log_totals, *shares)
             if prefills.widening is not None and prefills.places is not None:
                 self._hopper.widened(prefills.widening, prefills.places, *of_layer, num_items=prefills.num_items)
@@ -545,7 +581,7 @@ class GpuPagedAttention:
                 *(q, pool, out, plan.log_totals, *shares, scratch.partial, scratch.stats, scratch.arrived),
                 **strides,
                 **where,
-                **self._prefill_options,
+                **self._prefill_options[group],
                 SPLIT=prefills.scratch is not None,
             )
         run = None if plan.mass is None else plan.mass.in_prefills.get(layer)

@@ -97,7 +97,8 @@ class PromptBucket:
             measurements=None,
             closed_up=None,
         )
-        upload.put(self._idle())
+        self._idle = self._without_work()
+        upload.put(self._idle)
 
     def refresh(self, shared: Mapping[LayerGroup, Shared], closed_up: ClosedUp | None) -> Plan:
         """Make the plan that of a step: one copy to the device on the current stream, which nobody waits for.
@@ -107,7 +108,7 @@ class PromptBucket:
         ValueError
             If the step is more than one prompt, or does not fit.
         """
-        arrays, plan = self._idle(), self.plan
+        arrays, plan = {name: array.copy() for name, array in self._idle.items()}, self.plan
         measurements = None
         for group, (step, sequences, tiles) in shared.items():
             count, keys = len(step.positions), int(step.attend_limits.max()) + 1
@@ -130,7 +131,7 @@ class PromptBucket:
         plan.measurements, plan.closed_up = measurements, closed_up
         return plan
 
-    def _idle(self) -> dict[Hashable, Ints]:
+    def _without_work(self) -> dict[Hashable, Ints]:
         """Contents without work: tiles of no tokens, which look at one key, and tokens that are written nowhere."""
         arrays: dict[Hashable, Ints] = {"measured": np.zeros((len(self._measured), MEASUREMENT_FIELDS), np.int32)}
         numbers, none = np.arange(self._items), np.zeros(self._items, np.int64)

@@ -6,6 +6,7 @@ group's sequences are short, and one with blocks that have left (`closing_up.py`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,14 @@ def decode_items(
         first_item[sequence],
         parts[sequence],
     )
-    records: Ints = np.stack(fields, 1).astype(np.int32)
+    return _records(fields)
+
+
+def _records(fields: Sequence[Ints]) -> Ints:
+    """int32 [n, fields]."""
+    records = np.empty((len(fields[0]), len(fields)), np.int32)
+    for at, field in enumerate(fields):
+        records[:, at] = field
     return records
 
 
@@ -183,9 +191,9 @@ def prefill_tiles(
     lens = step.query_lens[step.decodes :]
     sequence = np.repeat(np.arange(step.decodes, len(step.query_lens)), lens)
     positions = step.positions[step.decodes :] - of_group.shift[sequence]
+    slots = slots_of(step, of_group, block_size=block_size)
     uppers = step.attend_limits[step.decodes :] - of_group.shift[sequence]
     lowers = np.maximum(positions - window + 1, 0) if group is LayerGroup.LOCAL else np.zeros_like(positions)
-    slots = of_group.table[of_group.table_at[sequence] + positions // block_size] * block_size + positions % block_size
 
     of_sequence = -(-lens // tokens)
     nth = np.arange(of_sequence.sum()) - np.repeat(of_sequence.cumsum() - of_sequence, of_sequence)
@@ -202,12 +210,13 @@ def prefill_tiles(
     if len(rows) < items:
         each = max(-(-least_keys // keys), -(-int(lengths.sum()) // items))
     parts = -(-lengths // each)
+    first_item = parts.cumsum() - parts
     tile = np.repeat(np.arange(len(rows)), parts)
-    part = np.arange(len(tile)) - np.repeat(parts.cumsum() - parts, parts)
+    part = np.arange(len(tile)) - first_item[tile]
     begin = start[tile] + lengths[tile] * part // parts[tile] * keys
     finish = np.minimum(start[tile] + lengths[tile] * (part + 1) // parts[tile] * keys, end[tile])
-    full_begin = np.clip(full_from[tile], begin, finish // keys * keys)
-    full_finish = np.clip(full_to[tile], full_begin, finish // keys * keys)
+    full_begin = np.minimum(np.maximum(full_from[tile], begin), finish // keys * keys)
+    full_finish = np.minimum(np.maximum(full_to[tile], full_begin), finish // keys * keys)
     # With nothing in full, all tiles of keys are at the edges.
     none = full_begin >= full_finish
     fields = (
@@ -218,12 +227,21 @@ def prefill_tiles(
         np.where(none, begin, full_begin),
         np.where(none, begin, full_finish),
         of_group.table_at[sequence[rows[tile]]],
-        np.repeat(parts.cumsum() - parts, parts),
+        first_item[tile],
         parts[tile],
         tile,
     )
-    records = np.stack(fields, 1).astype(np.int32)
+    records = _records(fields)
     if len(tile) == len(rows):
         records = records[np.argsort(begin - finish, kind="stable")]
-    per_token = (array.astype(np.int32) for array in (lowers, uppers, slots))
-    return PrefillTiles(records, len(rows), *per_token)
+    return PrefillTiles(records, len(rows), lowers.astype(np.int32), uppers.astype(np.int32), slots)
+
+
+def slots_of(step: PackedStep, of_group: Sequences, *, block_size: int) -> Ints:
+    """int32 [T], of each of the prefills' tokens where its keys and values go in the pool, in tokens."""
+    lens = step.query_lens[step.decodes :]
+    first = np.repeat(of_group.table_at[step.decodes :], lens)
+    positions = step.positions[step.decodes :] - np.repeat(of_group.shift[step.decodes :], lens)
+    block, place = np.divmod(positions, block_size)
+    slots: Ints = (of_group.table[first + block] * block_size + place).astype(np.int32)
+    return slots

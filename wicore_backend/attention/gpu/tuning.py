@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from wicore_backend.hmt.fp8 import FP8
+from wicore_backend.hmt.layout import LayerGroup
 
 HOPPER_SHARED_BYTES = 232_448
 """What a program may have of a multiprocessor's shared memory on an H100 or H200, ..."""
@@ -61,10 +62,21 @@ class PrefillLaunch(Launch):
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """The launches of both kernels."""
+    """The launches of both kernels.
+
+    Attributes
+    ----------
+    local_prefill
+        That of local layers, with tiles of as many rows, if it is another.
+    """
 
     decode: Launch
     prefill: PrefillLaunch
+    local_prefill: PrefillLaunch | None = None
+
+    def prefill_of(self, group: LayerGroup) -> PrefillLaunch:
+        """The prefill kernel's in the layers of a group."""
+        return self.local_prefill or self.prefill if group is LayerGroup.LOCAL else self.prefill
 
     @classmethod
     def of(
@@ -88,6 +100,9 @@ class Tuning:
                 return cls(Launch(32, 4, 3, 4), PrefillLaunch(32, 4, 2, 1, rows=64))
             return cls(Launch(32, 4, 3, 4), PrefillLaunch(64, 8, 2, 1, rows=128))
         if head_dim == 128 and shared_bytes >= HOPPER_SHARED_BYTES:
-            decode = Launch(32, 1, 5, 8) if pool == FP8 else Launch(32, 2, 5, 4)
-            return cls(decode, PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2))
+            prefill = PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2)
+            if pool == FP8:
+                return cls(Launch(32, 1, 5, 8), prefill)
+            # A window's edges lie in tiles of keys that not all tokens see: smaller ones waste less.
+            return cls(Launch(32, 2, 5, 4), prefill, PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))
         return cls(Launch(32, 2, 5, 4), PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))

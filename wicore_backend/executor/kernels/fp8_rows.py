@@ -16,9 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wicore_backend.executor.kernels.small import follow, gelu, norm_launch, overlaps, processors
+from wicore_backend.executor.kernels.small import follow, gelu, overlaps, processors
 from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_of
 from wicore_backend.quantization.fp8 import FP8, FP8_MAX, LEAST_SCALE, Fp8Rows, Rows
+
+_MANY_ROWS = 256
+"""From as many on a program has fewer warps, each with more to do: docs/benchmarks/fp8.md."""
 
 
 @triton.jit
@@ -170,10 +173,10 @@ def add_norm(
     normed = _empty(rows, size, residual) if quantizes else torch.empty_like(residual)
     values, row_scale, column_scale = _parts(x)
     out, scales = _written(normed)
-    launch = norm_launch(rows, size)
+    warps, programs = (_warps(size), rows) if rows < _MANY_ROWS else (4, 2 * processors(residual.device))
     overlapped = overlaps(residual)
     first, rest = _pieces(size)
-    _add_norm[(min(rows, launch.programs * processors(residual.device)),)](
+    _add_norm[(min(rows, programs),)](
         *(values, row_scale, column_scale, residual, weight, next_weight, summed, out, scales, rows, size, eps),
         SCALES=isinstance(x, Unscaled),
         PARTS=1 if values.dim() == 2 else len(values),
@@ -183,7 +186,7 @@ def add_norm(
         LARGEST=FP8_MAX,
         LEAST=LEAST_SCALE,
         OVERLAPPED=overlapped,
-        num_warps=launch.warps,
+        num_warps=warps,
         launch_pdl=overlapped,
     )
     return summed, normed
@@ -246,7 +249,7 @@ def gated(gate_up: Tensor | Unscaled) -> Fp8Rows:
         LARGEST=FP8_MAX,
         LEAST=LEAST_SCALE,
         OVERLAPPED=overlapped,
-        num_warps=_warps(size),
+        num_warps=_warps(size) if rows < _MANY_ROWS else 8,
         launch_pdl=overlapped,
     )
     return fed

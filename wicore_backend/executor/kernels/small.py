@@ -104,7 +104,7 @@ def _norm(
         tl.store(out + at, value.to(out.dtype.element_ty), mask=within)
 
 
-class NormLaunch(NamedTuple):
+class _NormLaunch(NamedTuple):
     """Warps of a program; how many programs a multiprocessor has, if rows are that many; rows that are loaded ahead."""
 
     warps: int
@@ -112,18 +112,18 @@ class NormLaunch(NamedTuple):
     stages: int
 
 
-def norm_launch(rows: int, size: int) -> NormLaunch:
+def _norm_launch(rows: int, size: int) -> _NormLaunch:
     """The fastest of those measured in docs/benchmarks/hopper.md: many rows share the reading of the weights."""
     if rows < _MANY_ROWS:
-        return NormLaunch(max(1, min(16, int(triton.next_power_of_2(size)) // 512)), rows, 1)
-    return NormLaunch(4, 4, 1) if rows < _VERY_MANY_ROWS else NormLaunch(8, 2, 3)
+        return _NormLaunch(max(1, min(16, int(triton.next_power_of_2(size)) // 512)), rows, 1)
+    return _NormLaunch(4, 4, 1) if rows < _VERY_MANY_ROWS else _NormLaunch(8, 2, 3)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of `x` [T, D] times `weight` float32 [D]."""
     out = torch.empty_like(x)
     rows, size = x.shape
-    launch = norm_launch(rows, size)
+    launch = _norm_launch(rows, size)
     _norm[(min(rows, launch.programs * processors(x.device)),)](
         *(x, x, weight, weight, out, out, rows, size, eps),
         ADDS=False,
@@ -152,7 +152,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, e
     """
     summed, out = torch.empty_like(residual), torch.empty_like(residual)
     rows, size = residual.shape
-    launch = norm_launch(rows, size)
+    launch = _norm_launch(rows, size)
     overlapped = overlaps(x)
     _norm[(min(rows, launch.programs * processors(x.device)),)](
         *(x, residual, weight, next_weight, summed, out, rows, size, eps),

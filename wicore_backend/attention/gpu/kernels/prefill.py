@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from wicore_backend.attention.gpu.kernels.tiles import (
     FLOOR,
@@ -37,11 +38,15 @@ _MEASUREMENT = tl.constexpr(MEASUREMENT_FIELDS)
 def write_kernel(
     k, v, pool, slots, layer_at, block_stride, k_token, k_head, v_token, v_head,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Writes keys and values [T, KV_HEADS, HEAD_DIM] to the pool; `slots` int32 [T] is block * BLOCK_SIZE + place.
 
-    A token whose slot is -1 is left out. Grid: tokens.
+    A token whose slot is -1 is left out. OVERLAPPED says that it is launched before what it follows has ended. Grid:
+    tokens.
     """
+    if OVERLAPPED:
+        gdc_wait()
     token = tl.program_id(0)
     slot = tl.load(slots + token)
     heads, dims = tl.arange(0, HEADS)[:, None], tl.arange(0, DIMS)[None, :]
