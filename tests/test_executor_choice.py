@@ -10,8 +10,10 @@ import torch
 from tests.gemma3_random import write_random_checkpoint
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.executors import (
+    Choice,
     ExecutorName,
     choose,
+    computing_type,
     engines_directory,
     exported_precision,
     find_engines,
@@ -117,6 +119,28 @@ def test_onnx_computes_in_the_type_of_the_settings(settings, device, precision):
 def test_onnx_in_a_type_that_it_has_not_is_an_error(settings, said):
     with pytest.raises(ExecutorError, match=said):
         exported_precision(EngineConfig(model="/m", **settings), CPU)
+
+
+@pytest.fixture
+def turing(monkeypatch):
+    """A Tesla T10 in this machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Tesla T10")
+
+
+@pytest.mark.usefixtures("turing")
+def test_on_a_card_without_bfloat16_nothing_is_computed_in_it_unasked():
+    settings = EngineConfig(model="/m")
+    assert exported_precision(settings, CUDA) is Precision.FP16
+    assert computing_type(Choice(ExecutorName.ONNX, ""), settings, CUDA) is torch.float16
+    torch_executor = Choice(ExecutorName.TORCH, "")
+    for dtype in ("auto", "bfloat16"):
+        with pytest.raises(ExecutorError, match=f"dtype = '{dtype}': Tesla T10 multiplies no bfloat16, and .* set"):
+            computing_type(torch_executor, EngineConfig(model="/m", dtype=dtype), CUDA)
+    for dtype in ("float16", "float32"):
+        assert computing_type(torch_executor, EngineConfig(model="/m", dtype=dtype), CUDA) is getattr(torch, dtype)
+    assert computing_type(torch_executor, settings, CPU) is torch.float32
 
 
 def test_each_checkpoint_has_its_own_directory_in_the_users_cache(tmp_path, monkeypatch):

@@ -30,7 +30,8 @@ class EngineConfig(Settings):
     """Where the model runs; auto takes the first CUDA device and otherwise the CPU."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights, activations and KV cache; auto is bfloat16 on CUDA and float32 on the CPU."""
+    """Type of weights, activations and KV cache; auto is float32 on the CPU and bfloat16 on CUDA, but
+    float16 on cards before Ampere, where executor = 'torch' has to be told."""
 
     executor: ExecutorSetting = "auto"
     """What computes the layers between their attentions, and pictures. torch: PyTorch, on a GPU by kernels of its own.

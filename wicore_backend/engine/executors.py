@@ -194,6 +194,12 @@ def computing_type(choice: Choice, settings: EngineConfig, device: torch.device)
     """
     match choice.name:
         case ExecutorName.TORCH:
+            if settings.dtype in ("auto", "bfloat16") and not _multiplies_bfloat16(device):
+                raise ExecutorError(
+                    f"dtype = {settings.dtype!r}: {torch.cuda.get_device_name(device)} multiplies no bfloat16, and "
+                    "Gemma-3's hidden states may exceed float16, in which executor = 'torch' would keep them; set "
+                    "executor to 'tensorrt' or 'onnx', which keep them in float32, or dtype to 'float32'"
+                )
             return _setting(settings, device)
         case ExecutorName.ONNX:
             return exported_precision(settings, device).activations
@@ -206,10 +212,19 @@ def computing_type(choice: Choice, settings: EngineConfig, device: torch.device)
 def _setting(settings: EngineConfig, device: torch.device) -> torch.dtype:
     """What `dtype` stands for."""
     if settings.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float16
     dtype = getattr(torch, settings.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device does: of GPUs those since Ampere. PyTorch's own question says so of some that compute around."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _engine_precision(settings: EngineConfig) -> Precision | None:
