@@ -81,7 +81,8 @@ def _in_float32(weights: Gemma3Weights) -> Gemma3Weights:
             return replace(value, **{name: widened(getattr(value, name)) for name in value.__dataclass_fields__})
         return value
 
-    return widened(weights)
+    wide: Gemma3Weights = widened(weights)
+    return wide
 
 
 def test_bfloat16_rounds_no_more_than_the_torch_executor_does(tmp_path):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
@@ -82,9 +82,22 @@ def export_all(
     progress: Callable[[int, int], object] = lambda _, __: None,
 ) -> SegmentSet:
     """`export_segments` of a source that is open."""
-    config = source.config
     _check(source, precision, weights)
-    directory.mkdir(parents=True, exist_ok=True)
+    with _writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        return _export_missing(source, directory, precision, weights=weights, search=search, progress=progress)
+
+
+def _export_missing(
+    source: WeightSource,
+    directory: Path,
+    precision: Precision,
+    *,
+    weights: WeightsAs,
+    search: bool,
+    progress: Callable[[int, int], object],
+) -> SegmentSet:
+    config = source.config
     wanted = {segment: kept_bytes(config, segment, precision, weights) for segment in segments(config)}
     exported = SegmentSet(
         directory, precision, source.fingerprint, weights, _complete(directory, source, precision, weights)
@@ -130,25 +143,27 @@ def export_segment(
         If the model cannot be in this precision, or the file cannot be written.
     """
     _check(source, precision, weights)
-    config, spec = source.config, segment_spec(source.config, segment, precision)
-    if weights == "inputs":
-        graph = Graph(segment.name, None)
-        _write(graph, config, spec, precision, ShapeParts(config, precision.activations), shared=True)
-        name = _SHARED_MID if segment.kind is SegmentKind.MID else segment.name
-        return _saved(graph, None, spec, directory / f"{name}.onnx")
-    path = directory / f"{segment.name}.onnx"
-    parts = KeptParts(source, precision, search=search)
+    shared = weights == "inputs"
+    name = _SHARED_MID if shared and segment.kind is SegmentKind.MID else segment.name
+    path, spec = directory / f"{name}.onnx", segment_spec(source.config, segment, precision)
+    with _writing(path):
+        if shared:
+            graph = Graph(name, None)
+            _write(graph, source.config, spec, precision, ShapeParts(source.config, precision.activations), shared=True)
+            return _saved(graph, None, spec, path)
+        return _embedded(source, spec, precision, path, search=search)
+
+
+def _embedded(
+    source: WeightSource, spec: SegmentSpec, precision: Precision, path: Path, *, search: bool
+) -> SegmentFile:
     unfinished = path.with_suffix(".bin.tmp")
     try:
         with DataFile(unfinished, name=path.with_suffix(".bin").name) as data:
-            graph = Graph(segment.name, data)
-            _write(graph, config, spec, precision, parts, shared=False)
+            graph = Graph(path.stem, data)
+            parts = KeptParts(source, precision, search=search)
+            _write(graph, source.config, spec, precision, parts, shared=False)
         return _saved(graph, data, spec, path)
-    except OSError as error:
-        raise SegmentError(
-            f"{unfinished} cannot be written: {error.strerror or error}; what is complete stays, so run it again "
-            "when there is room"
-        ) from None
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -229,6 +244,17 @@ def _check(source: WeightSource, precision: Precision, weights: WeightsAs) -> No
         )
     if not source.quantized:  # Those that are come with groups of their own.
         check_fits(source.config, precision)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SegmentError(
+            f"{path} cannot be written: {error.strerror or error}; what is complete stays, so run it again when "
+            "that is mended"
+        ) from None
 
 
 def _complete(
