@@ -99,7 +99,7 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_directory(args.shape, directory, like=_MODEL)
-        stack.enter_context(mock.patch("wicore_backend.engine.loading.load_weights", make))
+        stack.enter_context(mock.patch("wicore_backend.engine.executor_loading.load_weights", make))
         settings: dict[str, Any] = {}
         if args.disk is not None:
             settings["nvme_cache_path"] = stack.enter_context(tempfile.TemporaryDirectory(dir=args.disk))
@@ -142,8 +142,22 @@ def disk_speed(directory: Path, threads: int = 4) -> float:
         os.close(handle)
 
 
+def device_memory() -> dict[str, float]:
+    """GB that PyTorch's allocator had given out, and taken, at most; and what all together take of the device now."""
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    taken = {
+        "peak_memory_gb": torch.cuda.max_memory_allocated(),
+        "peak_reserved_gb": torch.cuda.max_memory_reserved(),
+        "device_used_gb": total - free,
+    }
+    return {name: round(count / 1e9, 2) for name, count in taken.items()}
+
+
 def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     def tell(row: dict[str, Any]) -> dict[str, Any]:
+        row |= device_memory()
         print(json.dumps(row), file=sys.stderr, flush=True)  # So that a run that is cut short was not for nothing.
         return row
 
@@ -170,24 +184,20 @@ def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         for place in places:
             results = []
             for _ in range(args.rounds if place == "host" else 1):
+                began = time.perf_counter()
                 bench.send_down(to_disk=place == "disk")
+                row[f"{place}_down_s"] = round(time.perf_counter() - began, 2)
                 results.append(bench.answer(length))
             seconds = statistics.median(result.usage.ttft_s or 0.0 for result in results)
             row[f"{place}_cached"] = min(result.usage.cached_tokens for result in results)
             row[f"{place}_ttft_s"] = round(seconds, 4)
             row[f"{place}_gb_s"] = round(row["prefix_bytes"] / seconds / 1e9, 2)
+            if place == "disk":
+                nvme = bench.engine.config.nvme_cache_path
+                assert nvme is not None
+                row["disk_alone_gb_s"] = round(disk_speed(nvme) / 1e9, 2)
             tell(row)
-    figures: dict[str, Any] = {"shape": args.shape, "weights": args.weights, "kv": args.kv_dtype, "rows": rows}
-    if args.disk is not None:
-        nvme = bench.engine.config.nvme_cache_path
-        assert nvme is not None
-        figures["disk_read_gb_s"] = round(disk_speed(nvme) / 1e9, 2)
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        figures["peak_reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
-        figures["device_used_gb"] = round((total - free) / 1e9, 2)
-    return figures
+    return {"shape": args.shape, "weights": args.weights, "kv": args.kv_dtype, "rows": rows}
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int
         kv_cache_bytes=args.kv_bytes,
         kv_cache_dtype=args.kv_dtype,
     )
-    with mock.patch("wicore_backend.engine.loading.load_weights", make), Engine(settings) as engine:
+    with mock.patch("wicore_backend.engine.executor_loading.load_weights", make), Engine(settings) as engine:
         yield engine, weight_bytes
 
 
