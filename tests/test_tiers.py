@@ -16,10 +16,12 @@ from PIL import Image, ImageChops
 
 from scripts.leak_test import leak_test
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine import loading
 from wicore_backend.engine.results import EventStream
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import StoreInUseError
+from wicore_backend.hmt.pool import KVPools
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,3 +206,26 @@ def test_a_fingerprint_is_another_one_when_any_weight_is(tmp_path):
     prints = [checkpoint_fingerprint(directory) for directory in (MODEL, same, trained, configured)]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("part", ["make_runner", "generation_defaults", "BlockManager"])
+def test_an_engine_that_fails_while_it_is_loaded_lets_go_of_host_memory_and_disk(part, tmp_path, monkeypatch):
+    closed = []
+    close = KVPools.close
+
+    def noted(pools):
+        closed.append(pools)
+        close(pools)
+
+    def fails(*_, **__):
+        raise MemoryError(part)
+
+    settings = config(nvme_cache_path=tmp_path, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(KVPools, "close", noted)
+        patch.setattr(loading, part, fails)
+        with pytest.raises(MemoryError, match=part):
+            Engine(settings)
+    assert len(closed) == 1
+    with Engine(settings) as engine:  # Nobody holds the directory's lock.
+        assert len(engine.generate("hello", greedy(3)).token_ids) == 3

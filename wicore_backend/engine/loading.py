@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -137,66 +138,67 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
     pools = KVPools.allocate(
         layout, num_blocks, host_slots, device=device, dtype=kv_dtype, host_codec=settings.host_cache_codec
     )
-    runner = make_runner(
-        config,
-        executor,
-        pools,
-        normalization=processor.normalization,
-        max_model_len=max_model_len,
-        max_running=settings.max_running,
-        max_batch_tokens=settings.max_batch_tokens,
-        graphs=settings.cuda_graphs,
-        image_cache_bytes=image_cache_bytes(settings, cuda=device.type == "cuda"),
-        sampling=MassSampling.of(layout) if pools.host or budget or device.type == "cuda" else None,
-    )
-    _log.info(
-        "%s ready on %s in %s after %.1f s (weights %.1f s, KV cache and kernels %.1f s): context %d, KV in %s, "
-        "its blocks %s, and in host memory %s",
-        *(settings.model.name, device, dtype, time.monotonic() - began, read - reading, time.monotonic() - read),
-        *(max_model_len, kv_dtype),
-        {str(group): num_blocks[group] for group in layout.groups},
-        {str(group): host_slots[group] for group in layout.groups},
-    )
-    defaults = generation_defaults(settings.model)
-    try:
-        # The last thing that can fail: it has threads and a lock.
-        cold = _cold_storage(settings, layout, pools, _computed_in(executor), woken)
-    except BaseException:
-        pools.close()
-        raise
-    lower = None
-    if pools.host:
-        host = HostTier(host_slots, POLICIES[settings.hmt_policy])
-        lower = LowerTiers(
-            host,
-            None if cold is None else cold.tier,
-            threshold=settings.hmt_cpu_threshold,
-            burst=2 * layout.blocks_for(settings.max_batch_tokens),
+    with ExitStack() as on_failure:
+        on_failure.callback(pools.close)
+        runner = make_runner(
+            config,
+            executor,
+            pools,
+            normalization=processor.normalization,
+            max_model_len=max_model_len,
+            max_running=settings.max_running,
+            max_batch_tokens=settings.max_batch_tokens,
+            graphs=settings.cuda_graphs,
+            image_cache_bytes=image_cache_bytes(settings, cuda=device.type == "cuda"),
+            sampling=MassSampling.of(layout) if pools.host or budget or device.type == "cuda" else None,
         )
-    blocks = BlockManager(
-        layout,
-        num_blocks,
-        max_chunk=settings.max_batch_tokens,
-        lower=lower,
-        budget=budget,
-        # Where nothing computes beside the host, what a policy takes would make steps longer.
-        policy=POLICIES[settings.hmt_policy] if device.type == "cuda" else None,
-    )
-    return LoadedModel(
-        runner=runner,
-        processor=processor,
-        blocks=blocks,
-        mover=BlockMover(blocks, pools, cold),
-        pools=pools,
-        name_scheme=NameScheme(settings.block_size),
-        max_model_len=max_model_len,
-        vocab_size=config.text.vocab_size,
-        soft_tokens_per_image=image_tokens,
-        eos_token_ids=frozenset(config.eos_token_ids),
-        generation_defaults=defaults,
-        executor=ExecutorInUse(choice.name, choice.reason),
-        overlaps=device.type == "cuda",
-    )
+        _log.info(
+            "%s ready on %s in %s after %.1f s (weights %.1f s, KV cache and kernels %.1f s): context %d, KV in %s, "
+            "its blocks %s, and in host memory %s",
+            *(settings.model.name, device, dtype, time.monotonic() - began, read - reading, time.monotonic() - read),
+            *(max_model_len, kv_dtype),
+            {str(group): num_blocks[group] for group in layout.groups},
+            {str(group): host_slots[group] for group in layout.groups},
+        )
+        defaults = generation_defaults(settings.model)
+        cold = _cold_storage(settings, layout, pools, _computed_in(executor), woken)
+        if cold is not None:
+            on_failure.callback(cold.close)
+        lower = None
+        if pools.host:
+            host = HostTier(host_slots, POLICIES[settings.hmt_policy])
+            lower = LowerTiers(
+                host,
+                None if cold is None else cold.tier,
+                threshold=settings.hmt_cpu_threshold,
+                burst=2 * layout.blocks_for(settings.max_batch_tokens),
+            )
+        blocks = BlockManager(
+            layout,
+            num_blocks,
+            max_chunk=settings.max_batch_tokens,
+            lower=lower,
+            budget=budget,
+            # Where nothing computes beside the host, what a policy takes would make steps longer.
+            policy=POLICIES[settings.hmt_policy] if device.type == "cuda" else None,
+        )
+        loaded = LoadedModel(
+            runner=runner,
+            processor=processor,
+            blocks=blocks,
+            mover=BlockMover(blocks, pools, cold),
+            pools=pools,
+            name_scheme=NameScheme(settings.block_size),
+            max_model_len=max_model_len,
+            vocab_size=config.text.vocab_size,
+            soft_tokens_per_image=image_tokens,
+            eos_token_ids=frozenset(config.eos_token_ids),
+            generation_defaults=defaults,
+            executor=ExecutorInUse(choice.name, choice.reason),
+            overlaps=device.type == "cuda",
+        )
+        on_failure.pop_all()  # From now on the mover closes both.
+        return loaded
 
 
 def _device(name: str) -> torch.device:
