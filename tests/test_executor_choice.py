@@ -25,6 +25,7 @@ from wicore_backend.executor.tensorrt.profiles import profiles_for
 from wicore_backend.executor.tensorrt.records import EngineKey
 from wicore_backend.executor.tensorrt.store import EngineSet
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.triton.settings import engine_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ENGINES = EngineSet(
@@ -141,6 +142,14 @@ def test_on_a_card_without_bfloat16_nothing_is_computed_in_it_unasked():
     for dtype in ("float16", "float32"):
         assert computing_type(torch_executor, EngineConfig(model="/m", dtype=dtype), CUDA) is getattr(torch, dtype)
     assert computing_type(torch_executor, settings, CPU) is torch.float32
+
+
+def test_it_is_set_in_a_models_config_or_in_the_environment():
+    parameters = {"model": "/m", "executor": "onnx", "engines": "/engines", "engine_precision": "fp32"}
+    config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
+    settings = engine_config(config, {})
+    assert (settings.executor, settings.engines, settings.engine_precision) == ("onnx", Path("/engines"), "fp32")
+    assert engine_config(config, {"WICORE_SETTINGS": '{"executor": "torch"}'}).executor == "torch"
 
 
 def test_each_checkpoint_has_its_own_directory_in_the_users_cache(tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ def _model(model: Model, found: BackendStatus) -> ModelState:
 def _executors(metrics: ServerMetrics) -> list[ExecutorState]:
     found = (sample.labels for sample in metrics.samples if sample.name == "wicore_executor_info")
     return [
-        ExecutorState(model=labels.get("model", ""), name=labels.get("name", ""), reason=labels.get("reason", ""))
+        ExecutorState(model=labels.get("model", ""), name=labels.get("executor", ""), reason=labels.get("reason", ""))
         for labels in found
     ]
 

@@ -174,7 +174,7 @@ FAMILIES = (
         "gauge",
         "wicore_executor_info",
         "1, with the executor of the dense segments and why it was chosen",
-        lambda s, _: [(asdict(s.executor), 1.0)],
+        lambda s, _: [({"executor": s.executor.name, "reason": s.executor.reason}, 1.0)],
     ),
     # Requests. The queue times are a histogram that the engine keeps. Triton's own kind could only be added to time by
     # time, so its series are counters, under the names that Prometheus gives to a histogram's.
