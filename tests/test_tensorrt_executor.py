@@ -126,6 +126,29 @@ def test_steps_give_what_the_torch_executor_gives(checkpoint, tmp_path, rtx, wei
     assert set(stand_in.TOLD.executions) == {STREAM}, "PyTorch's current stream"
 
 
+def test_half_precision_keeps_its_residual_stream_in_float32(checkpoint, tmp_path, monkeypatch):
+    """As for cards without bfloat16: what attention sees is float16, hidden states and soft tokens are not."""
+    config = Gemma3Config.from_checkpoint(checkpoint)
+    exported = export_segments(checkpoint, tmp_path / "segments", Precision.FP16)
+    engines = write_engines(exported, tmp_path / "engines", library=stand_in.library(), compute_capability="sm75")
+    expected = served(Driver(checkpoint))
+    driver = Driver(checkpoint, dtype=torch.float16)
+    table = load_weights(checkpoint, config, device=CPU, dtype=torch.float16).text.embedding
+    monkeypatch.setattr(stand_in.CARD, "compute_capability", "sm75")
+    driver.executor = TensorRTExecutor.load(
+        config,
+        engines,
+        library=stand_in.library(),
+        card=StandInCard(name="Tesla T10", compute_capability="sm75"),
+        embed=Embedding(table, device=CPU, residual=torch.float32),
+    )
+    assert (driver.executor.dtype, driver.executor.residual) == (torch.float16, torch.float32)
+    assert driver.executor.vision(torch.zeros(1, 3, 32, 32, dtype=torch.float16)).dtype is torch.float32
+    first = len(expected) - 3 * 12  # From there on each has its own tokens.
+    for ours, theirs in zip(served(driver)[:first], expected[:first], strict=True):
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
 def test_the_whole_engine_runs_on_it(tmp_path, monkeypatch):
     """The demo model: scheduling, prefix cache, chunks around pictures, guesses, logprobs. Answers as on torch."""
     settings = EngineConfig(model=DEMO, device="cpu", dtype="float32", max_batch_tokens=80, max_running=6)
