@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wicore_backend.errors import CheckpointError
-from wicore_backend.models.gemma3.checkpoint import weight_files
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
+from wicore_backend.models.gemma3.tensor_files import weight_files
 from wicore_backend.models.gemma3.tensor_names import HEAD, canonical_name, may_be_quantized
 from wicore_backend.observability.progress import ByteProgress
 from wicore_backend.processor.checkpoint_files import read_json

@@ -147,6 +147,7 @@ def export_segment(
     name = _SHARED_MID if shared and segment.kind is SegmentKind.MID else segment.name
     path, spec = directory / f"{name}.onnx", segment_spec(source.config, segment, precision)
     with _writing(path):
+        directory.mkdir(parents=True, exist_ok=True)
         if shared:
             graph = Graph(name, None)
             _write(graph, source.config, spec, precision, ShapeParts(source.config, precision.activations), shared=True)
