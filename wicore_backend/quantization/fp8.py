@@ -81,7 +81,8 @@ def quantized_rows(x: Tensor) -> Fp8Rows:
     """`x` [T, K] in FP8: the largest magnitude of each row becomes 448, the rest is rounded to nearest."""
     wide = x.float()
     largest = wide.abs().amax(1)
-    scale = largest.div(FP8_MAX).clamp_(min=LEAST_SCALE)
+    # By an inverse, as CUDA divides by a number in any case: the same on every device.
+    scale = largest.mul(1.0 / FP8_MAX).clamp_(min=LEAST_SCALE)
     scale.masked_fill_(largest == 0, 1.0)  # A row of zeros is one whatever its scale.
     return Fp8Rows((wide * scale.reciprocal()[:, None]).to(FP8), scale)
 

@@ -27,7 +27,7 @@ _MANY_ROWS = 256
 @triton.jit
 def _row_scale(largest, LARGEST: tl.constexpr, LEAST: tl.constexpr):
     """A row's scale, and its inverse."""
-    scale = tl.where(largest > 0, tl.maximum(tl.div_rn(largest, LARGEST), LEAST), 1.0)
+    scale = tl.where(largest > 0, tl.maximum(largest * (1.0 / LARGEST), LEAST), 1.0)
     return scale, tl.div_rn(1.0, scale)
 
 
