@@ -142,6 +142,8 @@ def forget() -> None:
 
 
 class Runtime:
+    _engines: type[ICudaEngine]
+
     def __init__(self, logger: ILogger) -> None:
         self.logger = logger
         self.defer_weights_loading = False
@@ -159,10 +161,12 @@ class Runtime:
         if plan is None or plan.fault == "open":
             self.logger.log(ILogger.Severity.ERROR, "IRuntime::deserializeCudaEngine: magicTag does not match")
             return None
-        return ICudaEngine(self, plan, deferred=self.defer_weights_loading)
+        return self._engines(self, plan, deferred=getattr(self, "defer_weights_loading", False))
 
 
 class ICudaEngine:
+    _contexts: type[IExecutionContext]
+
     def __init__(self, runtime: Runtime, plan: Plan, *, deferred: bool) -> None:
         self._runtime = weakref.ref(runtime)
         self._logger = runtime.logger
@@ -239,7 +243,7 @@ class ICudaEngine:
         TOLD.strategies.append(int(config.dynamic_shapes_kernel_specialization_strategy))
         if config._cache is not None:
             config._cache.compiled += 1
-        return IExecutionContext(self, config)
+        return self._contexts(self, config)
 
     def load_weights(self, blob: Any) -> bool:
         if not self._deferred or self.weights_loaded or _parsed(blob) != self._plan or self._plan.fault == "weights":
@@ -386,6 +390,10 @@ class IExecutionContext:
         return False
 
 
+Runtime._engines = ICudaEngine
+ICudaEngine._contexts = IExecutionContext
+
+
 def _parsed(buffer: Any) -> Plan | None:
     content = bytes(buffer)
     if not content.startswith(_MAGIC):
@@ -406,6 +414,33 @@ def _session(path: str) -> onnxruntime.InferenceSession:
     return _SESSIONS[path]
 
 
+class _Without:
+    """Lacks some names that its class has."""
+
+    _lacking: frozenset[str]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in type(self)._lacking:
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+class PlainContext(_Without, IExecutionContext):
+    _lacking = frozenset({"is_stream_capturable"})
+
+
+class PlainEngine(_Without, ICudaEngine):
+    _lacking = frozenset({"create_runtime_config", "get_engine_stat", "load_weights"})
+    _contexts = PlainContext
+
+
+class PlainRuntime(_Without, Runtime):
+    """Without what only TensorRT-RTX, or only a new TensorRT, has."""
+
+    _lacking = frozenset({"defer_weights_loading", "get_engine_validity"})
+    _engines = PlainEngine
+
+
 def library(*, rtx: bool = True) -> Library:
     """The stand-in as TensorRT-RTX, or as TensorRT, which lacks what that does not have."""
     api: Any = SimpleNamespace(**{name: value for name, value in globals().items() if not name.startswith("_")})
@@ -413,19 +448,6 @@ def library(*, rtx: bool = True) -> Library:
         return Library(LibraryName.TENSORRT_RTX, __version__, api)
     for name in ("ComputeCapability", "IRuntimeCache", "IRuntimeConfig", "EngineValidity"):
         delattr(api, name)
-
-    class PlainRuntime:
-        """Without what only TensorRT-RTX has."""
-
-        def __init__(self, logger: ILogger) -> None:
-            self.logger = logger
-
-        def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
-            whole = Runtime(self.logger)
-            engine = whole.deserialize_cuda_engine(serialized_engine)
-            if engine is not None:
-                engine._runtime = weakref.ref(self)  # type: ignore[arg-type]
-            return engine
 
     api.Runtime = PlainRuntime
     return Library(LibraryName.TENSORRT, "10.16.0", api)

@@ -86,12 +86,13 @@ class SegmentContexts:
         return restore
 
     def capturable(self) -> bool:
-        """Whether a CUDA graph can have what it does in steps of the usual sizes."""
+        """Whether a CUDA graph can have what it does in steps of the usual sizes, as far as the library can tell."""
         stream = self._card.side_stream()
         for place, bound in self._shared.items():
             for spec in self._spec.inputs:
                 self._shape(bound, spec.name, self._profiles[place].shapes(spec)[1])
-        return all(bound.context.is_stream_capturable(stream) for bound in self._shared.values())
+        contexts = [bound.context for bound in self._shared.values()]
+        return all(one.is_stream_capturable(stream) for one in contexts if hasattr(one, "is_stream_capturable"))
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Compute `outputs` of `inputs`, both in the order of the contract, on the current stream.

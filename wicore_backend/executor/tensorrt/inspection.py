@@ -81,7 +81,7 @@ def report_of_engine(engine: Any, library: Library) -> EngineReport:
         outputs=tuple(outputs),
         layers=layers,
         precisions=precisions,
-        weight_bytes=engine.get_engine_stat(library.api.EngineStat.TOTAL_WEIGHTS_SIZE),
+        weight_bytes=_weight_bytes(engine, library),
         activation_bytes=tuple(engine.get_device_memory_size_for_profile_v2(profile) for profile in profiles),
     )
 
@@ -145,6 +145,13 @@ def _layers(engine: Any, library: Library) -> tuple[Counter[str], Counter[str]]:
         layers[str(layer.get("LayerType", "layer")).lower()] += 1
         precisions.update(str(result.get("Format/Datatype", "unknown")) for result in layer.get("Outputs", ()))
     return layers, precisions
+
+
+def _weight_bytes(engine: Any, library: Library) -> int:
+    """0 where the library is too old to say."""
+    if not hasattr(engine, "get_engine_stat"):
+        return 0
+    return int(engine.get_engine_stat(library.api.EngineStat.TOTAL_WEIGHTS_SIZE))
 
 
 def _name(dtype: torch.dtype | str) -> str:
