@@ -128,11 +128,12 @@ def test_a_segment_twice(directory):
     _refused(directory, "names a segment twice")
 
 
-def test_a_link_out_of_the_directory_is_not_followed(directory, tmp_path_factory):
-    outside = tmp_path_factory.mktemp("outside") / "first.onnx"
-    (directory / "first.onnx").rename(outside)
-    (directory / "first.onnx").symlink_to(outside)
-    _refused(directory, "file is 'first.onnx' in place of the name of an .onnx file beside it")
+@pytest.mark.parametrize("name", ["first.onnx", "first.bin"])
+def test_a_link_out_of_the_directory_is_not_followed(directory, tmp_path_factory, name):
+    outside = tmp_path_factory.mktemp("outside") / name
+    (directory / name).rename(outside)
+    (directory / name).symlink_to(outside)
+    _refused(directory, "file is 'first.onnx' in place of a file beside it, and no link to one elsewhere")
 
 
 def test_a_file_that_was_cut_short(directory):

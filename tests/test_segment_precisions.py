@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from scripts.quantize import fp8, int4, quantize
 from tests.gemma3_random import write_random_checkpoint
 from tests.segment_runs import CPU, errors, random_step, run_onnx, run_torch, stored_inputs, torch_weights
+from wicore_backend.errors import SegmentError
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind
 from wicore_backend.executor.segments.export import bindings, export_segments
 from wicore_backend.executor.torch_executor import TorchExecutor
@@ -202,11 +203,17 @@ def test_fp8_is_the_twin_that_multiplies_rounded_tokens(tmp_path, quantized):
     model = tmp_path / "plain"
     if quantized:
         model = tmp_path / "model"
-        quantize(tmp_path / "plain", model, fp8(), device=CPU)
+        quantize(tmp_path / "plain", model, fp8(), device=CPU, head=True)
     exported = export_segments(model, tmp_path / "out", Precision.FP8)
     config, weights = torch_weights(model, dtype=torch.bfloat16)
     kept = {(i, name): _fp8(getattr(layer, name)) for i, layer in enumerate(weights.text.layers) for name in MATRICES}
+    head = weights.text.head
+    assert isinstance(head, Fp8Matrix) is quantized
+    plain = head.dequantized() if isinstance(head, Fp8Matrix) else head
+    weights = replace(weights, text=replace(weights.text, head=plain))
     twin = TorchExecutor(config, _with_matrices(weights, lambda _, matrix: _fp8(matrix).dequantized(torch.float32)))
+    if isinstance(head, Fp8Matrix):
+        twin._head = _RoundingTokens(head, None)
     for (i, name), matrix in kept.items():
         linear = _RoundingTokens(matrix, getattr(weights.text.layers[i], f"{name}_bias", None))
         setattr(twin._layers[i], f"_{name}", linear)
@@ -235,6 +242,15 @@ class _RoundingTokens:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(quantized_rows(x).dequantized(), self._matrix, self._bias)
+
+
+def test_weights_that_float16_cannot_hold_are_named(tmp_path):
+    write_random_checkpoint(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = 1e5
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(SegmentError, match=r"layer 2's gate and up holds values beyond 65,504, where float16 ends"):
+        export_segments(tmp_path / "model", tmp_path / "out", Precision.FP16)
 
 
 def test_a_token_of_zeros_is_zeros_in_fp8(tmp_path):

@@ -1,6 +1,7 @@
 """Writes an ONNX graph: nodes with names that a person can follow, weights streamed to a file or declared as inputs.
 
-Only operators of the standard set are used, at the opset that brought RMSNormalization.
+Only operators of the standard set are used, at the opset that brought RMSNormalization and Attention. TensorRT's parser
+knows both from 10.15 on (https://github.com/onnx/onnx-tensorrt/blob/main/docs/Changelog.md), TensorRT-RTX's from 1.7.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class Graph:
 
     def number(self, value: float, dtype: torch.dtype) -> Value:
         """A constant without axes."""
-        return self.constant(torch.tensor(value, dtype=dtype), name=f"{value:g} {_short(dtype)}")
+        return self.constant(torch.tensor(value, dtype=dtype), name=f"{value!r} {_short(dtype)}")
 
     def constant(self, tensor: Tensor, *, name: str) -> Value:
         """A small tensor within the graph; one that is there already by that name is taken again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from wicore_backend.errors import SegmentError
@@ -58,7 +59,7 @@ class KeptParts:
         own_way = (isinstance(head, Int4Matrix) and self._keeping == "int4" and keeps_codes(head)) or (
             isinstance(head, Fp8Matrix) and self._keeping == "fp8"
         )
-        return head if own_way else plain(head, self._dtype)
+        return head if own_way else self._in_range(plain(head, self._dtype), "the head")
 
     def vision(self) -> VisionWeights:
         return self._parts.vision()
@@ -68,9 +69,18 @@ class KeptParts:
             result = kept(weight, self._keeping, self._dtype, search=self._search)
         except ValueError as error:
             raise SegmentError(f"{what} cannot be in {self._precision}: {error}; choose another precision") from None
-        if not isinstance(weight, Tensor) and not isinstance(result, Tensor) and result is not weight:
+        if isinstance(result, Tensor):
+            return self._in_range(result, what)
+        if not isinstance(weight, Tensor) and result is not weight:
             self._source.tell_once(f"the checkpoint has {_described(weight)}: rounded again, to {_described(result)}")
         return result
+
+    def _in_range(self, matrix: Tensor, what: str) -> Tensor:
+        if self._precision is Precision.FP16 and not bool(matrix.isfinite().all()):
+            raise SegmentError(
+                f"{what} holds values beyond {torch.finfo(self._dtype).max:,.0f}, where float16 ends; choose bf16"
+            )
+        return matrix
 
 
 def check_fits(config: Gemma3Config, precision: Precision) -> None:

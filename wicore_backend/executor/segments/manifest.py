@@ -152,14 +152,17 @@ def _segment_file(directory: Path, entry: _Fields) -> SegmentFile:
     kind = SegmentKind(entry.choice("kind", tuple(SegmentKind)))
     segment = Segment(kind, entry.integer("layer"))
     name = entry.text("file")
-    if Path(name).name != name or not name.endswith(".onnx") or (directory / name).is_symlink():
+    if Path(name).name != name or not name.endswith(".onnx"):
         raise entry.error("file", "the name of an .onnx file beside it")
-    return SegmentFile(
+    file = SegmentFile(
         SegmentSpec(segment, _specs(entry, "inputs"), _specs(entry, "outputs")),
         directory / name,
         _specs(entry, "weights"),
         entry.integer("bytes"),
     )
+    if file.path.is_symlink() or file.data.is_symlink():
+        raise entry.error("file", "a file beside it, and no link to one elsewhere")
+    return file
 
 
 def _check_stored(file: SegmentFile) -> None:
