@@ -265,6 +265,33 @@ def test_a_server_that_comes_back_is_found_by_itself():
     asyncio.run(scenario())
 
 
+def test_where_the_server_is_stands_in_the_log_and_in_no_answer(caplog):
+    async def scenario() -> list[str]:
+        async with serving(Script()) as port:
+            pass
+        async with connected(port) as gone:
+            with pytest.raises(ApiError) as unreachable:
+                await anext(gone.generate(asked()))
+            readiness = await gone.readiness()
+        assert f"127.0.0.1:{port}" in caplog.text
+        said = [unreachable.value.message, readiness.reason]
+        for step in (
+            60,
+            (grpc.StatusCode.UNAVAILABLE, "ipv4:127.0.0.1:8001: Failed to connect"),
+            (grpc.StatusCode.CANCELLED, "127.0.0.1 ended it"),
+            (grpc.StatusCode.INTERNAL, "at 127.0.0.1"),
+        ):
+            async with serving(Script(step)) as port, connected(port, first_response_timeout_s=0.2) as backend:
+                with pytest.raises(ApiError) as caught:
+                    await anext(backend.generate(asked()))
+                said.append(caught.value.message)
+        return said
+
+    for message in asyncio.run(scenario()):
+        assert "127.0.0.1" not in message
+        assert "server" in message
+
+
 def test_an_engine_in_trouble_is_not_ready():
     class Ill(Script):
         async def RepositoryIndex(self, _request, _context):  # noqa: N802

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -20,6 +21,8 @@ from wicore_backend.gateway.backend import BackendStatus, Delta, GenerationReque
 from wicore_backend.gateway.errors import ApiError, DeadlineError, UnavailableError
 from wicore_backend.gateway.patience import Patience
 from wicore_backend.gateway.settings import GatewaySettings
+
+_log = logging.getLogger(__name__)
 
 _TROUBLE = "wicore_health_"
 """Begins the name of a model that is not ready, by which an engine shows that it is not well."""
@@ -83,7 +86,10 @@ class TritonBackend:
                     response = await call.read()
                     patience.end()
                     if response is grpc.aio.EOF:
-                        raise self._broken("ended the stream before the answer was whole")
+                        raise UnavailableError(
+                            "the inference server ended the stream before the answer was whole",
+                            code="backend_unavailable",
+                        )
                     if response.error_message:
                         await _end(call)
                         raise triton_wire.error_from_text(response.error_message)
@@ -92,14 +98,14 @@ class TritonBackend:
                         yield delta
             await _end(call)
         except grpc.RpcError as error:
-            raise triton_wire.error_from_rpc(error, self._url) from None
+            raise self._told(error) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # gRPC says so of a call that was cancelled here, not by who waits for it.
             if patience.lost:
-                raise DeadlineError(f"the server at {self._url} said nothing for {self._patience_s:g} s") from None
+                raise DeadlineError(f"the inference server said nothing for {self._patience_s:g} s") from None
             raise UnavailableError("the gateway is shutting down; try again", code="draining") from None
         finally:
             self._calls.discard(call)
@@ -152,9 +158,6 @@ class TritonBackend:
             digest.update(message.config.SerializeToString(deterministic=True))
         return f"fp_{digest.hexdigest()[:12]}"
 
-    def _broken(self, what: str) -> UnavailableError:
-        return UnavailableError(f"the server at {self._url} {what}", code="backend_unavailable")
-
     async def _index(self) -> tuple[Model, ...]:
         index = await self._ask("RepositoryIndex", pb.RepositoryIndexRequest())
         return tuple(Model(m.name, m.version, m.state == "READY", m.reason) for m in index.models)
@@ -172,7 +175,14 @@ class TritonBackend:
         try:
             return await getattr(self._service, method)(message, timeout=_QUESTION_TIMEOUT_S)
         except grpc.RpcError as error:
-            raise triton_wire.error_from_rpc(error, self._url) from None
+            raise self._told(error) from None
+
+    def _told(self, error: Any) -> ApiError:
+        """What clients are told of an error of gRPC's; the log has the rest."""
+        told = triton_wire.error_from_rpc(error)
+        if told.status >= 500:
+            _log.warning("the server at %s: %s (%s)", self._url, error.code().name.lower(), error.details())
+        return told
 
 
 async def _end(call: Any) -> None:

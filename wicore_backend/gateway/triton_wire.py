@@ -153,21 +153,21 @@ def error_of(code: str, text: str) -> ApiError:
     return InternalError(text)
 
 
-def error_from_rpc(error: Any, url: str) -> ApiError:
-    """The error of a grpc.aio.AioRpcError."""
+def error_from_rpc(error: Any) -> ApiError:
+    """The error of a grpc.aio.AioRpcError. Where the server is, which gRPC's words may say, is no client's business."""
     status, details = error.code(), error.details() or ""
     if (coded := _CODED.search(details)) is not None:
         return error_of(coded["code"], coded["text"])
     if status is grpc.StatusCode.UNAVAILABLE:
-        return UnavailableError(f"the server at {url} cannot be reached: {details}", code="backend_unavailable")
+        return UnavailableError("the inference server cannot be reached", code="backend_unavailable")
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineError(f"the server at {url} did not answer in time")
+        return DeadlineError("the inference server did not answer in time")
     if status is grpc.StatusCode.CANCELLED:
-        return UnavailableError(f"the server at {url} ended the request: {details}", code="backend_unavailable")
+        return UnavailableError("the inference server ended the request", code="backend_unavailable")
     if status in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.OUT_OF_RANGE):
         if _NO_MODEL.search(details):
             return UnavailableError(details, code="model_unavailable", retry_after_s=5.0)
         return InvalidRequestError(details)
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own: a message beyond the server's limit
         return InvalidRequestError(details, code="request_too_large", status=413)
-    return InternalError(f"{status.name.lower()}: {details}")
+    return InternalError(f"the inference server failed ({status.name.lower()}); the gateway's log says how")
