@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import socket
 import struct
+import time
 from contextlib import asynccontextmanager
 
 import httpcore
@@ -333,3 +334,68 @@ def test_the_pictures_of_one_request_together_are_bounded():
             assert answer.status_code == status
     assert answer.status_code == 200
     assert len(backend.requests) == 2
+
+
+def ask_for_many(fetch, count, **settings):
+    """The answer to a request with so many pictures, each fetched by `fetch`, and the requests that the model had."""
+
+    class Fetcher(PictureFetcher):
+        async def fetch(self, url):
+            return await fetch(url)
+
+    backend = ScriptedBackend()
+    with gateway(backend, picture_urls={"hosts": ["pics.example"], **settings}) as client:
+        client.app.state.picture_fetcher = Fetcher(client.app.state.settings.picture_urls)
+        parts = [{"type": "image_url", "image_url": {"url": f"https://pics.example/{i}"}} for i in range(count)]
+        asked = {**CHAT, "messages": [{"role": "user", "content": parts}]}
+        return client.post("/v1/chat/completions", json=asked), backend.requests
+
+
+def test_pictures_of_one_request_are_fetched_at_the_same_time_though_not_all_and_keep_their_order():
+    under_way, most = 0, 0
+
+    async def fetch(url):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        number = int(url.rsplit("/", 1)[1])
+        await asyncio.sleep(0.05 if number % 2 else 0.01)
+        under_way -= 1
+        return PNG + bytes([number])
+
+    answer, (request,) = ask_for_many(fetch, 20)
+    assert answer.status_code == 200
+    assert request.images == tuple(PNG + bytes([number]) for number in range(20))
+    assert most == 8
+
+
+def test_pictures_of_one_request_have_one_time_together():
+    async def fetch(_url):
+        await asyncio.sleep(0.2)
+        return PNG
+
+    began = time.monotonic()
+    answer, requests = ask_for_many(fetch, 40, request_timeout_s=0.5)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "image_timeout"
+    assert "did not arrive within 0.5 s" in answer.json()["error"]["message"]
+    assert time.monotonic() - began < 2
+    assert not requests
+
+
+def test_one_picture_that_cannot_be_had_ends_the_fetching_of_the_others():
+    ended = []
+
+    async def fetch(url):
+        if url.endswith("/2"):
+            raise PictureUrlError("there is none")
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append(url)
+
+    answer, requests = ask_for_many(fetch, 4)
+    assert answer.status_code == 400
+    assert "there is none" in answer.json()["error"]["message"]
+    assert len(ended) == 3
+    assert not requests

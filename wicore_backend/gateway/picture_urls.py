@@ -49,6 +49,9 @@ _NOT_PUBLIC = tuple(
     )
 )
 
+_OF_ONE_REQUEST = 8
+"""Pictures of a request that are fetched at the same time, so that one request does not take everybody's places."""
+
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")
 
 
@@ -67,6 +70,9 @@ class PictureUrlSettings(Settings):
 
     timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """For one picture, redirects included."""
+
+    request_timeout_s: Annotated[float, Field(gt=0, le=600)] = 20.0
+    """For all pictures of one request, of which several are fetched at the same time."""
 
     max_redirects: Annotated[int, Field(ge=0, le=20)] = 3
 
@@ -133,12 +139,24 @@ class PictureFetcher:
         self._places = asyncio.Semaphore(self.settings.max_fetches)
 
     def for_request(self) -> Callable[[str], Awaitable[bytes]]:
-        """`fetch` for the pictures of one request, which together may not exceed `max_request_bytes`."""
+        """`fetch` for the pictures of one request, to be called for as many as there are at once.
+
+        Together they may exceed neither `max_request_bytes` nor, from now on, `request_timeout_s`.
+        """
         left = self.settings.max_request_bytes
+        places = asyncio.Semaphore(_OF_ONE_REQUEST)
+        end = asyncio.get_running_loop().time() + self.settings.request_timeout_s
 
         async def fetch_another(url: str) -> bytes:
             nonlocal left
-            picture = await self.fetch(url)
+            try:
+                async with asyncio.timeout_at(end), places:
+                    picture = await self.fetch(url)
+            except TimeoutError:
+                raise PictureUrlError(
+                    f"the pictures up to {_shown(url)} did not arrive within {self.settings.request_timeout_s:g} s",
+                    code="image_timeout",
+                ) from None
             left -= len(picture)
             if left < 0:
                 raise PictureUrlError(

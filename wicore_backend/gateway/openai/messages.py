@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import Awaitable, Callable, Sequence
@@ -126,7 +127,7 @@ async def read_messages(messages: Sequence[Message], fetch: FetchImage | None) -
         For a picture that cannot be had.
     """
     read: list[dict[str, Any]] = []
-    images: list[bytes] = []
+    images: list[tuple[str, str]] = []  # URL, and where it stands
     for i, message in enumerate(messages):
         content: str | list[dict[str, Any]] | None
         if message.content is None or isinstance(message.content, str):
@@ -137,9 +138,7 @@ async def read_messages(messages: Sequence[Message], fetch: FetchImage | None) -
                 if isinstance(part, TextPart):
                     content.append({"type": "text", "text": part.text})
                 else:
-                    images.append(
-                        await read_image(part.image_url.url, fetch, f"messages[{i}].content[{j}].image_url.url")
-                    )
+                    images.append((part.image_url.url, f"messages[{i}].content[{j}].image_url.url"))
                     content.append({"type": "image"})
         else:
             content = "\n".join(part.text for part in message.content)
@@ -153,7 +152,18 @@ async def read_messages(messages: Sequence[Message], fetch: FetchImage | None) -
             read[0]["content"] = f"{read[0]['content']}\n{content}"  # The template has one place for them.
         else:
             read.append(entry)
-    return Conversation(read, tuple(images))
+    return Conversation(read, await _read_images(images, fetch))
+
+
+async def _read_images(places: Sequence[tuple[str, str]], fetch: FetchImage | None) -> tuple[bytes, ...]:
+    """The pictures' files, those that are fetched at the same time; the first that cannot be had ends the others."""
+    reading = [asyncio.create_task(read_image(url, fetch, param)) for url, param in places]
+    try:
+        return tuple(await asyncio.gather(*reading))
+    finally:
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
 
 
 async def read_image(url: str, fetch: FetchImage | None, param: str) -> bytes:
