@@ -149,6 +149,7 @@ def render_messages(messages: list[dict[str, Any]], plan: ToolPlan | None) -> li
 
     The tools are declared in the system's words. An assistant's calls are its text, as it has written them. The
     results of calls are a user's turn. Turns alternate: what one side says in several messages is one turn of its.
+    The template has a place for the system's words before the conversation only; later ones are said in a user's turn.
 
     Parameters
     ----------
@@ -173,10 +174,10 @@ def render_messages(messages: list[dict[str, Any]], plan: ToolPlan | None) -> li
                 called |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
             case "tool":
                 _say(rendered, "user", _result(message, called, place), between="\n" if after_result else "\n\n")
-            case "user":
-                _say(rendered, "user", message["content"])
-            case _:
+            case "system" if not rendered:
                 rendered.append(message)
+            case _:
+                _say(rendered, "user", message["content"])
         after_result = message["role"] == "tool"
     if plan is not None:
         _declare(rendered, plan.declaration)
