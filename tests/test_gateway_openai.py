@@ -127,6 +127,49 @@ def test_log_probabilities_have_the_tokens_text_and_bytes():
         ]
 
 
+def test_the_token_that_ends_an_answer_is_no_part_of_its_log_probabilities():
+    def entry(piece):
+        return {"token_id": 1, "token": piece, "logprob": -0.5, "top": []}
+
+    def script(*pieces):
+        said = Delta(0, "Hi", (7, 8), {"tokens": [entry(piece) for piece in pieces]})
+        return Said(said, Delta(0, "", (1,), {"tokens": [entry("<end_of_turn>")]}, "stop", Usage(1, 1)))
+
+    whole = post(script("Hi"), logprobs=True).json()["choices"][0]["logprobs"]
+    assert [told["token"] for told in whole["content"]] == ["Hi"]
+    chunks = events(post(script("Hi"), logprobs=True, stream=True))
+    choices = [chunk["choices"][0] for chunk in chunks if chunk != "[DONE]" and chunk["choices"]]
+    told = [choice["logprobs"] for choice in choices if choice.get("logprobs")]
+    assert [entry["token"] for part in told for entry in part["content"]] == ["Hi"]
+    nothing = Said(Delta(0, "", (1,), {"tokens": [entry("<eos>")]}, "stop", Usage(1, 1)))
+    assert post(nothing, logprobs=True).json()["choices"][0]["logprobs"]["content"] == []
+    assert post(nothing).json()["choices"][0]["logprobs"] is None
+
+
+def test_what_the_system_says_later_is_said_in_a_users_turn():
+    backend = ScriptedBackend()
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "developer", "content": "It is night."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "And now?"}, {"type": "image_url", "image_url": {"url": PIXEL}}],
+        },
+        {"role": "system", "content": "Answer in German."},
+    ]
+    assert post(backend, messages=messages).status_code == 200
+    (request,) = backend.requests
+    assert [message["role"] for message in request.prompt] == ["system", "user", "assistant", "user"]
+    assert request.prompt[0]["content"] == "Be brief."
+    assert request.prompt[3]["content"] == [
+        {"type": "text", "text": "It is night.\n\nAnd now?"},
+        {"type": "image"},
+        {"type": "text", "text": "Answer in German."},
+    ]
+
+
 HONOURED = {
     "temperature": (0.5, {"temperature": 0.5}),
     "top_p": (0.9, {"top_p": 0.9}),

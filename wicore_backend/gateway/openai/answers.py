@@ -31,17 +31,17 @@ class AnswerReader:
 
     def __init__(self, parser: ToolCallParser | None, *, logprobs: bool) -> None:
         self._parser = parser
-        self._logprobs = logprobs
+        self.tells_logprobs = logprobs
         self.plain = parser is None and not logprobs
         """Whether a delta that is not the last is its text and nothing else."""
 
     def read(self, delta: Delta) -> Iterator[AnswerPart]:
         """What a delta adds."""
-        logprobs = chat_logprobs(delta.logprobs) if self._logprobs and delta.logprobs is not None else None
+        logprobs = chat_logprobs(delta.logprobs) if self.tells_logprobs and delta.logprobs is not None else None
         for content in self._contents(delta):
             yield AnswerPart(content, logprobs)
             logprobs = None
-        if logprobs is not None:
+        if logprobs is not None and logprobs["content"]:
             yield AnswerPart({}, logprobs)
         if delta.finish_reason is not None:
             called = self._parser is not None and self._parser.called and delta.finish_reason == "stop"
@@ -73,7 +73,7 @@ class Answer:
         self.index = index
         self._reader = reader
         self._texts: list[str] = []
-        self._logprobs: list[dict[str, Any]] | None = None
+        self._logprobs: list[dict[str, Any]] = []
         self.tool_calls: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
 
@@ -85,7 +85,7 @@ class Answer:
             for call in part.delta.get("tool_calls", ()):
                 self._add_call(call)
             if part.logprobs is not None:
-                self._logprobs = (self._logprobs or []) + part.logprobs["content"]
+                self._logprobs += part.logprobs["content"]
             self.finish_reason = part.finish_reason or self.finish_reason
 
     def _add_call(self, call: dict[str, Any]) -> None:
@@ -103,4 +103,4 @@ class Answer:
     @property
     def logprobs(self) -> dict[str, Any] | None:
         """Of its tokens, if they are told."""
-        return None if self._logprobs is None else {"content": self._logprobs, "refusal": None}
+        return {"content": self._logprobs, "refusal": None} if self._reader.tells_logprobs else None

@@ -9,6 +9,10 @@ from typing import Any
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+_ENDS = frozenset({"<end_of_turn>", "<eos>"})
+"""Pieces that end Gemma-3's answers; no text is made of them."""
+
+
 def token_bytes(piece: str) -> bytes:
     """The bytes that a piece of the vocabulary stands for: '▁' is a space, '<0x0A>' a byte."""
     byte = _BYTE.fullmatch(piece)
@@ -25,10 +29,9 @@ def token_text(piece: str) -> str:
 
 
 def chat_logprobs(logprobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The `logprobs` of a choice of a chat completion."""
-    return {
-        "content": [_chat_entry(e) | {"top_logprobs": [_chat_entry(t) for t in e["top"]]} for e in logprobs["tokens"]]
-    }
+    """The `logprobs` of a choice of a chat completion: of the tokens of its text, which the one that ends it is not."""
+    said = (entry for entry in logprobs["tokens"] if entry["token"] not in _ENDS)
+    return {"content": [_chat_entry(e) | {"top_logprobs": [_chat_entry(t) for t in e["top"]]} for e in said]}
 
 
 def _chat_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
