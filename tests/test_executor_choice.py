@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import stand_in_tensorrt as stand_in
+from tests.gemma3_driver import Driver, Sequence
 from tests.gemma3_random import write_random_checkpoint
+from tests.model_parity import relative_error
 from wicore_backend.config import EngineConfig
+from wicore_backend.engine import executor_loading, executors
+from wicore_backend.engine.executor_loading import load_executor
 from wicore_backend.engine.executors import (
     Choice,
     ExecutorName,
@@ -20,6 +26,8 @@ from wicore_backend.engine.executors import (
 )
 from wicore_backend.errors import ExecutorError, InvalidArgumentError
 from wicore_backend.executor.segments.contract import Precision
+from wicore_backend.executor.segments.export import export_segments
+from wicore_backend.executor.tensorrt import card, library
 from wicore_backend.executor.tensorrt.library import LibraryName
 from wicore_backend.executor.tensorrt.profiles import profiles_for
 from wicore_backend.executor.tensorrt.records import EngineKey
@@ -168,5 +176,74 @@ def test_each_checkpoint_has_its_own_directory_in_the_users_cache(tmp_path, monk
 def test_where_no_engine_is_it_is_said_where_was_looked_and_what_builds_them(tmp_path):
     write_random_checkpoint(tmp_path / "tiny")
     settings = EngineConfig(model=tmp_path / "tiny", engines=tmp_path / "mine")
-    with pytest.raises(ExecutorError, match=f"in {tmp_path / 'mine'} .*scripts/build_engines.py"):
+    with pytest.raises(
+        ExecutorError, match=f"in {tmp_path / 'mine'} .*python -m scripts.build_engines {settings.model}"
+    ):
         find_engines(settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
+
+
+class Card(stand_in.StandInCard):
+    def leave_default_stream(self):
+        """A CPU has no other."""
+
+
+@pytest.fixture
+def on_stand_in(monkeypatch):
+    """A machine whose card and TensorRT library are the stand-in's."""
+    monkeypatch.setattr(card.CudaCard, "of", lambda _: Card())
+    for module in (executors, library):
+        monkeypatch.setattr(module, "load_library", lambda *_: stand_in.library())
+
+
+@pytest.mark.usefixtures("on_stand_in")
+@pytest.mark.parametrize("weights", ["embedded", "inputs"])
+@pytest.mark.parametrize("wanted", ["auto", "tensorrt"])
+def test_engines_that_fit_are_found_loaded_and_run(tmp_path, monkeypatch, wanted, weights):
+    """From the settings to logits, all but the card; weights that engines have within are not read again."""
+    write_random_checkpoint(tmp_path / "model", vision={})
+    exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32, weights=weights)
+    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library())
+    settings = EngineConfig(
+        model=tmp_path / "model", engines=tmp_path / "engines", executor=wanted, max_running=8, max_batch_tokens=64
+    )
+    driver, plain = Driver(settings.model), Driver(settings.model)
+    config = driver.config
+    read = []
+    load_weights = executor_loading.load_weights
+    monkeypatch.setattr(executor_loading, "load_weights", lambda *a, **k: read.append(a) or load_weights(*a, **k))
+
+    choice = choose(wanted, CUDA, find=partial(find_engines, settings, config, CUDA))
+    dtype = computing_type(choice, settings, CUDA)
+    loaded = load_executor(choice, settings, config, device=CPU, dtype=dtype, reserved_bytes=lambda: 0)
+
+    assert choice.name is ExecutorName.TENSORRT
+    assert "engines in fp32 for sm89 by tensorrt_rtx" in choice.reason
+    assert (dtype, loaded.precision) == (torch.float32, Precision.FP32)
+    assert len(read) == (weights == "inputs")
+    driver.executor = loaded.executor
+    for ours, theirs in zip(*([d.step([(Sequence(list(range(8, 40))), 32)]) for d in (driver, plain)]), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.usefixtures("on_stand_in")
+def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
+    write_random_checkpoint(tmp_path / "model")
+    exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
+    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(), compute_capability="sm120")
+    config = Gemma3Config.from_checkpoint(tmp_path / "model")
+
+    def find(**settings):
+        given = {"model": tmp_path / "model", "engines": tmp_path / "engines", "max_batch_tokens": 64, "max_running": 8}
+        return partial(find_engines, EngineConfig(**given, **settings), config, CUDA)
+
+    choice = choose("auto", CUDA, find=find())
+    assert choice.name is ExecutorName.TORCH
+    assert "for sm120, and this card, Stand-in RTX, is sm89" in choice.reason
+    with pytest.raises(ExecutorError, match=r"executor = 'tensorrt': .* for sm120, and this card.*build_engines"):
+        choose("tensorrt", CUDA, find=find())
+    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library())
+    assert choose("auto", CUDA, find=find()).name is ExecutorName.TENSORRT
+    with pytest.raises(ExecutorError, match="compute in float32, and dtype = 'bfloat16'; set dtype to 'auto'"):
+        choose("tensorrt", CUDA, find=find(dtype="bfloat16"))
+    with pytest.raises(ExecutorError, match="in fp32 instead of int4"):
+        choose("tensorrt", CUDA, find=find(engine_precision="int4"))

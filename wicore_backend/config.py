@@ -35,9 +35,9 @@ class EngineConfig(Settings):
 
     executor: ExecutorSetting = "auto"
     """What computes the layers between their attentions, and pictures. torch: PyTorch, on a GPU by kernels of its own.
-    tensorrt: engines that were built for this model and this card (scripts/build_engines.py). onnx: ONNX Runtime, on
-    the CPU, or with its package for GPUs on CUDA; what it runs is exported from the checkpoint when the model is loaded
-    for the first time. auto takes tensorrt where `engines` holds engines for the card, and else torch."""
+    tensorrt: engines that were built for this model and this card (`python -m scripts.build_engines`). onnx: ONNX
+    Runtime, on the CPU, or with its package for GPUs on CUDA; what it runs is exported from the checkpoint when the
+    model is loaded for the first time. auto takes tensorrt where `engines` has engines for the card, and else torch."""
 
     engines: Annotated[Path, Field(strict=False)] | None = None
     """Directory of this model's exported graphs and built engines. None is one in the user's cache

@@ -135,8 +135,8 @@ def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.dev
     root = engines_directory(settings)
     if not any(root.glob(f"*/*/{MANIFEST}")):
         raise ExecutorError(
-            f"there are no TensorRT engines in {root} (*/*/{MANIFEST}); build them with scripts/build_engines.py, or "
-            "set engines to the directory that has them"
+            f"there are no TensorRT engines in {root} (*/*/{MANIFEST}); build them with "
+            f"python -m scripts.build_engines {settings.model}, or set engines to the directory that has them"
         )
     library, card = load_library(), CudaCard.of(device)
     wanted = Wanted(
