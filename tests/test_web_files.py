@@ -165,3 +165,12 @@ def test_every_text_is_used_and_every_use_has_a_text():
         if not any(name.startswith(stem) for stem in stems) and not any(name.endswith(end) for end in ends)
     }
     assert unused == set()
+
+
+@pytest.mark.parametrize("page", ["/", "/dashboard"])
+def test_pages_share_their_head_and_only_whole_pages_are_served(client, page):
+    head = client.get(page).text.partition("</head>")[0]
+    assert head.count('<meta charset="utf-8">') == head.count("<title>") == head.count("web/theme.js") == 1
+    assert head.count('rel="stylesheet"') == 2
+    assert "<!--" not in head
+    assert client.get("/web/head.html").status_code == 404

@@ -54,6 +54,11 @@ _MEDIA_TYPES = {
 }
 """By suffix. Files of other kinds, such as licences, are not served."""
 
+_HEAD = "head.html"
+"""What the heads of all pages have in common, ..."""
+_HEAD_GOES_HERE = b"  <!-- head -->\n"
+"""... and where it stands in them."""
+
 _FILES = Path(__file__).parent / "static"
 
 
@@ -68,8 +73,10 @@ class Asset:
 
     @classmethod
     def read(cls, path: Path) -> Asset:
-        """Read it and compress it once."""
+        """Read it, put a page's head together, and compress it once."""
         body = path.read_bytes()
+        if path.suffix == ".html":
+            body = body.replace(_HEAD_GOES_HERE, (path.parent / _HEAD).read_bytes())
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         return cls(body, gzip.compress(body, mtime=0), _MEDIA_TYPES[path.suffix], etag)
 
@@ -90,7 +97,7 @@ def read_assets(folder: Path = _FILES) -> Mapping[str, Asset]:
     return {
         path.relative_to(folder).as_posix(): Asset.read(path)
         for path in sorted(folder.rglob("*"))
-        if path.suffix in _MEDIA_TYPES
+        if path.suffix in _MEDIA_TYPES and path.name != _HEAD
     }
 
 
