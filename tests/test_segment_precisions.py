@@ -58,14 +58,17 @@ def test_float16_holds_what_would_overflow_it(tmp_path):
         assert not F.linear(small.attention.half(), layer.out).isfinite().all()
         gate, up = F.linear(torch.ones(1, config.text.hidden_size).half(), layer.gate_up).chunk(2, -1)
         assert not (gate * up).isfinite().all()
+        if vision is not None:
+            pictures = Segment(SegmentKind.VISION)
+            assert not run_torch(plain, pictures, step.inputs(pictures))[0].isfinite().all()
 
 
 def _enlarge_products(checkpoint):
-    """Weights by which the output projection, and gate times up, leave float16's range."""
+    """Weights by which the output projection, gate times up, and the vision tower's MLP leave float16's range."""
     tensors = load_file(checkpoint / "model.safetensors")
-    factors = {"o_proj": 2.0**16, "gate_proj": 2.0**8, "up_proj": 2.0**10, "down_proj": 2.0**2}
+    factors = {"o_proj": 2.0**16, "gate_proj": 2.0**8, "up_proj": 2.0**10, "down_proj": 2.0**2, "fc2": 2.0**17}
     for name, tensor in tensors.items():
-        part = name.split(".")[-2] if "vision" not in name else ""
+        part = name.split(".")[-2]
         tensors[name] = (tensor * factors.get(part, 1.0)).clamp(-6e4, 6e4)
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
 

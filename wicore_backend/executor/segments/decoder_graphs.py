@@ -23,6 +23,11 @@ _HALF_SCALE = 2.0**-6
 """In float16, of what reaches a norm: sums up to 4 million fit, and what is lost below 0.004 is nothing beside them."""
 
 
+def product_scale(precision: Precision) -> float:
+    """What the inputs of products that may be too large for the precision's type are multiplied by."""
+    return _HALF_SCALE if precision is Precision.FP16 else 1.0
+
+
 class DecoderGraphs:
     """Writes segments of a decoder in one precision."""
 
@@ -30,7 +35,7 @@ class DecoderGraphs:
         self._config = config
         self._activations = precision.activations
         self._residual = precision.residual
-        self._scale = _HALF_SCALE if precision is Precision.FP16 else 1.0
+        self._scale = product_scale(precision)
 
     def first(self, graph: Graph, spec: SegmentSpec, start: LayerStart, *, name: str) -> None:
         """Layer 0 up to its attention; its nodes are called `name` and so on."""

@@ -1,7 +1,8 @@
 """The vision tower and its projector as a graph. `encode_images` (models/gemma3/vision.py) is the plain twin.
 
 Patches of all pictures are the rows of one matrix; only attention sees which picture they are of. Norms, sums and GELU
-are computed in float32, and in float16 the residual stream is float32, as the decoder's.
+are computed in float32. In float16 the residual stream is float32, and products that are added to it are computed at
+2^-6, as the decoder's are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from math import isqrt
 from torch import Tensor
 
 from wicore_backend.executor.segments.contract import Precision, SegmentSpec
+from wicore_backend.executor.segments.decoder_graphs import product_scale
 from wicore_backend.executor.segments.graph import Graph, Scope, Value
 from wicore_backend.models.gemma3.config import Gemma3Config, VisionConfig
 from wicore_backend.models.gemma3.weights import Affine, VisionLayerWeights, VisionWeights
@@ -25,6 +27,7 @@ class VisionGraph:
         self._tokens_per_side = isqrt(config.mm_tokens_per_image)
         self._activations = precision.activations
         self._residual = precision.residual
+        self._scale = product_scale(precision)
 
     def write(self, graph: Graph, spec: SegmentSpec, weights: VisionWeights) -> None:
         at, (pixels,), (soft_tokens,) = Scope(graph, "vision"), spec.inputs, spec.outputs
@@ -58,7 +61,7 @@ class VisionGraph:
         hidden = self._add(at, "after_attention", hidden, attended)
         up = self._affine(at, "up", self._norm(at, "norm2", hidden, layer.norm2), layer.up)
         wide = at("Gelu", at.wide(up), name="gelu", approximate="tanh")
-        return self._add(at, "after_feedforward", hidden, self._affine(at, "down", wide, layer.down))
+        return self._add(at, "after_feedforward", hidden, self._summand(at, "down", wide, layer.down))
 
     def _attention(self, at: Scope, normed: Value, layer: VisionLayerWeights) -> Value:
         """Every patch attends to every patch of its picture."""
@@ -77,7 +80,7 @@ class VisionGraph:
         ]
         attended = at("Attention", *heads, name="attention", scale=head_dim**-0.5)
         by_patch = at("Transpose", attended, name="attention.by_patch", perm=[0, 2, 1, 3])
-        return self._affine(at, "out", at.reshape(by_patch, -1, width, name="attention.rows"), layer.out)
+        return self._summand(at, "out", at.reshape(by_patch, -1, width, name="attention.rows"), layer.out)
 
     def _pooled(self, at: Scope, hidden: Value) -> Value:
         """Means of squares of patches, float32 [N M, D]."""
@@ -94,6 +97,15 @@ class VisionGraph:
     def _affine(self, at: Scope, name: str, x: Value, affine: Affine) -> Value:
         weight, bias = at.weight(f"{name}.weight", affine.weight), at.weight(f"{name}.bias", affine.bias)
         return at("Gemm", at.graph.cast(x, self._activations), weight, bias, name=name, transB=1)
+
+    def _summand(self, at: Scope, name: str, x: Value, affine: Affine) -> Value:
+        """What is added to the residual stream, and need not fit float16."""
+        if self._scale == 1:
+            return self._affine(at, name, x, affine)
+        x = at.graph.cast(at.scaled(x, self._scale, name=f"{name}.scaled"), self._activations)
+        scaled = at.wide(at("Gemm", x, at.weight(f"{name}.weight", affine.weight), name=name, transB=1))
+        product = at.scaled(scaled, 1 / self._scale, name=f"{name}.unscaled")
+        return at("Add", product, at.wide(at.weight(f"{name}.bias", affine.bias)), name=f"{name}.biased")
 
     def _norm(self, at: Scope, name: str, x: Value, norm: Affine) -> Value:
         weight = at.wide(at.weight(f"{name}.weight", norm.weight))
