@@ -295,6 +295,7 @@ def test_each_recording_has_contexts_of_its_own(model, tmp_path):
     """What a graph was recorded with must never be told other shapes or addresses."""
     executor = model.load(write_engines(model.exported, tmp_path, library=stand_in.library()))
     hidden, attention, cos, sin = segment_inputs(model, 6)
+    executor.mid(0, hidden, attention, cos, sin)
     made = stand_in.TOLD.contexts
     kinds = []
 
@@ -308,8 +309,10 @@ def test_each_recording_has_contexts_of_its_own(model, tmp_path):
     for count in (6, 3):
         recording(lambda count=count: executor.mid(0, hidden[:count], attention[:count], cos[:count], sin[:count]))
     assert kinds == [made + 1, made + 2]
+    told = stand_in.TOLD.shapes
     executor.mid(0, hidden, attention, cos, sin)
-    assert stand_in.TOLD.contexts == made + 2, "other steps use those that there were"
+    assert stand_in.TOLD.contexts == made + 2
+    assert stand_in.TOLD.shapes == told, "other steps use the contexts that they had, and know their shapes"
 
 
 def test_a_recording_that_fails_leaves_the_shared_contexts(model, tmp_path):
