@@ -462,6 +462,14 @@ class StandInCard:
     compute_capability: str = "sm89"
     free: int = 1 << 30
 
+    @classmethod
+    def of(cls, device: torch.device) -> StandInCard:
+        """As `CudaCard.of`."""
+        return cls(device)
+
+    def leave_default_stream(self) -> None:
+        """A CPU has none."""
+
     def free_bytes(self) -> int:
         return self.free
 

@@ -15,12 +15,13 @@ from tests.gemma3_random import IMAGE_TOKEN, TOKENS_PER_IMAGE, write_random_chec
 from tests.stand_in_tensorrt import STREAM, StandInCard, write_engines
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine import loading
-from wicore_backend.engine.runner import ModelRunner
+from wicore_backend.engine.executors import Choice, ExecutorName
 from wicore_backend.errors import EngineError, ExecutorError
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind
 from wicore_backend.executor.segments.export import bindings, export_segments
 from wicore_backend.executor.segments.manifest import WeightsAs
+from wicore_backend.executor.tensorrt import card, library
 from wicore_backend.executor.tensorrt.executor import TensorRTExecutor
 from wicore_backend.executor.tensorrt.profiles import profiles_for
 from wicore_backend.executor.torch_executor import TorchExecutor
@@ -168,19 +169,12 @@ def test_the_whole_engine_runs_on_it(tmp_path, monkeypatch):
     model = Model(settings.model, tmp_path / "segments")
     profiles = profiles_for(max_running=6, max_batch_tokens=80, max_images=1)
     engines = write_engines(model.exported, tmp_path / "engines", library=stand_in.library(), profiles=profiles)
-    runners = []
-
-    def on_tensorrt(*args, **kwargs):
-        runner = loading_runner(*args, **kwargs)
-        runner._executor = model.load(engines)
-        runner._pictures._encode_pixels = runner._executor.vision
-        runners.append(runner)
-        return runner
-
-    loading_runner = loading.make_runner
-    monkeypatch.setattr(loading, "make_runner", on_tensorrt)
+    # All that a CUDA device would have chosen.
+    monkeypatch.setattr(loading, "choose", lambda *_, **__: Choice(ExecutorName.TENSORRT, "tried", engines))
+    monkeypatch.setattr(card, "CudaCard", StandInCard)
+    monkeypatch.setattr(loading, "device_needs", lambda *_, **__: {"graphs": 1})
+    monkeypatch.setattr(library, "load_library", stand_in.library)
     assert answers() == expected
-    assert isinstance(runners[0], ModelRunner)
     assert len(stand_in.TOLD.executions) > 24 * model.config.text.num_layers
 
 
