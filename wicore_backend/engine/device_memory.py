@@ -26,8 +26,8 @@ from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.rope import RotaryTables
 from wicore_backend.models.gemma3.vision import encoding_bytes
 
-_WORKSPACE_BYTES = 2**27
-"""cuBLAS', for the streams on which steps are recorded and replayed."""
+_WORKSPACE_BYTES = 2**28
+"""cuBLAS', for the streams on which steps and pictures are computed, and the code of kernels, loaded as they come."""
 
 _SEGMENT_GRAPH_BYTES = 2**17
 """Of the driver's own, for each graph of a few kernels; ..."""
