@@ -162,6 +162,7 @@ def test_the_tiles_that_are_left_over_are_shared_out(tiles, programs):
     most = -(-shares.units // programs)
     assert shares.units == shares.shared * shares.splits + tiles - shares.shared
     assert shares.splits <= 21, "a part is not worth its sum"
+    assert shares.shared * shares.splits <= programs, "memory is for a part a program"
     # As many whole tiles for each program, and a part for most of them; or else it would not pay to share any.
     assert (shares.tiles - shares.shared) % programs == 0 if shares.shared else most == -(-tiles // programs)
     assert most - (shares.shared > 0) == tiles // programs or not shares.shared

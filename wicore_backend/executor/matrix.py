@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from wicore_backend.executor import fp8_matrix, int4_matrix
+from wicore_backend.executor import fp8_matrix, int4_matrix, plain_matrix
 from wicore_backend.executor.fp8_matrix import Fp8GpuMatrix
 from wicore_backend.executor.int4_matrix import Int4GpuMatrix
 from wicore_backend.executor.kernels import fp8_rows, small
@@ -42,7 +42,9 @@ def widened_bytes(weight: Weight) -> int:
     """Memory that a product by `weight` takes at most besides its operands and its result."""
     if isinstance(weight, Fp8Matrix):
         return fp8_matrix.widened_bytes(weight)
-    return int4_matrix.widened_bytes(weight) if isinstance(weight, Int4Matrix) else 0
+    if isinstance(weight, Int4Matrix):
+        return int4_matrix.widened_bytes(weight)
+    return plain_matrix.shared_bytes(weight) if isinstance(weight, Tensor) else 0
 
 
 def add_norm(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wicore_backend.executor.kernels.products import MAX_ROWS, Tile, product
+from wicore_backend.executor.kernels.shared_tiles import parts_bytes
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
 from wicore_backend.quantization.fp8 import Rows
@@ -34,6 +35,11 @@ Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/hopper.md).
 
 _GATED_ROWS = 257
 """From as many on, three tiles of rows, the kernel for gate and up is faster than cuBLAS with GELU after it."""
+
+
+def shared_bytes(weight: Tensor) -> int:
+    """Memory for the sums of tiles that are shared out, if a product by `weight` can have any."""
+    return parts_bytes(weight.device) if weight.dtype.itemsize == 2 and overlaps(weight) else 0
 
 
 class PlainMatrix:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wicore_backend.executor.kernels.small import follow, gelu, overlaps
+from wicore_backend.executor.kernels.small import follow, gelu, overlaps, processors
 
 ROWS, COLUMNS = 128, 128
 """Of the result, a tile."""
@@ -47,6 +48,11 @@ class Shares:
         left = tiles % programs
         splits = min(programs // left, steps // _LEAST_STEPS) if left else 1
         return cls(tiles, left, splits) if splits > 1 else cls(tiles, 0, 1)
+
+
+def parts_bytes(device: torch.device) -> int:
+    """Of the sums at most: each program has one part."""
+    return processors(device) * ROWS * 2 * COLUMNS * torch.float32.itemsize
 
 
 @triton.jit
