@@ -294,6 +294,7 @@ def main() -> None:
     shape = parser.add_argument_group("engine --shape")
     shape.add_argument("--shape", choices=SHAPES, help="of a published model; its weights are random")
     shape.add_argument("--weights", choices=["bf16", "fp8", "int4"], default="bf16")
+    shape.add_argument("--head", action="store_true", help="in the type of --weights, too")
     shape.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at once, a run each")
     shape.add_argument("--prompt", type=int, default=512, help="tokens of each")
     shape.add_argument("--long", type=int, nargs="*", default=[], help="lengths of prompts to run alone, besides")

@@ -68,6 +68,7 @@ def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
     """Decode step times and prefill rates of `args.shape`, by batch and by length of context."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {"shape": args.shape, "weights": args.weights, "kv": args.kv_dtype}
+    results["head"] = args.weights if args.head else "bf16"
     if device.type == "cuda":
         results["device"] = torch.cuda.get_device_name(device)
         results["read_limit_tb_s"] = round(read_limit(device) / 1e12, 3)
@@ -94,7 +95,8 @@ def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int
 
     def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype, **__: Any) -> Any:
         nonlocal weight_bytes
-        weights = random_weights(config, device=device, dtype=dtype, quantize=QUANTIZE[args.weights])
+        quantize = QUANTIZE[args.weights]
+        weights = random_weights(config, device=device, dtype=dtype, quantize=quantize, quantize_head=args.head)
         tensors = [t for layer in weights.text.layers for t in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         weight_bytes = sum(t.nbytes for t in (*tensors, weights.text.head))
         return weights

@@ -115,11 +115,12 @@ def random_weights(
     dtype: torch.dtype,
     seed: int = 0,
     quantize: Callable[[Tensor], Weight] = lambda matrix: matrix,
+    quantize_head: bool = False,
 ) -> Gemma3Weights:
     """Weights of the decoder of `config` on `device`, at scales that keep activations as large as a trained model's.
 
-    Head and embedding are one, and plain; the layers' matrices are what `quantize` makes of them. There is no vision
-    tower.
+    The layers' matrices are what `quantize` makes of them. Head and embedding are one, and plain, unless the head is
+    what `quantize` makes of that. There is no vision tower.
     """
     text = config.text
     generator = torch.Generator(device).manual_seed(seed)
@@ -149,4 +150,5 @@ def random_weights(
 
     embedding = matrix(text.vocab_size, D)
     layers = tuple(layer() for _ in range(text.num_layers))
-    return Gemma3Weights(text=TextWeights(embedding, layers, norm(D), embedding), vision=None)
+    head = quantize(embedding) if quantize_head else embedding
+    return Gemma3Weights(text=TextWeights(embedding, layers, norm(D), head), vision=None)

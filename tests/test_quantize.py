@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scripts import quantize as script
+from scripts.benchmark_shape import QUANTIZE
 from scripts.quantize import Scheme, fp8, int4, quantize
+from scripts.random_gemma3 import published_config, random_weights
 from tests.gemma3_random import write_random_checkpoint
 from tests.test_checkpoint import load, shard
 from tests.test_fp8 import relative_error
@@ -180,3 +182,16 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     with pytest.raises(CheckpointError, match=r"needs 0\.0 GB, and its disk has 0\.0 GB free"):
         quantize(source, tmp_path / "quantised", fp8(), device=CPU)
     assert not list((tmp_path / "quantised.partial").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("weights", ["fp8", "int4"])
+def test_the_benchmarks_random_weights_may_have_the_head_in_fewer_bits_too(weights: str) -> None:
+    config, cpu = published_config("tiny"), torch.device("cpu")
+    for quantized in (False, True):
+        made = random_weights(
+            config, device=cpu, dtype=torch.bfloat16, quantize=QUANTIZE[weights], quantize_head=quantized
+        ).text
+        assert (made.head is made.embedding) is not quantized
+        assert isinstance(made.head, torch.Tensor) is not quantized
+        assert made.head.shape == made.embedding.shape
+    assert made.head.nbytes < 0.6 * made.embedding.nbytes
