@@ -3,14 +3,13 @@ promised more than it has."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from scripts.random_gemma3 import SHAPES, write_directory
+from scripts.random_gemma3 import SHAPES, published_config, random_weights, write_directory
 from tests.gemma3_random import write_random_checkpoint
 from tests.peak_memory import peak_bytes
 from tests.test_decode_graphs import Model, decodes, prompts
@@ -25,6 +24,7 @@ from wicore_backend.engine.logprobs import logprobs_bytes, logprobs_of
 from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder, pixel_bytes
 from wicore_backend.engine.sampler import SamplingRow, sample, sampling_bytes
 from wicore_backend.engine.sampling_params import SamplingParams as Params
+from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.int4_matrix import widened_bytes
 from wicore_backend.executor.needs import activation_bytes, logits_bytes
 from wicore_backend.hmt.budget import divide_memory
@@ -113,8 +113,6 @@ def test_segments_and_the_head_take_what_is_stated(tmp_path):
     shape = {"hidden_size": 64, "intermediate_size": 512, "vocab_size": 4096, "num_hidden_layers": 2}
     write_random_checkpoint(tmp_path, text=shape)
     config = Gemma3Config.from_checkpoint(tmp_path)
-    from wicore_backend.executor.cuda_executor import CudaExecutor
-
     text = config.text
     executor = CudaExecutor(config, load_weights(tmp_path, config, device=torch.device("cpu"), dtype=torch.float32))
     rotary = RotaryTables(config, max_positions=64, device=torch.device("cpu"), dtype=torch.float32)
@@ -199,27 +197,9 @@ def int4(rows: int, columns: int) -> Int4Matrix:
     return Int4Matrix(codes, scales, None, torch.bfloat16)
 
 
-VISION_OF_27B = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 896,
-    "patch_size": 14,
-}
-
-
 @pytest.fixture(scope="module")
-def shape_of_27b(tmp_path_factory) -> Gemma3Config:
-    directory = tmp_path_factory.mktemp("27b")
-    write_directory("gemma-3-27b", directory, like=DEMO_MODEL)
-    config = Gemma3Config.from_checkpoint(directory)
-    demo = Gemma3Config.from_checkpoint(DEMO_MODEL).vision
-    assert demo is not None
-    sizes = {"hidden_size", "intermediate_size", "num_layers", "num_heads", "image_size", "patch_size"}
-    of_27b = {"num_layers": 27, "num_heads": 16} | VISION_OF_27B
-    vision = replace(demo, **{name: of_27b[name] for name in sizes})
-    return replace(config, vision=vision, mm_tokens_per_image=256)
+def shape_of_27b() -> Gemma3Config:
+    return published_config("gemma-3-27b")
 
 
 def layout_of(config: Gemma3Config, settings: EngineConfig) -> KVLayout:
@@ -307,8 +287,6 @@ def test_a_small_model_takes_little(max_running):
 @torch.inference_mode()
 def test_a_model_computes_within_what_was_set_aside(shape, tmp_path, monkeypatch):
     """At the most that may run at once, sampled from all tokens, with pictures if it sees them."""
-    from scripts.random_gemma3 import random_weights
-
     model = DEMO_MODEL
     if shape in SHAPES:
         write_directory(shape, tmp_path, like=DEMO_MODEL)
