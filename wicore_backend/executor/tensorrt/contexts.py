@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ from wicore_backend.executor.tensorrt.profiles import Profile
 
 ALIGNMENT = 256
 """Of addresses in the device's memory that TensorRT takes."""
+
+
+class NewContext(Protocol):
+    """Makes an `IExecutionContext` for a profile, which has its memory."""
+
+    def __call__(self, profile: int, *, of_one_size: bool) -> Any:
+        """`of_one_size` says that it is for a graph, and will see steps of one size only."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,8 +44,6 @@ class SegmentContexts:
 
     Parameters
     ----------
-    new_context
-        Makes an `IExecutionContext` for a profile, which has its memory.
     weights
         Of a segment whose weights are inputs, by name.
     """
@@ -49,7 +54,7 @@ class SegmentContexts:
         *,
         profiles: Sequence[Profile],
         weights: Mapping[str, Tensor],
-        new_context: Callable[[int], Any],
+        new_context: NewContext,
         card: Card,
         messages: Messages,
     ) -> None:
@@ -122,7 +127,7 @@ class SegmentContexts:
             raise EngineError(f"TensorRT could not execute {self._name} for {size} rows: {self._messages.errors()}")
 
     def _fresh(self, profile: int) -> _Bound:
-        bound = _Bound(self._new_context(profile))
+        bound = _Bound(self._new_context(profile, of_one_size=self._bound is not self._shared))
         for name, tensor in self._weights.items():
             self._bind(bound, name, tensor)
         return bound

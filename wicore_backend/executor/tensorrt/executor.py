@@ -116,7 +116,7 @@ class TensorRTExecutor:
         reserved_bytes
             Device memory that has to be left, for the KV cache above all.
         graphs
-            Whether steps will be recorded, so that sizes of steps are few.
+            Whether steps are to be recorded, if they can be.
         cache
             The file that keeps compiled kernels; None is one beside the engines.
 
@@ -146,7 +146,6 @@ class TensorRTExecutor:
             messages=library.messages(),
             kernels=kernels,
             streaming_budget=room.streaming_budget,
-            few_sizes=graphs,
         )
         contexts = loader.load()
         kernels.save()
@@ -179,7 +178,8 @@ class TensorRTExecutor:
         qkv = self._qkv(len(hidden))
         # The last one's is read when the step's logits are asked for, which may be after the next step has begun.
         kept = layer == len(self._mids) - 1
-        out = torch.empty_like(hidden) if kept else self._hidden[layer % 2, : len(hidden)]
+        scratch = self._hidden[layer % 2, : len(hidden)]
+        out = torch.empty_like(scratch) if kept else scratch
         self._mids[layer].run((hidden, attention, cos, sin), (out, *qkv))
         return out, qkv
 

@@ -20,7 +20,7 @@ from wicore_backend.executor.tensorrt.contexts import ALIGNMENT, SegmentContexts
 from wicore_backend.executor.tensorrt.inspection import check_contract, report_of_engine
 from wicore_backend.executor.tensorrt.kernel_cache import KernelCache
 from wicore_backend.executor.tensorrt.library import Library, Messages
-from wicore_backend.executor.tensorrt.profiles import Profile, profiles_of
+from wicore_backend.executor.tensorrt.profiles import profiles_of
 from wicore_backend.executor.tensorrt.records import EngineRecord
 from wicore_backend.executor.tensorrt.store import EngineSet
 
@@ -53,8 +53,6 @@ class EngineLoader:
         By segment, those that are inputs.
     streaming_budget
         Bytes of weights that may be on the card; None has them all there.
-    few_sizes
-        Steps come in the sizes that graphs have: in profiles of few sizes it pays to wait for each one's kernels.
     """
 
     def __init__(
@@ -68,7 +66,6 @@ class EngineLoader:
         messages: Messages,
         kernels: KernelCache,
         streaming_budget: int | None,
-        few_sizes: bool,
     ) -> None:
         self._engines = engines
         self._specs = specs
@@ -78,7 +75,6 @@ class EngineLoader:
         self._messages = messages
         self._kernels = kernels
         self._streaming_budget = streaming_budget
-        self._few_sizes = few_sizes
 
     def load(self) -> Mapping[Segment, SegmentContexts]:
         """Every segment, its weights in place.
@@ -180,8 +176,8 @@ class EngineLoader:
         spec = self._specs[segment]
         profiles = profiles_of(spec, self._engines.key.profiles)
 
-        def new_context(profile: int) -> Any:
-            context = self._new_context(opened.engine, profiles[profile])
+        def new_context(profile: int, *, of_one_size: bool) -> Any:
+            context = self._new_context(opened.engine, of_one_size=of_one_size)
             made = context is not None and context.set_optimization_profile_async(profile, self._card.stream())
             if not made:
                 raise ExecutorError(
@@ -200,7 +196,9 @@ class EngineLoader:
             messages=self._messages,
         )
 
-    def _new_context(self, engine: Any, profile: Profile) -> Any:
+    def _new_context(self, engine: Any, *, of_one_size: bool) -> Any:
+        """A context, without memory. For one size it waits until kernels for that are compiled; else who comes with a
+        new size does not wait, and those are compiled in the background."""
         api = self._library.api
         managed = api.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self._library.configures_contexts:
@@ -209,8 +207,7 @@ class EngineLoader:
         config.set_execution_context_allocation_strategy(managed)
         config.cuda_graph_strategy = api.CudaGraphStrategy.DISABLED  # Whole steps are recorded, by the engine.
         strategies = api.DynamicShapesKernelSpecializationStrategy
-        compiled = profile.few_sizes and self._few_sizes
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if compiled else strategies.LAZY
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if of_one_size else strategies.LAZY
         self._kernels.attach(config)
         return engine.create_execution_context(config)
 

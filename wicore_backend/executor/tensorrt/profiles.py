@@ -42,15 +42,12 @@ class Profile:
     ----------
     tokens, rows, images
         Of T, R and N in `contract.py`.
-    few_sizes
-        Steps are of a few sizes only, for each of which it pays to compile kernels.
     """
 
     name: str
     tokens: Range
     rows: Range
     images: Range
-    few_sizes: bool
 
     def range(self, letter: str) -> Range:
         """Of a size that is `TOKENS`, `ROWS` or `IMAGES`."""
@@ -72,15 +69,15 @@ def profiles_for(*, max_running: int, max_batch_tokens: int, max_images: int = M
     images = Range(1, 1, max_images)
     profiles: list[Profile] = []
     # Matrices are read once for any number of decodes, up to some 16 of them; and a long step is mostly full.
-    for name, last, few_sizes in (
-        ("decode", min(max_running, max_batch_tokens), True),
-        ("prompts", min(RECORDED_TOKENS, max_batch_tokens), True),
-        ("long", max_batch_tokens, False),
+    for name, last in (
+        ("decode", min(max_running, max_batch_tokens)),
+        ("prompts", min(RECORDED_TOKENS, max_batch_tokens)),
+        ("long", max_batch_tokens),
     ):
         first = profiles[-1].tokens.max + 1 if profiles else 1
         if first <= last:
             usual = min(last, 16) if name == "decode" else last
-            profiles.append(Profile(name, Range(first, usual, last), rows, images, few_sizes))
+            profiles.append(Profile(name, Range(first, usual, last), rows, images))
     return tuple(profiles)
 
 
