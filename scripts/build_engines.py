@@ -38,6 +38,7 @@ from wicore_backend.executor.tensorrt.profiles import MAX_IMAGES, profiles_for
 from wicore_backend.executor.tensorrt.records import EngineKey
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
+from wicore_backend.models.gemma3.weight_format import weight_format
 
 _LIBRARIES = {"rtx": LibraryName.TENSORRT_RTX, "tensorrt": LibraryName.TENSORRT}
 
@@ -124,7 +125,9 @@ def build_engines(args: argparse.Namespace) -> str:
         raise InvalidArgumentError(
             f"--jobs {args.jobs}: {library} times kernels, and wants the card for itself; leave it out"
         )
-    todo = parts(config, Precision(args.precision), args.weights)
+    precision = Precision(args.precision)
+    searched = precision is Precision.INT4 and not args.no_search and weight_format(args.model) is None
+    todo = parts(config, precision, args.weights, searched=searched)
     root = _root(args)
     build = Build(
         args.model,

@@ -61,12 +61,13 @@ def _plan_rows(memories: Iterable[tuple[Plan, CardMemory]]) -> Iterator[Sequence
 
 
 def _context_rows(memories: Iterable[tuple[Plan, CardMemory]]) -> Iterator[Sequence[str]]:
-    yield "plan", "KV", *(f"{context:,}" for context in CONTEXTS), "host memory", "disk"
+    yield "plan", "context", "KV", *(f"{context:,}" for context in CONTEXTS), "host memory", "disk"
     for plan, memory in memories:
         at_once = [str(_at_once(memory, context)) for context in CONTEXTS]
         kept = [f"{tokens:,}" for tokens in (memory.host_tokens, memory.disk_tokens)]
+        context = memory.settings.context(memory.config.text.max_position_embeddings)
         kv = "fp8" if memory.settings.kv_cache_dtype == "fp8" else str(memory.precision.activations)[6:]
-        yield f"`{plan.name}`", kv, *at_once, *kept
+        yield f"`{plan.name}`", f"{context:,}", kv, *at_once, *kept
 
 
 def _at_once(memory: CardMemory, context: int) -> int:
@@ -103,7 +104,7 @@ def _misfit_rows() -> Iterator[Sequence[str]]:
 def _bare(card: Card, config: Gemma3Config, precision: Precision) -> CardMemory:
     """With the least that an engine takes: eight sequences, tokens in host memory, all that is free."""
     settings = EngineConfig(model=_SOME_MODEL, max_running=8, hmt_gpu_threshold=0.95, host_embeddings=True)
-    return CardMemory.of(config, settings, precision, card_bytes=card.memory_bytes)
+    return CardMemory.of(config, settings, precision, card=card)
 
 
 def _gib(size: int) -> str:

@@ -1,4 +1,4 @@
-"""What building engines takes, before it begins: time, memory, disk."""
+"""What building engines takes, before it begins: time, memory, disk. Numbers are of docs/benchmarks/tensorrt.md."""
 
 from __future__ import annotations
 
@@ -13,19 +13,29 @@ from wicore_backend.executor.segments.contract import Precision, Segment, Segmen
 from wicore_backend.executor.segments.manifest import WeightsAs
 from wicore_backend.models.gemma3.config import Gemma3Config
 
-_BASE_BYTES = 1_200 * 2**20
+_BASE_BYTES = 512 * 2**20
 """Of a process with PyTorch and the library, before it has read a weight."""
-_PLAIN_COPIES = 3.0
-"""Of a segment's weights in bfloat16, at once: as read, as its graph has them, and as the library does."""
-_BYTES_PER_SECOND: Mapping[Precision, float] = {
-    Precision.FP32: 120e6,
-    Precision.BF16: 120e6,
-    Precision.FP16: 120e6,
-    Precision.FP8: 40e6,
-    Precision.INT4: 20e6,
+_COPIES: Mapping[Precision, float] = {
+    Precision.FP32: 6.4,
+    Precision.BF16: 3.2,
+    Precision.FP16: 3.2,
+    Precision.FP8: 3.6,
+    Precision.INT4: 2.8,
 }
-"""Of engine, on one core."""
-_SEGMENT_SECONDS = 1.0
+"""Of a segment's weights in bfloat16, at once: as read, as its graph has them, and as the library does."""
+_TOWER_COPIES = 4.2
+_BYTES_PER_SECOND: Mapping[Precision, float] = {
+    Precision.FP32: 50e6,
+    Precision.BF16: 100e6,
+    Precision.FP16: 70e6,
+    Precision.FP8: 100e6,
+    Precision.INT4: 55e6,
+}
+"""Of weights in bfloat16, on one core; in INT4, that have their codes already, or are rounded to the nearest."""
+_SEARCHED_BYTES_PER_SECOND = 7.7e6
+"""Where scales are searched for."""
+_SEGMENT_SECONDS = 0.6
+_INT4_SHARE = 4.125 / 16
 _GRAPH_BYTES = 2**20
 """Of an engine or a graph that has no weights in it."""
 
@@ -55,8 +65,16 @@ class Part:
         return self.segments[0].name if len(self.segments) == 1 else str(self.segments[0].kind)
 
 
-def parts(config: Gemma3Config, precision: Precision, weights: WeightsAs) -> tuple[Part, ...]:
-    """The engines of a model, in the order of its segments."""
+def parts(
+    config: Gemma3Config, precision: Precision, weights: WeightsAs, *, searched: bool = False
+) -> tuple[Part, ...]:
+    """The engines of a model, in the order of its segments.
+
+    Parameters
+    ----------
+    searched
+        The decoder's matrices are plain, and will be rounded to INT4 with the best of many scales.
+    """
     plain, stored = segment_bytes(config, Precision.BF16), segment_bytes(config, precision)
     groups: list[tuple[Segment, ...]] = []
     for segment in segments(config):
@@ -64,14 +82,21 @@ def parts(config: Gemma3Config, precision: Precision, weights: WeightsAs) -> tup
             groups[-1] += (segment,)
         else:
             groups.append((segment,))
-    return tuple(_part(group, plain[group[0]], stored[group[0]], precision, weights) for group in groups)
+    # In INT4 the rest of a segment, the head above all, is as it was.
+    rounded = {segment: (plain[segment] - stored[segment]) / (1 - _INT4_SHARE) if searched else 0 for segment in plain}
+    return tuple(
+        _part(group, plain[group[0]], stored[group[0]], rounded[group[0]], precision, weights) for group in groups
+    )
 
 
-def _part(group: tuple[Segment, ...], plain: int, stored: int, precision: Precision, weights: WeightsAs) -> Part:
+def _part(
+    group: tuple[Segment, ...], plain: int, stored: int, rounded: float, precision: Precision, weights: WeightsAs
+) -> Part:
     if weights == "inputs":
         return Part(group, _GRAPH_BYTES, _BASE_BYTES + plain, _SEGMENT_SECONDS)
-    memory = _BASE_BYTES + round(_PLAIN_COPIES * plain)
-    return Part(group, stored + _GRAPH_BYTES, memory, _SEGMENT_SECONDS + stored / _BYTES_PER_SECOND[precision])
+    copies = _TOWER_COPIES if group[0].kind is SegmentKind.VISION else _COPIES[precision]
+    seconds = plain / _BYTES_PER_SECOND[precision] + rounded / _SEARCHED_BYTES_PER_SECOND
+    return Part(group, stored + _GRAPH_BYTES, _BASE_BYTES + round(copies * plain), _SEGMENT_SECONDS + seconds)
 
 
 def disk_needed(todo: Sequence[Part], *, jobs: int, keep_onnx: bool) -> int:

@@ -26,6 +26,8 @@ class Card:
         or TensorRT, of NVIDIA's images.
     precisions
         That its engines can be in.
+    processors, shared_bytes
+        Multiprocessors, and what a program may have of the shared memory of one.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Card:
     compute_capability: str
     library: LibraryName
     precisions: frozenset[Precision]
+    processors: int
+    shared_bytes: int
 
 
 _ADA = frozenset({Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT4, Precision.FP8})
@@ -46,9 +50,11 @@ CARDS: Mapping[str, Card] = {
         LibraryName.TENSORRT_RTX,
         # Turing multiplies float16 and nothing else that TensorRT-RTX takes: no bfloat16, INT4, FP8, nor float32.
         frozenset({Precision.FP16}),
+        processors=72,
+        shared_bytes=65_536,
     ),
-    "rtx4090": Card("RTX 4090 24 GB", 24_564 * _MIB, "sm89", LibraryName.TENSORRT_RTX, _ADA),
-    "l20": Card("L20 48 GB", 46_068 * _MIB, "sm89", LibraryName.TENSORRT_RTX, _ADA),
+    "rtx4090": Card("RTX 4090 24 GB", 24_564 * _MIB, "sm89", LibraryName.TENSORRT_RTX, _ADA, 128, 101_376),
+    "l20": Card("L20 48 GB", 46_068 * _MIB, "sm89", LibraryName.TENSORRT_RTX, _ADA, 92, 101_376),
     # TensorRT-RTX refuses SM90.
-    "h100": Card("H100 80 GB", 81_559 * _MIB, "sm90", LibraryName.TENSORRT, _ADA),
+    "h100": Card("H100 80 GB", 81_559 * _MIB, "sm90", LibraryName.TENSORRT, _ADA, 132, 232_448),
 }

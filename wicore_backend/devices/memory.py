@@ -1,7 +1,7 @@
 """Where a card's memory goes: weights, workspace, caches, and what of them lies in host memory or on a disk.
 
-Weights, buffers, KV cache and tiers follow from a model's configuration and an engine's settings by the arithmetic that
-the engine itself uses. What CUDA takes, what engines compute in and what recorded steps take are estimates.
+Weights, what steps take, KV cache and tiers follow from a model's configuration and an engine's settings by the
+arithmetic that the engine itself uses. What CUDA takes and what TensorRT computes in are estimates.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from functools import cached_property
 from math import prod
 from typing import assert_never
 
+import torch
+
+from wicore_backend.attention.gpu.needs import AttentionNeeds
+from wicore_backend.attention.gpu.tuning import Tuning
 from wicore_backend.config import EngineConfig
+from wicore_backend.devices.cards import Card
 from wicore_backend.engine.cache_memory import host_cache_bytes, image_cache_bytes, kv_cache_bytes
-from wicore_backend.engine.graphs import bucket_sizes
+from wicore_backend.engine.device_memory import Widening, device_needs
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind, segments
+from wicore_backend.executor.tensorrt.profiles import GUESSED_TOKENS, MAX_IMAGES
 from wicore_backend.hmt.budget import divide_host_memory, divide_memory
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
@@ -25,9 +31,6 @@ from wicore_backend.models.gemma3.tensor_names import HEAD, expected_shapes, may
 
 CONTEXT_BYTES = 600 * 2**20
 """Of a process with CUDA, cuBLAS, an engine's library and its own kernels, before any tensor: an estimate."""
-
-_GRAPH_BYTES = 2**17
-"""Of the driver's own, for each layer of a recorded step; its results lie in the engines' workspace."""
 
 _EMBEDDING = "text.embed_tokens.weight"
 _POOLING_HEAD = "vision.head."
@@ -84,15 +87,18 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], precision: Precision) -> in
 def kv_layout(config: Gemma3Config, settings: EngineConfig, precision: Precision) -> KVLayout:
     """The KV cache's shape under these settings."""
     text = config.text
-    dtype = FP8 if settings.kv_cache_dtype == "fp8" else precision.activations
     return KVLayout.of(
         text.layer_groups,
         block_size=settings.block_size,
         kv_heads=text.num_kv_heads,
         head_dim=text.head_dim,
         window=text.window,
-        bytes_per_value=dtype.itemsize,
+        bytes_per_value=_kv_dtype(settings, precision).itemsize,
     )
+
+
+def _kv_dtype(settings: EngineConfig, precision: Precision) -> torch.dtype:
+    return FP8 if settings.kv_cache_dtype == "fp8" else precision.activations
 
 
 def sequence_bytes(layout: KVLayout, tokens: int, *, max_chunk: int) -> Mapping[LayerGroup, int]:
@@ -108,34 +114,46 @@ def workspace_bytes(config: Gemma3Config, settings: EngineConfig, precision: Pre
 
 
 def _intermediates(config: Gemma3Config, settings: EngineConfig, precision: Precision, kind: SegmentKind) -> int:
-    """Bytes of the results inside a segment, none of them fused away but gate, up and their product."""
+    """As much as TensorRT-RTX 1.7 said that the 27b's take, in bytes (docs/benchmarks/tensorrt.md).
+
+    It keeps gate and up, what GELU makes of them and their product, and no scores of the tower's attention.
+    """
     text, value = config.text, precision.activations.itemsize
-    tokens, rows = settings.max_batch_tokens, settings.max_running
-    projected = tokens * text.qkv_heads * text.head_dim * value
-    normed = tokens * text.hidden_size * (value + 4)
-    feed_forward = 3 * tokens * text.intermediate_size * value
+    tokens, rows = settings.max_batch_tokens, settings.max_running + GUESSED_TOKENS
     match kind:
         case SegmentKind.FIRST:
-            return projected + normed
+            return tokens * (text.qkv_heads * text.head_dim + 3 * text.hidden_size) * value
         case SegmentKind.MID:
-            return projected + feed_forward + 2 * normed
+            return tokens * 4 * text.intermediate_size * value
         case SegmentKind.LAST:
-            return feed_forward + 2 * normed + rows * text.vocab_size * value
+            return rows * (4 * text.intermediate_size + 10 * text.hidden_size) * value
         case SegmentKind.VISION:
             vision = config.vision
             assert vision is not None, "a text-only model has no vision segment"
-            patches = vision.patches_per_side**2
-            scores = vision.num_heads * patches**2 * value
-            return scores + patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * value
+            values = 2 * vision.intermediate_size + 9 * vision.hidden_size // 4
+            return MAX_IMAGES * vision.patches_per_side**2 * values * value
     assert_never(kind)
 
 
 def buffer_bytes(config: Gemma3Config, settings: EngineConfig, precision: Precision) -> int:
-    """Of what segments hand on: hidden states twice, queries, keys, values, attention's results, and logits."""
+    """Of what segments hand on: hidden states twice, queries, keys and values."""
     text, tokens = config.text, settings.max_batch_tokens
     hidden = 2 * tokens * text.hidden_size * precision.residual.itemsize
-    heads = tokens * (text.qkv_heads + text.num_heads) * text.head_dim * precision.activations.itemsize
-    return hidden + heads + settings.max_running * text.vocab_size * 4
+    return hidden + tokens * text.qkv_heads * text.head_dim * precision.activations.itemsize
+
+
+def _step_needs(config: Gemma3Config, settings: EngineConfig, precision: Precision, card: Card) -> Mapping[str, int]:
+    """What the engine sets aside for steps, attention, sampling and their graphs."""
+    text, dtype, layout = config.text, precision.activations, kv_layout(config, settings, precision)
+    attention = AttentionNeeds(
+        layout,
+        query_heads=text.num_heads,
+        value_bytes=dtype.itemsize,
+        tuning=Tuning.of(text.head_dim, dtype, _kv_dtype(settings, precision), card.shared_bytes),
+        processors=card.processors,
+    )
+    context = settings.context(text.max_position_embeddings)
+    return device_needs(config, settings, attention, Widening(), max_model_len=context, value_bytes=dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -170,9 +188,9 @@ class CardMemory:
         settings: EngineConfig,
         precision: Precision,
         *,
-        card_bytes: int,
+        card: Card,
     ) -> CardMemory:
-        """The memory of an engine with `settings` on a card of `card_bytes`, with segments in `precision`."""
+        """The memory of an engine with `settings` on `card`, with segments in `precision`."""
         sizes, text, value_bytes = segment_bytes(config, precision), config.text, precision.activations.itemsize
         head = text.vocab_size * text.hidden_size * value_bytes
         vision = sizes.get(Segment(SegmentKind.VISION), 0)
@@ -181,21 +199,20 @@ class CardMemory:
         weights |= {"vision tower": vision} if vision else {}
         on_host = {"embedding table": embedding} if settings.host_embeddings else {}
         weights |= {} if settings.host_embeddings else {"embedding table": embedding}
-        steps = len(bucket_sizes(settings.max_running)) if settings.cuda_graphs else 0
         working = {
             "CUDA and libraries": CONTEXT_BYTES,
             "workspace of engines": workspace_bytes(config, settings, precision),
             "between segments": buffer_bytes(config, settings, precision),
-            "recorded steps": steps * text.num_layers * _GRAPH_BYTES,
+            "steps": sum(_step_needs(config, settings, precision, card).values()),
         }
-        free = card_bytes - sum(weights.values())
+        free = card.memory_bytes - sum(weights.values())
         kv_cache = max(0, kv_cache_bytes(settings, free=free, needed=sum(working.values())))
         on_host |= {_HOST_TIER: host_cache_bytes(settings, cuda=True)}
         working |= {
             "pictures seen last": image_cache_bytes(settings, cuda=True),
             "blocks on their way": staging_bytes(kv_cache) if on_host[_HOST_TIER] else 0,
         }
-        return cls(config, settings, precision, card_bytes, weights, working, kv_cache, on_host)
+        return cls(config, settings, precision, card.memory_bytes, weights, working, kv_cache, on_host)
 
     @property
     def reserve(self) -> int:
@@ -248,7 +265,7 @@ class CardMemory:
     @property
     def host_tokens(self) -> int:
         """Tokens whose global keys and values the host tier holds besides."""
-        kv_dtype = FP8 if self.settings.kv_cache_dtype == "fp8" else self.precision.activations
+        kv_dtype = _kv_dtype(self.settings, self.precision)
         slots = divide_host_memory(
             self.blocks,
             slot_bytes(self.layout, self.settings.host_cache_codec, kv_dtype),
@@ -261,6 +278,6 @@ class CardMemory:
         """Tokens whose global keys and values the disk holds at most; 0 without one."""
         if self.settings.nvme_cache_path is None:
             return 0
-        kv_dtype = FP8 if self.settings.kv_cache_dtype == "fp8" else self.precision.activations
+        kv_dtype = _kv_dtype(self.settings, self.precision)
         stored = slot_bytes(self.layout, self.settings.disk_codec, kv_dtype)
         return self.settings.nvme_cache_bytes // stored[LayerGroup.GLOBAL] * self.layout.block_size

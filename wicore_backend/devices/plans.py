@@ -59,7 +59,7 @@ class Plan:
             config,
             self.engine_config(model),
             self.precision,
-            card_bytes=self.card.memory_bytes,
+            card=self.card,
         )
 
 
@@ -78,7 +78,7 @@ PLANS: Mapping[str, Plan] = _by_name(
             CARDS["t10"],
             "gemma-3-4b",
             Precision.FP16,
-            {"dtype": "float16", "max_running": 8, **_host(8), **_DISK},
+            {"dtype": "float16", "max_model_len": 65_536, "max_running": 8, **_host(8), **_DISK},
             cards=2,
         ),
         Plan(
@@ -86,7 +86,7 @@ PLANS: Mapping[str, Plan] = _by_name(
             CARDS["rtx4090"],
             "gemma-3-27b",
             Precision.INT4,
-            {"max_running": 8, **_FP8_KV, **_WHOLE_CARD, **_HOST_TABLE, **_host(16), **_DISK},
+            {"max_model_len": 98_304, "max_running": 8, **_FP8_KV, **_WHOLE_CARD, **_HOST_TABLE, **_host(16), **_DISK},
         ),
         Plan(
             "rtx4090-12b",
