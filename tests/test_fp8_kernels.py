@@ -18,6 +18,7 @@ from tests.test_gpu_kernels import EPS, HOPPER_SHARED_MEMORY, every_dtype, relat
 from wicore_backend.executor import fp8_matrix
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.fp8_matrix import FP8_TILES, Fp8GpuMatrix
+from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_products import fp8_product
 from wicore_backend.executor.kernels.fp8_rows import Unscaled, add_norm, gated, quantize_rows
 from wicore_backend.executor.kernels.products import Tile
@@ -70,9 +71,18 @@ def test_rows_are_quantised_by_their_own_largest(dtype, size, kernel_device):
     assert not ours.values[3:].isnan().any()
 
 
+def test_a_row_of_the_smallest_numbers_has_a_scale_with_an_inverse(kernel_device):
+    x = torch.tensor([[1e-40, -1e-41], [1e-36, 1e-37]], device=kernel_device)
+    for rows in (quantize_rows(x), quantized_rows(x)):
+        assert (rows.scale >= 2.0**-120).all()
+        assert (rows.dequantized() - x).abs().max() < 2.0**-123, "more than half a step of FP8 there"
+
+
 @every_dtype
 @pytest.mark.parametrize("parts", [0, 3])
-def test_a_norm_writes_its_rows_in_fp8(dtype, parts, kernel_device):
+@pytest.mark.parametrize("many_rows", [1, 256], ids=["row after row", "a program a row"])
+def test_a_norm_writes_its_rows_in_fp8(dtype, parts, many_rows, kernel_device, monkeypatch):
+    monkeypatch.setattr(fp8_rows, "_MANY_ROWS", many_rows)
     size = 80
     x = torch.randn(*([parts] if parts else []), 3, size, device=kernel_device)
     x = x if parts else x.to(dtype)
@@ -98,7 +108,9 @@ def test_a_norm_scales_a_product_that_was_not(quantizes, kernel_device):
 
 
 @pytest.mark.parametrize("scales", [False, True])
-def test_gelu_writes_its_rows_in_fp8(scales, kernel_device):
+@pytest.mark.parametrize("many_rows", [1, 256])
+def test_gelu_writes_its_rows_in_fp8(scales, many_rows, kernel_device, monkeypatch):
+    monkeypatch.setattr(fp8_rows, "_MANY_ROWS", many_rows)
     gate_up = unscaled(3, 96, kernel_device)
     gate_up.values[0, 0] = -100  # Whose exponential overflows.
     wide = gate_up.scaled() if scales else gate_up.values.float()
