@@ -12,6 +12,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -22,6 +23,7 @@ import numpy as np
 from scripts.benchmark import DEMO_MODEL, Load, environment, in_turns, run_in_process
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.config import ExecutorSetting
+from wicore_backend.engine.engine import Images
 
 EXECUTORS: tuple[ExecutorSetting, ...] = ("torch", "onnx")
 VOCAB = 2048
@@ -83,7 +85,7 @@ def _see(pictures: int) -> None:
     global _seen
     rng = np.random.default_rng(_seen)
     _seen += pictures
-    images = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(pictures)]
+    images: Images = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(pictures)]
     _engine.generate("What is this?", SamplingParams(max_tokens=1), images=images)
 
 
@@ -95,7 +97,9 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as engines:
         sides = {executor: Side(executor, args.threads, Path(engines)) for executor in EXECUTORS}
-        work = {name: {e: partial(side.run, load) for e, side in sides.items()} for name, load in LOADS.items()}
+        work: dict[str, dict[str, Callable[[], None]]] = {
+            name: {e: partial(side.run, load) for e, side in sides.items()} for name, load in LOADS.items()
+        }
         work["8 pictures"] = {e: partial(side.see, 8) for e, side in sides.items()}
         for name, runs in work.items():
             times = in_turns(runs, args.rounds)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -211,6 +213,53 @@ def test_steps_of_any_size_follow_each_other_and_results_outlast_the_next_layer(
         for part, whole in zip(executor.first(hidden, cos, sin), plain.first(hidden, cos, sin), strict=True):
             assert relative_error(part, whole) < 1e-5
         assert relative_error(executor.last(two, attention, rows), plain.last(then, attention, rows)) < 1e-5
+
+
+@torch.inference_mode()
+def test_a_rehearsal_runs_every_segment_and_leaves_results_as_they_are(tmp_path, monkeypatch):
+    write_random_checkpoint(tmp_path / "model", vision={})
+    executor = executor_of(tmp_path / "model", tmp_path / "graphs")
+    ran = set()
+    run = OnnxSegment.run
+
+    def noted(segment, inputs, outputs):
+        ran.add(id(segment))
+        run(segment, inputs, outputs)
+
+    hidden, attention, rotation = torch.randn(5, 48), torch.randn(5, 64), torch.randn(5, 16)
+    before = [part.clone() for part in executor.mid(1, hidden, attention, rotation, rotation)[1]]
+    monkeypatch.setattr(OnnxSegment, "run", noted)
+    executor.rehearse(tokens=64, pictures=3)
+    assert len(ran) == 6, "first, three mid, last and vision"
+    after = executor.mid(1, hidden, attention, rotation, rotation)[1]
+    assert all(torch.equal(*parts) for parts in zip(before, after, strict=True))
+
+
+def test_steps_of_ever_more_tokens_leave_no_memory_behind():
+    """In a process of its own, since what ONNX Runtime shares lasts as long as that."""
+    grown = float(subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True).stdout)
+    assert grown < 2**26, f"{grown / 2**20:.0f} MiB"
+
+
+GROWTH = """
+import resource, tempfile
+from pathlib import Path
+import torch
+from tests.test_onnx_executor import DEMO, executor_of
+
+with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
+    executor = executor_of(DEMO, Path(directory))
+    hidden, attention, rotation = torch.randn(512, 256), torch.randn(512, 256), torch.randn(512, 64)
+
+    def step(tokens):
+        executor.mid(0, hidden[:tokens], attention[:tokens], rotation[:tokens], rotation[:tokens])
+
+    step(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for tokens in range(1, 513, 3):
+        step(tokens)
+    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
 
 
 def test_soft_tokens_replace_rows_whose_id_is_beyond_the_vocabulary():

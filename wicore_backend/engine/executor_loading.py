@@ -14,6 +14,7 @@ from torch import Tensor
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.executors import Choice, ExecutorName, exported_precision
 from wicore_backend.engine.exporting import exported_segments
+from wicore_backend.engine.pictures import MAX_BATCH
 from wicore_backend.engine.recording import Record
 from wicore_backend.executor.base import Executor
 from wicore_backend.executor.embedding import Embedding
@@ -23,6 +24,7 @@ from wicore_backend.executor.tensorrt.store import EngineSet
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import CheckpointReader, load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.weight_format import weight_format
 from wicore_backend.models.gemma3.weights import Gemma3Weights
 from wicore_backend.observability.progress import ByteProgress
 
@@ -120,10 +122,19 @@ def _onnx(settings: EngineConfig, config: Gemma3Config, device: torch.device) ->
     runtime = OnnxRuntime(device, threads=settings.threads or torch.get_num_threads())
     # On a CPU, ONNX Runtime lays matrices that are within a graph out anew, as it multiplies them fastest. On a GPU it
     # does not, and weights that are inputs need no second copy of the model on the disk.
-    within = device.type == "cpu" or precision in (Precision.INT4, Precision.FP8)
+    within = (
+        device.type == "cpu"
+        or precision in (Precision.INT4, Precision.FP8)
+        or weight_format(settings.model) is not None  # Those that are quantised cannot be inputs.
+    )
     exported = exported_segments(settings, precision, weights="embedded" if within else "inputs")
     embedding, given = _given(settings, config, device, precision, whole=exported.weights == "inputs")
-    return LoadedExecutor(OnnxExecutor(config, exported, embedding, runtime, weights=given), precision)
+    executor = OnnxExecutor(config, exported, embedding, runtime, weights=given)
+    if device.type == "cuda":
+        # Before the KV cache takes what is free.
+        with torch.inference_mode():
+            executor.rehearse(tokens=settings.max_batch_tokens, pictures=MAX_BATCH)
+    return LoadedExecutor(executor, precision)
 
 
 def _tensorrt(
@@ -140,7 +151,7 @@ def _tensorrt(
     executor = TensorRTExecutor.load(
         config,
         engines,
-        library=load_library(),
+        library=load_library(key.library.value),
         card=card,
         embed=embedding,
         weights=given,

@@ -65,6 +65,8 @@ class OnnxExecutor:
         self._vision = found.get(Segment(SegmentKind.VISION))
         text = config.text
         self._vocab_size = text.vocab_size
+        if config.vision is not None:
+            self._pixels_shape = config.vision.num_channels, *[config.vision.image_size] * 2
         self._soft_tokens_shape = config.mm_tokens_per_image, text.hidden_size
         self._between = _Between(
             hidden=(self._zeros(0, text.hidden_size, dtype=self.residual),) * 2,
@@ -97,6 +99,18 @@ class OnnxExecutor:
         soft_tokens = torch.empty(len(pixels), *self._soft_tokens_shape, dtype=self.residual, device=self.device)
         self._vision.run((pixels.contiguous(),), (soft_tokens,))
         return soft_tokens
+
+    def rehearse(self, *, tokens: int, pictures: int) -> None:
+        """Compute steps of so many tokens and pictures once, for what ONNX Runtime takes of the device's memory."""
+        room = self._room(tokens)
+        hidden, rotation = room.hidden[0], self._zeros(tokens, room.qkv.q.shape[2])
+        attention = self._zeros(tokens, room.qkv.q[0].numel())
+        self.first(hidden, rotation, rotation)
+        for layer in range(len(self._mids)):
+            hidden, _ = self.mid(layer, hidden, attention, rotation, rotation)
+        self.last(hidden, attention, torch.zeros(1, dtype=torch.int64, device=self.device))
+        if self._vision is not None:
+            self.vision(self._zeros(pictures, *self._pixels_shape))
 
     def _room(self, tokens: int) -> _Between:
         """Memory for what a step of so many tokens leaves between its segments: the same for the same number."""
