@@ -286,7 +286,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
 def test_a_model_that_a_plan_does_not_fit_is_refused(tmp_path, monkeypatch):
     config = published_config("gemma-3-27b")
     monkeypatch.setattr(build_engines.Gemma3Config, "from_checkpoint", lambda _: config)
-    with pytest.raises(SystemExit, match=r"--plan t10x2-4b is for gemma-3-4b, and .* not enough for 131,072 tokens"):
+    with pytest.raises(SystemExit, match=r"--plan t10x2-4b is for gemma-3-4b, and .* not enough for 65,536 tokens"):
         call(tmp_path, monkeypatch, "--plan", "t10x2-4b")
 
 

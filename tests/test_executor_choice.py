@@ -225,6 +225,18 @@ def test_engines_that_fit_are_found_loaded_and_run(tmp_path, monkeypatch, wanted
         assert relative_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("built_by_rtx", [True, False])
+@pytest.mark.usefixtures("on_stand_in")
+def test_engines_of_either_library_are_found_where_both_are(tmp_path, monkeypatch, built_by_rtx):
+    monkeypatch.setattr(executors, "load_library", lambda name: stand_in.library(rtx=name == "tensorrt_rtx"))
+    write_random_checkpoint(tmp_path / "model")
+    exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
+    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=built_by_rtx))
+    settings = EngineConfig(model=tmp_path / "model", engines=tmp_path / "engines", max_batch_tokens=64, max_running=8)
+    found = find_engines(settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
+    assert found.key.library == ("tensorrt_rtx" if built_by_rtx else "tensorrt")
+
+
 @pytest.mark.usefixtures("on_stand_in")
 def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
     write_random_checkpoint(tmp_path / "model")

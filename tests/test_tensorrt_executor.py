@@ -173,7 +173,7 @@ def test_the_whole_engine_runs_on_it(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "choose", lambda *_, **__: Choice(ExecutorName.TENSORRT, "tried", engines))
     monkeypatch.setattr(card, "CudaCard", StandInCard)
     monkeypatch.setattr(loading, "device_needs", lambda *_, **__: {"graphs": 1})
-    monkeypatch.setattr(library, "load_library", stand_in.library)
+    monkeypatch.setattr(library, "load_library", lambda _: stand_in.library())
     assert answers() == expected
     assert len(stand_in.TOLD.executions) > 24 * model.config.text.num_layers
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ import torch
 from wicore_backend.config import EngineConfig, ExecutorSetting
 from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.segments.contract import Precision, segments
-from wicore_backend.executor.tensorrt.library import load_library
+from wicore_backend.executor.tensorrt.library import Library, LibraryName, load_library
 from wicore_backend.executor.tensorrt.store import MANIFEST, EngineSet, EngineStore, Wanted
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
@@ -138,19 +139,22 @@ def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.dev
             f"there are no TensorRT engines in {root} (*/*/{MANIFEST}); build them with "
             f"python -m scripts.build_engines {settings.model}, or set engines to the directory that has them"
         )
-    library, card = load_library(), CudaCard.of(device)
-    wanted = Wanted(
-        model=checkpoint_fingerprint(settings.model).hex(),
-        precision=_engine_precision(settings),
-        library=library.name,
-        version=library.version,
-        compute_capability=card.compute_capability,
-        card=card.name,
-        max_running=settings.max_running,
-        max_batch_tokens=settings.max_batch_tokens,
-        segments=tuple(segments(config)),
-    )
-    engines = EngineStore(root).find(wanted)
+    card, fingerprint = CudaCard.of(device), checkpoint_fingerprint(settings.model).hex()
+    wanted = [
+        Wanted(
+            model=fingerprint,
+            precision=_engine_precision(settings),
+            library=library.name,
+            version=library.version,
+            compute_capability=card.compute_capability,
+            card=card.name,
+            max_running=settings.max_running,
+            max_batch_tokens=settings.max_batch_tokens,
+            segments=tuple(segments(config)),
+        )
+        for library in _libraries()
+    ]
+    engines = _first_found(EngineStore(root), wanted)
     activations = engines.key.precision.activations
     if settings.dtype not in ("auto", _name(activations)):
         raise ExecutorError(
@@ -158,6 +162,23 @@ def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.dev
             "set dtype to 'auto', or engine_precision to that of other engines"
         )
     return engines
+
+
+def _libraries() -> Sequence[Library]:
+    """Those that are installed, at least one: an image may have both, and engines of one."""
+    found = []
+    for name in LibraryName:
+        with suppress(ExecutorError):
+            found.append(load_library(name.value))
+    return found or [load_library()]  # Which says why there is none.
+
+
+def _first_found(store: EngineStore, wanted: Sequence[Wanted]) -> EngineSet:
+    *others, last = wanted
+    for one in others:
+        with suppress(ExecutorError):
+            return store.find(one)
+    return store.find(last)
 
 
 def exported_precision(settings: EngineConfig, device: torch.device) -> Precision:
