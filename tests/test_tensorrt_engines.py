@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -22,9 +23,10 @@ from wicore_backend.executor.segments.contract import (
 from wicore_backend.executor.segments.export import export_segment
 from wicore_backend.executor.segments.manifest import SegmentFile
 from wicore_backend.executor.segments.source import WeightSource
+from wicore_backend.executor.tensorrt import building
 from wicore_backend.executor.tensorrt.building import BuildOptions, Target, build_engine
 from wicore_backend.executor.tensorrt.inspection import check_contract
-from wicore_backend.executor.tensorrt.library import LibraryName, load_library
+from wicore_backend.executor.tensorrt.library import Library, LibraryName, load_library
 from wicore_backend.executor.tensorrt.profiles import Range, profiles_for, profiles_of
 from wicore_backend.executor.tensorrt.records import EngineKey, EngineManifest
 from wicore_backend.executor.tensorrt.store import EngineFolder, EngineStore, Wanted, read_engine, read_manifest
@@ -218,6 +220,71 @@ def test_what_cannot_be_built_names_segment_target_and_message(tiny, build, tmp_
     assert not (tmp_path / "engines").exists()
 
 
+def test_tensorrt_itself_builds_for_the_card_that_is_there_alone(tiny, library, tmp_path, monkeypatch):
+    names = {name: getattr(library.api, name) for name in dir(library.api) if name != "ComputeCapability"}
+    plain = Library(LibraryName.TENSORRT, "10.16", SimpleNamespace(**names))
+    target = Target(plain.name, "sm90", Precision.BF16)
+    path = tmp_path / "engines" / "first.engine"
+    for here, said in ((None, "not there"), ("sm89", "sm89")):
+        monkeypatch.setattr(building, "_card_here", lambda here=here: here)
+        with pytest.raises(
+            ExecutorError, match=rf"builds for the card that it runs on, which is {said}, and not for sm90"
+        ):
+            build_engine(tiny("Add"), path, target=target, profiles=PROFILES, library=plain)
+
+
+class Measuring:
+    """A library that times kernels, as far as timings go: it builds by the real one, and takes only its own cache."""
+
+    def __init__(self, real, attached):
+        self._real = real
+        self._attached = attached
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def __setattr__(self, name, value):
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._real, name, value)
+
+    def create_timing_cache(self, content):
+        return SimpleNamespace(content=content, serialize=lambda: b"mine, and more")
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        assert not ignore_mismatch, "timings of another card are worth nothing"
+        if not cache.content or cache.content.startswith(b"mine"):
+            self._attached.append(cache.content)
+            return True
+        return False
+
+
+@pytest.mark.parametrize("there", [None, b"mine", b"of another card"])
+def test_timings_are_kept_and_those_of_another_card_are_not(tiny, library, tmp_path, monkeypatch, there):
+    attached, timings = [], tmp_path / "timings.cache"
+    if there is not None:
+        timings.write_bytes(there)
+    configure = building._configure
+    monkeypatch.setattr(Library, "times_kernels", True)
+    # The builder wants its own kind of config, which the stand-in wraps until then.
+    monkeypatch.setattr(building, "_configure", lambda *args: Measuring(configure(*args), attached))
+    builders = library.api.Builder
+
+    class Builder(builders):
+        def build_serialized_network(self, network, config):
+            return super().build_serialized_network(network, config._real)
+
+    api = SimpleNamespace(**{name: getattr(library.api, name) for name in dir(library.api)} | {"Builder": Builder})
+    path = tmp_path / "engines" / "first.engine"
+    target = Target(library.name, "sm89", Precision.BF16)
+    build_engine(
+        tiny("Add"), path, target=target, profiles=PROFILES, library=replace(library, api=api), timing_cache=timings
+    )
+    assert attached == [b"mine" if there == b"mine" else b""]
+    assert timings.read_bytes() == b"mine, and more"
+
+
 @pytest.mark.parametrize(
     ("graph", "said"),
     [
@@ -399,6 +466,32 @@ def test_manifests_name_files_beside_them_only(kept, name):
     content = json.loads((folder.directory / "engines.json").read_bytes())
     content["engines"][0]["file"] = name
     with pytest.raises(ExecutorError, match=r"engines\.0\.file"):
+        EngineManifest.parse(json.dumps(content).encode(), "engines.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("key", "version"), "1/../../2"),
+        (("key", "compute_capability"), "sm89/x"),
+        (("key", "profiles", 0, "tokens", "min"), 99),
+        (("key", "profiles", 0, "tokens", "max"), "many"),
+        (("key", "profiles"), []),
+        (("key", "precision"), "fp5"),
+        (("engines", 0, "segments"), []),
+        (("engines", 0, "digest"), "0" * 31),
+        (("engines", 0, "nbytes"), -1),
+        (("engines", 0, "report", "activation_bytes"), [1.5]),
+        (("extra",), 1),
+    ],
+)
+def test_manifests_with_values_that_cannot_be_are_refused(kept, place, value):
+    content = json.loads((kept().directory / "engines.json").read_bytes())
+    part = content
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    with pytest.raises(ExecutorError, match=str(place[0])):
         EngineManifest.parse(json.dumps(content).encode(), "engines.json")
 
 

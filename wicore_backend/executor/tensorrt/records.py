@@ -48,7 +48,7 @@ class EngineKey(_Record):
     precision: Precision
     weights: Literal["embedded", "inputs"] = "embedded"
     library: LibraryName
-    version: str
+    version: Annotated[str, Field(pattern=r"^[\w.+-]+$")]
     compute_capability: Annotated[str, Field(pattern=r"^sm\d{2,3}$")]
     card: str | None = None
     profiles: Annotated[tuple[Profile, ...], Field(min_length=1)]
