@@ -172,6 +172,8 @@ def test_a_library_that_is_missing_says_how_to_get_it(installed):
         load_library()
     installed["tensorrt_rtx_bindings"] = "1.7"
     assert load_library().name is LibraryName.TENSORRT_RTX
+    installed["tensorrt_bindings"] = "10.13"  # As Dockerfile.triton has them, beside the image's library.
+    assert str(load_library()) == "tensorrt 10.13"
     installed["tensorrt"] = "10.16"
     assert str(load_library()) == "tensorrt 10.16"
     installed["tensorrt_rtx"] = "1.8"

@@ -30,7 +30,7 @@ class LibraryName(StrEnum):
 LibraryChoice = Literal["auto", "tensorrt", "tensorrt_rtx"]
 
 _MODULES: Mapping[LibraryName, tuple[str, ...]] = {
-    LibraryName.TENSORRT: ("tensorrt",),
+    LibraryName.TENSORRT: ("tensorrt", "tensorrt_bindings"),
     LibraryName.TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 _REMEDIES: Mapping[LibraryName, str] = {
