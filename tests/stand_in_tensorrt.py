@@ -127,6 +127,8 @@ class Told:
     executions: list[int] = field(default_factory=list)
     """The stream of each."""
     strategies: list[int] = field(default_factory=list)
+    alive: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """The contexts that still are."""
     budgets: dict[str, int] = field(default_factory=dict)
 
 
@@ -301,6 +303,7 @@ class IExecutionContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
+        TOLD.alive.add(self)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         assert stream_handle == STREAM

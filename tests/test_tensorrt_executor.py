@@ -308,6 +308,8 @@ def test_each_recording_has_contexts_of_its_own(model, tmp_path):
     executor.mid(0, hidden, attention, cos, sin)
     assert stand_in.TOLD.contexts == made + 2
     assert stand_in.TOLD.shapes == told, "other steps use the contexts that they had, and know their shapes"
+    gc.collect()
+    assert len(stand_in.TOLD.alive) == made + 2, "a graph goes on using those that it was recorded with"
 
 
 def test_a_recording_that_fails_leaves_the_shared_contexts(model, tmp_path):

@@ -70,6 +70,7 @@ class SegmentContexts:
         self._messages = messages
         self._shared: dict[int, _Bound] = {}
         self._bound = self._shared
+        self._own: list[dict[int, _Bound]] = []
 
     @property
     def most(self) -> int:
@@ -82,8 +83,9 @@ class SegmentContexts:
             self._shared[profile] = self._fresh(profile)
 
     def keep_own(self) -> Callable[[], None]:
-        """From now on use contexts of one's own, which live as long as the engine; until the result is called."""
+        """Use contexts that nobody used before, until the result is called. They live as long as all this."""
         self._bound = {}
+        self._own.append(self._bound)
 
         def restore() -> None:
             self._bound = self._shared
