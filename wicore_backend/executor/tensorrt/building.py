@@ -166,6 +166,7 @@ def _configure(builder: Any, library: Library, target: Target, options: BuildOpt
             f"{target.compute_capability}; build there, or with tensorrt_rtx"
         )
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+    config.max_aux_streams = 0  # A segment is one thing after the other, and part of a graph.
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.weight_streaming:
