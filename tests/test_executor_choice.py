@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.gemma3_random import write_random_checkpoint
 from tests.model_parity import relative_error
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine import executor_loading, executors
-from wicore_backend.engine.executor_loading import load_executor
+from wicore_backend.engine.executor_loading import LoadedExecutor, load_executor
 from wicore_backend.engine.executors import (
     Choice,
     ExecutorName,
@@ -24,6 +25,7 @@ from wicore_backend.engine.executors import (
     exported_precision,
     find_engines,
 )
+from wicore_backend.engine.loading import _computed_in
 from wicore_backend.errors import ExecutorError, InvalidArgumentError
 from wicore_backend.executor.segments.contract import Precision
 from wicore_backend.executor.segments.export import export_segments
@@ -259,3 +261,19 @@ def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
         choose("tensorrt", CUDA, find=find(dtype="bfloat16"))
     with pytest.raises(ExecutorError, match="in fp32 instead of int4"):
         choose("tensorrt", CUDA, find=find(engine_precision="int4"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "name"),
+    [
+        (torch.float32, None, "torch.float32"),
+        (torch.float32, Precision.FP32, "torch.float32"),
+        (torch.float16, Precision.FP16, "torch.float16"),
+        (torch.bfloat16, Precision.BF16, "torch.bfloat16"),
+        (torch.bfloat16, Precision.INT4, "torch.bfloat16 int4"),
+        (torch.bfloat16, Precision.FP8, "torch.bfloat16 fp8"),
+    ],
+)
+def test_keys_and_values_of_weights_that_were_rounded_have_a_name_of_their_own(dtype, precision, name):
+    """On the disk, where an engine of another kind must not take them for its own."""
+    assert _computed_in(LoadedExecutor(SimpleNamespace(dtype=dtype), precision)) == name

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 
+from scripts import quantize
 from tests.gemma3_driver import Driver
 from tests.gemma3_random import VISION, write_random_checkpoint
 from tests.model_parity import (
@@ -42,6 +43,7 @@ from wicore_backend.executor.segments.export import bindings, export_segments
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import CheckpointReader, load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.layers import embedding_scale
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
@@ -173,6 +175,37 @@ def test_an_engine_on_it_answers_as_one_on_torch(name, tmp_path):
         assert [t.logprob for t in ours.logprobs] == pytest.approx([t.logprob for t in torchs.logprobs], abs=2e-5)
 
 
+@pytest.mark.parametrize("scheme", [quantize.fp8(), quantize.int4(64)], ids=["fp8", "int4"])
+def test_a_quantised_checkpoint_is_exported_widened(scheme, tmp_path):
+    quantize.quantize(DEMO, tmp_path / "model", scheme, device=CPU)
+    ours, torchs = (demo_answers(tmp_path / "model", tmp_path / "engines", executor=e) for e in ("onnx", "torch"))
+    assert [answer.token_ids for answer in ours] == [answer.token_ids for answer in torchs]
+    for one, other in zip(ours, torchs, strict=True):
+        assert [t.logprob for t in one.logprobs] == pytest.approx([t.logprob for t in other.logprobs], abs=5e-5)
+
+
+def test_the_demo_model_answers_in_float16_what_it_does_in_float32(tmp_path):
+    half = demo_answers(DEMO, tmp_path, executor="onnx", dtype="float16")
+    full = demo_answers(DEMO, tmp_path, executor="torch")
+    assert [answer.text for answer in half] == [answer.text for answer in full]
+    assert half[1].text == "19"
+    assert half[2].text == "4821"
+
+
+def demo_answers(model, engines, **settings):
+    """To questions about a picture, a sum, and a text that takes several chunks."""
+    picture = (DEMO.parent.parent / "client" / "wicore_client" / "assets" / "shapes.png").read_bytes()
+    prompts = [
+        "What is in this picture?",
+        "What is 12 + 7?",
+        "The code of Anna is 4821. " * 20 + "What is the code of Anna?",
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=32, logprobs=1)
+    config = EngineConfig(model=model, device="cpu", engines=engines, threads=1, max_batch_tokens=160, **settings)
+    with Engine(config) as engine:
+        return engine.generate(prompts, params, images=[[picture], [], []])
+
+
 def test_float16_keeps_its_residual_stream_in_float32(tmp_path):
     write_random_checkpoint(tmp_path / "model", text=FIVE_TO_ONE, vision={}, seed=3)
 
@@ -260,6 +293,26 @@ with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
         step(tokens)
     print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
+
+
+def test_a_kernel_widens_rows_as_it_looks_them_up(kernel_device):
+    from wicore_backend.executor.kernels.small import embed
+
+    table = torch.randn(50, 100).half().to(kernel_device)
+    ids = torch.tensor([3, 49, 3, 0], device=kernel_device)
+    rows = embed(ids, table, 1.7, dtype=torch.float32)
+    assert torch.allclose(rows, table[ids].float() * 1.7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_rows_come_from_page_locked_host_memory():
+    table = torch.randn(50, 128).half()
+    embed = Embedding(table.pin_memory(), device=torch.device("cuda"), residual=torch.float32)
+    ids = torch.tensor([3, 49, 3, 0], device="cuda")
+    on_device = Embedding(table.cuda(), device=ids.device, residual=torch.float32)
+    assert torch.equal(embed(ids, None, None), on_device(ids, None, None))
+    assert torch.allclose(embed(ids, None, None).cpu(), table[ids.cpu()].float() * embedding_scale(128, torch.float32))
 
 
 def test_soft_tokens_replace_rows_whose_id_is_beyond_the_vocabulary():

@@ -194,7 +194,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
             soft_tokens_per_image=image_tokens,
             eos_token_ids=frozenset(config.eos_token_ids),
             generation_defaults=defaults,
-            executor=ExecutorInUse(choice.name, choice.reason),
+            executor=ExecutorInUse(str(choice.name), choice.reason),
             overlaps=device.type == "cuda",
         )
         on_failure.pop_all()  # From now on the mover closes both.
