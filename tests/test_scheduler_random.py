@@ -43,12 +43,14 @@ from wicore_backend.engine.request import (
     FinishedEvent,
     FinishReason,
     PriorityClass,
+    Request,
     Sequence,
     TokensEvent,
 )
 from wicore_backend.engine.runner import StepOutput
 from wicore_backend.engine.sampler import SamplingRow, sample
 from wicore_backend.engine.speculation import Speculator, may_be_guessed
+from wicore_backend.engine.statistics import ExecutorInUse
 from wicore_backend.engine.step_time import StepShape
 from wicore_backend.engine.tiers import BlockMover
 from wicore_backend.hmt.blocks import BlockManager
@@ -140,6 +142,14 @@ class Runner:
         self.wrong: list[str] = []
         self.broken: Callable[[StepPlan], bool] = lambda _: False
         self.meanwhile: Callable[[], None] = lambda: None
+
+    def foresee(self, request: Request, computed: int) -> None:
+        """Pictures are encoded with their step here."""
+        del request, computed
+
+    def forget(self, request: Request) -> None:
+        """Nothing is encoded ahead."""
+        del request
 
     def run(self, plan: StepPlan, ahead: torch.Tensor | None = None) -> StepOutput:
         self._ahead = ahead
@@ -421,6 +431,7 @@ def hand_turned(setting: Setting, clock: Clock) -> tuple[HandTurnedEngine, Runne
         soft_tokens_per_image=IMAGE,
         eos_token_ids=frozenset([EOS]),
         generation_defaults={},
+        executor=ExecutorInUse("fake", "it makes mistakes visible"),
         overlaps=setting.overlaps,
     )
     monitor = partial(HealthMonitor, clock=clock.monotonic)
