@@ -345,6 +345,37 @@ def test_a_full_host_tier_lets_go_of_what_was_spilled_first():
     assert books.match(names(range(110)), 27).known == 0
 
 
+def test_a_window_that_is_given_up_while_a_longer_sequence_uses_its_end_is_found_whole_in_host_memory():
+    books = tiered(host=200, blocks=201)
+    prompt = [*range(48), 1]
+    books.close(run(books, prompt))
+    longer = run(books, [*range(48), *range(500, 560)])
+    assert books.match(names(prompt), 12) == PrefixMatch(12, 12)
+    spilled = [t.source for t in books.take_transfers() if t.route is Route.DEVICE_TO_HOST and t.group is L]
+    assert len(spilled) == 6, "the blocks that a token after the prompt sees"
+    books.close(longer)
+    while any(pool.cached for pool in books.pools.values()):
+        books.give_up(64)
+        books.check_integrity()
+    assert books.match(names(prompt), 12) == PrefixMatch(12, 12)
+    again = run(books, prompt)
+    assert again.full == 12
+
+
+def test_windows_that_overlap_are_one_copy_of_what_they_share_and_outlive_each_other():
+    books = manager(blocks=80)
+    books.close(run(books, range(60)))  # Its window is that of blocks 9 to 14.
+    alone = books.pools[L].cached
+    second = [*range(50), *range(500, 530)]
+    books.close(run(books, second))  # Computes blocks 9 to 11 anew, and keeps the window of 6 to 11: they part there.
+    kept = books.pools[L].cached
+    assert kept == alone + 3 + 6, "blocks 6 to 8, and those at the end of its own"
+    books.pools[L].give_up(1)
+    books.check_integrity()
+    assert books.match(names(range(60)), 14).resume == 12, "the window of the first is gone"
+    assert books.match(names(second), 12) == PrefixMatch(12, 12)
+
+
 def test_a_host_tier_is_forgotten_with_the_rest():
     books = tiered(host=60)
     for start in (0, 1000, 2000):
@@ -464,23 +495,35 @@ def test_the_check_finds_a_lost_block_and_one_that_has_a_wrong_user():
         books.check_integrity()
 
 
+BOUNDLESS = 10_000
+"""Slots of host memory, which no test fills."""
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     window=st.integers(1, 40),
     size=st.integers(1, 9),
     max_chunk=st.integers(1, 20),
-    host=st.sampled_from([0, 5, 100]),
+    local=st.sampled_from([0, 2, 10, 100]),
+    host=st.sampled_from([0, 5, 100, BOUNDLESS]),
     policy=st.sampled_from([None, "lru", "lfu", "s3fifo", "a2cr"]),
     steps=st.lists(
         st.tuples(st.integers(0, 4), st.integers(1, 20), st.integers(2, 90), st.integers(0, 2), st.integers(0, 20)),
         max_size=60,
     ),
 )
-def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, size, max_chunk, host, policy, steps):
-    """Open on a prefix, extend by chunks, fork, close: what a sequence sees is what was written for its prefix."""
+def test_any_interleaving_keeps_the_books_and_every_block_its_content(
+    window, size, max_chunk, local, host, policy, steps
+):
+    """Open on a prefix, extend by chunks, fork, close: what a sequence sees is what was written for its prefix.
+
+    Host memory that is never full has all that the device has ever kept and keeps no more, the bytes too. The device
+    has `local` blocks more than a prompt holds at once in the local group.
+    """
+    shape = layout(window=window, block_size=size)
     books = BlockManager(
-        layout(window=window, block_size=size),
-        {L: 64, G: 64},
+        shape,
+        {L: 1 + shape.blocks_held(L, 90, max_chunk) + local, G: 91},
         max_chunk=max_chunk,
         lower=LowerTiers(HostTier({L: host, G: host}, LRU)) if host else None,
         policy=None if policy is None else POLICIES[policy],
@@ -489,6 +532,23 @@ def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, si
     in_host: dict[tuple[LayerGroup, int, int], bytes] = {}
     running: dict[int, tuple[SequenceBlocks, list[int], BlockNames]] = {}
     progress: dict[int, int] = {}
+    right: dict[bytes, list[bytes]] = {}  # What a block of a name holds, at each offset.
+    on_device: dict[LayerGroup, set[bytes]] = {L: set(), G: set()}
+
+    def check():
+        books.check_integrity()
+        for group, pool in books.pools.items():
+            gone, on_device[group] = on_device[group] - pool._named.keys(), set(pool._named)
+            assert host != BOUNDLESS or all(books.lower.host.holds(group, name) for name in gone)
+
+    def fits(chain, match):
+        """Whether there is room for what a sequence goes on from."""
+        chain = chain.first(match.resume)
+        for group, pool in books.pools.items():
+            blocks = [pool.find(chain[n]) for n in books._span(group, match.resume)]
+            if sum(block is None or not pool.is_active(block) for block in blocks) > pool.available:
+                return False
+        return True
 
     def copy():
         """Make the copies that the books ask for."""
@@ -526,14 +586,14 @@ def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, si
         ]
         if books.spare >= count * len(ends):
             books.extend_all(ends, count)
-            books.check_integrity()
+            check()
 
     for slot, chunk, length, branch, common in steps:
         if chunk % 4 == 0:
             grow(branch + 1)
         if common % 3 == 0:
             books.tend(float(common))
-            books.check_integrity()
+            check()
         if slot not in running:
             tokens = [*range(min(common, length)), *range(1000 * branch, 1000 * branch + length)][:length]
             chain = names(tokens, size=size)
@@ -541,6 +601,8 @@ def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, si
             books.observe(Access(keys=chain.first(full)[:full]), 0.0)
             match = books.match(chain, full)
             assert match.resume <= match.known
+            if not fits(chain, match):
+                continue
             running[slot] = (books.open(chain, match, max_tokens=length, expected_tokens=length), tokens, chain)
             books.keep_window(running[slot][0], (length // 2) // size)
             progress[slot] = match.resume * size
@@ -573,8 +635,18 @@ def test_any_interleaving_keeps_the_books_and_every_block_its_content(window, si
                 progress[slot] = end
                 see(slot, computed, end)
                 books.note(blocks, end)
-        books.check_integrity()
+                for n in range(computed // size, end // size):
+                    right[running[slot][2].first(n + 1)[n]] = [
+                        content(tokens, n * size + offset) for offset in range(size)
+                    ]
+        check()
     for blocks, _, _ in running.values():
         books.close(blocks)
-    books.check_integrity()
+    check()
+    copy()
     assert all(pool.active == 0 for pool in books.pools.values())
+    for group in (L, G) if host else ():
+        for name in filter(lambda name: books.lower.host.holds(group, name), right):
+            slot = books.lower.host.pin(group, name)
+            assert [in_host[group, slot, offset] for offset in range(size)] == right[name]
+            books.lower.host.unpin(group, name)

@@ -12,7 +12,11 @@ from wicore_backend.hmt.policy.base import Policy
 from wicore_backend.hmt.victims import Victims
 
 GivenUp = Callable[[bytes, int], None]
-"""Told of the name and the block that is about to lose what it holds under that name."""
+"""Told of the name and the block that is found under it no more.
+
+The block may be in use all the same. It is full, so that nobody writes to it before it is free and taken again: a copy
+that is listed now reads what the name says.
+"""
 
 
 class BlockAccountingError(AssertionError):
@@ -37,7 +41,7 @@ class BlockPool(ABC):
     Parameters
     ----------
     given_up
-        Told of each block that is recycled.
+        Told of each block that is kept no more, in use or not.
     """
 
     def __init__(self, num_blocks: int, given_up: GivenUp | None = None) -> None:
@@ -156,11 +160,10 @@ class BlockPool(ABC):
             name = names[block]
             assert name is not None
             names[block] = None
-            if named.get(name) == block:
-                del named[name]
+            del named[name]
+            if given_up is not None:
+                given_up(name, block)
             if not users[block]:
-                if given_up is not None:
-                    given_up(name, block)
                 free.append(block)
         self.recycled += len(free) - before
 
@@ -179,11 +182,13 @@ class BlockPool(ABC):
             )
         if any(self._names[block] != name for name, block in self._named.items()):
             raise BlockAccountingError("a name leads to a block of another name")
-        self._check_kept(kept, kept - users.keys())
+        if len(self._named) != len(kept):
+            raise BlockAccountingError("a block is kept that cannot be found")
+        self._check_cached(kept - users.keys())
 
     @abstractmethod
-    def _check_kept(self, kept: set[int], cached: set[int]) -> None:
-        """Raise BlockAccountingError unless what is said of kept blocks is so."""
+    def _check_cached(self, cached: set[int]) -> None:
+        """Raise BlockAccountingError unless what is said of cached blocks, and of how others are kept, is so."""
 
 
 def _nothing_cached() -> BlockAccountingError:
@@ -231,9 +236,9 @@ class SingleBlockPool(BlockPool):
         """See BlockPool."""
         self._victims.tend(now, count - len(self._free))
 
-    def _check_kept(self, kept: set[int], cached: set[int]) -> None:
-        if kept != set(self._named.values()) or sorted(self._victims) != sorted(cached):
-            raise BlockAccountingError("a cached block cannot be found, or not be recycled")
+    def _check_cached(self, cached: set[int]) -> None:
+        if sorted(self._victims) != sorted(cached):
+            raise BlockAccountingError("a cached block cannot be recycled")
         self._victims.check_integrity()
 
 
@@ -255,7 +260,10 @@ class CachedRun:
 
 
 class WindowPool(BlockPool):
-    """Blocks are kept and recycled by windows, which may overlap: those of the local group."""
+    """Blocks are kept and recycled by windows, which may overlap: those of the local group.
+
+    Where windows overlap, they have the same blocks. So a block is kept until the last of its windows is recycled.
+    """
 
     def __init__(self, num_blocks: int, given_up: GivenUp | None = None, policy: Policy | None = None) -> None:
         super().__init__(num_blocks, given_up)
@@ -270,21 +278,24 @@ class WindowPool(BlockPool):
         return self._victims
 
     def keep(self, names: Sequence[bytes], blocks: Sequence[int]) -> None:
-        """See BlockPool. A window that is kept already counts as used."""
+        """See BlockPool. A window that is kept already counts as used; a new one has what is kept of it already."""
         name = names[-1]
         if (run := self._runs.get(name)) is not None:
             if run.idle:
                 self._victims.use(name)
                 self._victims.add([name], [run])
             return
-        run = self._runs[name] = CachedRun(name, tuple(blocks), idle=0)
-        self._run_blocks = max(self._run_blocks, len(blocks))
-        holders, own_names, named = self._holders, self._names, self._named
+        named, users = self._named, self._users
+        own = tuple([named.setdefault(*pair) for pair in zip(names, blocks, strict=True)])
+        run = self._runs[name] = CachedRun(name, own, idle=sum(not users[block] for block in own))
+        if run.idle:
+            self._victims.add([name], [run])
+        self._run_blocks = max(self._run_blocks, len(own))
+        holders, own_names = self._holders, self._names
         alone = (run,)
-        for block_name, block in zip(names, run.blocks, strict=True):
+        for block_name, block in zip(names, own, strict=True):
             holders[block] = holders[block] + alone if holders[block] else alone
             own_names[block] = block_name
-            named.setdefault(block_name, block)
 
     def drop_all(self) -> None:
         """See BlockPool."""
@@ -334,12 +345,13 @@ class WindowPool(BlockPool):
                 holders[block] = held[:at] + held[at + 1 :]
         self._unname(unheld, given_up)
 
-    def _check_kept(self, kept: set[int], cached: set[int]) -> None:
+    def _check_cached(self, cached: set[int]) -> None:
         held: dict[int, set[CachedRun]] = {}
         for run in self._runs.values():
             for block in run.blocks:
                 held.setdefault(block, set()).add(run)
-        if {block: set(runs) for block, runs in enumerate(self._holders) if runs} != held or held.keys() != kept:
+        holders = {block: set(runs) for block, runs in enumerate(self._holders) if runs}
+        if holders != held or held.keys() != set(self._named.values()):
             raise BlockAccountingError("the blocks' windows are not those that are kept")
         for run in self._runs.values():
             if run.idle != len(cached.intersection(run.blocks)):
