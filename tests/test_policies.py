@@ -283,6 +283,7 @@ def test_product_form_is_attention_times_uses_times_decay():
     for key in ("once", "often", "often", "late"):
         if key == "late":
             policy.advance(10.0)  # exp(-1) makes two uses of "often" less than one of "late"
+        policy.observe(Access(keys=[key]))
         if key == "often" and len(policy) == 2:
             policy.use(key)
         policy.add(key)
@@ -293,6 +294,7 @@ def test_product_form_is_attention_times_uses_times_decay():
 def test_closed_forms_count_attention_and_uses_beyond_eviction(form):
     policy = form(10)
     for _ in range(3):
+        policy.observe(Access(keys=["known"]))
         policy.add("known")
         assert policy.evict() == "known"
     for key in ("attended", "ignored", "known"):
@@ -306,6 +308,23 @@ def test_closed_forms_count_attention_and_uses_beyond_eviction(form):
     assert policy.evict() == "ignored"
 
 
+@pytest.mark.parametrize("form", [ProductA2CR, WeightedA2CR, WTinyLFU])
+def test_a_prompt_is_one_use_of_a_block_however_often_that_goes_up_and_down(form):
+    """A hit loads a block, and gives it back when the device lets go of it."""
+    policy = form(4)
+    for key, prompts in (("moved", 1), ("asked for", 2)):
+        for _ in range(prompts):
+            policy.observe(Access(keys=[key]))
+        policy.add(key)
+    for _ in range(3):
+        policy.use("moved")
+        policy.add("moved")
+    if isinstance(policy, WTinyLFU):
+        assert (policy._sketch.count("moved"), policy._sketch.count("asked for")) == (1, 2)
+    else:
+        assert policy.evict() == "moved"
+
+
 def test_weighted_form_orders_by_the_sum():
     settings = FormulaSettings(attention_weight=0, frequency_weight=0.3, recency_weight=0.3, time_decay_factor=0.05)
     policy, draw = WeightedA2CR(100, settings), random.Random(3)
@@ -314,6 +333,7 @@ def test_weighted_form_orders_by_the_sum():
     for number in range(400):
         key = draw.randrange(60)
         policy.advance(float(number))
+        policy.observe(Access(keys=[key]))
         if key in last:
             policy.use(key)
         policy.add(key)

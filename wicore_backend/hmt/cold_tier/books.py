@@ -20,8 +20,7 @@ from wicore_backend.hmt.host_tier import Key
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import HeldRecord, Outcome
 from wicore_backend.hmt.nvme.record import slots_for
-from wicore_backend.hmt.policy.base import Access, Policy
-from wicore_backend.hmt.policy.history import BLOCKS_AT_ONCE
+from wicore_backend.hmt.policy.base import BLOCKS_AT_ONCE, Access, Policy
 from wicore_backend.hmt.policy.lru import LRU
 
 _log = logging.getLogger(__name__)

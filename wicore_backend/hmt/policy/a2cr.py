@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from wicore_backend.hmt.policy.base import Access, Key, Policy, no_victim
+from wicore_backend.hmt.policy.base import BLOCKS_AT_ONCE, Access, Key, Policy, no_victim
 from wicore_backend.hmt.policy.history import (
     ATTENTION,
-    BLOCKS_AT_ONCE,
     FEATURES,
     FRESH,
     PARTIAL,

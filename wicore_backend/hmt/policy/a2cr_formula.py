@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from wicore_backend.hmt.policy.base import Key, Policy, no_victim
+from wicore_backend.hmt.policy.base import BLOCKS_AT_ONCE, Access, Key, Policy, no_victim
 from wicore_backend.hmt.policy.victim_heap import VictimHeap
 
 
@@ -46,6 +46,17 @@ class _Formula(Policy):
         self._pasts: OrderedDict[Key, _Past] = OrderedDict()
         self._mean_mass = 0.0
 
+    def observe(self, access: Access) -> None:
+        for _ in self.observing(access):
+            pass
+
+    def observing(self, access: Access) -> Iterator[None]:
+        """See Policy. A prompt is a use of each of its blocks, cached or not."""
+        for count, key in enumerate(access.keys, start=1):
+            self._count_use(key)
+            if count % BLOCKS_AT_ONCE == 0:
+                yield
+
     def attend(self, key: Key, mass: float) -> None:
         past = self._pasts.get(key)
         if past is None or not (math.isfinite(mass) and mass >= 0):
@@ -53,6 +64,10 @@ class _Formula(Policy):
         self._mean_mass += (mass - self._mean_mass) / 1024 if self._mean_mass else mass
         if self._mean_mass > 0:
             past.attention += self._SMOOTHING * (mass / self._mean_mass - past.attention)
+
+    def _past(self, key: Key) -> _Past:
+        """Of a block that is added; one that was in no prompt that this has been told of counts as used now."""
+        return self._pasts.get(key) or self._count_use(key)
 
     def _count_use(self, key: Key) -> _Past:
         past = self._pasts.setdefault(key, _Past())
@@ -74,7 +89,7 @@ class ProductA2CR(_Formula):
         return len(self._heap)
 
     def add(self, key: Key) -> None:
-        past = self._count_use(key)
+        past = self._past(key)
         score = math.log(max(past.attention, 1e-9) * past.uses) + self.settings.time_decay_factor * self.now
         self._heap.push(key, score)
 
@@ -112,7 +127,7 @@ class WeightedA2CR(_Formula):
         return len(self._home)
 
     def add(self, key: Key) -> None:
-        past, settings = self._count_use(key), self.settings
+        past, settings = self._past(key), self.settings
         steady = settings.attention_weight * past.attention / (1 + past.attention)
         steady += settings.frequency_weight * past.uses / (1 + past.uses)
         step = self._home[key] = round(self.STEPS * steady)

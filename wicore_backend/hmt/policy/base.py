@@ -11,6 +11,10 @@ Key: TypeAlias = Hashable
 """Name of a block: a chained hash in the prefix cache, an integer in a trace."""
 
 
+BLOCKS_AT_ONCE = 512
+"""Of a prompt, between two breaths of `Policy.observing`: about a millisecond's work."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
     """The blocks of one prompt, told to a policy before any of them is used or added.

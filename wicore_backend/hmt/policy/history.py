@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from wicore_backend.hmt.policy.base import Access, Key
+from wicore_backend.hmt.policy.base import BLOCKS_AT_ONCE, Access, Key
 from wicore_backend.hmt.policy.reuse_forest import FEATURE_LEVELS
 
 FEATURES = (
@@ -31,9 +31,6 @@ KNOWN, FRESH, PARTIAL = 0, 1, 2
 """Roles: a block that was seen before, one that was not, and the partial end of a prompt."""
 
 _TOP = FEATURE_LEVELS - 1
-
-BLOCKS_AT_ONCE = 512
-"""Of a prompt, between two breaths: about a millisecond's work."""
 
 
 def level(value: float, *, per_octave: int = 2) -> int:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
 
-from wicore_backend.hmt.policy.base import Key, Policy, no_victim
+from wicore_backend.hmt.policy.base import BLOCKS_AT_ONCE, Access, Key, Policy, no_victim
 
 Queue = OrderedDict[Key, None]
 
@@ -69,8 +69,20 @@ class WTinyLFU(Policy):
     def __len__(self) -> int:
         return len(self._window) + len(self._probation) + len(self._protected)
 
+    def observe(self, access: Access) -> None:
+        for _ in self.observing(access):
+            pass
+
+    def observing(self, access: Access) -> Iterator[None]:
+        """See Policy. A prompt is a use of each of its blocks, cached or not."""
+        for count, key in enumerate(access.keys, start=1):
+            self._sketch.add(key)
+            if count % BLOCKS_AT_ONCE == 0:
+                yield
+
     def add(self, key: Key) -> None:
-        self._sketch.add(key)
+        if not self._sketch.count(key):  # It was in no prompt that this has been told of.
+            self._sketch.add(key)
         queue = self._home.pop(key, self._window)
         queue[key] = None
         self._fill_main()
