@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -147,11 +148,11 @@ def build_engines(args: argparse.Namespace) -> str:
     if args.dry_run:
         table = plan_table(missing, todo, root=root, jobs=args.jobs, keep_onnx=args.keep_onnx)
         print(table)
-        build.check(limits)
+        build.check(missing, limits)
         return f"{build.directory}: nothing was built"
     began, report = time.monotonic(), _Report(missing)
     try:
-        build.run(limits, report.began, report.ended)
+        build.run(missing, limits, report.began, report.ended)
     finally:
         report.close()
     took = duration(time.monotonic() - began)
@@ -183,13 +184,13 @@ def _check_plan(plan: Plan, config: Gemma3Config, model: Path) -> None:
 def _serve(args: argparse.Namespace, plan: Plan | None) -> str:
     settings = dict(plan.serving_settings) if plan else {"executor": "tensorrt", "engine_precision": args.precision}
     if args.engines:
-        settings["engines"] = args.engines
+        settings["engines"] = args.engines.resolve()
     if args.max_running:
         settings["max_running"] = args.max_running
     if args.max_batch_tokens:
         settings["max_batch_tokens"] = args.max_batch_tokens
-    given = " ".join(f"--set {name}={_as_text(value)}" for name, value in settings.items())
-    return f"scripts/serve.sh --model {args.model} {given}"
+    given = [word for name, value in settings.items() for word in ("--set", f"{name}={_as_text(value)}")]
+    return shlex.join(["scripts/serve.sh", "--model", str(args.model), *given])
 
 
 def _as_text(value: object) -> str:

@@ -97,20 +97,19 @@ class Build:
         )
         return [part for part in self._parts if lacking & set(part.segments)]
 
-    def check(self, limits: Limits) -> None:
-        """Whether disk and memory suffice for what is missing.
+    def check(self, todo: Sequence[Part], limits: Limits) -> None:
+        """Whether disk and memory suffice for `todo`.
 
         Raises
         ------
         ExecutorError
             If not.
         """
-        todo = self.missing()
         check_disk(self._root, disk_needed(todo, jobs=limits.jobs, keep_onnx=self._keep_onnx))
         check_memory(todo, limits.budget)
 
-    def run(self, limits: Limits, began: Began, ended: Ended) -> None:
-        """Build what is missing; each engine is on disk, and in `engines.json`, before `ended` hears of it.
+    def run(self, todo: Sequence[Part], limits: Limits, began: Began, ended: Ended) -> None:
+        """Build `todo`, what was `missing`; each engine is on disk, and in `engines.json`, before `ended` hears of it.
 
         Raises
         ------
@@ -118,13 +117,13 @@ class Build:
             If disk or memory do not suffice, another process builds the same engines, one cannot be built, or a process
             died. What is built by then stays.
         """
-        self.check(limits)
+        self.check(todo, limits)
         with _alone(self.directory):
             folder = EngineFolder.open(self._root, self.key)
             for unfinished in self.directory.glob("*.engine.tmp"):
                 unfinished.unlink()
             graphs = self._graphs()
-            orders = [(part, self._order(part, graphs)) for part in self.missing()]
+            orders = [(part, self._order(part, graphs)) for part in todo]
             with _emptied(self.directory / _GRAPHS), _workers(limits.jobs) as submit:
                 for part, built in build_all(orders, limits, submit, began):
                     folder.add(built.record)

@@ -148,7 +148,9 @@ def available_memory() -> int:
     """Bytes that processes can have now, of the machine or of the container that this is."""
     meminfo = Path("/proc/meminfo").read_text()
     machine = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        return min(machine, int(most) - int(used.read_text()))
-    return machine
+    limit, used, parts = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not limit.exists() or (most := limit.read_text().strip()) == "max":
+        return machine
+    # Files that were read a while ago count as used there, and give way.
+    files = next(int(line.split()[1]) for line in parts.read_text().splitlines() if line.startswith("inactive_file"))
+    return min(machine, int(most) - int(used.read_text()) + files)

@@ -84,6 +84,8 @@ def begin(parent: int) -> None:
     os.nice(5)
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # What the library warns of is for who changes graphs; its errors are quoted where something fails.
+    logging.getLogger("wicore_backend.executor.tensorrt.library").setLevel(logging.ERROR)
 
 
 def build(order: Order) -> Built:
