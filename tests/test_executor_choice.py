@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,13 +176,23 @@ def test_each_checkpoint_has_its_own_directory_in_the_users_cache(tmp_path, monk
     assert engines_directory(given) == tmp_path / "mine"
 
 
-def test_where_no_engine_is_it_is_said_where_was_looked_and_what_builds_them(tmp_path):
+def test_a_user_without_a_home_is_told_to_name_a_directory(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(ExecutorError, match=r"has no home directory, .*; set engines to a directory"):
+        engines_directory(EngineConfig(model="/m"))
+
+
+def test_where_no_engine_is_it_is_said_where_was_looked_and_what_builds_them(tmp_path, monkeypatch):
     write_random_checkpoint(tmp_path / "tiny")
-    settings = EngineConfig(model=tmp_path / "tiny", engines=tmp_path / "mine")
-    with pytest.raises(
-        ExecutorError, match=f"in {tmp_path / 'mine'} .*python -m scripts.build_engines {settings.model}"
-    ):
-        find_engines(settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
+    config = Gemma3Config.from_checkpoint(tmp_path / "tiny")
+    command = f"build them with python -m scripts.build_engines {tmp_path / 'tiny'}"
+    with pytest.raises(ExecutorError, match=f"in {tmp_path / 'mine'}/.*{command}"):
+        find_engines(EngineConfig(model=tmp_path / "tiny", engines=tmp_path / "mine"), config, CUDA)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(executors, "checkpoint_fingerprint", nobody_asks)
+    with pytest.raises(ExecutorError, match=f"in {tmp_path / 'cache' / 'wicore'}/tiny-.*{command}"):
+        find_engines(EngineConfig(model=tmp_path / "tiny"), config, CUDA)
 
 
 class Card(stand_in.StandInCard):
@@ -220,6 +231,10 @@ def test_engines_that_fit_are_found_loaded_and_run(tmp_path, monkeypatch, wanted
 
     assert choice.name is ExecutorName.TENSORRT
     assert "engines in fp32 for sm89 by tensorrt_rtx" in choice.reason
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept = EngineConfig(model=tmp_path / "model", max_running=8, max_batch_tokens=64)
+    shutil.copytree(tmp_path / "engines", engines_directory(kept))
+    assert find_engines(kept, config, CUDA).directory.is_relative_to(tmp_path / "cache")
     assert (dtype, loaded.precision) == (torch.float32, Precision.FP32)
     assert len(read) == (weights == "inputs")
     driver.executor = loaded.executor

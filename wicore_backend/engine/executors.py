@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -114,12 +115,29 @@ def engines_directory(settings: EngineConfig) -> Path:
     ------
     OSError
         If the checkpoint cannot be read, after which the directory is named where the setting names none.
+    ExecutorError
+        If the user has no cache.
     """
     if settings.engines is not None:
         return settings.engines
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    fingerprint = checkpoint_fingerprint(settings.model).hex()[:_NAMED_DIGITS]
-    return cache / "wicore" / f"{settings.model.resolve().name}-{fingerprint}"
+    cache, fingerprint = _cache(), checkpoint_fingerprint(settings.model).hex()
+    return cache / f"{_name_of_model(settings)}-{fingerprint[:_NAMED_DIGITS]}"
+
+
+def _cache() -> Path:
+    """Where directories of graphs and engines are that no setting names."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        raise ExecutorError(
+            "this process's user has no home directory, which would have the model's graphs and engines; set engines "
+            "to a directory for them"
+        ) from None
+    return cache / "wicore"
+
+
+def _name_of_model(settings: EngineConfig) -> str:
+    return settings.model.resolve().name
 
 
 def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.device) -> EngineSet:
@@ -133,10 +151,12 @@ def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.dev
     # Imported where there is a card to look at.
     from wicore_backend.executor.tensorrt.card import CudaCard
 
-    root = engines_directory(settings)
-    if not any(root.glob(f"*/*/{MANIFEST}")):
+    place, pattern = settings.engines, f"*/*/{MANIFEST}"
+    if place is None:  # Most have none, and what names the directory takes a second for a large checkpoint.
+        place, pattern = _cache(), f"{glob.escape(_name_of_model(settings))}-*/{pattern}"
+    if not any(place.glob(pattern)):
         raise ExecutorError(
-            f"there are no TensorRT engines in {root} (*/*/{MANIFEST}); build them with "
+            f"there are no TensorRT engines in {place / pattern}; build them with "
             f"python -m scripts.build_engines {settings.model}, or set engines to the directory that has them"
         )
     card, fingerprint = CudaCard.of(device), checkpoint_fingerprint(settings.model).hex()
@@ -154,7 +174,7 @@ def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.dev
         )
         for library in _libraries()
     ]
-    engines = _first_found(EngineStore(root), wanted)
+    engines = _first_found(EngineStore(engines_directory(settings)), wanted)
     activations = engines.key.precision.activations
     if settings.dtype not in ("auto", _name(activations)):
         raise ExecutorError(
