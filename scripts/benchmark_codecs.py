@@ -89,7 +89,7 @@ def on_a_core(dtypes: list[str], values: int, rounds: int) -> Iterator[list[obje
 def on_a_gpu(dtypes: list[str], values: int, rounds: int) -> Iterator[list[object]]:
     """Rows of a table, the first its head."""
     yield [
-        *("blocks", "dtype", "codec", "way", "GB/s", "% of the copy's traffic", "scattered, GB/s"),
+        *("blocks", "dtype", "codec", "way", "GB/s", "% of the copy's traffic"),
         *("twin, GB/s", "times the twin", "page-locked, GB/s"),
     ]
     for label, shape in DEVICE_SHAPES.items():
@@ -98,7 +98,7 @@ def on_a_gpu(dtypes: list[str], values: int, rounds: int) -> Iterator[list[objec
             size = blocks.numel() * blocks.itemsize
             target = torch.empty_like(blocks)
             traffic = 2 * size / device_seconds(partial(target.copy_, blocks), rounds)
-            yield [label, dtype, "a copy on the device", "", size / 1e9 / (2 * size / traffic), 100.0, "", "", "", ""]
+            yield [label, dtype, "a copy on the device", "", size / 1e9 / (2 * size / traffic), 100.0, "", "", ""]
             for name in get_args(CodecName):
                 codec = make_codec(name, shape, blocks.dtype)
                 yield from _of_codec(codec, [label, dtype, name], blocks, target, traffic, rounds)
@@ -109,28 +109,25 @@ def _of_codec(
 ) -> Iterator[list[object]]:
     size = blocks.numel() * blocks.itemsize
     records = codec.encode(blocks)
-    rows = torch.randperm(len(blocks), device="cuda")
     few = max(1, _PINNED_BYTES // codec.encoded_bytes)
     pinned = torch.empty(min(few, len(blocks)), codec.encoded_bytes, dtype=torch.uint8, pin_memory=True)
     some, some_target = blocks[:few], target[:few]
     ways: dict[str, list[Callable[[], object]]] = {
         "encode": [
             partial(codec.encode, blocks, out=records),
-            partial(codec.encode_rows, blocks, rows, out=records),
-            partial(codec._encode_plain, blocks, None, records),
+            partial(codec._encode_plain, blocks, records),
             partial(codec.encode, some, out=pinned),
         ],
         "decode": [
             partial(codec.decode, records, out=target),
-            partial(codec.decode_rows, records, pool=target, rows=rows),
-            partial(codec._decode_plain, records, target, None),
+            partial(codec._decode_plain, records, target),
             partial(codec.decode, pinned, out=some_target),
         ],
     }
     for way, works in ways.items():
-        fused, scattered, twin, locked = (device_seconds(work, rounds) for work in works)
+        fused, twin, locked = (device_seconds(work, rounds) for work in works)
         share = 100 * (size + records.numel()) / fused / traffic
-        rates = [size / 1e9 / fused, share, size / 1e9 / scattered, size / 1e9 / twin, twin / fused]
+        rates = [size / 1e9 / fused, share, size / 1e9 / twin, twin / fused]
         yield [*labels, way, *rates, some.numel() * some.itemsize / 1e9 / locked]
 
 

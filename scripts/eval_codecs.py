@@ -67,8 +67,9 @@ class CodecRunner:
             )
             if completed:
                 rows = torch.tensor(completed, device=pool.device)
-                records = self._codecs[group].encode_rows(pool, rows)
-                self._codecs[group].decode_rows(records, pool=pool, rows=rows)
+                blocks, codec = pool.index_select(0, rows), self._codecs[group]
+                codec.decode(codec.encode(blocks), out=blocks)
+                pool.index_copy_(0, rows, blocks)
                 self.passed += len(completed)
         return output
 

@@ -73,16 +73,15 @@ KINDS = (
 )
 
 
-def encoded_by_kernel(codec, blocks, device, rows=None):
-    count = len(blocks) if rows is None else len(rows)
-    records = torch.full((count, codec.encoded_bytes), 77, dtype=torch.uint8, device=device)
-    kernels_of(codec).encode(blocks.to(device), None if rows is None else rows.to(device), records)
+def encoded_by_kernel(codec, blocks, device):
+    records = torch.full((len(blocks), codec.encoded_bytes), 77, dtype=torch.uint8, device=device)
+    kernels_of(codec).encode(blocks.to(device), records)
     return records.cpu()
 
 
 def decoded_by_kernel(codec, records, device):
     blocks = torch.full((len(records), *codec.shape), 5, dtype=codec.dtype, device=device)
-    kernels_of(codec).decode(records.to(device), blocks, None)
+    kernels_of(codec).decode(records.to(device), blocks)
     return blocks.cpu()
 
 
@@ -150,16 +149,16 @@ def test_q4_keeps_the_ends_of_ranges(dtype, kernel_device):
 
 
 @pytest.mark.parametrize("name", ["exact", "fp8", "q8", "q4"])
-def test_kernels_take_blocks_of_a_pool_and_leave_the_others(name, kernel_device):
+def test_kernels_write_their_blocks_of_a_pool_and_leave_the_others(name, kernel_device):
     codec = make_codec(name, DEMO, torch.bfloat16)
-    pool = torch.cat([numbers("normal", DEMO, torch.bfloat16, seed=seed) for seed in range(6)])
-    rows = torch.tensor([4, 0, 3])
-    records = encoded_by_kernel(codec, pool, kernel_device, rows)
-    assert torch.equal(records, encoded_by_kernel(codec, pool[rows], kernel_device))
-    other = torch.full_like(pool, 7).to(kernel_device)
-    kernels_of(codec).decode(records.to(kernel_device), other, rows.to(kernel_device))
-    assert torch.equal(other.cpu()[rows], decoded_by_kernel(codec, records, kernel_device))
-    assert torch.all(other[[1, 2, 5]] == 7)
+    blocks = torch.cat([numbers("normal", DEMO, torch.bfloat16, seed=seed) for seed in range(2)])
+    records = encoded_by_kernel(codec, blocks, kernel_device)
+    pool = torch.full((3 * len(blocks), *DEMO), 7, dtype=torch.bfloat16, device=kernel_device)
+    middle = slice(len(blocks), 2 * len(blocks))
+    kernels_of(codec).decode(records.to(kernel_device), pool[middle])
+    assert torch.equal(pool[middle].cpu(), decoded_by_kernel(codec, records, kernel_device))
+    assert torch.all(pool[: middle.start] == 7)
+    assert torch.all(pool[middle.stop :] == 7)
 
 
 @triton.jit
@@ -224,7 +223,7 @@ def test_nothing_of_triton_is_imported_on_a_cpu():
         "for name in ('exact', 'fp8', 'q8', 'q4'):\n"
         f"    codec = make_codec(name, {DEMO}, torch.bfloat16)\n"
         f"    blocks = torch.zeros(1, *{DEMO}, dtype=torch.bfloat16)\n"
-        "    codec.decode_rows(codec.encode(blocks), pool=blocks, rows=torch.tensor([0]))\n"
+        "    codec.decode(codec.encode(blocks), out=blocks)\n"
         "    codec.prepare(torch.device('cpu'))\n"
         "assert 'triton' not in sys.modules\n"
     )
@@ -238,7 +237,6 @@ def test_a_cuda_device_takes_one_launch_allocates_nothing_and_waits_for_nothing(
     codec = make_codec(name, DEMO, torch.bfloat16)
     codec.prepare(torch.device("cuda"))
     pool = torch.cat([numbers("normal", DEMO, torch.bfloat16, seed=seed) for seed in range(2)]).cuda()
-    rows = torch.tensor([1, 0]).cuda()
     records = codec.encode(pool)
     decoded = torch.empty_like(pool)
     torch.cuda.synchronize()
@@ -246,15 +244,13 @@ def test_a_cuda_device_takes_one_launch_allocates_nothing_and_waits_for_nothing(
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            codec.encode_rows(pool, rows, out=records)
-            codec.decode_rows(records, pool=decoded, rows=rows)
             codec.encode(pool, out=records)
             codec.decode(records, out=decoded)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     kernels = [event.name for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
-    assert len(kernels) == 4, kernels
+    assert len(kernels) == 2, kernels
 
 
 @needs_gpu
@@ -285,6 +281,6 @@ def test_the_twin_on_the_device_writes_the_same_bytes(name, dtype):
     for kind in KINDS:
         blocks = numbers(kind, shape, dtype).cuda()
         by_twin = torch.empty(len(blocks), codec.encoded_bytes, dtype=torch.uint8, device="cuda")
-        codec._encode_plain(blocks, None, by_twin)
+        codec._encode_plain(blocks, by_twin)
         assert torch.equal(codec.encode(blocks), by_twin), kind
         assert torch.equal(by_twin.cpu(), codec.encode(blocks.cpu())), kind

@@ -252,21 +252,6 @@ def test_decoding_writes_its_blocks_of_a_pool_and_no_others():
     assert torch.all(pool[5:] == 5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_scattered_blocks_of_a_pool_are_encoded_and_decoded_like_gathered_ones(name):
-    shape = (40, 2, 16, 2, 64)  # Of which three are worked on at once.
-    pool = torch.randn(11, *shape, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-    rows = torch.tensor([7, 0, 10, 3, 4, 9, 1])
-    codec = make_codec(name, shape, pool.dtype)
-    records = codec.encode_rows(pool, rows)
-    assert torch.equal(records, codec.encode(pool[rows]))
-    decoded, others = torch.empty_like(pool[rows]), torch.full_like(pool, 5)
-    codec.decode(records, out=decoded)
-    codec.decode_rows(records, pool=others, rows=rows)
-    assert torch.equal(others[rows], decoded)
-    assert torch.all(others[[2, 5, 6, 8]] == 5)
-
-
 @given(seed=st.integers(0, 2**32), name=st.sampled_from(NAMES), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=30, deadline=None)
 def test_any_bytes_decode_to_something(seed, name, dtype):
@@ -339,10 +324,3 @@ def test_encoded_bytes_of_another_length_are_refused():
         codec.decode(
             torch.zeros(1, codec.encoded_bytes - 1, dtype=torch.uint8), out=torch.zeros(1, *DEMO, dtype=torch.bfloat16)
         )
-
-
-@pytest.mark.parametrize("rows", [torch.tensor([0], dtype=torch.int32), torch.tensor([[0]]), torch.arange(4)[::2]])
-def test_rows_of_another_kind_are_refused(rows):
-    codec = make_codec("q8", DEMO, torch.bfloat16)
-    with pytest.raises(InvalidArgumentError, match="rows"):
-        codec.encode_rows(torch.zeros(3, *DEMO, dtype=torch.bfloat16), rows)

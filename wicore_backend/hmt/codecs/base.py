@@ -39,11 +39,11 @@ class BlockKernels(Protocol):
 
     alignment: int
 
-    def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
-        """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
+    def encode(self, blocks: Tensor, records: Tensor) -> None:
+        """Write the records [N, ...] of the blocks."""
 
-    def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
-        """Write the blocks, those in `rows` int64 [N] if given, of the records [N, ...]."""
+    def decode(self, records: Tensor, blocks: Tensor) -> None:
+        """Write the blocks of the records [N, ...]."""
 
 
 class Codec(ABC):
@@ -101,7 +101,7 @@ class Codec(ABC):
         """
         self._check_blocks("blocks", blocks)
         out = self._check_records("out", out, len(blocks), blocks.device)
-        self._encode(blocks, None, out)
+        self._encode(blocks, out)
         return out
 
     def decode(self, encoded: Tensor, *, out: Tensor) -> None:
@@ -116,86 +116,40 @@ class Codec(ABC):
         """
         self._check_blocks("out", out)
         self._check_records("encoded", encoded, len(out), out.device)
-        self._decode(encoded, out, None)
-
-    def encode_rows(self, pool: Tensor, rows: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Encode those blocks of a pool [P, *shape] that `rows` int64 [N] names, wherever they lie, from 0 to P - 1.
-
-        What `encode(pool[rows], out=out)` gives, without the copy. On a CUDA device the rows are there too, and not
-        checked: looking at them would mean waiting.
-
-        Returns
-        -------
-        uint8 [N, encoded_bytes], which is `out` if that is given.
-
-        Raises
-        ------
-        InvalidArgumentError
-            As `encode`.
-        """
-        self._check_blocks("pool", pool)
-        self._check_rows(rows, pool.device)
-        out = self._check_records("out", out, len(rows), pool.device)
-        self._encode(pool, rows, out)
-        return out
-
-    def decode_rows(self, encoded: Tensor, *, pool: Tensor, rows: Tensor) -> None:
-        """Decode uint8 [N, encoded_bytes] into those blocks of a pool [P, *shape] that `rows` int64 [N] names.
-
-        No row may be named twice. The rest is as with `encode_rows` and `decode`.
-
-        Raises
-        ------
-        InvalidArgumentError
-            As `decode`.
-        """
-        self._check_blocks("pool", pool)
-        self._check_rows(rows, pool.device)
-        self._check_records("encoded", encoded, len(rows), pool.device)
-        self._decode(encoded, pool, rows)
+        self._decode(encoded, out)
 
     def prepare(self, device: torch.device) -> None:
-        """Compile the kernels for a device now, all four ways, for the first use of each takes a second."""
+        """Compile the kernels for a device now, for the first use of each takes a second."""
         if device.type == "cuda" and self._kernels is not None:
             pool = torch.zeros(1, *self.shape, dtype=self.dtype, device=device)
-            rows = torch.zeros(1, dtype=torch.int64, device=device)
             self.decode(self.encode(pool), out=pool)
-            self.decode_rows(self.encode_rows(pool, rows), pool=pool, rows=rows)
 
-    def _encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
+    def _encode(self, blocks: Tensor, records: Tensor) -> None:
         if (kernels := self._kernels_for(blocks, records)) is not None:
-            kernels.encode(blocks, rows, records)
+            kernels.encode(blocks, records)
         else:
-            self._encode_plain(blocks, rows, records)
+            self._encode_plain(blocks, records)
 
-    def _decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
+    def _decode(self, records: Tensor, blocks: Tensor) -> None:
         if (kernels := self._kernels_for(blocks, records)) is not None:
-            kernels.decode(records, blocks, rows)
+            kernels.decode(records, blocks)
         else:
-            self._decode_plain(records, blocks, rows)
+            self._decode_plain(records, blocks)
 
     @torch.inference_mode()
-    def _encode_plain(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
+    def _encode_plain(self, blocks: Tensor, records: Tensor) -> None:
         if records.device != blocks.device:
             near = torch.empty_like(records, device=blocks.device)
-            self._encode_plain(blocks, rows, near)
+            self._encode_plain(blocks, near)
             records.copy_(near, non_blocking=True)
-        elif rows is not None:
-            for some, gathered, part in self._gathering(blocks, rows, records):
-                torch.index_select(blocks, 0, some, out=gathered)
-                self._encode_plain(gathered, None, part)
         else:
             for layers, part, scratch in self._chunks(blocks, records):
                 self._pack(layers, part, scratch)
 
     @torch.inference_mode()
-    def _decode_plain(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
+    def _decode_plain(self, records: Tensor, blocks: Tensor) -> None:
         if records.device != blocks.device:
-            self._decode_plain(records.to(blocks.device, non_blocking=True), blocks, rows)
-        elif rows is not None:
-            for some, gathered, part in self._gathering(blocks, rows, records):
-                self._decode_plain(part, gathered, None)
-                blocks.index_copy_(0, some, gathered)
+            self._decode_plain(records.to(blocks.device, non_blocking=True), blocks)
         else:
             for layers, part, scratch in self._chunks(blocks, records):
                 self._unpack(part, layers, scratch)
@@ -213,14 +167,6 @@ class Codec(ABC):
         from wicore_backend.hmt.codecs.kernels.launching import Blocks
 
         return self._make_kernels(Blocks(self.shape, self.dtype, self._layer_bytes()))
-
-    def _gathering(self, blocks: Tensor, rows: Tensor, records: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Some rows [n], room for as many blocks [n, *shape], and their records."""
-        step = max(1, _chunk_values(blocks.device) // prod(self.shape))
-        room = torch.empty(min(step, len(rows)), *self.shape, dtype=self.dtype, device=blocks.device)
-        for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            yield some, room[: len(some)], records[start : start + step]
 
     def _chunks(self, blocks: Tensor, encoded: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Layers [n, 2, block_size, heads, d], their records [n, bytes of one] and scratch float32 [2, like layers].
@@ -243,14 +189,6 @@ class Codec(ABC):
                 f"{', '.join(map(str, self.shape))}]"
             )
         _check_contiguous(name, blocks)
-
-    def _check_rows(self, rows: Tensor, device: torch.device) -> None:
-        if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != device:
-            raise InvalidArgumentError(
-                f"rows is {rows.dtype} {list(rows.shape)} on {rows.device}; "
-                f"{self.name} takes torch.int64 [N] on {device}"
-            )
-        _check_contiguous("rows", rows)
 
     def _check_records(self, name: str, records: Tensor | None, count: int, device: torch.device) -> Tensor:
         """The records, or room for them."""

@@ -9,7 +9,6 @@ import triton.language as tl
 @triton.jit
 def layer_of(
     blocks,
-    rows,
     records,
     layer,
     LAYERS: tl.constexpr,
@@ -19,8 +18,6 @@ def layer_of(
 ):
     """Where the layer of that number, over all records, begins in its block, and where its record does."""
     block = (layer // LAYERS).to(tl.int64)
-    if rows is not None:
-        block = tl.load(rows + block)
     record = tl.multiple_of(records + layer.to(tl.int64) * RECORD, ALIGNMENT)
     return blocks + (block * LAYERS + layer % LAYERS) * VALUES, record
 

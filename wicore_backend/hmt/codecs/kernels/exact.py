@@ -38,13 +38,13 @@ class ExactKernels(CodecKernels):
         fits = blocks.record % _WORD == 0 and largest_power_dividing(blocks.record // _WORD, _WORDS) >= 64
         return cls(blocks) if fits else None
 
-    def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
+    def encode(self, blocks: Tensor, records: Tensor) -> None:
         """See CodecKernels."""
-        super().encode(_words(blocks), rows, _words(records))
+        super().encode(_words(blocks), _words(records))
 
-    def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
+    def decode(self, records: Tensor, blocks: Tensor) -> None:
         """See CodecKernels."""
-        super().decode(_words(records), _words(blocks), rows)
+        super().decode(_words(records), _words(blocks))
 
 
 def _words(tensor: Tensor) -> Tensor:
@@ -52,20 +52,16 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize_on_alignment=["records"])
-def _encode(
-    blocks, rows, records, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr
-):
+def _encode(blocks, records, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr):
     offsets = tl.program_id(0) % (LAYER // WORDS) * WORDS + tl.arange(0, WORDS)
     layer = tl.program_id(0) // (LAYER // WORDS)
-    source, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, LAYER, ALIGNMENT)
+    source, record = layer_of(blocks, records, layer, LAYERS, LAYER, LAYER, ALIGNMENT)
     tl.store(record + offsets, tl.load(source + offsets))
 
 
 @triton.jit(do_not_specialize_on_alignment=["records"])
-def _decode(
-    records, blocks, rows, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr
-):
+def _decode(records, blocks, LAYERS: tl.constexpr, LAYER: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr):
     offsets = tl.program_id(0) % (LAYER // WORDS) * WORDS + tl.arange(0, WORDS)
     layer = tl.program_id(0) // (LAYER // WORDS)
-    target, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, LAYER, ALIGNMENT)
+    target, record = layer_of(blocks, records, layer, LAYERS, LAYER, LAYER, ALIGNMENT)
     tl.store(target + offsets, tl.load(record + offsets))

@@ -54,7 +54,7 @@ class CodecKernels:
     Parameters
     ----------
     encode, decode
-        The kernels, of blocks, rows and records, and of records, blocks and rows.
+        The kernels, of blocks and records, and of records and blocks.
     programs
         Of a block.
     options
@@ -77,15 +77,15 @@ class CodecKernels:
         self._decode_options = options | {"ALIGNMENT": blocks.alignment, "enable_fp_fusion": False}
         self._encode_options = self._decode_options | encode_options
 
-    def encode(self, blocks: Tensor, rows: Tensor | None, records: Tensor) -> None:
-        """Write the records [N, ...] of the blocks, of those in `rows` int64 [N] if given."""
+    def encode(self, blocks: Tensor, records: Tensor) -> None:
+        """Write the records [N, ...] of the blocks."""
         with _on_device(blocks):
-            self._encode[(len(records) * self._programs,)](blocks, rows, records, **self._encode_options)
+            self._encode[(len(records) * self._programs,)](blocks, records, **self._encode_options)
 
-    def decode(self, records: Tensor, blocks: Tensor, rows: Tensor | None) -> None:
-        """Write the blocks, those in `rows` int64 [N] if given, of the records [N, ...]."""
+    def decode(self, records: Tensor, blocks: Tensor) -> None:
+        """Write the blocks of the records [N, ...]."""
         with _on_device(blocks):
-            self._decode[(len(records) * self._programs,)](records, blocks, rows, **self._decode_options)
+            self._decode[(len(records) * self._programs,)](records, blocks, **self._decode_options)
 
 
 def largest_power_dividing(number: int, limit: int) -> int:

@@ -65,7 +65,6 @@ class Q4Kernels(CodecKernels):
 @triton.jit(do_not_specialize_on_alignment=["records"])
 def _encode(
     blocks,
-    rows,
     records,
     LARGEST: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -84,7 +83,7 @@ def _encode(
 ):
     head = tl.program_id(0) % HEADS
     layer = tl.program_id(0) // (2 * HEADS)
-    source, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
+    source, record = layer_of(blocks, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
     if tl.program_id(0) // HEADS % 2 == 0:
         channels, ranges = record + CHANNELS, (record + KEY_RANGES).to(blocks.dtype)
         _encode_keys(source, record, channels, ranges, head, LARGEST, TOKENS, HEADS, DIM, RUN)
@@ -150,7 +149,6 @@ def _encode_values(
 def _decode(
     records,
     blocks,
-    rows,
     LAYERS: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -167,7 +165,7 @@ def _decode(
 ):
     head = tl.program_id(0) % HEADS
     layer = tl.program_id(0) // (2 * HEADS)
-    target, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
+    target, record = layer_of(blocks, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
     if tl.program_id(0) // HEADS % 2 == 0:
         channels, ranges = record + CHANNELS, (record + KEY_RANGES).to(blocks.dtype)
         _decode_keys(record, channels, ranges, target, head, TOKENS, HEADS, DIM, RUN)

@@ -73,7 +73,6 @@ class Q8Kernels(CodecKernels):
 @triton.jit(do_not_specialize_on_alignment=["records"])
 def _encode_fp8(
     blocks,
-    rows,
     records,
     LARGEST: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -85,7 +84,7 @@ def _encode_fp8(
 ):
     head = tl.program_id(0) % (2 * HEADS)  # The values' heads follow those of the keys.
     layer = tl.program_id(0) // (2 * HEADS)
-    source, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
+    source, record = layer_of(blocks, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
     offsets = head // HEADS * (TOKENS * HEADS * DIM) + tokens_of_head(head % HEADS, TOKENS, HEADS, DIM)
     numbers = finite(load_numbers(source, offsets), LARGEST)
     largest = tl.max(tl.abs(numbers))
@@ -99,7 +98,6 @@ def _encode_fp8(
 def _decode_fp8(
     records,
     blocks,
-    rows,
     LAYERS: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -109,7 +107,7 @@ def _decode_fp8(
 ):
     head = tl.program_id(0) % (2 * HEADS)
     layer = tl.program_id(0) // (2 * HEADS)
-    target, record = layer_of(blocks, rows, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
+    target, record = layer_of(blocks, records, layer, LAYERS, 2 * TOKENS * HEADS * DIM, RECORD, ALIGNMENT)
     offsets = head // HEADS * (TOKENS * HEADS * DIM) + tokens_of_head(head % HEADS, TOKENS, HEADS, DIM)
     scales = (record + 2 * TOKENS * HEADS * DIM).to(blocks.dtype)
     units = e4m3_units(tl.load(record + offsets))
@@ -119,7 +117,6 @@ def _decode_fp8(
 @triton.jit(do_not_specialize_on_alignment=["records"])
 def _encode_q8(
     blocks,
-    rows,
     records,
     LARGEST: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -130,7 +127,7 @@ def _encode_q8(
 ):
     part = tl.program_id(0) % (LAYER // (GROUPS * _Q8_GROUP))
     layer = tl.program_id(0) // (LAYER // (GROUPS * _Q8_GROUP))
-    source, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, RECORD, ALIGNMENT)
+    source, record = layer_of(blocks, records, layer, LAYERS, LAYER, RECORD, ALIGNMENT)
     groups = part * GROUPS + tl.arange(0, GROUPS)[:, None]
     offsets = groups * _Q8_GROUP + tl.arange(0, _Q8_GROUP)[None, :]
     numbers = finite(load_numbers(source, offsets), LARGEST)
@@ -145,7 +142,6 @@ def _encode_q8(
 def _decode_q8(
     records,
     blocks,
-    rows,
     LAYERS: tl.constexpr,
     LAYER: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -154,7 +150,7 @@ def _decode_q8(
 ):
     part = tl.program_id(0) % (LAYER // (GROUPS * _Q8_GROUP))
     layer = tl.program_id(0) // (LAYER // (GROUPS * _Q8_GROUP))
-    target, record = layer_of(blocks, rows, records, layer, LAYERS, LAYER, RECORD, ALIGNMENT)
+    target, record = layer_of(blocks, records, layer, LAYERS, LAYER, RECORD, ALIGNMENT)
     groups = part * GROUPS + tl.arange(0, GROUPS)[:, None]
     offsets = groups * _Q8_GROUP + tl.arange(0, _Q8_GROUP)[None, :]
     scales = (record + LAYER).to(blocks.dtype)
