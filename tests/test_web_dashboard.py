@@ -43,6 +43,8 @@ def test_lines_are_drawn_from_status_and_metrics(visit, gateway, latencies):
     speed = float(chart(page, "Tokens per second").locator(".legend strong").first.inner_text().split("/")[0])
     assert 150 < speed < 350  # 600 tokens in one or two polls of two seconds
     expect(page.locator("#tiles")).to_contain_text("Running5")
+    expect(page.locator("#models tr")).to_have_text("wicore1Ready · onnx")
+    expect(page.get_by_title("executor = 'onnx'")).to_have_text("Ready · onnx")
     expect(page.locator("#outcomes tr")).to_have_text(["stop20", "length3", "cancelled1", "queue_full2"])
     expect(chart(page, "Requests").locator("path.line")).to_have_count(2)
 

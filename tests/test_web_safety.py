@@ -152,11 +152,13 @@ def test_what_the_server_says_of_itself_is_text(visit, gateway):
     evil = "<img src=x onerror=window.pwned=1>"
     status = status_page()
     status["models"][0]["name"] = status["server"] = evil
+    status["executors"] = [{"model": evil, "name": evil, "reason": evil}]
     status["cache"]["reasons"] = [{"reason": evil, "count": 1, "unit": evil}]
     gateway.status = status
     gateway.metrics = f'wicore_gateway_ttft_seconds_bucket{{le="{evil}"}} 1\n{{}} nonsense\n'
     page = visit("/dashboard")
     expect(page.locator("#models td").first).to_have_text(evil)
+    expect(page.locator("#models td").last).to_have_text(f"Ready · {evil}")
     assert page.locator("main img").count() == 0
     assert page.evaluate("window.pwned ?? null") is None
 

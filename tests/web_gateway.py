@@ -170,6 +170,7 @@ def status_page(*, generated: int = 1000, found: int = 600, missed: int = 400, r
         "reason": None,
         "server": "triton 2.51.0",
         "models": [{"name": "wicore", "version": "1", "ready": True, "reason": None, "requests": {}}],
+        "executors": [{"model": "wicore", "name": "onnx", "reason": "executor = 'onnx'"}],
         "devices": [],
         "load": {
             "running": running,

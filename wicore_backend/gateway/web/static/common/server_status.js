@@ -22,6 +22,7 @@ export function inOurTerms(status) {
     server: status.server ?? "",
     uptime: status.gateway?.uptime_s ?? null,
     models: status.models ?? [],
+    executors: status.executors ?? [],
     devices: status.devices ?? [],
     running: load?.running ?? null,
     waiting: load?.waiting ?? null,

@@ -16,13 +16,22 @@ export function fillTables(status) {
   );
   fill(
     "models",
-    (status?.models ?? []).map(({ name, version, ready }) => [name, version, t(ready ? "ready" : "not_ready")]),
+    (status?.models ?? []).map(({ name, version, ready }) => [
+      name,
+      version,
+      modelState(ready, status.executors.find(({ model }) => model === name)),
+    ]),
   );
   fill(
     "devices",
     (status?.devices ?? []).map((device) => [device.name, deviceState(device)]),
   );
   byId("devices").closest("section").hidden = !status?.devices.length;
+}
+
+function modelState(ready, executor) {
+  const state = t(ready ? "ready" : "not_ready");
+  return executor ? h("span", { title: executor.reason }, `${state} · ${executor.name}`) : state;
 }
 
 function deviceState({ utilization, memory_used_bytes: used, memory_total_bytes: total, power_watts: power }) {
