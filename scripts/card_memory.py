@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from scripts.random_gemma3 import published_config
+from scripts.serving.cli import setting
 from wicore_backend.config import EngineConfig
 from wicore_backend.devices.cards import CARDS, Card
 from wicore_backend.devices.memory import CardMemory, kv_layout, sequence_bytes
@@ -156,21 +156,11 @@ def describe(plan: Plan, memory: CardMemory) -> str:
     return "\n".join(lines)
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    name, given, value = text.partition("=")
-    if not given:
-        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE is needed")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=PLANS, help="one plan in full")
     parser.add_argument("--model", type=Path, help="a checkpoint in place of the published model")
-    parser.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", dest="settings")
+    parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=VALUE", dest="settings")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables in their place on a page")
     args = parser.parse_args()
     try:

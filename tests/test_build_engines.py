@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from scripts.engine_build import estimates
 from scripts.engine_build.builder import Limits, build_all
 from scripts.engine_build.estimates import Part, check_memory, disk_needed, parts
 from scripts.random_gemma3 import published_config
+from scripts.serving.cli import build_parser
 from tests.gemma3_random import write_random_checkpoint
+from wicore_backend.config import EngineConfig
 from wicore_backend.devices.memory import segment_bytes
 from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind, segments
@@ -32,7 +35,7 @@ from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = 3
 NAMES = ("first", "mid_000", "mid_001", "last", "vision")
-CONFIG = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS}
+CONFIG = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "max_position_embeddings": 131_072}
 
 
 @pytest.fixture(scope="module")
@@ -365,3 +368,22 @@ def test_a_failure_of_one_build_is_that_of_the_command():
                 lambda _: None,
             )
         )
+
+
+def test_a_plan_stands_for_the_settings_of_building_and_serving(model, tmp_path, monkeypatch, capsys):
+    orders = []
+    monkeypatch.setattr(build_engines.Build, "run", lambda build, todo, *_: orders.append((build.key, todo)))
+    call(model, monkeypatch, "--engines", str(tmp_path), "--plan", "rtx4090-27b", "--max-running", "4")
+    ((key, todo),) = orders
+    assert (key.precision, key.library, key.compute_capability) == ("int4", "tensorrt_rtx", "sm89")
+    assert [profile.tokens.max for profile in key.profiles] == [4, 512]
+    assert [part.name for part in todo] == list(NAMES)
+    said = capsys.readouterr().out
+    for setting in ("executor=tensorrt", "engine_precision=int4", "kv_cache_dtype=fp8", "host_embeddings=true"):
+        assert f"--set {setting}" in said
+    assert "--set max_running=4" in said
+    assert f"--set engines={tmp_path}" in said
+    _, *typed = shlex.split(said.split("serve them: ")[1])
+    given = build_parser().parse_args(["serve", *typed])
+    assert given.model == model
+    assert EngineConfig(model=model, **dict(given.settings)).max_model_len == 98_304

@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--set",
         action="append",
         default=[],
-        type=_setting,
+        type=setting,
         metavar="NAME=VALUE",
         dest="settings",
         help="a setting of the engine, its value as JSON or text: --set max_batch_tokens=512; may be repeated",
@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gateway-set",
         action="append",
         default=[],
-        type=_setting,
+        type=setting,
         metavar="NAME=VALUE",
         dest="gateway_settings",
         help="a setting of the gateway, as for --set: --gateway-set access.keys_file=keys.json; may be repeated",
@@ -139,7 +139,8 @@ def _raise_stopped(number: int, _frame: object) -> NoReturn:
     raise _Stopped(number)
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE of a command line, the value as JSON or text."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
