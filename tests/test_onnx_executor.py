@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scripts import quantize
 from tests.gemma3_driver import Driver
@@ -323,6 +324,15 @@ def test_soft_tokens_replace_rows_whose_id_is_beyond_the_vocabulary():
     assert torch.equal(embedded, torch.stack([table[1] * 2, soft[0], table[3] * 2, soft[1]]))
     with pytest.raises(ValueError, match="a table on cpu that cuda:0 cannot read"):
         Embedding(table, device=torch.device("cuda", 0), residual=torch.float32)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_table_on_the_gpu_is_read_whether_or_not_the_gpu_is_named_by_its_number(device):
+    with FakeTensorMode():
+        table = torch.empty(5, 4, device="cuda:0")
+        Embedding(table, device=torch.device(device), residual=torch.float32)
+        with pytest.raises(ValueError, match="a table on cuda:0 that cuda:1 cannot read"):
+            Embedding(table, device=torch.device("cuda", 1), residual=torch.float32)
 
 
 # Where graphs come from.

@@ -27,7 +27,9 @@ class Embedding:
 
     def __init__(self, table: Tensor, *, device: torch.device, residual: torch.dtype) -> None:
         by_kernel = device.type == "cuda" and find_spec("triton") is not None
-        if table.device != device and not (by_kernel and table.is_pinned()):
+        # A tensor's device has its number; one that is asked for may be without, which is the current one.
+        there = table.device.type == device.type and device.index in (None, table.device.index)
+        if not there and not (by_kernel and table.is_pinned()):
             raise ValueError(f"a table on {table.device} that {device} cannot read")
         self._table = table
         self._residual = residual
