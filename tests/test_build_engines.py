@@ -353,6 +353,12 @@ def test_builds_run_together_as_far_as_jobs_and_memory_allow():
     assert most_jobs == 3
 
 
+def test_memory_that_is_gone_when_building_begins_ends_it():
+    some = Part((Segment(SegmentKind.FIRST),), 1, 11, 1.0)
+    with pytest.raises(ExecutorError, match="first needs about"):
+        list(build_all([(some, some)], Limits(memory=10), lambda _: pytest.fail("begun"), lambda _: None))
+
+
 def test_a_failure_of_one_build_is_that_of_the_command():
     part = Part((Segment(SegmentKind.FIRST),), 1, 1, 1.0)
 

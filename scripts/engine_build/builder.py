@@ -196,10 +196,11 @@ def build_all(
     Raises
     ------
     WicoreError
-        As the first build that fails does.
+        As the first build that fails does; if one of them alone takes more memory than there is by now.
     """
     waiting = sorted(orders, key=lambda order: -order[0].memory_bytes) if limits.jobs > 1 else list(orders)
     budget, running = limits.budget, dict[Future[Built], Part]()
+    check_memory([part for part, _ in orders], budget)  # Else it would wait for ever.
     while waiting or running:
         free = budget - sum(part.memory_bytes for part in running.values())
         fits = next((order for order in waiting if order[0].memory_bytes <= free), None)
