@@ -55,7 +55,8 @@ class AttentionNeeds:
         """
         shared_out = 2 * max(1, self.processors * self.tuning.prefill.fill // self.layout.kv_heads)
         tiles = len(self.layout.groups) * (shared_out + tokens // self.tile_tokens + sequences)
-        partial = shared_out * self.layout.kv_heads * self.tuning.prefill.rows * (self.layout.head_dim + 2) * _FLOAT
+        of_item = self.layout.kv_heads * self.tuning.prefill.rows * (self.layout.head_dim + 2) * _FLOAT
+        partial = len(self.layout.groups) * shared_out * of_item
         # The totals of all rows, and the shares that come of them, are as large as what was measured.
         masses = 3 * (sequences + self._global_layers) * self._measurement(max_keys)
         decodes = self._decodes(sequences, max_keys, new=tokens)
