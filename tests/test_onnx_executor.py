@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -314,6 +315,15 @@ def test_rows_come_from_page_locked_host_memory():
     on_device = Embedding(table.cuda(), device=ids.device, residual=torch.float32)
     assert torch.equal(embed(ids, None, None), on_device(ids, None, None))
     assert torch.allclose(embed(ids, None, None).cpu(), table[ids.cpu()].float() * embedding_scale(128, torch.float32))
+
+
+def test_others_in_the_process_that_use_onnx_runtime_are_left_alone(checkpoint, tmp_path):
+    exported = export_segments(checkpoint, tmp_path, Precision.FP32)
+    opened(checkpoint, exported)
+    theirs = onnxruntime.SessionOptions()
+    theirs.intra_op_num_threads = 2
+    path = exported.files[Segment(SegmentKind.FIRST)].path
+    assert onnxruntime.InferenceSession(path, theirs, providers=["CPUExecutionProvider"]).get_inputs()
 
 
 def test_soft_tokens_replace_rows_whose_id_is_beyond_the_vocabulary():

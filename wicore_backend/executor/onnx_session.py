@@ -38,13 +38,14 @@ _DEFAULT = -1
 class OnnxRuntime:
     """ONNX Runtime on one device.
 
-    On a CPU all sessions of the process share a team of threads, which is as large as the first one asked for, and the
-    memory that they compute in. On CUDA they compute on a stream of their own, in order with the caller's.
+    On a CPU the sessions of a process share the memory that they compute in. They could share their threads too, but
+    then all others in the process that use ONNX Runtime would have to. On CUDA they compute on a stream of their own,
+    in order with the caller's.
 
     Parameters
     ----------
     threads
-        CPU threads of an operator.
+        CPU threads of an operator: those beyond the caller's are each session's own, and sleep while others run.
 
     Raises
     ------
@@ -58,8 +59,8 @@ class OnnxRuntime:
         self._options.log_severity_level = 3  # What is worth knowing of a graph is raised.
         # Steps differ in their number of tokens, and each number would leave a plan of its memory behind.
         self._options.enable_mem_pattern = False
-        _share(threads)
-        self._options.use_per_session_threads = False
+        self._options.intra_op_num_threads = threads
+        _share_memory()
         for name, value in _SHARING.items():
             self._options.add_session_config_entry(name, value)
         self._stream: torch.cuda.Stream | None = None
@@ -214,25 +215,27 @@ _SHARING: Mapping[str, str] = {
     "session.use_env_allocators": "1",
     # A session's weights stay as long as it does: in the shared arena they would hold what lies between them.
     "session.use_device_allocator_for_initializers": "1",
-    # Between two segments PyTorch computes attention, on the same CPUs.
-    "session.force_spinning_stop": "1",
+    # Threads that spin hold the CPUs that other sessions' and PyTorch's need: with 2 of them on 2 busy CPUs a step of one
+    # token took 39 ms so, 11 if they span within their own session alone, and 2.4 if they slept at once.
+    "session.intra_op.allow_spinning": "0",
 }
 
 _sharing = Lock()
-_shared: int | None = None
+_shares = False
 
 
-def _share(threads: int) -> None:
-    """Set up what all sessions of this process share, which can be done once."""
-    global _shared
+def _share_memory() -> None:
+    """Have an arena for all sessions of this process that ask for a shared one."""
+    global _shares
     with _sharing:
-        if _shared is None:
-            onnxruntime.set_global_thread_pool_sizes(threads, 1)
-            memory = onnxruntime.OrtMemoryInfo(
-                "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
-            )
-            arena = onnxruntime.OrtArenaCfg(_NO_SIZE_LIMIT, _GROW_BY_POWERS_OF_TWO, _DEFAULT, _DEFAULT)
+        if _shares:
+            return
+        memory = onnxruntime.OrtMemoryInfo(
+            "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+        )
+        arena = onnxruntime.OrtArenaCfg(_NO_SIZE_LIMIT, _GROW_BY_POWERS_OF_TWO, _DEFAULT, _DEFAULT)
+        try:
             onnxruntime.create_and_register_allocator(memory, arena)
-            _shared = threads
-        elif _shared != threads:
-            _log.warning("ONNX Runtime keeps the %d threads that it began with; %d were asked for", _shared, threads)
+        except Exception as error:  # Somebody else in this process has set up theirs, which then serves.
+            _log.info("ONNX Runtime computes in memory that this process shares already: %s", _one_line(error))
+        _shares = True
