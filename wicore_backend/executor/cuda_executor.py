@@ -3,6 +3,7 @@
 `TorchExecutor` is the plain twin. Here a layer is five kernels around its four products: the norm at the end of a part
 also adds the residual and norms for the next part, queries and keys are normalised and rotated in place in the QKV
 product, GELU is taken where gate and up are computed. Nothing waits for the device, so a step can be captured.
+For one token on Hopper, a layer's end and the next one's beginning are one kernel, where its weights let it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from wicore_backend.executor.base import QKV
 from wicore_backend.executor.kernels.small import embed, norm, qk_norm_rope
 from wicore_backend.executor.matrix import Matrix, add_norm, gated, matrix_of
+from wicore_backend.executor.streamed_layer import streamed_layers
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.layers import embedding_scale
 from wicore_backend.models.gemma3.vision import encode_images
@@ -37,6 +39,7 @@ class CudaExecutor:
         self._eps = config.text.rms_norm_eps
         self._head = matrix_of("head", text.head)
         self._softcap = config.text.final_logit_softcapping
+        self._streamed = streamed_layers(config.text, text.layers)
 
     def embed(self, ids: Tensor, soft_tokens: Tensor | None, soft_rows: Tensor | None) -> Tensor:
         if soft_tokens is None or soft_rows is None:
@@ -51,6 +54,9 @@ class CudaExecutor:
 
     def mid(self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, QKV]:
         following = self._layers[layer + 1]
+        if self._streamed is not None and len(hidden) == 1:
+            hidden, heads = self._streamed(layer, hidden, attention, cos, sin)
+            return hidden, following.split(heads)
         hidden, normed = self._layers[layer].after_attention(
             hidden, attention, following.input_norm, reader=following.qkv
         )
@@ -86,7 +92,11 @@ class _Layer:
         """`normed` is the layer's input after its norm."""
         product = self.qkv(normed)
         qk_norm_rope(product, self._weights.qk_norm, cos, sin, self._eps)
-        return QKV(*torch.split(product.view(self._heads_shape), self._heads, 1))
+        return self.split(product)
+
+    def split(self, heads: Tensor) -> QKV:
+        """`heads` [T, (Hq + 2 Hkv) d] as queries, keys and values."""
+        return QKV(*torch.split(heads.view(self._heads_shape), self._heads, 1))
 
     def after_attention(
         self, hidden: Tensor, attention: Tensor, next_norm: Tensor, *, reader: Matrix

@@ -1,0 +1,274 @@
+"""A layer of one token as one kernel: how it is shared out, which models it takes, and on a GPU what it computes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
+from wicore_backend.executor.streamed_layer import Form, StreamedLayers, shared_out, streamed_layers
+from wicore_backend.executor.torch_executor import TorchExecutor
+from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.quantization.fp8 import quantized_fp8
+from wicore_backend.quantization.int4_rounding import quantized_int4
+
+H200_BLOCKS = 132
+QUANTIZE = {
+    "fp8": quantized_fp8,
+    "int4": lambda matrix: quantized_int4(matrix, search=False),
+    "int4 with zero points": lambda matrix: quantized_int4(matrix, symmetric=False, search=False),
+}
+every_kind = pytest.mark.parametrize("kind", QUANTIZE)
+SMALL = {
+    "heads of 128": {
+        "hidden_size": 512,
+        "intermediate_size": 1280,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+    },
+    "heads of 256": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+    },
+    "of 27B": {
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+    },
+}
+LAYERS = 3
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(shape):
+        small = {"vocab_size": 256, "num_hidden_layers": LAYERS, "query_pre_attn_scalar": 128}
+        (tmp_path / "config.json").write_text(json.dumps(_COMMON | shape | small))
+        return Gemma3Config.from_checkpoint(tmp_path)
+
+    return write
+
+
+# ---- How it is shared out
+
+
+@given(
+    tiles=st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    costs=st.lists(st.integers(1, 50), min_size=4, max_size=4),
+    blocks=st.integers(1, 140),
+)
+def test_every_tile_has_one_block_and_no_block_two_more_than_its_part(tiles, costs, blocks):
+    shares = shared_out(tiles, costs, blocks)
+    for count, share in zip(tiles, shares, strict=True):
+        assert share[0] == 0
+        assert share[-1] == count
+        assert len(share) == blocks + 1
+        parts = [after - first for first, after in pairwise(share)]
+        assert min(parts) >= count // blocks
+        assert max(parts) <= count // blocks + 2
+
+
+@pytest.mark.parametrize("shape", ["gemma-3-27b", "gemma-3-12b"])
+def test_blocks_of_a_large_model_read_equally_much(shape, config):
+    text = config(SHAPES[shape]).text
+    form = form_of(text, bits=4)
+    loads = [0] * H200_BLOCKS
+    for share, depth, tiles in zip(form.shares(H200_BLOCKS), form.depths, (1, 2, 1, 1), strict=True):
+        for block, (first, after) in enumerate(pairwise(share)):
+            loads[block] += (after - first) * depth * tiles
+    assert max(loads) < 1.02 * sum(loads) / H200_BLOCKS
+
+
+# ---- Which models it takes
+
+
+def form_of(text, bits):
+    return Form(
+        text.hidden_size,
+        text.num_heads * text.head_dim,
+        text.intermediate_size,
+        text.qkv_heads * text.head_dim,
+        text.head_dim,
+        text.qk_heads,
+        bits,
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", ["gemma-3-27b", "gemma-3-12b", "gemma-3-4b"])
+def test_published_models_have_room(shape, bits, config):
+    form = form_of(config(SHAPES[shape]).text, bits)
+    launch = form.launch(form.shares(H200_BLOCKS))
+    assert launch is not None
+    assert launch.shared_bytes <= 227 * 1024
+    assert 1 <= launch.in_flight < launch.stages
+    spans = form.hidden // form.span
+    stages = -(-spans // form.warps)
+    assert stages * form.warps - spans < stages, "a stage leaves no warp idle, but for one of them"
+
+
+@every_kind
+def test_the_form_is_that_of_the_weights(kind, config):
+    model = config(SMALL["heads of 128"])
+    form = Form.of(model.text, layers_of(model, torch.bfloat16, QUANTIZE[kind]))
+    assert form is not None
+    assert form.bits == (8 if kind == "fp8" else 4)
+    assert form.zeros == (kind == "int4 with zero points")
+    assert (form.attended, form.qkv, form.qk_heads) == (6 * 128, 10 * 128, 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 576, "why": "no whole groups"},
+        {"head_dim": 64, "why": "heads that a warp does not fill"},
+        {"intermediate_size": 1352, "why": "no whole tiles"},
+    ],
+    ids=lambda change: change["why"],
+)
+def test_other_sizes_are_left_to_several_kernels(change, config):
+    model = config(SMALL["heads of 128"] | change)
+    weights = random_weights(model, device=CPU, dtype=torch.bfloat16, quantize=quantized_fp8)
+    assert Form.of(model.text, weights.text.layers) is None
+
+
+def test_other_matrices_are_left_to_several_kernels(config):
+    model = config(SMALL["heads of 128"])
+    taken = layers_of(model, torch.bfloat16, QUANTIZE["int4"])
+    assert Form.of(model.text, taken) is not None
+    assert Form.of(model.text, [replace(taken[0], qkv_bias=torch.zeros(10 * 128)), *taken[1:]]) is None
+    assert Form.of(model.text, [replace(taken[0], down=quantized_fp8(torch.zeros(512, 1280))), *taken[1:]]) is None
+    assert Form.of(model.text, layers_of(model, torch.bfloat16, lambda matrix: matrix)) is None
+    assert Form.of(model.text, layers_of(model, torch.float16, QUANTIZE["int4"])) is None
+    groups_of_64 = layers_of(model, torch.bfloat16, lambda matrix: quantized_int4(matrix, 64, search=False))
+    assert Form.of(model.text, groups_of_64) is None
+    assert streamed_layers(model.text, taken) is None, "on a CPU"
+
+
+def layers_of(model, dtype, quantize):
+    return random_weights(model, device=CPU, dtype=dtype, quantize=quantize).text.layers
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_compiles(bits, config):
+    """Where there is NVRTC; no GPU is needed."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="PyTorch's builds for CUDA bring cuda-bindings")
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        pytest.skip(f"no NVRTC: {error}")
+    from wicore_backend.executor.kernels.nvrtc import compiled
+    from wicore_backend.executor.streamed_layer import _SOURCE
+
+    form = form_of(config(SHAPES["gemma-3-27b"]).text, bits)
+    launch = form.launch(form.shares(H200_BLOCKS))
+    code = compiled(_SOURCE.read_text(), _SOURCE.name, form.defines(launch), architecture="sm_90a")
+    assert code.startswith(b"\x7fELF")
+
+
+# ---- What it computes
+
+CPU = torch.device("cpu")
+MATRICES = ("qkv", "out", "gate_up", "down")
+
+
+@pytest.fixture
+def hopper():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper GPU here")
+    with torch.inference_mode():
+        yield torch.device("cuda")
+
+
+class Case:
+    """A model's layers on the GPU, what one token brings, and the plain twin."""
+
+    def __init__(self, model, kind, device):
+        weights = random_weights(model, device=device, dtype=torch.bfloat16, quantize=QUANTIZE[kind])
+        text = model.text
+        self.layers = weights.text.layers
+        self.streamed = StreamedLayers(Form.of(text, self.layers), text.rms_norm_eps, self.layers, device)
+        plain = [
+            replace(layer, **{n: getattr(layer, n).dequantized(torch.float32) for n in MATRICES})
+            for layer in self.layers
+        ]
+        twin = replace(weights.text, embedding=weights.text.embedding.float(), layers=tuple(plain))
+        self.twin = TorchExecutor(model, replace(weights, text=replace(twin, head=twin.embedding)))
+        angles = torch.randn(1, text.head_dim // 2, device=device).repeat(1, 2)
+        self.rope = angles.cos().bfloat16(), angles.sin().bfloat16()
+        self.sizes = text.hidden_size, text.num_heads * text.head_dim
+        self.device = device
+
+    def row(self, scale=1.0):
+        return [torch.randn(1, size, device=self.device).mul_(scale).bfloat16() for size in self.sizes]
+
+    def errors(self, hidden, attention):
+        """Relative, of the residual stream and of the heads, after the first layer."""
+        ours = self.streamed(0, hidden, attention, *self.rope)
+        theirs, qkv = self.twin.mid(0, hidden.float(), attention.float(), *(table.float() for table in self.rope))
+        heads = torch.cat([part.flatten() for part in qkv])
+        return relative_error(ours[0], theirs), relative_error(ours[1].flatten(), heads)
+
+
+def widened(layer):
+    return {name: getattr(layer, name).dequantized(torch.float32) for name in MATRICES}
+
+
+def relative_error(ours, theirs):
+    return ((ours.float() - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.gpu
+@every_kind
+@pytest.mark.parametrize("shape", SMALL)
+def test_a_layer_is_what_the_plain_twin_makes_of_it(shape, kind, config, hopper):
+    case = Case(config(SMALL[shape]), kind, hopper)
+    # Activations of trained models reach far beyond float16, in which few-bit weights are multiplied.
+    for scale in (1.0, 1e-3, 1e5):
+        assert max(case.errors(*case.row(scale))) < 1e-2
+
+
+@pytest.mark.gpu
+@every_kind
+@pytest.mark.parametrize("shape", SMALL)
+def test_replays_repeat_bit_for_bit_whatever_came_between(shape, kind, config, hopper):
+    case = Case(config(SMALL[shape]), kind, hopper)
+    rows = [case.row() for _ in range(4)]
+    hidden, attention = (torch.empty_like(value) for value in rows[0])
+
+    def steps():
+        row, heads = hidden, attention
+        for layer in range(LAYERS - 1):
+            row, product = case.streamed(layer, row, heads, *case.rope)
+            heads = product[:, : case.sizes[1]]
+        return row, product
+
+    def expected():
+        return [value.clone() for value in steps()]
+
+    once = []
+    for row in rows:
+        for into, value in zip((hidden, attention), row, strict=True):
+            into.copy_(value)
+        once.append(expected())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = steps()
+    for turn in range(100):
+        for into, value in zip((hidden, attention), rows[turn % 4], strict=True):
+            into.copy_(value)
+        graph.replay()
+        for result, right in zip(results, once[turn % 4], strict=True):
+            assert torch.equal(result, right), f"replay {turn}"

@@ -1,0 +1,341 @@
+"""A decoder layer of one token as one kernel on Hopper: what it is compiled for, how it is shared out and called.
+
+`kernels/streamed_layer.cu` says what it does and why. It is compiled for the sizes of a model when its executor is made
+and kept on disk. It multiplies by INT4 in groups of 128 and by FP8: layers in bfloat16 were no faster so, being nine
+tenths the reading of their bytes anyway (docs/benchmarks/hopper.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from wicore_backend.executor.kernels.small import overlaps
+from wicore_backend.models.gemma3.config import TextConfig
+from wicore_backend.models.gemma3.weights import LayerWeights, Weight
+from wicore_backend.quantization.fp8 import Fp8Matrix
+from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
+
+if TYPE_CHECKING:
+    from wicore_backend.executor.kernels.nvrtc import Kernel
+
+_log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).parent / "kernels" / "streamed_layer.cu"
+_ARCHITECTURE = "sm_90a"
+_WIDTH, _GROUP, _ROW_BYTES = 32, 128, 128
+_SHARED_BYTES = 227 * 1024
+"""What a block may have on Hopper."""
+_FEWEST_STAGES = 3
+_MOST_WARPS = 14
+"""That multiply: with 21 a layer of 27B in INT4 takes 77 us in place of 73, with 7 it takes 85."""
+_MOST_EXTRA = 2
+
+Bits = Literal[4, 8]
+
+_IN_FLIGHT: Mapping[Bits, int] = {4: 48 * 1024, 8: 88 * 1024}
+"""Bytes of weights on their way to a multiprocessor with which layers of 27B are fastest: what blocks tell each other
+queues behind more. INT4 comes in large copies, FP8 row by row."""
+_LEAST_BYTES = 200_000_000
+"""Of a layer's matrices: it was measured with 213 MB (27B in INT4) and 405 MB (in FP8). In smaller layers, what blocks
+wait for each other weighs more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the kernel is compiled for.
+
+    Attributes
+    ----------
+    hidden, attended, fed, qkv
+        Sizes: of the residual stream, of attention's result, of the MLP, of all heads.
+    head_dim, qk_heads
+        Of a head; and how many are normalised and rotated.
+    bits
+        Of a weight.
+    half_scales, zeros
+        Whether INT4's scales are float16, not bfloat16, and whether it has zero points.
+    """
+
+    hidden: int
+    attended: int
+    fed: int
+    qkv: int
+    head_dim: int
+    qk_heads: int
+    bits: Bits
+    half_scales: bool = False
+    zeros: bool = False
+
+    @classmethod
+    def of(cls, config: TextConfig, layers: Sequence[LayerWeights]) -> Form | None:
+        """The form for a model's layers; None if the kernel is not for such."""
+        if any(layer.qkv_bias is not None or layer.out_bias is not None for layer in layers):
+            return None
+        kinds = {_kind(weight) for layer in layers for weight in _matrices(layer)}
+        kind = kinds.pop()
+        if kinds or kind is None:
+            return None
+        form = cls(
+            config.hidden_size,
+            config.num_heads * config.head_dim,
+            config.intermediate_size,
+            config.qkv_heads * config.head_dim,
+            config.head_dim,
+            config.qk_heads,
+            kind.bits,
+            kind.half_scales,
+            kind.zeros,
+        )
+        return form if form._fits() else None
+
+    @property
+    def depths(self) -> tuple[int, int, int, int]:
+        """Inputs of out, of gate and up, of down and of QKV."""
+        return self.attended, self.hidden, self.fed, self.hidden
+
+    @property
+    def tiles(self) -> tuple[int, int, int, int]:
+        """What is shared out of each: tiles of outputs; of gate and up, pairs of tiles."""
+        return self.hidden // TILE_ROWS, self.fed // TILE_ROWS, self.hidden // TILE_ROWS, self.qkv // TILE_ROWS
+
+    @property
+    def span(self) -> int:
+        """Inputs of a span: a warp's part of a tile at once."""
+        return _ROW_BYTES * 8 // self.bits
+
+    @property
+    def warps(self) -> int:
+        """That multiply: so many that a tile of `hidden` inputs is shared out among them in few equal stages."""
+        spans = self.hidden // self.span
+        return -(-spans // -(-spans // _MOST_WARPS))
+
+    def shares(self, blocks: int) -> list[list[int]]:
+        """See `shared_out`."""
+        out, gate_up, down, qkv = self.depths
+        return shared_out(self.tiles, (out, 2 * gate_up, down, qkv), blocks)
+
+    def launch(self, shares: Sequence[Sequence[int]]) -> Launch | None:
+        """How to compile and launch it for blocks with such shares; None if there is no room in shared memory."""
+        parts = [max(after - first for first, after in pairwise(share)) for share in shares]
+        most_tiles = max(parts)
+        parts[1] *= 2
+        warps = self.warps
+        # x, and each warp's part of each output.
+        area = max(d * 2 + tiles * warps * TILE_ROWS * 4 for d, tiles in zip(self.depths, parts, strict=True))
+        sums = max(self.depths) // _GROUP * 8 if self.bits == 4 else 0
+        beside = 4 * warps * 4 + sums + 144 + area
+        stage = warps * TILE_ROWS * (_ROW_BYTES + (4 * (1 + self.zeros) if self.bits == 4 else 0))
+        stages = (_SHARED_BYTES - beside) // (stage + 16)
+        if stages < _FEWEST_STAGES or most_tiles * TILE_ROWS > warps * _WIDTH:
+            return None
+        threads = (warps + 1) * _WIDTH
+        in_flight = min(stages - 1, max(1, _IN_FLIGHT[self.bits] // stage))
+        return Launch(stages, in_flight, threads=threads, shared_bytes=stages * (stage + 16) + beside)
+
+    def defines(self, launch: Launch) -> dict[str, int]:
+        """For the compiler."""
+        return {
+            "HIDDEN": self.hidden,
+            "ATTENDED": self.attended,
+            "FED": self.fed,
+            "QKV": self.qkv,
+            "HEAD_DIM": self.head_dim,
+            "QK_HEADS": self.qk_heads,
+            "BITS": self.bits,
+            "SCALE_HALF": int(self.half_scales),
+            "ZEROS": int(self.zeros),
+            "WARPS": self.warps,
+            "STAGES": launch.stages,
+            "FLIGHT": launch.in_flight,
+        }
+
+    def _fits(self) -> bool:
+        """Whether all sizes are whole numbers of tiles, spans, groups and heads."""
+        deep = all(depth % self.span == depth % _GROUP == 0 for depth in self.depths)
+        return deep and self.head_dim in (_GROUP, 2 * _GROUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How the kernel is compiled and launched.
+
+    Attributes
+    ----------
+    stages, in_flight
+        Of the ring; and of those, how many may be on their way at once.
+    threads, shared_bytes
+        Of a block.
+    """
+
+    stages: int
+    in_flight: int
+    threads: int
+    shared_bytes: int
+
+
+def shared_out(tiles: Sequence[int], costs: Sequence[int], blocks: int) -> list[list[int]]:
+    """Where each block's tiles of each matrix begin, and where the last one's end: [matrices, blocks + 1].
+
+    All get as many of each matrix as divide evenly. What is left goes, the costliest first, to whoever has least so
+    far, up to two of a matrix: blocks wait for each other after each, and the ring makes up for so much.
+    """
+    loads = [0] * blocks
+    counts = [[of_matrix // blocks] * blocks for of_matrix in tiles]
+    for matrix in sorted(range(len(tiles)), key=lambda matrix: -costs[matrix]):
+        most = tiles[matrix] // blocks + _MOST_EXTRA
+        for _ in range(tiles[matrix] % blocks):
+            places = (block for block in range(blocks) if counts[matrix][block] < most)
+            block = min(places, key=lambda block: (loads[block], counts[matrix][block]))
+            counts[matrix][block] += 1
+            loads[block] += costs[matrix]
+    return [[sum(of_matrix[:block]) for block in range(blocks + 1)] for of_matrix in counts]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("values", "scales", "zeros")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in ("out", "gate_up", "down", "qkv")),
+        *((name, ctypes.c_void_p) for name in ("post_attention", "pre_feedforward", "post_feedforward", "next_norm")),
+        *((name, ctypes.c_void_p) for name in ("qk_norm", "attention", "hidden", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("next_hidden", "heads", "shares", "launches")),
+        *((name, ctypes.c_void_p) for name in ("told_attended", "told_fed", "told_given", "told_heads")),
+        ("eps", ctypes.c_float),
+    ]
+
+
+class StreamedLayers:
+    """From each layer's attention to the next one's, for one token in bfloat16.
+
+    Its launches share memory: they go to one stream, or to streams that wait for each other. All blocks of one run at
+    the same time, one a multiprocessor; it waits until it has them all.
+
+    Raises
+    ------
+    RuntimeError
+        If the kernel cannot be compiled, or not all its blocks run at the same time on this card.
+    """
+
+    def __init__(self, form: Form, eps: float, layers: Sequence[LayerWeights], device: torch.device) -> None:
+        # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
+        from wicore_backend.executor.kernels.nvrtc import Kernel, compiled
+
+        self._layers = layers
+        self._form = form
+        self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        shares = form.shares(self._blocks)
+        launch = form.launch(shares)
+        if launch is None:
+            raise RuntimeError(f"a layer of {form} does not fit {self._blocks} multiprocessors")
+        code = compiled(_SOURCE.read_text(), _SOURCE.name, form.defines(launch), architecture=_ARCHITECTURE)
+        self._kernel: Kernel = Kernel(code, _SOURCE.stem, threads=launch.threads, shared_bytes=launch.shared_bytes)
+        # The blocks' results as they tell each other: all of the launch before the first, whose number is 1.
+        sizes = form.hidden, form.fed // 2, form.hidden, form.qkv
+        self._told = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
+        self._launches = torch.ones(1, dtype=torch.int32, device=device)
+        self._shares = torch.tensor(shares, dtype=torch.int32, device=device)
+        lasting = [memory.data_ptr() for memory in (self._shares, self._launches, *self._told)]
+        self._parameters = [
+            _Layer(
+                *map(_matrix, (layer.out, layer.gate_up, layer.down, following.qkv)),
+                layer.post_attention_norm.data_ptr(),
+                layer.pre_feedforward_norm.data_ptr(),
+                layer.post_feedforward_norm.data_ptr(),
+                following.input_norm.data_ptr(),
+                following.qk_norm.data_ptr(),
+                *(0, 0, 0, 0, 0, 0),
+                *lasting,
+                eps,
+            )
+            for layer, following in pairwise(layers)
+        ]
+        self._try_out()
+
+    def __call__(
+        self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream [1, D] after `layer`, and the heads [1, (Hq + 2 Hkv) d] of the next layer.
+
+        `hidden` is [1, D], `attention` [1, Hq d], `cos` and `sin` [1, d] of the next layer.
+        """
+        given = hidden, attention, cos, sin
+        assert all(x.dtype is torch.bfloat16 and x.stride(-1) == 1 for x in given), "one row in bfloat16"
+        parameters = self._parameters[layer]
+        next_hidden, heads = torch.empty_like(hidden), hidden.new_empty(1, self._form.qkv)
+        parameters.hidden, parameters.attention, parameters.cos, parameters.sin = (x.data_ptr() for x in given)
+        parameters.next_hidden, parameters.heads = next_hidden.data_ptr(), heads.data_ptr()
+        self._kernel.launch(self._blocks, parameters)
+        return next_hidden, heads
+
+    def _try_out(self) -> None:
+        """Launch it once, so that a card that does not take it says so here."""
+        form, device = self._form, self._shares.device
+        sizes = form.hidden, form.attended, form.head_dim, form.head_dim
+        self(0, *(torch.zeros(1, size, dtype=torch.bfloat16, device=device) for size in sizes))
+        torch.cuda.synchronize(device)
+
+
+def streamed_layers(config: TextConfig, layers: Sequence[LayerWeights]) -> StreamedLayers | None:
+    """The layers of a model as such; None if the card or the model is another kind, or what compiles it is missing."""
+    norm = layers[0].input_norm
+    if not overlaps(norm) or len(layers) < 2 or sum(w.nbytes for w in _matrices(layers[0])) < _LEAST_BYTES:
+        return None
+    form = Form.of(config, layers)
+    if form is None:
+        return None
+    try:
+        return StreamedLayers(form, config.rms_norm_eps, layers, norm.device)
+    except (ImportError, OSError, RuntimeError):
+        _log.warning("layers of one token run as several kernels each, which is slower", exc_info=True)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What the kernel must know of a matrix besides its shape."""
+
+    bits: Bits
+    half_scales: bool = False
+    zeros: bool = False
+
+
+def _matrices(layer: LayerWeights) -> tuple[Weight, ...]:
+    return layer.qkv, layer.out, layer.gate_up, layer.down
+
+
+def _kind(weight: Weight) -> _Kind | None:
+    """None if the kernel does not multiply by such a matrix."""
+    if weight.dtype is not torch.bfloat16:
+        return None
+    if isinstance(weight, Fp8Matrix):
+        return _Kind(8) if _copied_at_once(weight.values) else None
+    if isinstance(weight, Int4Matrix):
+        tiled = weight.codes.shape[2] == TILE_ROWS and weight.scales.shape[3] == 2 and weight.group == _GROUP
+        tensors = [tensor for tensor in (weight.codes, weight.scales, weight.zeros) if tensor is not None]
+        if tiled and all(map(_copied_at_once, tensors)):
+            return _Kind(4, weight.scales.dtype is torch.float16, weight.zeros is not None)
+    return None
+
+
+def _copied_at_once(tensor: Tensor) -> bool:
+    """Whether its rows can be copied as bytes that lie together, from an address that bulk copies take."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
+def _matrix(weight: Weight) -> _Matrix:
+    if isinstance(weight, Fp8Matrix):
+        return _Matrix(weight.values.data_ptr(), weight.scale.data_ptr(), None)
+    assert isinstance(weight, Int4Matrix)
+    zeros = None if weight.zeros is None else weight.zeros.data_ptr()
+    return _Matrix(weight.codes.data_ptr(), weight.scales.data_ptr(), zeros)
