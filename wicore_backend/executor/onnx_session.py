@@ -215,8 +215,8 @@ _SHARING: Mapping[str, str] = {
     "session.use_env_allocators": "1",
     # A session's weights stay as long as it does: in the shared arena they would hold what lies between them.
     "session.use_device_allocator_for_initializers": "1",
-    # Threads that spin hold the CPUs that other sessions' and PyTorch's need: with 2 of them on 2 busy CPUs a step of one
-    # token took 39 ms so, 11 if they span within their own session alone, and 2.4 if they slept at once.
+    # Threads that spin hold the CPUs that other sessions' and PyTorch's need: with 2 of them on 2 busy CPUs a step of
+    # one token took 39 ms so, 11 where they span within their own session alone, and 2.4 where they slept at once.
     "session.intra_op.allow_spinning": "0",
 }
 
