@@ -197,6 +197,47 @@ def prompt_graphs(model, record, max_tokens):
     )
 
 
+class Watched:
+    """An executor that computes nothing, and of which it is known what each `mid` read and left when it ran last."""
+
+    def __init__(self):
+        self.read, self.left = {}, {}
+
+    def first(self, hidden, *_):
+        return hidden, hidden, hidden
+
+    def mid(self, layer, hidden, *_):
+        self.read[layer], self.left[layer] = hidden, hidden.clone()
+        return self.left[layer], (hidden, hidden, hidden)
+
+
+class Positions:
+    """Without any cosines and sines."""
+
+    def lookup(self, _):
+        return dict.fromkeys(LayerGroup, (None, None))
+
+
+@torch.inference_mode()
+def test_a_segment_that_is_tried_before_it_is_recorded_reads_what_the_one_before_it_left():
+    def tried_first(work):
+        work()
+        work()
+        return Repeated(work)
+
+    executor, layers = Watched(), 5
+    inputs = StepInputs(torch.zeros(16, 4), torch.zeros(16, dtype=torch.int32), torch.zeros(16, 4))
+    layout = KVLayout.of([LayerGroup.LOCAL] * layers, block_size=4, kv_heads=1, head_dim=4, window=8, bytes_per_value=4)
+    graphs = SegmentGraphs(
+        executor=executor, attention=None, rotary=Positions(), layout=layout, inputs=inputs, record=tried_first
+    )
+    graphs.prepare()
+    left = {-1: inputs.embedded} | executor.left
+    assert list(executor.read) == list(range(layers - 1))
+    for layer, hidden in executor.read.items():
+        assert hidden.data_ptr() == left[layer - 1].data_ptr(), f"layer {layer}"
+
+
 @pytest.fixture(scope="module")
 @torch.inference_mode()
 def graphs(model, record):

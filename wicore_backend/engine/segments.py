@@ -50,6 +50,8 @@ class Between(NamedTuple):
 class _Walk:
     """The segments of a step one after the other, all but the end of the last layer.
 
+    Each may be called any number of times before the next, as who records it may try it first.
+
     Parameters
     ----------
     inputs
@@ -62,7 +64,7 @@ class _Walk:
         self._groups = [group for group, _ in layout.layers]
         self._inputs = inputs
         self._rope: Mapping[LayerGroup, tuple[Tensor, Tensor]] = {}
-        self.hidden = inputs.embedded
+        self._hidden = [inputs.embedded] * 2  # A layer reads one and leaves the other.
 
     def segments(self) -> Iterator[Callable[[], Between]]:
         """To be called in this order, each after the attention of the layer that the one before it begins."""
@@ -72,13 +74,20 @@ class _Walk:
 
     def _first(self) -> Between:
         self._rope = self._rotary.lookup(self._inputs.positions)
-        self.hidden = self._inputs.embedded
-        return Between(self.hidden, *self._executor.first(self.hidden, *self._rope[self._groups[0]]))
+        self.let_go()
+        hidden = self._inputs.embedded
+        return Between(hidden, *self._executor.first(hidden, *self._rope[self._groups[0]]))
 
     def _mid(self, layer: int) -> Between:
-        rope = self._rope[self._groups[layer + 1]]
-        self.hidden, qkv = self._executor.mid(layer, self.hidden, self._inputs.attended, *rope)
-        return Between(self.hidden, *qkv)
+        rope, before, after = self._rope[self._groups[layer + 1]], layer % 2, (layer + 1) % 2
+        self._hidden[after] = self._inputs.embedded  # So that what it leaves may be where that was.
+        hidden, qkv = self._executor.mid(layer, self._hidden[before], self._inputs.attended, *rope)
+        self._hidden[after] = hidden
+        return Between(hidden, *qkv)
+
+    def let_go(self) -> None:
+        """Keep no hidden states: their memory is others'."""
+        self._hidden[:] = [self._inputs.embedded] * 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,7 +185,7 @@ class SegmentGraphs:
         for segment in walk.segments():
             recorded.append(self._record(segment))
             recorded[-1].lend()  # The hidden state, which the next one reads, is the walk's as well.
-        walk.hidden = inputs.embedded
+        walk.let_go()
         return _Bucket(inputs, recorded)
 
 
