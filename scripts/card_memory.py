@@ -39,7 +39,7 @@ def tables() -> str:
     parts = (
         ("Device memory, GiB of one card:", _plan_rows(memories)),
         (
-            "Sequences at once, if `max_model_len` is set to their length, and what else is kept, in tokens "
+            "Sequences at once, if `max_model_len` is set to their length, and what else is kept, in thousands of tokens "
             "(of the layers that see everything):",
             _context_rows(memories),
         ),
@@ -64,7 +64,7 @@ def _context_rows(memories: Iterable[tuple[Plan, CardMemory]]) -> Iterator[Seque
     yield "plan", "context", "KV", *(f"{context:,}" for context in CONTEXTS), "host memory", "disk"
     for plan, memory in memories:
         at_once = [str(_at_once(memory, context)) for context in CONTEXTS]
-        kept = [f"{tokens:,}" for tokens in (memory.host_tokens, memory.disk_tokens)]
+        kept = [f"{tokens / 1000:,.0f}" for tokens in (memory.host_tokens, memory.disk_tokens)]
         context = memory.settings.context(memory.config.text.max_position_embeddings)
         kv = "fp8" if memory.settings.kv_cache_dtype == "fp8" else str(memory.precision.activations)[6:]
         yield f"`{plan.name}`", f"{context:,}", kv, *at_once, *kept
