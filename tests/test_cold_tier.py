@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,8 +253,25 @@ def test_a_spill_whose_bytes_do_not_arrive_has_failed(tmp_path):
         assert bench.spill([bench.put(GLOBAL, 1, 0)]) == [Outcome.DONE]
 
 
-def test_a_codec_that_fails_is_a_failure_of_its_batch(tmp_path, monkeypatch):
+def test_where_slots_are_records_nothing_is_encoded_on_the_way(tmp_path, monkeypatch):
     with Bench(tmp_path) as bench:
+
+        def fail(*_, **__):
+            raise RuntimeError("a copy of every byte, on one thread")
+
+        for codec in bench.codecs.values():
+            for work in ("encode", "decode"):
+                monkeypatch.setattr(codec, work, fail)
+        down = [bench.put(group, number, 2 * number) for group in (GLOBAL, LOCAL) for number in range(9)]
+        assert set(bench.spill(down)) == {Outcome.DONE}
+        up = [block._replace(slot=SLOTS - 1 - block.slot) for block in down]
+        assert set(bench.restore(up)) == {Outcome.DONE}
+        monkeypatch.undo()
+        assert all(bench.right(block) for block in up)
+
+
+def test_a_codec_that_fails_is_a_failure_of_its_batch(tmp_path, monkeypatch):
+    with Bench(tmp_path, "q8") as bench:
 
         def fail(*_, **__):
             raise RuntimeError("no memory")
@@ -722,7 +740,7 @@ def test_a_cancelled_restore_ends_without_the_disk_and_touches_its_slots_no_more
 
 
 def test_a_cancel_cuts_what_is_read_but_not_what_is_being_decoded(tmp_path, monkeypatch):
-    with Bench(tmp_path) as bench:
+    with Bench(tmp_path, "q8", limits=replace(LIMITS, tray_bytes=LIMITS.tray_bytes * 9 // 16)) as bench:
         bench.spill_numbers(GLOBAL, range(16))
         wait_for_measurement(bench)
         decode = bench.codecs[GLOBAL].decode

@@ -1,4 +1,8 @@
-"""Blocks between slots and records, in memory that is taken once."""
+"""Blocks between slots and records, in memory that is taken once.
+
+Where a slot's bytes are its record, nothing is in between: the store reads and writes the slot itself, on its own
+threads, which saves a copy of every byte on one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.codecs import Codec
+from wicore_backend.hmt.codecs.exact import ExactCodec
 from wicore_backend.hmt.nvme.files import aligned_buffer
 
 _STAGED_BYTES = 1 << 20
@@ -20,7 +25,9 @@ small blocks: with blocks of 32 KiB, q8 is 6 times faster that way."""
 
 
 class Stage:
-    """Encodes one group's slots into consecutive records, and decodes them back. For one thread.
+    """Encodes one group's slots into consecutive records, and decodes them back, unless they are `as_it_is`.
+
+    For one thread.
 
     Parameters
     ----------
@@ -32,12 +39,14 @@ class Stage:
     ----------
     block_bytes
         Of a block that is not encoded.
+    as_it_is
+        Whether a slot's bytes are its record.
     """
 
     def __init__(self, codec: Codec, slots: Tensor) -> None:
-        self._opaque = slots.dtype == torch.uint8
-        shape = (codec.encoded_bytes,) if self._opaque else codec.shape
-        dtype = torch.uint8 if self._opaque else codec.dtype
+        encoded = slots.dtype == torch.uint8
+        shape = (codec.encoded_bytes,) if encoded else codec.shape
+        dtype = torch.uint8 if encoded else codec.dtype
         if slots.shape[1:] != shape or slots.dtype != dtype or slots.device.type != "cpu":
             raise InvalidArgumentError(
                 f"slots are {slots.dtype} {list(slots.shape)} on {slots.device}; "
@@ -52,13 +61,16 @@ class Stage:
         self._staged = torch.empty(max(1, _STAGED_BYTES // self.block_bytes), *shape, dtype=dtype)
         # PyTorch gathers bytes where it does not gather every type of number.
         self._slot_bytes = slots.flatten(1).view(torch.uint8)
+        self._slot_memory = self._slot_bytes.numpy().data
+        self.as_it_is = encoded or isinstance(codec, ExactCodec)
         self._staged_bytes = self._staged.flatten(1).view(torch.uint8)
+
+    def record(self, slot: int) -> memoryview:
+        """The bytes of a slot, which are its record if that is `as_it_is`."""
+        return self._slot_memory[slot : slot + 1].cast("B")
 
     def encode(self, slots: Sequence[int], records: Tensor) -> None:
         """Encode the blocks in `slots` into uint8 [len(slots), encoded_bytes]."""
-        if self._opaque:
-            torch.index_select(self.slots, 0, torch.tensor(slots), out=records)
-            return
         for start in range(0, len(slots), len(self._staged)):
             part = slots[start : start + len(self._staged)]
             if _consecutive(part):
@@ -70,9 +82,6 @@ class Stage:
 
     def decode(self, records: Tensor, slots: Sequence[int]) -> None:
         """Decode uint8 [len(slots), encoded_bytes] into `slots`."""
-        if self._opaque:
-            self.slots.index_copy_(0, torch.tensor(slots), records)
-            return
         for start in range(0, len(slots), len(self._staged)):
             part = slots[start : start + len(self._staged)]
             encoded = records[start : start + len(part)]
@@ -86,10 +95,7 @@ class Stage:
         """Take the time of decoding uint8 [records, encoded_bytes]."""
         for start in range(0, len(records), len(self._staged)):
             encoded = records[start : start + len(self._staged)]
-            if self._opaque:
-                self._staged[: len(encoded)].copy_(encoded)
-            else:
-                self.codec.decode(encoded, out=self._staged[: len(encoded)])
+            self.codec.decode(encoded, out=self._staged[: len(encoded)])
 
 
 class Tray:
@@ -119,14 +125,27 @@ class Part:
     records: Tensor
 
 
-def laid_out(tray: Tray, stages: Sequence[Stage]) -> tuple[list[Part], list[memoryview]]:
-    """Where the records of blocks lie in a tray, given each one's stage, equal ones beside each other: by group, and
-    one by one."""
+def laid_out(
+    tray: Tray, blocks: Sequence[tuple[Stage, int]], *, in_slots: bool = True
+) -> tuple[list[Part], list[memoryview]]:
+    """Where the records of blocks lie: those that are in a tray by group, and all of them one by one.
+
+    Parameters
+    ----------
+    blocks
+        Of each its stage, equal ones beside each other, and its slot.
+    in_slots
+        Whether records that may lie in slots do.
+    """
     parts: list[Part] = []
     views: list[memoryview] = []
     at = 0
-    for stage, same in groupby(stages):
-        count, size = len(list(same)), stage.codec.encoded_bytes
+    for stage, same in groupby(blocks, key=lambda block: block[0]):
+        slots = [slot for _, slot in same]
+        if stage.as_it_is and in_slots:
+            views += map(stage.record, slots)
+            continue
+        count, size = len(slots), stage.codec.encoded_bytes
         records = tray.tensor[at : at + count * size].view(count, size)
         parts.append(Part(stage, len(views), records))
         views += [tray.view[start : start + size] for start in range(at, at + count * size, size)]

@@ -63,12 +63,16 @@ class Desk:
 
 @dataclass(eq=False, kw_only=True)
 class _Batch:
-    """Blocks that share a tray, in the order of their records.
+    """Blocks that share a tray, in the order of their records; where slots are records, the tray's size alone.
 
     Attributes
     ----------
     outcomes
         Of each block, as far as that is known.
+    parts
+        What is encoded into the tray, or decoded from it.
+    views
+        Each record, in the tray or in its slot.
     """
 
     blocks: Sequence[SlotBlock]
@@ -80,10 +84,6 @@ class _Batch:
     views: Sequence[memoryview] = ()
     names: Sequence[bytes] = ()
     ticket: Ticket | None = None
-
-    @property
-    def block_bytes(self) -> int:
-        return sum(part.stage.block_bytes * len(part.records) for part in self.parts)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -198,8 +198,9 @@ class Worker(ABC, Generic[B]):
             if batch in self._under_way:
                 self._over(batch)
 
-    def _lay_out(self, batch: B) -> None:
-        batch.parts, batch.views = laid_out(batch.tray, [self._stages[block.group] for block in batch.blocks])
+    def _lay_out(self, batch: B, *, in_slots: bool = True) -> None:
+        staged = [(self._stages[block.group], block.slot) for block in batch.blocks]
+        batch.parts, batch.views = laid_out(batch.tray, staged, in_slots=in_slots)
         batch.names = [record_name(block.key) for block in batch.blocks]
 
     def _over(self, batch: B) -> None:
@@ -239,7 +240,8 @@ class Worker(ABC, Generic[B]):
                 batch.ticket.cancel()
 
     def _measure(self, batch: B) -> None:
-        self.pace.add(started=batch.started, size=batch.block_bytes, first=batch.first, now=time.monotonic())
+        size = sum(self._stages[block.group].block_bytes for block in batch.blocks)
+        self.pace.add(started=batch.started, size=size, first=batch.first, now=time.monotonic())
 
 
 class SpillWorker(Worker[_SpillBatch]):
@@ -438,7 +440,7 @@ class RestoreWorker(Worker[_RestoreBatch]):
         self._do(batch, lambda: self._fetch(batch))
 
     def _fetch(self, batch: _RestoreBatch) -> None:
-        self._lay_out(batch)
+        self._lay_out(batch, in_slots=batch.job.restore is not None)
         deadline = batch.job.deadline
         batch.ticket = self._store.fetch(
             batch.names,
@@ -477,10 +479,10 @@ class RestoreWorker(Worker[_RestoreBatch]):
                 continue
             records = part.records[indices[0] - part.first : indices[-1] + 1 - part.first]
             try:
-                if batch.job.restore is None:
-                    part.stage.decode_to_nowhere(records)
-                else:
+                if batch.job.restore is not None:
                     part.stage.decode(records, [batch.blocks[index].slot for index in indices])
+                elif not part.stage.as_it_is:
+                    part.stage.decode_to_nowhere(records)
             except Exception:
                 _log.exception("cold_tier_decode_failed")
                 outcomes[indices[0] : indices[-1] + 1] = [Outcome.FAILED] * len(indices)

@@ -1,0 +1,259 @@
+"""What share of a disk's own speed the cold tier reaches, up and down, with a long prompt's blocks and no model.
+
+    python -m scripts.benchmark_cold_tier --directory /var/tmp --tokens 32768
+
+The blocks that a prompt of gemma-3-27b goes on from, with random bytes, are spilled from slots of host memory through
+`hmt/cold_tier`, as the engine does it, and restored into other slots. In each round, one after the other:
+
+- *own*: the disk's own speed, plain direct I/O of 4 MiB at a time by as many threads as the store has; reads are of the
+  store's own file, writes to one beside it;
+- *store*: records between the disk and memory, checked, without the tier;
+- *tier*: blocks between slots and the disk.
+
+Shares are of *own* in the same round, and medians. The last lines are what a thread does alone, in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from wicore_backend.hmt.codecs import make_codec
+from wicore_backend.hmt.cold_tier import ColdTier, ColdTierLimits, store_config
+from wicore_backend.hmt.cold_tier.records import record_name
+from wicore_backend.hmt.cold_tier.staging import Stage
+from wicore_backend.hmt.host_tier import SlotBlock
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.nvme import NvmeStore, Outcome
+from wicore_backend.hmt.nvme.files import aligned_buffer
+from wicore_backend.hmt.nvme.transfer import checked_copy
+from wicore_backend.hmt.policy.lru import LRU
+
+G, L = LayerGroup.GLOBAL, LayerGroup.LOCAL
+PIECE = 4 << 20
+THREADS = 4
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+def layout_of(dtype: torch.dtype) -> KVLayout:
+    """Gemma-3-27B's."""
+    groups = [G if (layer + 1) % 6 == 0 else L for layer in range(62)]
+    return KVLayout.of(groups, block_size=32, kv_heads=16, head_dim=128, window=1024, bytes_per_value=dtype.itemsize)
+
+
+def plain(
+    path: Path, size: int, call: Callable[[int, list[mmap.mmap], int], int], flags: int, threads: int = THREADS
+) -> float:
+    """Bytes a second of plain I/O past the page cache, whole pieces of the file's first `size` bytes."""
+    handle = os.open(path, flags | os.O_DIRECT)
+    size = size // PIECE * PIECE
+    rooms = [mmap.mmap(-1, PIECE) for _ in range(threads)]
+    for room in rooms:
+        room.write(random.Random(0).randbytes(PIECE))
+
+    def move(first: int) -> None:
+        for at in range(first * PIECE, size, threads * PIECE):
+            call(handle, [rooms[first]], at)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            began = time.perf_counter()
+            list(pool.map(move, range(threads)))
+            return size / (time.perf_counter() - began)
+    finally:
+        os.close(handle)
+
+
+class Bench:
+    """A store and its tier, and slots with the blocks of one prompt."""
+
+    def __init__(self, directory: Path, args: argparse.Namespace) -> None:
+        dtype = DTYPES[args.kv_dtype]
+        layout = layout_of(dtype)
+        self.counts = {group: layout.blocks_held(group, args.tokens, 1) for group in layout.groups}
+        self.slots = {
+            group: torch.randint(0, 256, (count, layout.block_bytes(group)), dtype=torch.uint8)
+            .view(dtype)
+            .view(count, *layout.block_shape(group))
+            for group, count in self.counts.items()
+        }
+        if args.kv_dtype == "bf16":  # Bytes that are numbers, for codecs that compute with them.
+            for slots in self.slots.values():
+                slots.copy_(torch.randn(slots.shape[1:], dtype=torch.float32).to(dtype))
+        self.codecs = {group: make_codec(args.codec, layout.block_shape(group), dtype) for group in layout.groups}
+        self.bytes = sum(count * layout.block_bytes(group) for group, count in self.counts.items())
+        self.record_bytes = sum(count * self.codecs[group].encoded_bytes for group, count in self.counts.items())
+        self.directory = directory
+        self.store = NvmeStore(
+            store_config(
+                directory,
+                capacity_bytes=int(1.1 * self.record_bytes) + (16 << 20),
+                codecs=self.codecs,
+                fingerprint=b"benchmark",
+                read_deadline_s=30.0,
+                write_deadline_s=60.0,
+            )
+        )
+        self.tier = ColdTier(
+            self.store,
+            self.codecs,
+            self.slots,
+            policy=LRU,
+            woken=lambda: None,
+            limits=ColdTierLimits(measure_s=3600.0, **dict(args.limits)),
+        )
+        self._round = 0
+
+    def close(self) -> None:
+        self.tier.close()
+        self.store.close()
+
+    def blocks(self) -> list[SlotBlock]:
+        """Those of the prompt, in the order in which the engine asks for them: by group, from the root on."""
+        return [
+            SlotBlock(group, self._round.to_bytes(8, "little") + number.to_bytes(8, "little"), number)
+            for group, count in self.counts.items()
+            for number in range(count)
+        ]
+
+    def spill(self) -> float:
+        """Bytes a second of the blocks, in slots, on their way to the disk. They are new to it."""
+        self._round += 1
+        left = self.blocks()
+        began = time.perf_counter()
+        while left or self.tier.busy:
+            if left:
+                left = left[self.tier.spill(left) :]
+            time.sleep(0.002)
+            assert all(ended.there for ended in self.tier.finished())
+        return self.bytes / (time.perf_counter() - began)
+
+    def restore(self) -> float:
+        """Bytes a second of the blocks, in slots, that come back, into slots in another order."""
+        blocks = [block._replace(slot=self.counts[block.group] - 1 - block.slot) for block in self.blocks()]
+        began = time.perf_counter()
+        restore = self.tier.restore(blocks)
+        while not restore.done:
+            time.sleep(0.001)
+            assert all(ended.outcome is Outcome.DONE for ended in self.tier.finished())
+        return self.bytes / (time.perf_counter() - began)
+
+    def fetch(self) -> float:
+        """Bytes a second of the records, checked, that the store brings into memory."""
+        blocks = self.blocks()
+        sizes = [self.codecs[block.group].encoded_bytes for block in blocks]
+        room = memoryview(aligned_buffer(4 * max(sizes) * len(self.counts)))
+        names = [record_name(block.key) for block in blocks]
+        began = time.perf_counter()
+        ticket = self.store.fetch(names, [room[:size] for size in sizes], deadline_s=60.0)
+        ticket.wait()
+        seconds = time.perf_counter() - began
+        assert set(ticket.outcomes) == {Outcome.DONE}
+        return self.record_bytes / seconds
+
+    def in_memory(self) -> dict[str, float]:
+        """Bytes a second, of records, of what one thread does for each block."""
+        codec, slots = self.codecs[G], self.slots[G]
+        stage, count = Stage(codec, slots), min(64, len(slots))
+        records = torch.empty(count, codec.encoded_bytes, dtype=torch.uint8)
+        into = torch.empty_like(records)
+        stage.encode(range(count), records)
+        views = [(memoryview(a.numpy()), memoryview(b.numpy())) for a, b in zip(into, records, strict=True)]
+        work: dict[str, Callable[[], Any]] = {
+            "encode": lambda: stage.encode(range(count), records),
+            "decode": lambda: stage.decode(records, range(count)),
+            "checksum_and_copy": lambda: [checked_copy(*pair) for pair in views],
+        }
+        return {what: records.numel() / median(_seconds(do) for _ in range(5)) for what, do in work.items()}
+
+
+def _seconds(do: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    do()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[Bench]:
+    with tempfile.TemporaryDirectory(dir=args.directory, prefix="benchmark-cold-tier-") as directory:
+        bench = Bench(Path(directory), args)
+        try:
+            yield bench
+        finally:
+            bench.close()
+
+
+def run(bench: Bench, rounds: int) -> dict[str, Any]:
+    """GB/s as medians, and shares of the disk's own speed."""
+    beside = bench.directory / "plain"
+    size = min(bench.record_bytes, 1 << 30)
+    speeds: dict[str, list[float]] = {}
+    handle = os.open(beside, os.O_RDWR | os.O_CREAT)
+    os.posix_fallocate(handle, 0, size)
+    os.close(handle)
+    plain(beside, size, os.pwritev, os.O_WRONLY)
+    bench.spill()  # On space that was never written to.
+    for _ in range(rounds):
+        measured = {
+            "own_write": plain(beside, size, os.pwritev, os.O_WRONLY),
+            "tier_down": bench.spill(),
+            "own_read": plain(bench.directory / "slots", bench.record_bytes, os.preadv, os.O_RDONLY),
+            "tier_up": bench.restore(),
+            "store_up": bench.fetch(),
+        }
+        for what, speed in measured.items():
+            speeds.setdefault(what, []).append(speed)
+    scale = bench.record_bytes / bench.bytes  # Of the disk, not of slots.
+
+    def share(what: str, own: str, scale: float = 1.0) -> float:
+        return round(median(scale * a / b for a, b in zip(speeds[what], speeds[own], strict=True)), 3)
+
+    return {
+        "bytes": bench.bytes,
+        "on_disk": bench.record_bytes,
+        "direct": bench.store._files.direct,
+        "gb_s": {what: round(median(values) / 1e9, 3) for what, values in speeds.items()},
+        "shares": {
+            "tier_down": share("tier_down", "own_write", scale),
+            "tier_up": share("tier_up", "own_read", scale),
+            "store_up": share("store_up", "own_read"),
+        },
+        "one_thread_in_memory_gb_s": {what: round(speed / 1e9, 2) for what, speed in bench.in_memory().items()},
+    }
+
+
+def _limit(text: str) -> tuple[str, int]:
+    name, value = text.split("=")
+    return name, int(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, help="on the disk in question; what is put there is removed")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of the prompt")
+    parser.add_argument("--kv-dtype", choices=DTYPES, default="fp8")
+    parser.add_argument(
+        "--codec", choices=["exact", "q8", "q4"], default="exact", help="of the disk; lossy: bf16 alone"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limits", type=_limit, nargs="*", default=[], help="of the tier, such as trays=8")
+    args = parser.parse_args(arguments)
+    with opened(args) as bench:
+        print(json.dumps(vars(args) | run(bench, args.rounds), default=str))
+
+
+if __name__ == "__main__":
+    main()
