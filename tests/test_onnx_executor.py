@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -512,3 +513,18 @@ def test_a_gpu_takes_the_package_for_gpus():
         OnnxRuntime(torch.device("cuda", 0), threads=1)
     options = cuda_options(torch.device("cuda", 1), 4711)
     assert (options["device_id"], options["user_compute_stream"], options["use_tf32"]) == ("1", "4711", "0")
+
+
+def test_nobody_is_told_what_is_computed(tmp_path):
+    exported = export_segments(DEMO, tmp_path / "graphs", Precision.FP32)
+    told = {"CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS"}  # By each of which it is silent.
+    environment = {name: value for name, value in os.environ.items() if name not in told}
+    environment |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / ".cache")}
+    open_graph = (
+        "import sys, pathlib, torch; from wicore_backend.executor.onnx_session import OnnxRuntime; "
+        "OnnxRuntime(torch.device('cpu'), threads=1).open(pathlib.Path(sys.argv[1]))"
+    )
+    graph = exported.files[Segment(SegmentKind.FIRST)].path
+    subprocess.run([sys.executable, "-c", open_graph, graph], check=True, env=environment, cwd=DEMO.parents[1])
+    # Where it notes the machine's number and what it has not yet sent.
+    assert not [*(tmp_path / "home").rglob("*onnxruntime*")]
