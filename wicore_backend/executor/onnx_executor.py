@@ -29,7 +29,8 @@ Bindings = Mapping[Segment, Mapping[str, Tensor]]
 class OnnxExecutor:
     """`Executor` of an exported set of segments. To be used under `torch.inference_mode()`, on one thread.
 
-    Hidden states, queries, keys and values stay where they are until the layer after the next is computed.
+    Queries, keys and values stay where they are until the next segment is computed, hidden states until the one after
+    that.
 
     Parameters
     ----------
