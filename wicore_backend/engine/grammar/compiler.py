@@ -80,13 +80,7 @@ class GrammarCompiler:
         if grammar is None:
             return [None] * answers
         source = source_of(grammar)
-        matcher = self._compiled(source)
-        if matcher is None:
-            matcher = self._compile(grammar, source)
-            with self._lock:
-                self._kept[source] = matcher
-                if len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
+        matcher = self._compiled(source) or self._compile(grammar, source)
         return [GrammarProgress(matcher.deep_copy()) for _ in range(answers)]
 
     def _compiled(self, source: str) -> LLMatcher | None:
@@ -95,6 +89,12 @@ class GrammarCompiler:
             if matcher is not None:
                 self._kept.move_to_end(source)
             return matcher
+
+    def _keep(self, source: str, matcher: LLMatcher) -> None:
+        with self._lock:
+            self._kept[source] = matcher
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
 
     def _compile(self, grammar: Grammar, source: str) -> LLMatcher:
         if not self._slots.acquire(timeout=_LONGEST_S):
@@ -109,6 +109,8 @@ class GrammarCompiler:
                 matcher = LLMatcher(tokenizer.result(), source, limits=_LIMITS, log_level=0)
                 if not matcher.is_error():
                     matcher.compute_bitmask()  # Some grammars turn out to be impossible with their first token.
+                if not matcher.is_error():
+                    self._keep(source, matcher)  # Before the slot is free: who waits for it may want the same.
                 return matcher
             finally:
                 self._slots.release()
