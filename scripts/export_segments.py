@@ -22,6 +22,7 @@ from typing import get_args
 
 from wicore_backend.errors import WicoreError
 from wicore_backend.executor.segments.contract import Precision
+from wicore_backend.executor.segments.exclusive import exporting_alone
 from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.segments.manifest import WeightsAs
 from wicore_backend.observability.progress import ByteProgress
@@ -42,7 +43,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     directory: Path = args.out / args.precision
     try:
-        with ByteProgress(f"exporting in {args.precision}", _log) as progress:
+        with exporting_alone(directory), ByteProgress(f"exporting in {args.precision}", _log) as progress:
             exported = export_segments(
                 *(args.model, directory, args.precision),
                 weights=args.weights,
@@ -51,6 +52,8 @@ def main() -> None:
             )
     except WicoreError as error:
         raise SystemExit(f"export_segments: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"export_segments: {directory} cannot be written: {error.strerror}; name another") from None
     files = {file.path: file.nbytes for file in exported.files.values()}
     print(f"{directory}: {len(exported.files)} segments, {sum(files.values()) / 1e9:.2f} GB, {args.precision}")
 

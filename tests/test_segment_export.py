@@ -19,6 +19,7 @@ from tests.segment_runs import CPU
 from wicore_backend.errors import CheckpointError, SegmentError
 from wicore_backend.executor.segments import export
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind
+from wicore_backend.executor.segments.exclusive import exporting_alone
 from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.segments.graph import DataFile
 from wicore_backend.executor.segments.manifest import SegmentSet
@@ -187,6 +188,7 @@ import sys
 from pathlib import Path
 import torch
 from wicore_backend.executor.segments.contract import Precision
+from wicore_backend.executor.segments.exclusive import exporting_alone
 from wicore_backend.executor.segments.export import export_segments
 torch.set_num_threads(1)
 exported = export_segments(Path(sys.argv[1]), Path(sys.argv[2]), Precision.BF16)
@@ -231,3 +233,23 @@ def test_the_command_exports_and_tells_what_is_wrong(model, tmp_path):
     assert refused.stderr.startswith("export_segments: hidden_size is 48")
     assert "Traceback" not in refused.stderr
     assert _command(model, tmp_path / "out", "--precision", "int3").returncode == 2
+
+
+def test_the_command_waits_for_who_exports_there_already(model, tmp_path):
+    command = [sys.executable, "-m", "scripts.export_segments", model, tmp_path, "--precision", "fp32"]
+    with exporting_alone(tmp_path / "fp32"):
+        waiting = subprocess.Popen(
+            map(str, command), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        said = waiting.stderr.readline()
+        assert said == f"another process exports to {tmp_path / 'fp32'}; waiting for it\n"
+        assert [path.name for path in (tmp_path / "fp32").iterdir()] == ["exporting.lock"]
+    waiting.communicate(timeout=60)
+    assert waiting.returncode == 0
+    assert SegmentSet.read(tmp_path / "fp32").files
+    (tmp_path / "file").touch()
+    refused = _command(model, tmp_path / "file", "--precision", "fp32")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(
+        f"export_segments: {tmp_path / 'file' / 'fp32'} cannot be written: Not a directory"
+    )

@@ -18,6 +18,7 @@ from scripts.engine_build.estimates import Part, available_memory, check_disk, c
 from scripts.engine_build.worker import Built, Order, begin, build
 from wicore_backend.errors import ExecutorError, SegmentError
 from wicore_backend.executor.segments.contract import Segment
+from wicore_backend.executor.segments.exclusive import exporting_alone
 from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.segments.manifest import SegmentFile, SegmentSet
 from wicore_backend.executor.tensorrt.building import BuildOptions, Target
@@ -149,7 +150,7 @@ class Build:
         """Those that stay: exported now, or before for other engines of the same model."""
         directory, precision, weights = self._root / self.key.precision, self.key.precision, self.key.weights
         if self._keep_onnx:
-            with ByteProgress("exporting", _log) as progress:
+            with exporting_alone(directory), ByteProgress("exporting", _log) as progress:
                 kept = export_segments(
                     self._model, directory, precision, weights=weights, search=self._search, progress=progress
                 )

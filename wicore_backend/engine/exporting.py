@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.executors import engines_directory
 from wicore_backend.errors import ExecutorError, SegmentError
 from wicore_backend.executor.segments.contract import Precision
+from wicore_backend.executor.segments.exclusive import exporting_alone
 from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.segments.manifest import MANIFEST, SegmentSet, WeightsAs
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
 from wicore_backend.observability.progress import ByteProgress
 
 _log = logging.getLogger(__name__)
-
-_LOCK = "exporting.lock"
 
 
 def exported_segments(settings: EngineConfig, precision: Precision, *, weights: WeightsAs) -> SegmentSet:
@@ -46,7 +42,7 @@ def exported_segments(settings: EngineConfig, precision: Precision, *, weights: 
     directory = engines_directory(settings) / precision
     if not (directory / MANIFEST).exists():
         try:
-            with _alone(directory):
+            with exporting_alone(directory):
                 if not (directory / MANIFEST).exists():
                     _export(settings.model, directory, precision, weights)
         except OSError as error:
@@ -70,16 +66,3 @@ def _export(model: Path, directory: Path, precision: Precision, weights: Weights
     with ByteProgress(f"{model.name}: exporting", _log) as progress:
         export_segments(model, directory, precision, weights=weights, progress=progress)
     _log.info("%s: exported in %.1f s", model.name, time.monotonic() - began)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Nobody else exports to `directory` meanwhile; the lock ends with the process, however that ends."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("another process exports to %s; waiting for it", directory)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
