@@ -39,8 +39,8 @@ def tables() -> str:
     parts = (
         ("Device memory, GiB of one card:", _plan_rows(memories)),
         (
-            "Sequences at once, if `max_model_len` is set to their length, and what else is kept, in thousands of tokens "
-            "(of the layers that see everything):",
+            "Sequences at once, if `max_model_len` is set to their length, and what else is kept, in thousands of "
+            "tokens (of the layers that see everything):",
             _context_rows(memories),
         ),
         ("KV cache of one sequence, MiB (layers that see everything + those with a window):", _sequence_rows()),

@@ -124,7 +124,7 @@ def _build(subject: Subject, engines: Path, target: str) -> None:
     library = "tensorrt" if load_library().name is LibraryName.TENSORRT else "rtx"
     command = [sys.executable, "-m", "scripts.build_engines", str(subject.model), "--engines", str(engines)]
     command += ["--target", target, "--precision", str(subject.precision), "--library", library]
-    command += ["--max-running", str(max(_BATCHES)), "--max-batch-tokens", "512", "--max-images", "1"]
+    command += ["--max-running", str(max(_BATCHES)), "--max-batch-tokens", "512"]
     if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
         raise WicoreError(f"{subject.name} {subject.precision} could not be built for {target}: see above")
 
