@@ -1,5 +1,6 @@
 """The TensorRT executor's own code, all but TensorRT itself: on a stand-in for it that computes by ONNX Runtime."""
 
+import errno
 import gc
 import json
 import logging
@@ -366,6 +367,21 @@ def test_compiled_kernels_are_kept(model, tmp_path, caplog):
     executor = model.load(engines, cache=tmp_path / "nowhere" / "kernels.cache")
     assert "cannot be written" in caplog.text
     executor.save_kernels()
+
+
+def test_a_full_disk_has_no_half_of_the_kernels(model, tmp_path, monkeypatch, caplog):
+    engines = write_engines(model.exported, tmp_path, library=stand_in.library())
+    before = set(engines.directory.iterdir())
+
+    def half(path, content):
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    model.load(engines)
+    assert "kernels.cache cannot be written: [Errno 28] No space left on device" in caplog.text
+    assert set(engines.directory.iterdir()) == before
 
 
 # What can go wrong

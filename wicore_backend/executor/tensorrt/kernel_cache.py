@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,14 @@ class KernelCache:
         content = bytes(self._cache.serialize())
         if content == self._saved:
             return
-        unfinished = self._path.with_name(f"{self._path.name}.tmp")
+        # Servers of the same engines may write at the same time.
+        unfinished = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         try:
             unfinished.write_bytes(content)
             unfinished.replace(self._path)
         except OSError as error:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             _log.warning("%s cannot be written: %s; kernels are compiled again at the next start", self._path, error)
             return
         self._saved = content
