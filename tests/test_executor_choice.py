@@ -292,3 +292,25 @@ def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
 def test_keys_and_values_of_weights_that_were_rounded_have_a_name_of_their_own(dtype, precision, name):
     """On the disk, where an engine of another kind must not take them for its own."""
     assert _computed_in(LoadedExecutor(SimpleNamespace(dtype=dtype), precision)) == name
+
+
+# Settings that the chosen executor has no use for, or cannot have.
+
+
+def test_torch_says_which_settings_are_for_others(tmp_path, caplog):
+    write_random_checkpoint(tmp_path, text={"num_hidden_layers": 2})
+    settings = EngineConfig(model=tmp_path, device="cpu", engine_precision="int4", host_embeddings=True)
+    choice = Choice(ExecutorName.TORCH, "executor = 'torch'")
+    config = Gemma3Config.from_checkpoint(tmp_path)
+    load_executor(choice, settings, config, device=CPU, dtype=torch.float32, reserved_bytes=lambda: 0)
+    assert "host_embeddings is for the executors tensorrt and onnx" in caplog.text
+    assert "engine_precision = 'int4' is for the executors tensorrt and onnx: this one computes in torch.float32" in (
+        caplog.text
+    )
+
+
+def test_embeddings_stay_in_host_memory_only_where_a_kernel_reads_them_from_there(monkeypatch):
+    monkeypatch.setattr(executor_loading, "find_spec", lambda _: None)
+    settings = EngineConfig(model=Path("model"), host_embeddings=True)
+    with pytest.raises(ExecutorError, match=r"host_embeddings = true: .*; pip install 'wicore\[gpu\]', or set"):
+        executor_loading._given(settings, None, CUDA, Precision.BF16, whole=False)

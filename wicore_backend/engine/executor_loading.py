@@ -16,6 +16,7 @@ from wicore_backend.engine.executors import Choice, ExecutorName, exported_preci
 from wicore_backend.engine.exporting import exported_segments
 from wicore_backend.engine.pictures import MAX_BATCH
 from wicore_backend.engine.recording import Record
+from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.base import Executor
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.segments.contract import Precision, Segment, segments
@@ -94,6 +95,12 @@ def _torch(settings: EngineConfig, config: Gemma3Config, device: torch.device, d
         _log.warning(
             "host_embeddings is for the executors tensorrt and onnx: this one multiplies by the embeddings, too"
         )
+    if settings.engine_precision != "auto":
+        _log.warning(
+            "engine_precision = %r is for the executors tensorrt and onnx: this one computes in %s, by weights as they "
+            "are in the checkpoint",
+            *(settings.engine_precision, dtype),
+        )
     weights = _weights(settings, config, device, dtype)
     if device.type == "cuda" and find_spec("triton") is not None:
         # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
@@ -165,6 +172,11 @@ def _given(
     settings: EngineConfig, config: Gemma3Config, device: torch.device, precision: Precision, *, whole: bool
 ) -> tuple[Embedding, Mapping[Segment, Mapping[str, Tensor]]]:
     """What segments in `precision` have not within: embeddings and, of a `whole` model, the weights of each segment."""
+    if settings.host_embeddings and device.type == "cuda" and find_spec("triton") is None:
+        raise ExecutorError(
+            "host_embeddings = true: a kernel in OpenAI Triton reads them from host memory, and it is not installed; "
+            "pip install 'wicore[gpu]', or set host_embeddings to false"
+        )
     dtype = precision.activations
     given: dict[Segment, Mapping[str, Tensor]] = {}
     if whole:
