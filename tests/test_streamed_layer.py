@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
-from wicore_backend.executor.streamed_layer import Form, StreamedLayers, shared_out, streamed_layers
+from wicore_backend.executor.streamed_layer import (
+    ARCHITECTURE,
+    HEADERS,
+    SOURCE,
+    Form,
+    StreamedLayers,
+    shared_out,
+    streamed_layers,
+)
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.quantization.fp8 import quantized_fp8
@@ -170,11 +178,10 @@ def test_it_compiles(bits, config):
     except RuntimeError as error:
         pytest.skip(f"no NVRTC: {error}")
     from wicore_backend.executor.kernels.nvrtc import compiled
-    from wicore_backend.executor.streamed_layer import _SOURCE
 
     form = form_of(config(SHAPES["gemma-3-27b"]).text, bits)
     launch = form.launch(form.shares(H200_BLOCKS))
-    code = compiled(_SOURCE.read_text(), _SOURCE.name, form.defines(launch), architecture="sm_90a")
+    code = compiled(SOURCE, HEADERS, form.defines(launch), architecture=ARCHITECTURE)
     assert code.startswith(b"\x7fELF")
 
 

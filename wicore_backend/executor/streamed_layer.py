@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).parent / "kernels" / "streamed_layer.cu"
-_ARCHITECTURE = "sm_90a"
+_KERNELS = Path(__file__).parent / "kernels"
+SOURCE = _KERNELS / "streamed_layer.cu"
+HEADERS = tuple(_KERNELS / name for name in ("streamed_ring.cuh", "streamed_products.cuh"))
+ARCHITECTURE = "sm_90a"
 _WIDTH, _GROUP, _ROW_BYTES = 32, 128, 128
 _SHARED_BYTES = 227 * 1024
 """What a block may have on Hopper."""
@@ -238,8 +240,8 @@ class StreamedLayers:
         launch = form.launch(shares)
         if launch is None:
             raise RuntimeError(f"a layer of {form} does not fit {self._blocks} multiprocessors")
-        code = compiled(_SOURCE.read_text(), _SOURCE.name, form.defines(launch), architecture=_ARCHITECTURE)
-        self._kernel: Kernel = Kernel(code, _SOURCE.stem, threads=launch.threads, shared_bytes=launch.shared_bytes)
+        code = compiled(SOURCE, HEADERS, form.defines(launch), architecture=ARCHITECTURE)
+        self._kernel: Kernel = Kernel(code, SOURCE.stem, threads=launch.threads, shared_bytes=launch.shared_bytes)
         # The blocks' results as they tell each other: all of the launch before the first, whose number is 1.
         sizes = form.hidden, form.fed // 2, form.hidden, form.qkv
         self._told = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]

@@ -21,8 +21,8 @@ from cuda.bindings import driver, nvrtc
 _log = logging.getLogger(__name__)
 
 
-def compiled(source: str, name: str, defines: Mapping[str, int], *, architecture: str) -> bytes:
-    """Machine code of `source`, called `name` in messages, for `architecture`: sm_90a.
+def compiled(source: Path, headers: Sequence[Path], defines: Mapping[str, int], *, architecture: str) -> bytes:
+    """Machine code of `source`, which may include `headers` by their names, for `architecture`: sm_90a.
 
     Raises
     ------
@@ -30,11 +30,12 @@ def compiled(source: str, name: str, defines: Mapping[str, int], *, architecture
         If it cannot be compiled; has the compiler's log.
     """
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
-    what = "\0".join((source, *options, str(_checked(nvrtc.nvrtcVersion()))))
-    kept = _kept(f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:32]}.cubin")
+    texts = {file.name: file.read_text() for file in (source, *headers)}
+    what = "\0".join((*texts.values(), *options, str(_checked(nvrtc.nvrtcVersion()))))
+    kept = _kept(f"{source.stem}-{hashlib.sha256(what.encode()).hexdigest()[:32]}.cubin")
     if kept is not None and kept.is_file():
         return kept.read_bytes()
-    code = _compiled(source, name, options)
+    code = _compiled(source.name, texts, options)
     if kept is not None:
         _keep(code, kept)
     return code
@@ -91,8 +92,14 @@ def _attribute(name: str, value: str) -> Any:
     return attribute
 
 
-def _compiled(source: str, name: str, options: Sequence[str]) -> bytes:
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
+def _compiled(name: str, texts: Mapping[str, str], options: Sequence[str]) -> bytes:
+    headers = [(text.encode(), header.encode()) for header, text in texts.items() if header != name]
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            *(texts[name].encode(), name.encode(), len(headers)),
+            *([text for text, _ in headers], [header for _, header in headers]),
+        )
+    )
     try:
         given = [option.encode() for option in options]
         status, *_ = nvrtc.nvrtcCompileProgram(program, len(given), given)

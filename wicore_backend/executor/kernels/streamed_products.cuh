@@ -1,0 +1,208 @@
+// What `streamed_layer.cu` is made of, second: products of weights in the ring with x in shared memory.
+
+#pragma once
+
+#include "streamed_ring.cuh"
+
+__device__ __forceinline__ void mma(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two E4M3 numbers in float16.
+__device__ __forceinline__ u32 raise_fp8(u32 pair) {
+    u32 raised;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(raised) : "r"(pair));
+    return raised;
+}
+
+// Two codes in float16 as fractions of 1024: of bits 0 to 3 of a word's half-words (MASK 0x000f000f) as 1024 + code, of
+// bits 4 to 7 (0x00f000f0) as 1024 + 16 code, so that x is a sixteenth there.
+template <u32 MASK>
+__device__ __forceinline__ u32 raise_int4(u32 word) {
+    u32 raised;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(raised) : "r"(word), "n"(MASK), "n"(0x64006400));
+    return raised;
+}
+
+template <u32 MASK>
+__device__ __forceinline__ void add_int4(float (&sum)[4], uint4 low, uint4 high, uint4 x) {
+    const auto raise = raise_int4<MASK>;
+    mma(sum, raise(low.x), raise(high.x), raise(low.y), raise(high.y), x.x, x.y);
+    mma(sum, raise(low.z), raise(high.z), raise(low.w), raise(high.w), x.z, x.w);
+}
+
+__device__ __forceinline__ uint4 second_byte(uint4 v) { return {v.x >> 8, v.y >> 8, v.z >> 8, v.w >> 8}; }
+
+__device__ __forceinline__ void add_fp8(float (&sum)[4], u32 low, u32 high, u32 x_first, u32 x_second) {
+    mma(sum, raise_fp8(low), raise_fp8(high), raise_fp8(low >> 16), raise_fp8(high >> 16), x_first, x_second);
+}
+
+// A lane's place in a span: what it reads of the tile's outputs `lane / 4` and that plus 8, and of x.
+struct Place {
+    int odd;         // of the output, and of the column of x
+    u32 of_weights;  // bytes in a span, but for the half
+    __device__ Place() {
+        const int lane = threadIdx.x % WIDTH;
+        odd = lane / 4 & 1;
+        of_weights = lane % 4 * 16;
+    }
+    __device__ u32 half(int i) const { return (i ^ odd) * 64; }
+    __device__ float2 pick(const float (&sum)[2][4]) const {
+        return odd ? float2{sum[0][1] + sum[1][1], sum[0][3] + sum[1][3]}
+                   : float2{sum[0][0] + sum[1][0], sum[0][2] + sum[1][2]};
+    }
+};
+
+// x is asked for by the lanes of two columns only: what others multiply by lands in columns that nobody reads.
+__device__ __forceinline__ uint4 load_x(const char* at) {
+    uint4 v;
+    asm volatile(
+        "{ .reg .pred asks; setp.lt.u32 asks, %5, 8;\n"
+        "@asks ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address(at)), "r"(threadIdx.x % WIDTH));
+    return v;
+}
+
+// Adds the products of outputs `lane / 4` and that plus 8 of the tile with one of the `spans` in `stage`, which has
+// room for `each`; `x` and its groups' `sums` are that span's. In INT4 to `total`, else to `sum`.
+__device__ __forceinline__ void add_span(float2& total, float (&sum)[2][4], const Place& place, const char* stage,
+                                         int span, int spans, int each, const char* x, const char* sums) {
+    const int row = threadIdx.x % WIDTH / 4;
+    const int row_at = BITS == 4 ? span * SPAN_BYTES + row * ROW_BYTES : (row * spans + span) * ROW_BYTES;
+    const char* weights = stage + place.of_weights + row_at;
+    const int to_high = 8 * ROW_BYTES * (BITS == 4 ? 1 : spans);
+    constexpr int LOADS = SPAN_INPUTS / 64;  // of x, in each half
+    uint4 low[2], high[2], v[2][LOADS];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        low[i] = load<uint4>(weights + place.half(i));
+        high[i] = load<uint4>(weights + place.half(i) + to_high);
+#pragma unroll
+        for (int j = 0; j < LOADS; ++j) {
+            const u32 at = place.half(i) + place.of_weights;
+            v[i][j] = load_x(x + (BITS == 4 ? at + j * 128 : LOADS * at + j * 16));
+        }
+    }
+    if constexpr (BITS == 4) {
+        const char* scales = stage + each * SPAN_BYTES + span * SCALE_BYTES + row * 4;
+        const float2 low_scale = unpack<SCALE_HALF>(load<u32>(scales));
+        const float2 high_scale = unpack<SCALE_HALF>(load<u32>(scales + 8 * 4));
+        float2 low_zero = {8.0f, 8.0f}, high_zero = low_zero;
+        if constexpr (ZEROS) {
+            const char* zeros = scales + each * SCALE_BYTES;
+            low_zero = unpack<SCALE_HALF>(load<u32>(zeros));
+            high_zero = unpack<SCALE_HALF>(load<u32>(zeros + 8 * 4));
+        }
+        const float4 of_x = load<float4>(sums);
+        float first[2][4] = {}, second[2][4] = {};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            add_int4<0x000f000f>(first[i], low[i], high[i], v[i][0]);
+            add_int4<0x00f000f0>(first[i], low[i], high[i], v[i][1]);
+            add_int4<0x000f000f>(second[i], second_byte(low[i]), second_byte(high[i]), v[i][2]);
+            add_int4<0x00f000f0>(second[i], second_byte(low[i]), second_byte(high[i]), v[i][3]);
+        }
+        const float2 a = place.pick(first), b = place.pick(second);
+        total.x += low_scale.x * (a.x - of_x.x - low_zero.x * of_x.y) +
+                   low_scale.y * (b.x - of_x.z - low_zero.y * of_x.w);
+        total.y += high_scale.x * (a.y - of_x.x - high_zero.x * of_x.y) +
+                   high_scale.y * (b.y - of_x.z - high_zero.y * of_x.w);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            add_fp8(sum[i], low[i].x, high[i].x, v[i][0].x, v[i][0].y);
+            add_fp8(sum[i], low[i].y, high[i].y, v[i][0].z, v[i][0].w);
+            add_fp8(sum[i], low[i].z, high[i].z, v[i][1].x, v[i][1].y);
+            add_fp8(sum[i], low[i].w, high[i].w, v[i][1].z, v[i][1].w);
+        }
+    }
+}
+
+// The next `tiles` tiles of the ring times x: each warp's part of each output into `parts` [tiles, WARPS, 16]. A tile
+// has `of_tile` spans, `each` in a stage. Gives the ring after them.
+__device__ __forceinline__ Ring multiply(Ring ring, int tiles, int of_tile, int each, float* parts) {
+    const int warp = threadIdx.x / WIDTH, lane = threadIdx.x % WIDTH;
+    const Place place;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+        float2 total = {};
+        float sum[2][4] = {};
+#pragma unroll 1
+        for (int first = 0; first < of_tile; first += each, ring.next()) {
+            const int spans = min(each, of_tile - first), span = first + warp;
+            wait(ring.full(), ring.parity);
+            if (warp < spans)
+                add_span(total, sum, place, ring.memory(), warp, spans, each, shared + X_AT + span * SPAN_INPUTS * 2,
+                         shared + SUMS_AT + span * 16);
+            __syncwarp();
+            if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(ring.empty()) : "memory");
+        }
+        if (BITS != 4) total = place.pick(sum);
+        if (lane % 4 == 0) {
+            float* part = parts + (tile * WARPS + warp) * TILE + lane / 4;
+            part[0] = total.x;
+            part[8] = total.y;
+        }
+    }
+    return ring;
+}
+
+__device__ __forceinline__ float whole(const float* parts, int tile, int row) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) sum += parts[(tile * WARPS + warp) * TILE + row];
+    return sum;
+}
+
+__device__ __forceinline__ float constant(const float* at) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ float4 constants(const float* at) {
+    float4 v;
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at));
+    return v;
+}
+
+// What a row of a matrix is scaled by, loaded early; 1 if it has no such scale.
+__device__ __forceinline__ float scale_of(const Matrix& matrix, int output, bool there) {
+    return BITS == 8 && there ? constant((const float*)matrix.scales + output) : 1.0f;
+}
+
+// This block's outputs of a matrix whose DEPTH inputs are in shared memory: `give(output, value)` for each.
+template <int DEPTH, class Give>
+__device__ __forceinline__ void product(Ring& ring, const Matrix& matrix, const int2& share, float x_scale, Give give) {
+    float* parts = (float*)(shared + X_AT + DEPTH * 2);
+    const int tiles = share.y - share.x, output = share.x * TILE + threadIdx.x;
+    const bool there = threadIdx.x < tiles * TILE;
+    const float scale = x_scale * scale_of(matrix, output, there);
+    ring = multiply(ring, tiles, Cut<DEPTH>::spans, Cut<DEPTH>::each, parts);
+    consumers_meet();
+    if (there) give(output, whole(parts, threadIdx.x / TILE, threadIdx.x % TILE) * scale);
+}
+
+// As `product` of gate and up, GELU of one times the other: `give(output, value, next)` for each second output.
+template <class Give>
+__device__ __forceinline__ void gated_product(Ring& ring, const Matrix& matrix, const int2& share, float x_scale,
+                                              Give give) {
+    float* parts = (float*)(shared + X_AT + HIDDEN * 2);
+    const int pairs = share.y - share.x, output = share.x * TILE + threadIdx.x;
+    const bool there = threadIdx.x < pairs * TILE;
+    const float scale = x_scale * scale_of(matrix, output, there);
+    const float up_scale = x_scale * scale_of(matrix, output + FED, there);
+    ring = multiply(ring, 2 * pairs, Cut<HIDDEN>::spans, Cut<HIDDEN>::each, parts);
+    consumers_meet();
+    float value = 0.0f;
+    if (there) {
+        const int pair = threadIdx.x / TILE, row = threadIdx.x % TILE;
+        const float gate = whole(parts, 2 * pair, row) * scale, up = whole(parts, 2 * pair + 1, row) * up_scale;
+        value = __fdividef(gate, 1.0f + __expf(-1.5957691216057308f * (gate + 0.044715f * gate * gate * gate))) * up;
+    }
+    const float next = __shfl_down_sync(~0u, value, 1);
+    if (there && threadIdx.x % 2 == 0) give(output, value, next);
+}
