@@ -29,6 +29,7 @@ from scripts.engine_build.estimates import Part, parts
 from scripts.engine_build.tables import duration, inspection, plan_table
 from scripts.engine_build.worker import Built
 from wicore_backend.config import EngineConfig
+from wicore_backend.devices.cards import CARDS
 from wicore_backend.devices.plans import PLANS, Plan
 from wicore_backend.engine.executors import engines_directory
 from wicore_backend.errors import CheckpointError, InvalidArgumentError, WicoreError
@@ -127,6 +128,7 @@ def build_engines(args: argparse.Namespace) -> str:
             f"--jobs {args.jobs}: {library} times kernels, and wants the card for itself; leave it out"
         )
     precision = Precision(args.precision)
+    _check_precision(args.target, precision)
     searched = precision is Precision.INT4 and not args.no_search and weight_format(args.model) is None
     todo = parts(config, precision, args.weights, searched=searched)
     root = _root(args)
@@ -144,7 +146,7 @@ def build_engines(args: argparse.Namespace) -> str:
         keep_onnx=args.keep_onnx,
     )
     missing = build.missing()
-    limits = Limits(args.jobs, None if args.memory is None else int(args.memory * 2**30))
+    limits = Limits(args.jobs, args.memory)
     if args.dry_run:
         table = plan_table(missing, todo, root=root, jobs=args.jobs, keep_onnx=args.keep_onnx)
         print(table)
@@ -170,7 +172,23 @@ def _root(args: argparse.Namespace) -> Path:
         raise CheckpointError(f"{args.model} cannot be read: {error}; name the directory of a checkpoint") from None
 
 
+def _check_precision(target: str, precision: Precision) -> None:
+    """Refuse what no card with this compute capability multiplies, of those that are known, before it is exported."""
+    cards = [card for card in CARDS.values() if card.compute_capability == target]
+    able = frozenset[Precision]().union(*(card.precisions for card in cards))
+    if cards and precision not in able:
+        raise InvalidArgumentError(
+            f"--precision {precision}: {cards[0].name} ({target}) multiplies {', '.join(sorted(able))} only; take that"
+        )
+
+
 def _check_plan(plan: Plan, config: Gemma3Config, model: Path) -> None:
+    positions = config.text.max_position_embeddings
+    if (wanted := plan.settings.get("max_model_len", 0)) > positions:
+        raise InvalidArgumentError(
+            f"--plan {plan.name} is for {plan.model}, with sequences of {wanted:,} tokens, and {model.name} "
+            f"has {positions:,} positions; take another plan, or --target, --precision and --max-running by hand"
+        )
     memory = plan.memory(config, model)
     context = memory.settings.context(config.text.max_position_embeddings)
     if memory.longest < context:
@@ -222,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--jobs", type=_positive, default=1, help="engines that are built at once")
     parser.add_argument("--threads", type=_positive, default=1, help="of one build")
-    parser.add_argument("--memory", type=float, metavar="GiB", help="that builds may take (default: what is free)")
+    parser.add_argument("--memory", type=_gib, metavar="GiB", help="that builds may take (default: what is free)")
     parser.add_argument("--keep-onnx", action="store_true", help="keep the ONNX files, for other cards and libraries")
     parser.add_argument("--dry-run", action="store_true", help="print what would be built and what it takes")
     parser.add_argument("--inspect", action="store_true", help="print the engines that are there, and check them")
@@ -233,6 +251,17 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _gib(text: str) -> int:
+    """Bytes."""
+    try:
+        size = int(float(text) * 2**30)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB above 0")
+    return size
 
 
 def _completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
@@ -257,7 +286,13 @@ def main() -> None:
     args = _completed(parser, parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        print(inspection(_root(args)) if args.inspect else build_engines(args))
+        if args.inspect:
+            found = inspection(_root(args))
+            print(found)
+            if found.problems:
+                sys.exit(1)
+        else:
+            print(build_engines(args))
     except WicoreError as error:
         raise SystemExit(f"build_engines: {error}") from None
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """The command that builds engines: what it says before, what a kill leaves, what it refuses, what it leaves on disk."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from scripts import build_engines
-from scripts.engine_build import estimates
+from scripts.engine_build import estimates, tables
 from scripts.engine_build.builder import Limits, build_all
 from scripts.engine_build.estimates import Part, check_memory, disk_needed, parts
 from scripts.random_gemma3 import published_config
@@ -147,9 +148,37 @@ def test_inspect_tells_what_engines_are_and_which_are_damaged(model, built, monk
     victim = folder(engines) / "last.engine"
     whole = victim.read_bytes()
     victim.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    call(model, monkeypatch, "--engines", str(engines), "--inspect")
-    assert "is damaged: its checksum" in capsys.readouterr().out
+    lost = folder(engines) / "mid_000.engine"
+    lost.rename(lost.with_suffix(".away"))
+    unreadable = folder(engines).with_name("tensorrt_rtx-1-sm89") / "engines.json"
+    unreadable.parent.mkdir()
+    unreadable.write_text("[")
+    with pytest.raises(SystemExit) as ended:
+        call(model, monkeypatch, "--engines", str(engines), "--inspect")
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    table, *problems = said.strip().split("\n\n")
+    assert re.findall(r"^(\w+) .* DAMAGED$", table, re.M) == ["mid_000", "last"]
+    assert "DAMAGED" not in problems[0]
+    for problem in (
+        "last.engine is damaged: its checksum",
+        "mid_000.engine cannot be read",
+        f"{unreadable} is no list",
+    ):
+        assert sum(problem in told for told in problems) == 1, problems
     victim.write_bytes(whole)
+    lost.with_suffix(".away").rename(lost)
+    unreadable.unlink()
+    unreadable.parent.rmdir()
+
+
+def test_numbers_in_a_table_end_below_each_other():
+    table = tables._aligned([("engine", "MiB", "built in"), ("first", "9.5", "1.0 s"), ("last", "1,024.0", "DAMAGED")])
+    assert table == [
+        "engine      MiB  built in",
+        "first       9.5     1.0 s",
+        "last    1,024.0   DAMAGED",
+    ]
 
 
 def children(pid: int) -> set[int]:
@@ -256,6 +285,10 @@ def test_two_builds_of_the_same_engines_do_not_mix(model, built):
         (["--plan", "rtx4090-27b", "--target", "sm90"], "--target sm90: --plan rtx4090-27b has sm89"),
         (["--plan", "rtx5090-27b"], "invalid choice: 'rtx5090-27b'"),
         (["--plan", "rtx4090-27b", "--jobs", "0"], "'0' is no whole number above 0"),
+        *(
+            (["--plan", "rtx4090-27b", "--memory", n], f"'{n}' is no number of GiB above 0")
+            for n in ("0", "nan", "inf")
+        ),
     ],
 )
 def test_what_is_typed_wrongly_is_named(model, monkeypatch, capsys, args, said):
@@ -274,6 +307,14 @@ def test_what_is_typed_wrongly_is_named(model, monkeypatch, capsys, args, said):
             "no tensorrt library here; for tensorrt: ",
         ),
         (["--inspect"], "has no engines; build them: python -m scripts.build_engines"),
+        (
+            ["--target", "sm75", "--precision", "bf16", "--library", "rtx"],
+            r"--precision bf16: T10 16 GB \(sm75\) multiplies fp16 only; take that",
+        ),
+        (
+            ["--engines", "/dev/null", "--target", "sm89", "--precision", "bf16", "--library", "rtx"],
+            "/dev/null/bf16/.* cannot be written to: Not a directory; name another with --engines",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_with_what_can(model, tmp_path, monkeypatch, args, said):
@@ -291,11 +332,15 @@ def test_a_model_that_a_plan_does_not_fit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(build_engines.Gemma3Config, "from_checkpoint", lambda _: config)
     with pytest.raises(SystemExit, match=r"--plan t10x2-4b is for gemma-3-4b, and .* not enough for 65,536 tokens"):
         call(tmp_path, monkeypatch, "--plan", "t10x2-4b")
+    short = dataclasses.replace(config, text=dataclasses.replace(config.text, max_position_embeddings=32_768))
+    monkeypatch.setattr(build_engines.Gemma3Config, "from_checkpoint", lambda _: short)
+    with pytest.raises(SystemExit, match=r"sequences of 98,304 tokens, and .* has 32,768 positions; take another plan"):
+        call(tmp_path, monkeypatch, "--plan", "rtx4090-27b")
 
 
 def test_disk_and_memory_are_looked_at_before_anything_is_built(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(estimates, "free_bytes", lambda _: 10**6)
-    with pytest.raises(SystemExit, match=r"will take up to 0.0 GB, and its disk has 0.0 GB free; make room"):
+    with pytest.raises(SystemExit, match=r"will take up to \d MB, and its disk has 1 MB free; make room"):
         call(model, monkeypatch, *arguments(tmp_path))
     monkeypatch.undo()
     with pytest.raises(SystemExit, match=r"needs about \d.\d GiB of memory to be built, and there are 0.1"):

@@ -230,8 +230,14 @@ def _result(future: Future[Built], parts: Sequence[Part]) -> Built:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """That no other process builds in `directory` meanwhile."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".building").open("w") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".building").open("w")
+    except OSError as error:
+        raise ExecutorError(
+            f"{directory} cannot be written to: {error.strerror}; name another with --engines"
+        ) from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -116,9 +116,14 @@ def check_disk(directory: Path, needed: int) -> None:
     free = free_bytes(directory)
     if needed > free:
         raise ExecutorError(
-            f"{directory} will take up to {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; make room, "
+            f"{directory} will take up to {disk_size(needed)}, and its disk has {disk_size(free)} free; make room, "
             "or name another directory with --engines"
         )
+
+
+def disk_size(size: int) -> str:
+    """ "17.02 GB", "35 MB"."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
 def free_bytes(directory: Path) -> int:

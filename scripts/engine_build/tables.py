@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.engine_build.estimates import Part, disk_needed, free_bytes
+from scripts.engine_build.estimates import Part, disk_needed, disk_size, free_bytes
 from wicore_backend.errors import ExecutorError
+from wicore_backend.executor.segments.contract import SegmentKind
 from wicore_backend.executor.tensorrt.records import EngineManifest, EngineRecord
-from wicore_backend.executor.tensorrt.store import EngineStore, read_engine
+from wicore_backend.executor.tensorrt.store import EngineStore, read_engine, read_manifest
 
 _COLUMNS = ("engine", "MiB", "weights", "activations", "layers", "results in", "takes", "built in")
+_NUMBER = re.compile(r"[\d,.]+( s)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What engines there are.
+
+    Attributes
+    ----------
+    tables
+        One for each model, precision, library and kind of card.
+    problems
+        What is wrong with files, in sentences.
+    """
+
+    tables: Sequence[str]
+    problems: Sequence[str]
+
+    def __str__(self) -> str:
+        return "\n\n".join([*self.tables, *self.problems])
 
 
 def plan_table(missing: Sequence[Part], parts: Sequence[Part], *, root: Path, jobs: int, keep_onnx: bool) -> str:
@@ -29,12 +52,12 @@ def plan_table(missing: Sequence[Part], parts: Sequence[Part], *, root: Path, jo
         [
             *_aligned(rows),
             f"{len(missing)} of {len(parts)} engines to build, {total / 1e9:.2f} GB in all: about {duration(seconds)} "
-            f"of one core, up to {needed / 1e9:.2f} GB of disk ({free_bytes(root) / 1e9:.1f} GB free)",
+            f"of one core, up to {disk_size(needed)} of disk ({disk_size(free_bytes(root))} free)",
         ]
     )
 
 
-def inspection(root: Path) -> str:
+def inspection(root: Path) -> Inspection:
     """All engines below `root`: what the library said that they are made of, and whether they are whole.
 
     Raises
@@ -42,24 +65,49 @@ def inspection(root: Path) -> str:
     ExecutorError
         If there are none.
     """
-    tables = [_manifest_table(directory, manifest) for directory, manifest in EngineStore(root).manifests()]
-    if not tables:
+    tables: list[str] = []
+    problems: list[str] = []
+    folders = EngineStore(root).folders()
+    for directory in folders:
+        try:
+            manifest = read_manifest(directory)
+        except ExecutorError as error:
+            problems.append(str(error))
+        else:
+            damaged = _damaged(directory, manifest)
+            tables.append(_manifest_table(directory, manifest, damaged))
+            problems += map(str, damaged.values())
+    if not folders:
         raise ExecutorError(
             f"{root} has no engines; build them: python -m scripts.build_engines MODEL --engines {root} ..."
         )
-    return "\n\n".join(tables)
+    return Inspection(tables, problems)
 
 
-def _manifest_table(directory: Path, manifest: EngineManifest) -> str:
+def _damaged(directory: Path, manifest: EngineManifest) -> Mapping[str, ExecutorError]:
+    """Of files that are not as they were built, what is wrong with them."""
+    damaged = {}
+    for engine in manifest.engines:
+        try:
+            read_engine(directory, engine).close()
+        except ExecutorError as error:
+            damaged[engine.file] = error
+    return damaged
+
+
+def _manifest_table(directory: Path, manifest: EngineManifest, damaged: Collection[str]) -> str:
     key = manifest.key
     profiles = ", ".join(
         f"{profile.name}: {profile.tokens.min} to {profile.tokens.max} tokens (best {profile.tokens.opt})"
         for profile in key.profiles
     )
-    rows = [_COLUMNS, *(_row(directory, record) for record in _in_order(manifest.engines))]
+    rows = [_COLUMNS, *(_row(engine, whole=engine.file not in damaged) for engine in _in_order(manifest.engines))]
     stored = sum(engine.nbytes for engine in manifest.engines)
     weights = sum(engine.report.weight_bytes for engine in manifest.engines)
-    activations = max((max(e.report.activation_bytes, default=0) for e in manifest.engines), default=0)
+    decoder, tower = (
+        max((_activations(e) for e in manifest.engines if (SegmentKind.VISION in e.segments) == seeing), default=0)
+        for seeing in (False, True)
+    )
     return "\n".join(
         [
             f"{directory}",
@@ -68,7 +116,8 @@ def _manifest_table(directory: Path, manifest: EngineManifest) -> str:
             f"profiles {profiles}",
             *_aligned(rows),
             f"{len(manifest.engines)} engines, {stored / 1e9:.2f} GB; on the card {weights / 2**30:.2f} GiB of "
-            f"weights, {activations / 2**20:,.0f} MiB of activations that they share",
+            f"weights and {_mib(decoder)} MiB of activations, which the decoder's engines share"
+            + (f"; {_mib(tower)} MiB more are the vision tower's" if tower else ""),
         ]
     )
 
@@ -78,24 +127,23 @@ def _in_order(engines: Iterable[EngineRecord]) -> list[EngineRecord]:
     return sorted(engines, key=lambda engine: (order.get(engine.file.split(".")[0].split("_")[0], 4), engine.file))
 
 
-def _row(directory: Path, engine: EngineRecord) -> Sequence[str]:
+def _row(engine: EngineRecord, *, whole: bool) -> Sequence[str]:
     report = engine.report
-    try:
-        read_engine(directory, engine).close()
-        state = f"{engine.seconds:.1f} s"
-    except ExecutorError as error:
-        state = str(error)
     inputs = " ".join(f"{tensor.name}[{','.join(map(_size, tensor.shape))}]" for tensor in report.inputs[:4])
     return (
         engine.file.removesuffix(".engine"),
         _mib(engine.nbytes),
         _mib(report.weight_bytes),
-        _mib(max(report.activation_bytes, default=0)),
+        _mib(_activations(engine)),
         _most(report.layers, 3),
         _most(report.precisions, 3),
         inputs,
-        state,
+        f"{engine.seconds:.1f} s" if whole else "DAMAGED",
     )
+
+
+def _activations(engine: EngineRecord) -> int:
+    return max(engine.report.activation_bytes, default=0)
 
 
 def _most(counts: object, shown: int) -> str:
@@ -119,5 +167,15 @@ def _mib(size: int) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    """Lines of a table with a head: columns of numbers end below each other, others begin so."""
+    lines = []
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numbers = [any(map(_NUMBER.fullmatch, column[1:])) for column in columns]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, numbers, strict=True)
+        )
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,7 +232,7 @@ class EngineStore:
             If there are none: names what is there, what of it differs, and the command that builds them.
         """
         told = []
-        for directory in self._folders():
+        for directory in self.folders():
             try:
                 manifest = read_manifest(directory)
             except ExecutorError as error:
@@ -252,13 +252,7 @@ class EngineStore:
             f"no TensorRT engines for this model, card and library: {found}; build them: {wanted.command}"
         )
 
-    def manifests(self) -> Iterator[tuple[Path, EngineManifest]]:
-        """All that can be read, with their directories."""
-        for directory in self._folders():
-            with suppress(ExecutorError):
-                yield directory, read_manifest(directory)
-
-    def _folders(self) -> Sequence[Path]:
+    def folders(self) -> Sequence[Path]:
         """Those that have a manifest, the most exact precision first."""
         order = {str(precision): place for place, precision in enumerate(_EXACTNESS)}
         folders = [path.parent for path in self._root.glob(f"*/*/{MANIFEST}") if path.parent.parent.name in order]
