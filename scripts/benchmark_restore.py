@@ -6,6 +6,9 @@ The whole engine with random weights: of one random prompt ever longer beginning
 then all that is cached is sent down, to host memory and on to the disk, and it is answered again. Times are to the
 first token, of one request alone. The disk's own speed is that of reading the store's files past the page cache, by as
 many threads as the store has. A decode step is timed with attention mass sampled and without.
+
+Nothing is sent to the disk by an idle engine, at `nvme_write_behind_bytes_per_second`, unless --write-behind
+says so: the whole is sent at once, as an engine does that ends, and `disk_down_gb_s` says how fast that was.
 """
 
 from __future__ import annotations
@@ -57,8 +60,11 @@ class Bench:
 
         def down() -> None:
             model = self.engine._model
-            while model.blocks.give_up(64):
+            lower = model.blocks.lower
+            assert lower is not None
+            while not to_disk and model.blocks.give_up(64):
                 model.mover.move()
+                lower.collect()
             if to_disk:
                 cold = model.mover._cold
                 assert cold is not None
@@ -67,6 +73,11 @@ class Bench:
         self._on_the_loop(down)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+    def stored_bytes(self) -> int:
+        """That have been written to the disk so far."""
+        cold = self.engine._model.mover._cold
+        return 0 if cold is None else cold.tier.statistics().store.bytes_written
 
     def prefix_bytes(self, length: int) -> int:
         """Of the blocks that a prompt goes on from."""
@@ -103,7 +114,8 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
         settings: dict[str, Any] = {}
         if args.disk is not None:
             settings["nvme_cache_path"] = stack.enter_context(tempfile.TemporaryDirectory(dir=args.disk))
-            settings |= {"nvme_cache_bytes": args.disk_bytes, "nvme_write_behind_bytes_per_second": 0}
+            settings["nvme_cache_bytes"] = args.disk_bytes
+            settings["nvme_write_behind_bytes_per_second"] = args.write_behind
         engine = Engine(
             EngineConfig(
                 model=directory,
@@ -184,9 +196,12 @@ def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         for place in places:
             results = []
             for _ in range(args.rounds if place == "host" else 1):
-                began = time.perf_counter()
+                began, stored = time.perf_counter(), bench.stored_bytes()
                 bench.send_down(to_disk=place == "disk")
-                row[f"{place}_down_s"] = round(time.perf_counter() - began, 2)
+                down_s = time.perf_counter() - began
+                row[f"{place}_down_s"] = round(down_s, 2)
+                if place == "disk":
+                    row["disk_down_gb_s"] = round((bench.stored_bytes() - stored) / down_s / 1e9, 2)
                 results.append(bench.answer(length))
             seconds = statistics.median(result.usage.ttft_s or 0.0 for result in results)
             row[f"{place}_cached"] = min(result.usage.cached_tokens for result in results)
@@ -213,6 +228,9 @@ def main() -> None:
     parser.add_argument("--host-bytes", type=int, help="of host memory for what it gives up")
     parser.add_argument("--disk", type=Path, help="a directory for what host memory gives up; without, no disk")
     parser.add_argument("--disk-bytes", type=int, default=20 * 2**30)
+    parser.add_argument(
+        "--write-behind", type=int, default=0, help="bytes a second that an idle engine stores; 0: none"
+    )
     args = parser.parse_args()
     with opened(args) as bench:
         print(json.dumps(run(args, bench)))

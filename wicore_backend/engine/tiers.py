@@ -9,7 +9,7 @@ from pathlib import Path
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.codecs import CodecName, make_codec
 from wicore_backend.hmt.cold_tier import ColdTier, ColdTierLimits, store_config
-from wicore_backend.hmt.layout import KVLayout
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore
 from wicore_backend.hmt.policy import Policy
 from wicore_backend.hmt.pool import KVPools
@@ -125,8 +125,11 @@ class BlockMover:
                 lower.collect()
             if any(lower.host.used(group) for group in lower.host.slots):
                 continue  # More than the cold tier takes at a time.
-            # The device gives up whole windows, so that it may be one more than it was asked for.
-            room = min(lower.host.free(group) for group in lower.host.slots) - layout.blocks_for(layout.window)
-            if not self._blocks.give_up(max(1, room)):
+            given_up = 0
+            for group, pool in self._blocks.pools.items():  # Each as it has room: one has many more blocks than slots.
+                # Of the local group it is whole windows, so that it may be one more than was asked for.
+                whole = layout.blocks_for(layout.window) if group is LayerGroup.LOCAL else 0
+                given_up += pool.give_up(max(1, lower.host.free(group) - whole))
+            if not given_up:
                 return
             self.move()
