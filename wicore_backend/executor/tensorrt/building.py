@@ -15,10 +15,11 @@ from xxhash import xxh3_128
 from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.segments.contract import Precision
 from wicore_backend.executor.segments.manifest import SegmentFile
+from wicore_backend.executor.tensorrt.description import report_of_description
 from wicore_backend.executor.tensorrt.inspection import check_contract, report_of_network
 from wicore_backend.executor.tensorrt.library import Library, LibraryName, Messages
 from wicore_backend.executor.tensorrt.profiles import Profile, profiles_of
-from wicore_backend.executor.tensorrt.records import EngineRecord
+from wicore_backend.executor.tensorrt.records import EngineRecord, EngineReport
 
 _CHUNK = 1 << 24
 
@@ -88,7 +89,8 @@ def build_engine(
     Returns
     -------
     EngineRecord
-        For `EngineFolder.add`. Its engine is held against the contract.
+        For `EngineFolder.add`. Its engine is held against the contract, as the library describes it if it does, else
+        by the network that it was made of.
 
     Raises
     ------
@@ -116,15 +118,7 @@ def build_engine(
             f"{library} could not build {name} in {target.precision} for {target.compute_capability}: "
             f"{messages.errors()}"
         )
-    told = messages.activations[-len(ours) :]
-    report = report_of_network(
-        network,
-        ours,
-        file.spec,
-        library,
-        weight_bytes=messages.weights[-1] if messages.weights else plan.nbytes,
-        activations=told,
-    )
+    report = _report(network, file, ours, library, messages, plan_bytes=plan.nbytes)
     del parser
     check_contract(report, file.spec, weights=file.weights, profiles=ours, what=str(file.path))
     digest = _write(path, memoryview(plan))
@@ -197,6 +191,25 @@ def _add_profiles(
                 f"{file.spec.segment.name} does not take the profile {profile.name!r}: {messages.errors()}; "
                 "export it again"
             )
+
+
+def _report(
+    network: Any,
+    file: SegmentFile,
+    profiles: Sequence[Profile],
+    library: Library,
+    messages: Messages,
+    *,
+    plan_bytes: int,
+) -> EngineReport:
+    """What the library said of the engine; where it is one that says nothing, of the network that it is made of."""
+    activations = messages.activations[-len(profiles) :]
+    weight_bytes = messages.weights[-1] if messages.weights else plan_bytes
+    if messages.description is not None:
+        told = report_of_description(messages.description, weight_bytes=weight_bytes, activations=activations)
+        if told is not None:
+            return told
+    return report_of_network(network, profiles, file.spec, library, weight_bytes=weight_bytes, activations=activations)
 
 
 def _attach_timings(config: Any, path: Path | None) -> Any:

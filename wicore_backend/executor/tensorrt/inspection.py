@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -143,8 +143,13 @@ def _layers(engine: Any, library: Library) -> tuple[Counter[str], Counter[str]]:
             layers["layer"] += 1
             continue
         layers[str(layer.get("LayerType", "layer")).lower()] += 1
-        precisions.update(str(result.get("Format/Datatype", "unknown")) for result in layer.get("Outputs", ()))
+        precisions.update(_datatype(result) for result in layer.get("Outputs", ()))
     return layers, precisions
+
+
+def _datatype(tensor: Mapping[str, object]) -> str:
+    """TensorRT-RTX has a key for it, TensorRT has one for it and the layout together."""
+    return str(tensor.get("Datatype") or tensor.get("Format/Datatype", "unknown"))
 
 
 def _weight_bytes(engine: Any, library: Library) -> int:

@@ -118,6 +118,8 @@ class Messages:
         The library's `ILogger`.
     activations, weights
         Bytes that the library said that an engine's activations take, one number for each profile, and its weights.
+    description
+        What it said of the last engine that it built, for `report_of_description`.
     """
 
     logger: Any
@@ -126,6 +128,7 @@ class Messages:
     def __init__(self) -> None:
         self.activations: list[int] = []
         self.weights: list[int] = []
+        self.description: str | None = None
         self._errors: deque[str] = deque(maxlen=4)
 
     def note(self, level: int, text: str) -> None:
@@ -162,6 +165,8 @@ def messages_of(api: Any) -> Messages:
         def log(self, severity: Any, msg: str) -> None:
             if severity in levels:
                 messages.note(levels[severity], msg)
+            elif msg.startswith("Layers:\n"):
+                messages.description = msg
 
     messages.logger = Forward()
     return messages

@@ -105,9 +105,9 @@ class EngineReport(_Record):
     Attributes
     ----------
     layers
-        How many of each type there are.
+        How many of each type there are, for all profiles together.
     precisions
-        How many of their results are of each type, if known.
+        How many of their results and constants are of each type, if known.
     weight_bytes
         Of device memory, however many contexts there are.
     activation_bytes
