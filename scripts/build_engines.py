@@ -227,7 +227,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--library", choices=_LIBRARIES)
     parser.add_argument("--max-running", type=_positive, help="sequences at once, as it will be served")
     parser.add_argument("--max-batch-tokens", type=_positive, help="tokens of a step, as it will be served")
-    parser.add_argument("--max-images", type=_positive, default=MAX_IMAGES, help="pictures that are encoded at once")
+    parser.add_argument(
+        # Of 1 the library makes an engine for exactly that, which contexts and the contract do not take.
+        "--max-images",
+        type=_several,
+        default=MAX_IMAGES,
+        help="pictures that are encoded at once, 2 or more",
+    )
     parser.add_argument(
         "--weights", choices=["embedded", "inputs"], default="embedded", help="in the engines, or given to them"
     )
@@ -251,6 +257,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _several(text: str) -> int:
+    if (count := _positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 2")
+    return count
 
 
 def _gib(text: str) -> int:

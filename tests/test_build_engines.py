@@ -289,6 +289,7 @@ def test_two_builds_of_the_same_engines_do_not_mix(model, built):
             (["--plan", "rtx4090-27b", "--memory", n], f"'{n}' is no number of GiB above 0")
             for n in ("0", "nan", "inf")
         ),
+        (["--plan", "rtx4090-27b", "--max-images", "1"], "'1' is less than 2"),
     ],
 )
 def test_what_is_typed_wrongly_is_named(model, monkeypatch, capsys, args, said):
