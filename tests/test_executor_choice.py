@@ -272,8 +272,14 @@ def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
         choose("tensorrt", CUDA, find=find())
     stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library())
     assert choose("auto", CUDA, find=find()).name is ExecutorName.TENSORRT
-    with pytest.raises(ExecutorError, match="compute in float32, and dtype = 'bfloat16'; set dtype to 'auto'"):
+    with pytest.raises(
+        ExecutorError, match=r"computing in float32, and dtype = 'bfloat16' \('auto' takes any\);.*--precision bf16"
+    ):
         choose("tensorrt", CUDA, find=find(dtype="bfloat16"))
+    halves = export_segments(tmp_path / "model", tmp_path / "engines" / "fp16", Precision.FP16)
+    stand_in.write_engines(halves, tmp_path / "engines", library=stand_in.library())
+    assert find(dtype="float16")().key.precision is Precision.FP16
+    assert find()().key.precision is Precision.FP32
     with pytest.raises(ExecutorError, match="in fp32 instead of int4"):
         choose("tensorrt", CUDA, find=find(engine_precision="int4"))
 

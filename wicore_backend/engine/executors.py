@@ -171,17 +171,11 @@ def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.dev
             max_running=settings.max_running,
             max_batch_tokens=settings.max_batch_tokens,
             segments=tuple(segments(config)),
+            activations=None if settings.dtype == "auto" else _setting(settings, device),
         )
         for library in _libraries()
     ]
-    engines = _first_found(EngineStore(engines_directory(settings)), wanted)
-    activations = engines.key.precision.activations
-    if settings.dtype not in ("auto", _name(activations)):
-        raise ExecutorError(
-            f"the engines in {engines.directory} compute in {_name(activations)}, and dtype = {settings.dtype!r}; "
-            "set dtype to 'auto', or engine_precision to that of other engines"
-        )
-    return engines
+    return _first_found(EngineStore(engines_directory(settings)), wanted)
 
 
 def _libraries() -> Sequence[Library]:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from xxhash import xxh3_128
 
 from wicore_backend.errors import ExecutorError
@@ -41,6 +42,8 @@ class Wanted:
         The engine's settings.
     segments
         All that the model has.
+    activations
+        The type to compute in; None takes any.
     """
 
     model: str
@@ -52,6 +55,7 @@ class Wanted:
     max_running: int
     max_batch_tokens: int
     segments: Sequence[Segment]
+    activations: torch.dtype | None = None
 
     def objections(self, key: EngineKey) -> Sequence[str]:
         """Why engines of `key` will not do, in words."""
@@ -60,6 +64,9 @@ class Wanted:
             told.append(f"of another checkpoint ({key.model[:12]} instead of {self.model[:12]})")
         if self.precision is not None and key.precision != self.precision:
             told.append(f"in {key.precision} instead of {self.precision}")
+        if self.activations not in (None, key.precision.activations):
+            found, wanted = (str(dtype)[len("torch.") :] for dtype in (key.precision.activations, self.activations))
+            told.append(f"computing in {found}, and dtype = {wanted!r} ('auto' takes any)")
         if key.library != self.library:
             told.append(f"for {key.library} instead of {self.library}")
         elif key.version != self.version:
@@ -77,7 +84,9 @@ class Wanted:
     @property
     def command(self) -> str:
         """What builds them."""
-        precision = self.precision or (Precision.FP16 if self.compute_capability == "sm75" else Precision.BF16)
+        usual = Precision.FP16 if self.compute_capability == "sm75" else Precision.BF16
+        plain = {each.activations: each for each in (Precision.FP32, Precision.FP16, Precision.BF16)}
+        precision = self.precision or (plain[self.activations] if self.activations else usual)
         return (
             f"python -m scripts.build_engines MODEL --target {self.compute_capability} --precision {precision} "
             f"--library {'rtx' if self.library is LibraryName.TENSORRT_RTX else 'tensorrt'} "
