@@ -63,6 +63,20 @@ def test_float16_holds_what_would_overflow_it(tmp_path):
             assert not run_torch(plain, pictures, step.inputs(pictures))[0].isfinite().all()
 
 
+def test_scales_for_float16_reach_biases_and_epsilons(tmp_path):
+    """Results beside which neither is nothing, as they are for a model's first layers: scales would be seen."""
+    text = {"attention_bias": True, "rms_norm_eps": 0.03}
+    write_random_checkpoint(tmp_path / "model", text=text)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    large = {name: tensor * 20 if name.endswith("o_proj.bias") else tensor for name, tensor in tensors.items()}
+    save_file(large, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config, weights = torch_weights(tmp_path / "model", dtype=torch.float16)
+    exact = partial(run_torch, TorchExecutor(config, _in_float32(weights)))
+    exported = export_segments(tmp_path / "model", tmp_path / "out", Precision.FP16)
+    found = errors(exported, random_step(config, size=0.1), exact)
+    assert max(found.values()) < 2e-3, found
+
+
 def _enlarge_products(checkpoint):
     """Weights by which the output projection, gate times up, and the vision tower's MLP leave float16's range."""
     tensors = load_file(checkpoint / "model.safetensors")
