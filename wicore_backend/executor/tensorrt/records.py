@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -54,12 +52,6 @@ class EngineKey(_Record):
     profiles: Annotated[tuple[Profile, ...], Field(min_length=1)]
     weight_streaming: bool = False
     contract: int = CONTRACT_VERSION
-
-    @property
-    def fingerprint(self) -> str:
-        """32 hexadecimal digits that are others for any other key."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
     def folder(self) -> str:
