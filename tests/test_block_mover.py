@@ -22,9 +22,9 @@ LAYOUT = KVLayout.of([L, G], block_size=4, kv_heads=1, head_dim=64, window=8, by
 class World:
     """Three tiers, whose blocks are filled with a number that tells what they should hold."""
 
-    def __init__(self, directory, *, device: int, host: int) -> None:
+    def __init__(self, directory, *, device: int, host: int, host_local: int | None = None) -> None:
         count = {G: device + 1, L: device + 1}
-        slots = {G: host, L: host}
+        slots = {G: host, L: host if host_local is None else host_local}
         self.pools = KVPools.allocate(LAYOUT, count, slots, device=torch.device("cpu"), dtype=torch.float32)
         self.cold = ColdStorage(
             directory,
@@ -106,4 +106,20 @@ def test_all_that_is_cached_is_stored_however_little_the_disk_takes_at_a_time(tm
     right = world.stored(known)
     world.cold.close()
     assert len(right) >= cached
+    assert all(right)
+
+
+def test_few_slots_for_windows_do_not_hold_up_all_other_blocks(tmp_path, monkeypatch):
+    world = World(tmp_path, device=60, host=100, host_local=4)
+    names, blocks = world.compute(0, 200)
+    world.books.close(blocks)
+    assert world.books.pools[G].cached == 50
+    moves, move = [], world.mover.move
+    monkeypatch.setattr(world.mover, "move", lambda: moves.append(move()))
+    world.mover.close(persist_s=10.0)
+    assert len(moves) <= 6, "each time it waits for the disk"
+    world = World(tmp_path, device=60, host=100, host_local=4)
+    right = world.stored({0: names})
+    world.cold.close()
+    assert len(right) >= 50
     assert all(right)
