@@ -211,6 +211,8 @@ def test_in_chinese_no_english_is_left(visit, path):
         "seen",
         "before",
         "tokens",
+        "executor",
+        "onnx",
     }
     assert words - KEYS - UNITS - NAMES - told_by_the_server == set()
 
