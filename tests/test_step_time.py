@@ -342,6 +342,7 @@ def test_a_duration_that_is_none_is_refused(seconds):
     assert model.predict(StepShape(1, 1, 1, 0)) == 0
 
 
+@pytest.mark.timing
 def test_observing_and_predicting_cost_less_than_20_microseconds_a_step():
     r = random.Random(0)
     model = learnt(GPU, r, 100)
