@@ -16,6 +16,7 @@ from wicore_backend.devices.plans import PLANS
 from wicore_backend.engine.cache_memory import host_cache_bytes, image_cache_bytes, kv_cache_bytes
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind, segments
+from wicore_backend.executor.tensorrt.profiles import MAX_IMAGES
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.tensor_names import expected_shapes
@@ -122,9 +123,9 @@ def test_a_plan_says_when_a_context_does_not_fit():
 
 
 def test_workspace_is_what_the_library_said_of_the_27b(of_27b):
-    """docs/benchmarks/tensorrt.md: 88,080,384 bytes of a `mid` for 512 tokens, 367,525,888 of the tower."""
+    """docs/benchmarks/tensorrt.md: 88,080,384 bytes of a `mid` for 512 tokens, 367,525,888 of the tower for 4."""
     settings = EngineConfig(model=Path("model"), max_running=8)
-    tower, decoder = 367_525_888, 88_080_384
+    tower, decoder = 367_525_888 * MAX_IMAGES // 4, 88_080_384
     assert workspace_bytes(of_27b, settings, Precision.INT4) == pytest.approx(tower + decoder, rel=0.01)
     without = replace(of_27b, vision=None)
     assert workspace_bytes(without, settings, Precision.INT4) == decoder

@@ -14,6 +14,7 @@ from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder
 from wicore_backend.engine.request import Deadlines, FinishReason
 from wicore_backend.engine.vision_graphs import VisionGraphs
+from wicore_backend.executor.tensorrt.profiles import profiles_for
 from wicore_backend.processor.images import PixelNormalization, digest
 from wicore_backend.processor.prompt import PromptImage
 
@@ -133,6 +134,11 @@ def test_many_pictures_go_through_in_batches():
     pictures = [picture(seed) for seed in range(2 * MAX_BATCH + 1)]
     torch.testing.assert_close(encoder(tower, 0).soft_tokens(pictures), expected(pictures))
     assert tower.batches == [MAX_BATCH, MAX_BATCH, 1]
+
+
+def test_the_towers_engines_are_built_for_as_many_pictures_as_go_through_it_at_once():
+    profiles = profiles_for(max_running=8, max_batch_tokens=512)
+    assert {profile.images.max for profile in profiles} == {MAX_BATCH}
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, MAX_BATCH])

@@ -153,7 +153,15 @@ def _step_needs(config: Gemma3Config, settings: EngineConfig, precision: Precisi
         processors=card.processors,
     )
     context = settings.context(text.max_position_embeddings)
-    return device_needs(config, settings, attention, Widening(), max_model_len=context, value_bytes=dtype.itemsize)
+    return device_needs(
+        config,
+        settings,
+        attention,
+        Widening(),
+        max_model_len=context,
+        value_bytes=dtype.itemsize,
+        own_activations=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def device_needs(
 ) -> dict[str, int]:
     """Bytes that a model's runner takes of its CUDA device, beside weights and pools, by what they are for.
 
-    Of an executor that is not `loaded` yet it is not known what it widens.
+    Who asks before the executor is `loaded` is the executor: one that counts its activations itself, widens nothing
+    and may turn out to be recordable.
     """
     if find_spec("triton") is None:
         return {}  # Nothing is recorded, and the share that the KV cache leaves has to do.
@@ -64,8 +65,16 @@ def device_needs(
         keys=hopper.WIDENED_BYTES if on_hopper and kv_dtype == FP8 else 0,
     )
     max_model_len = settings.context(text.max_position_embeddings)
-    needs = {"max_model_len": max_model_len, "value_bytes": dtype.itemsize}
-    return device_memory.device_needs(config, settings, attention, widening, **needs)
+    return device_memory.device_needs(
+        config,
+        settings,
+        attention,
+        widening,
+        max_model_len=max_model_len,
+        value_bytes=dtype.itemsize,
+        own_activations=loaded is None or loaded.own_activations,
+        recordable=loaded is None or loaded.executor.recordable,
+    )
 
 
 def make_runner(
@@ -110,6 +119,7 @@ def make_runner(
             softcap=text.attn_logit_softcapping,
             dtype=dtype,
         )
+        attention.rehearse()
         replay: DecodeReplay | None = None
         layers: tuple[LayersReplay, ...] = ()
         vision: Callable[[Tensor], Tensor] = executor.vision
@@ -149,7 +159,6 @@ def make_runner(
             for graphs_of in (decodes, prompts, segments):
                 graphs_of.prepare()
             segments.rehearse(max_batch_tokens)
-            attention.rehearse()
             replay, layers = decodes, (prompts, segments)
             if config.vision is not None:
                 side = config.vision.image_size

@@ -21,7 +21,7 @@ from wicore_backend.engine.sampler import sampling_bytes
 from wicore_backend.engine.scheduler import MOST_GUESSED
 from wicore_backend.engine.segments import token_counts
 from wicore_backend.engine.step_inputs import StepInputs
-from wicore_backend.executor.needs import activation_bytes, logits_bytes
+from wicore_backend.executor.needs import activation_bytes, handed_bytes, logits_bytes
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.rope import RotaryTables
 from wicore_backend.models.gemma3.vision import encoding_bytes
@@ -62,15 +62,21 @@ def device_needs(
     *,
     max_model_len: int,
     value_bytes: int,
+    own_activations: bool = False,
+    recordable: bool = True,
 ) -> dict[str, int]:
-    """Bytes by what they are for, about and rather too many, of a model that computes by kernels of its own.
+    """Bytes by what they are for, about and rather too many, of a model whose attention is by kernels of its own.
 
     Parameters
     ----------
     value_bytes
         Of a number that is computed with.
+    own_activations
+        Whether the executor has what it computes in, and counts it, itself.
+    recordable
+        Whether the executor can be recorded in CUDA graphs.
     """
-    needs = _Needs(config, settings, attention, widening, max_model_len, value_bytes)
+    needs = _Needs(config, settings, attention, widening, max_model_len, value_bytes, own_activations)
     encoding = needs.encoding()
     taken = {
         # What has been computed once before it is recorded was computed in the steps' memory.
@@ -81,7 +87,7 @@ def device_needs(
     }
     if config.vision is not None:
         taken["pictures"] = encoding + needs.pictures()
-    if settings.cuda_graphs:
+    if settings.cuda_graphs and recordable:
         taken |= {"recorded steps": needs.recorded(), "plans": needs.plans(), "graphs": needs.graphs()}
     return taken
 
@@ -94,6 +100,7 @@ class _Needs:
     widening: Widening
     max_keys: int
     value_bytes: int
+    own_activations: bool
 
     def step(self) -> int:
         """Of the largest step that is not recorded, its head and the choice of its tokens."""
@@ -111,7 +118,7 @@ class _Needs:
 
     def encoding(self) -> int:
         """Of the vision tower."""
-        if self.config.vision is None:
+        if self.config.vision is None or self.own_activations:
             return 0
         return encoding_bytes(self.config.vision, pictures=MAX_BATCH, value_bytes=self.value_bytes)
 
@@ -147,6 +154,8 @@ class _Needs:
         return token_counts(self.settings.max_batch_tokens)
 
     def _activations(self, tokens: int) -> int:
+        if self.own_activations:
+            return handed_bytes(self.config.text, tokens=tokens, value_bytes=self.value_bytes)
         return activation_bytes(self.config.text, tokens=tokens, value_bytes=self.value_bytes) + self.widening.matrix
 
     def _logits(self, rows: int) -> int:

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wicore_backend.executor.tensorrt.profiles import MAX_IMAGES
 from wicore_backend.executor.upload import to_device
 from wicore_backend.models.gemma3.config import VisionConfig
 from wicore_backend.processor.images import PixelNormalization
 from wicore_backend.processor.prompt import PromptImage
 
-MAX_BATCH = 2
+MAX_BATCH = MAX_IMAGES
 """Pictures that go through the tower at once, which bounds what its activations take: one fills an H200, and eight took
 as long as one after the other (docs/benchmarks/loading-and-pictures.md)."""
 

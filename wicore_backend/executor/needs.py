@@ -1,4 +1,4 @@
-"""What `CudaExecutor` takes of the device while it computes, its results included: told from sizes alone.
+"""What an executor takes of the device while it computes, its results included: told from sizes alone.
 
 A matrix that is widened for its product takes memory besides: `executor/matrix.py` says how much.
 """
@@ -13,7 +13,7 @@ _WIDE = torch.float32.itemsize
 
 
 def activation_bytes(text: TextConfig, *, tokens: int, value_bytes: int) -> int:
-    """The most that the segments of a step of so many tokens have at a time, short of the head.
+    """The most that `CudaExecutor`'s segments of a step of so many tokens have at a time, short of the head.
 
     That is where gate and up are multiplied with each other: the layer's queries, keys and values, its input, what it
     has become and its norm are there, too, and the embeddings and the cosines and sines of the whole step.
@@ -22,6 +22,17 @@ def activation_bytes(text: TextConfig, *, tokens: int, value_bytes: int) -> int:
     rotations = 2 * 2 * text.head_dim
     # The residual stream may be in float32, whatever else is.
     return tokens * ((wide + rotations) * value_bytes + 5 * text.hidden_size * _WIDE)
+
+
+def handed_bytes(text: TextConfig, *, tokens: int, value_bytes: int) -> int:
+    """What a step of so many tokens has outside of an executor that took memory of its own when it was loaded.
+
+    Its embeddings, its hidden states and the last step's, until their logits are asked for; likewise what attention
+    gave, a layer's while the next one's is made; and cosines and sines.
+    """
+    attended = 3 * text.num_heads * text.head_dim
+    rotations = 2 * 2 * text.head_dim
+    return tokens * ((attended + rotations) * value_bytes + 3 * text.hidden_size * _WIDE)
 
 
 def logits_bytes(text: TextConfig, *, rows: int, value_bytes: int) -> int:

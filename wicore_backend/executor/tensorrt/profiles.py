@@ -15,8 +15,9 @@ RECORDED_TOKENS = 1024
 are as they come."""
 GUESSED_TOKENS = 64
 """A step may guess so many tokens beside those that are due (`EngineConfig.max_guessed_tokens`)."""
-MAX_IMAGES = 4
-"""Pictures in one execution: more take the vision tower's activations from the KV cache, and are hardly quicker."""
+MAX_IMAGES = 2
+"""Pictures in one execution, as many as the engine encodes at once (`engine/pictures.py`): more take the vision tower's
+activations from the KV cache, and are hardly quicker."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
