@@ -305,6 +305,8 @@ def test_each_recording_has_contexts_of_its_own(model, tmp_path):
     for count in (6, 3):
         recording(lambda count=count: executor.mid(0, hidden[:count], attention[:count], cos[:count], sin[:count]))
     assert kinds == [made + 1, made + 2]
+    kept = {segment: len(contexts._own) for segment, contexts in executor._contexts.items() if contexts._own}
+    assert kept == {Segment(SegmentKind.MID, 0): 2}, "nothing is kept for segments that were not recorded"
     told = stand_in.TOLD.shapes
     executor.mid(0, hidden, attention, cos, sin)
     assert stand_in.TOLD.contexts == made + 2

@@ -70,7 +70,7 @@ class SegmentContexts:
         self._messages = messages
         self._shared: dict[int, _Bound] = {}
         self._bound = self._shared
-        self._own: list[dict[int, _Bound]] = []
+        self._own: list[_Bound] = []
 
     @property
     def most(self) -> int:
@@ -85,7 +85,6 @@ class SegmentContexts:
     def keep_own(self) -> Callable[[], None]:
         """Use contexts that nobody used before, until the result is called. They live as long as all this."""
         self._bound = {}
-        self._own.append(self._bound)
 
         def restore() -> None:
             self._bound = self._shared
@@ -129,7 +128,10 @@ class SegmentContexts:
             raise EngineError(f"TensorRT could not execute {self._name} for {size} rows: {self._messages.errors()}")
 
     def _fresh(self, profile: int) -> _Bound:
-        bound = _Bound(self._new_context(profile, of_one_size=self._bound is not self._shared))
+        own = self._bound is not self._shared
+        bound = _Bound(self._new_context(profile, of_one_size=own))
+        if own:
+            self._own.append(bound)
         for name, tensor in self._weights.items():
             self._bind(bound, name, tensor)
         return bound
