@@ -4,6 +4,7 @@ promised more than it has."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,11 +23,13 @@ from wicore_backend.engine.cache_memory import kv_cache_bytes
 from wicore_backend.engine.device_memory import Widening, device_needs
 from wicore_backend.engine.logprobs import logprobs_bytes, logprobs_of
 from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder, pixel_bytes
+from wicore_backend.engine.runner import run_layers
 from wicore_backend.engine.sampler import SamplingRow, sample, sampling_bytes
 from wicore_backend.engine.sampling_params import SamplingParams as Params
 from wicore_backend.executor.cuda_executor import CudaExecutor
+from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.int4_matrix import widened_bytes
-from wicore_backend.executor.needs import activation_bytes, logits_bytes
+from wicore_backend.executor.needs import activation_bytes, handed_bytes, logits_bytes
 from wicore_backend.hmt.budget import divide_memory
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
@@ -130,6 +133,30 @@ def test_segments_and_the_head_take_what_is_stated(tmp_path):
     taken = peak_bytes(lambda: executor.last(hidden, attention, rows))
     stated = logits_bytes(text, rows=30, value_bytes=4) + activation_bytes(text, tokens=30, value_bytes=4)
     about(stated, taken, at_most=3)
+
+
+@torch.inference_mode()
+def test_what_steps_have_outside_of_engines_is_what_is_stated():
+    """A step's, and what the last one left, which is read when its logits are asked for."""
+    config, cpu, tokens = Gemma3Config.from_checkpoint(DEMO_MODEL), torch.device("cpu"), 200
+    text = config.text
+    embed = Embedding(torch.zeros(8, text.hidden_size), device=cpu, residual=torch.float32)
+    rotary = RotaryTables(config, max_positions=tokens, device=cpu, dtype=torch.float32)
+    ids, positions = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens, dtype=torch.int32)
+    qkv, own, last = (None,) * 3, torch.zeros(tokens, text.hidden_size), text.num_layers - 2
+
+    def mid(layer: int, *_) -> tuple:
+        return (torch.empty_like(own) if layer == last else own), qkv
+
+    executor = SimpleNamespace(first=lambda *_: qkv, mid=mid)
+    attention = SimpleNamespace(attend=lambda *_: torch.empty(tokens, text.num_heads * text.head_dim))
+    layers = [(group, 0) for group in text.layer_groups]
+
+    def step():
+        hidden = embed(ids, None, None)
+        return run_layers(executor, attention, None, layers, hidden, rotary.lookup(positions))
+
+    about(handed_bytes(text, tokens=tokens, value_bytes=4), peak_bytes(lambda: (step(), step())))
 
 
 @pytest.mark.parametrize("rows", [1, 30, 70])
