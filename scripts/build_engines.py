@@ -105,6 +105,7 @@ def _key(args: argparse.Namespace, plan: Plan | None, library: Library) -> Engin
             max_images=args.max_images,
         ),
         weight_streaming=args.weight_streaming,
+        searched=not args.no_search and args.precision == Precision.INT4,
     )
 
 
@@ -142,7 +143,6 @@ def build_engines(args: argparse.Namespace) -> str:
             optimization_level=args.optimization_level,
             threads=args.threads,
         ),
-        search=not args.no_search,
         keep_onnx=args.keep_onnx,
     )
     missing = build.missing()

@@ -509,6 +509,7 @@ def write_engines(
         compute_capability=compute_capability,
         profiles=profiles,
         weight_streaming=streams_weights,
+        searched=exported.searched,
     )
     folder = EngineFolder.open(root, key)
     by_path: dict[Path, list[Segment]] = {}

@@ -18,7 +18,7 @@ import pytest
 
 from scripts import build_engines
 from scripts.engine_build import estimates, tables
-from scripts.engine_build.builder import Limits, build_all
+from scripts.engine_build.builder import Build, Limits, build_all
 from scripts.engine_build.estimates import Part, check_memory, disk_needed, parts
 from scripts.random_gemma3 import published_config
 from scripts.serving.cli import build_parser
@@ -27,7 +27,9 @@ from wicore_backend.config import EngineConfig
 from wicore_backend.devices.memory import segment_bytes
 from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind, segments
+from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.segments.manifest import SegmentSet
+from wicore_backend.executor.tensorrt.building import BuildOptions
 from wicore_backend.executor.tensorrt.library import load_library
 from wicore_backend.executor.tensorrt.store import EngineStore, Wanted
 from wicore_backend.models.gemma3.config import Gemma3Config
@@ -263,6 +265,23 @@ def test_graphs_that_are_kept_serve_other_engines(model, tmp_path, monkeypatch, 
     )
     assert len(list(tmp_path.glob("bf16/*-sm120/*.engine"))) == 4
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "bf16").glob("*.onnx")} == before
+
+
+@pytest.mark.parametrize("given", [[], ["--no-search"]])
+def test_engines_and_graphs_whose_scales_were_searched_do_not_mix_with_others(tmp_path, given):
+    checkpoint = tmp_path / "model"
+    write_random_checkpoint(checkpoint, text={**CONFIG, "num_hidden_layers": 2})
+    args = ["--target", "sm89", "--library", "rtx", *given]
+    library = load_library("tensorrt_rtx")
+    parsed = build_engines._parser().parse_args([str(checkpoint), *args, "--precision", "int4"])
+    key = build_engines._key(parsed, None, library)
+    assert key.searched == (not given)
+    plain = build_engines._parser().parse_args([str(checkpoint), *args, "--precision", "bf16"])
+    assert not build_engines._key(plain, None, library).searched, "nothing is rounded there"
+    build = Build(checkpoint, tmp_path, key, [], options=BuildOptions(), keep_onnx=False)
+    for search in (True, False):
+        export_segments(checkpoint, tmp_path / "int4", Precision.INT4, search=search)
+        assert bool(build._graphs()) == (search == key.searched)
 
 
 def test_two_builds_of_the_same_engines_do_not_mix(model, built):

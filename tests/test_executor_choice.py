@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from tests.gemma3_random import write_random_checkpoint
 from tests.model_parity import relative_error
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine import executor_loading, executors
-from wicore_backend.engine.executor_loading import LoadedExecutor, load_executor
+from wicore_backend.engine.executor_loading import load_executor
 from wicore_backend.engine.executors import (
     Choice,
     ExecutorName,
@@ -31,11 +32,13 @@ from wicore_backend.errors import ExecutorError, InvalidArgumentError
 from wicore_backend.executor.segments.contract import Precision
 from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.tensorrt import card, library
+from wicore_backend.executor.tensorrt.executor import TensorRTExecutor
 from wicore_backend.executor.tensorrt.library import LibraryName
 from wicore_backend.executor.tensorrt.profiles import profiles_for
 from wicore_backend.executor.tensorrt.records import EngineKey
 from wicore_backend.executor.tensorrt.store import EngineSet
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.quantization.fp8 import quantized_fp8
 from wicore_backend.triton.settings import engine_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -235,7 +238,7 @@ def test_engines_that_fit_are_found_loaded_and_run(tmp_path, monkeypatch, wanted
     kept = EngineConfig(model=tmp_path / "model", max_running=8, max_batch_tokens=64)
     shutil.copytree(tmp_path / "engines", engines_directory(kept))
     assert find_engines(kept, config, CUDA).directory.is_relative_to(tmp_path / "cache")
-    assert (dtype, loaded.precision) == (torch.float32, Precision.FP32)
+    assert (dtype, loaded.multiplies) == (torch.float32, "")
     assert len(read) == (weights == "inputs")
     driver.executor = loaded.executor
     for ours, theirs in zip(*([d.step([(Sequence(list(range(8, 40))), 32)]) for d in (driver, plain)]), strict=True):
@@ -284,20 +287,43 @@ def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
         choose("tensorrt", CUDA, find=find(engine_precision="int4"))
 
 
+@pytest.mark.usefixtures("on_stand_in")
 @pytest.mark.parametrize(
-    ("dtype", "precision", "name"),
+    ("precision", "searched", "name"),
     [
-        (torch.float32, None, "torch.float32"),
-        (torch.float32, Precision.FP32, "torch.float32"),
-        (torch.float16, Precision.FP16, "torch.float16"),
-        (torch.bfloat16, Precision.BF16, "torch.bfloat16"),
-        (torch.bfloat16, Precision.INT4, "torch.bfloat16 int4"),
-        (torch.bfloat16, Precision.FP8, "torch.bfloat16 fp8"),
+        (Precision.FP32, False, "torch.float32"),
+        (Precision.FP16, False, "torch.float16"),
+        (Precision.BF16, False, "torch.bfloat16"),
+        (Precision.INT4, False, "torch.bfloat16 int4, scales not searched"),
+        (Precision.INT4, True, "torch.bfloat16 int4, scales searched"),
+        (Precision.FP8, False, "torch.bfloat16 fp8"),
     ],
 )
-def test_keys_and_values_of_weights_that_were_rounded_have_a_name_of_their_own(dtype, precision, name):
+def test_keys_and_values_of_weights_that_were_rounded_have_a_name_of_their_own(precision, searched, name, monkeypatch):
     """On the disk, where an engine of another kind must not take them for its own."""
-    assert _computed_in(LoadedExecutor(SimpleNamespace(dtype=dtype), precision)) == name
+    key = ENGINES.key.model_copy(update={"precision": precision, "searched": searched})
+    found = SimpleNamespace(dtype=precision.activations, recording=None, save_kernels=None)
+    monkeypatch.setattr(TensorRTExecutor, "load", lambda *_, **__: found)
+    monkeypatch.setattr(executor_loading, "_given", lambda *_, **__: (None, {}))
+    choice = Choice(ExecutorName.TENSORRT, "tried", replace(ENGINES, key=key))
+    settings = EngineConfig(model=Path("model"))
+    given = {"device": CUDA, "dtype": precision.activations, "reserved_bytes": lambda: 0}
+    assert _computed_in(load_executor(choice, settings, None, **given)) == name
+
+
+@pytest.mark.parametrize(("of_fp8", "name"), [(False, "torch.bfloat16"), (True, "torch.bfloat16 fp8 beyond one row")])
+def test_keys_and_values_of_rows_that_kernels_round_have_a_name_of_their_own(of_fp8, name, monkeypatch):
+    """Neither engines in bfloat16 nor those in FP8 compute the same of an FP8 checkpoint."""
+    from wicore_backend.executor import cuda_executor
+
+    plain = torch.ones(16, 16, dtype=torch.bfloat16)
+    layer = SimpleNamespace(qkv=plain, out=plain, gate_up=plain, down=quantized_fp8(plain) if of_fp8 else plain)
+    weights = SimpleNamespace(text=SimpleNamespace(layers=[layer], head=plain))
+    monkeypatch.setattr(executor_loading, "_weights", lambda *_: weights)
+    monkeypatch.setattr(cuda_executor, "CudaExecutor", lambda *_: SimpleNamespace(dtype=torch.bfloat16))
+    given = {"device": CUDA, "dtype": torch.bfloat16, "reserved_bytes": lambda: 0}
+    loaded = load_executor(Choice(ExecutorName.TORCH, "tried"), EngineConfig(model=Path("model")), None, **given)
+    assert _computed_in(loaded) == name
 
 
 # Settings that the chosen executor has no use for, or cannot have.

@@ -109,6 +109,25 @@ def test_another_model_precision_or_place_of_weights_replaces_what_was_there(mod
     assert names == {"first.onnx", "mid.onnx", "last.onnx", "segments.json"}
 
 
+def test_scales_that_were_searched_and_others_are_not_one_set(tmp_path, exported):
+    checkpoint = tmp_path / "model"
+    write_random_checkpoint(checkpoint, text={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2})
+    fast = export_segments(checkpoint, tmp_path / "out", Precision.INT4, search=False)
+    assert SegmentSet.read(tmp_path / "out") == fast
+    assert not fast.searched
+    exported.clear()
+    assert export_segments(checkpoint, tmp_path / "out", Precision.INT4).searched
+    assert exported == ["first", "mid_000", "last"]
+    exported.clear()
+    export_segments(checkpoint, tmp_path / "out", Precision.INT4)
+    assert exported == []
+    plain = export_segments(checkpoint, tmp_path / "out", Precision.FP32)
+    assert not plain.searched
+    exported.clear()
+    assert export_segments(checkpoint, tmp_path / "out", Precision.FP32, search=False) == plain
+    assert exported == [], "nothing is rounded there"
+
+
 def test_files_of_others_in_the_directory_stay(model, tmp_path):
     (tmp_path / "notes.bin").write_text("mine")
     (tmp_path / "tensorrt-10-sm89").mkdir()

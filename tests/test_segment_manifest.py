@@ -84,8 +84,9 @@ def test_json_of_another_kind(directory, content):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 2, "has version 2 in place of 1"),
+        ("version", 3, "has version 3 in place of 2"),
         ("version", "1", "version is '1' in place of a whole number"),
+        ("searched", 1, "searched is 1 in place of true or false"),
         ("version", True, "version is True in place of a whole number"),
         ("precision", "int3", "precision is 'int3' in place of fp32 or bf16"),
         ("precision", ["fp32"], r"precision is \['fp32'\] in place of"),

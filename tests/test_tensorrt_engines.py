@@ -153,30 +153,10 @@ def test_int4_engines_have_a_quarter_of_the_weights(graphs, build):
     assert 0.25 < int4 / bf16 < 0.30
 
 
-def test_progress_is_told_and_can_end_a_build(graphs, build, tmp_path):
-    told = []
-
-    def progress(phase, done, total):
-        told.append((phase, done, total))
-        return True
-
-    build(graphs(FIRST, Precision.BF16), progress=progress)
-    assert ("Building engine", 0, told[0][2]) == told[0]
-    assert told[-1][0] == "Building engine"
-    assert told[-1][1] == told[-1][2]
-    path = tmp_path / "engines" / "first.engine"
-    path.unlink()
-    with pytest.raises(ExecutorError, match="could not build first"):
-        build(graphs(FIRST, Precision.BF16), progress=lambda *_: False)
-    assert not list(path.parent.iterdir()), "nothing half done"
-
-
 def test_options_reach_the_library(graphs, build):
     streaming = build(graphs(FIRST, Precision.BF16), options=BuildOptions(weight_streaming=True))
     assert streaming.report.weight_bytes > 0
-    build(graphs(FIRST, Precision.BF16), options=BuildOptions(workspace_bytes=1 << 26, threads=2))
-    with pytest.raises(ExecutorError, match=r"could not build first .* within workspace limit"):
-        build(graphs(FIRST, Precision.BF16), options=BuildOptions(workspace_bytes=1 << 20))
+    build(graphs(FIRST, Precision.BF16), options=BuildOptions(threads=2))
 
 
 @pytest.fixture
@@ -444,7 +424,7 @@ def test_a_build_with_another_key_starts_anew_and_says_why(kept, tmp_path, caplo
         b'{"format": 2}',
         b"\xff\xfe",
         b"[" * 100_000,
-        json.dumps({"format": 1, "key": {"model": "../../etc"}}).encode(),
+        json.dumps({"format": 2, "key": {"model": "../../etc"}}).encode(),
     ],
 )
 def test_manifests_that_are_none_are_refused_and_replaced(kept, tmp_path, caplog, content):

@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def test_weights_that_are_inputs_are_the_tensors_themselves(checkpoint, tmp_path
 
 
 def test_results_stay_as_long_as_is_promised(model, tmp_path):
-    """Queries, keys and values until the next segment, hidden states until the one after; the last ones for ever."""
+    """Queries, keys and values until the next segment, hidden states until the one after; logits for ever."""
     engines = write_engines(model.exported, tmp_path, library=stand_in.library())
     executor, torch_executor = model.load(engines), TorchExecutor(model.config, model.weights)
     hidden, attention, cos, sin = segment_inputs(model, 5)
@@ -211,9 +212,9 @@ def test_results_stay_as_long_as_is_promised(model, tmp_path):
     kept, _ = executor.mid(last_mid, second, attention, cos, sin)
     logits = executor.last(kept, attention, torch.tensor([4, 0]))
     both = kept.clone(), logits.clone()
-    executor.mid(last_mid, hidden, attention, cos, sin)
+    again, _ = executor.mid(last_mid, hidden, attention, cos, sin)
+    assert again.data_ptr() == kept.data_ptr(), "memory that stays"
     executor.last(hidden, attention, torch.tensor([1, 2]))
-    assert torch.equal(kept, both[0])
     assert torch.equal(logits, both[1])
     theirs = torch_executor.last(both[0].clone(), attention, torch.tensor([4, 0]))
     assert torch.allclose(logits, theirs, rtol=1e-4, atol=1e-5)
@@ -431,11 +432,11 @@ def test_too_little_memory_is_refused_with_the_arithmetic(model, tmp_path):
     engines = write_engines(model.exported, tmp_path, library=stand_in.library(), weight_bytes=gib)
     card = StandInCard(name="RTX 4060", free=8 * gib)
     with pytest.raises(ExecutorError) as refused:
-        model.load(engines, card=card, reserved_bytes=3 * gib)
+        model.load(engines, card=card, reserved_bytes=gib, kv_cache_bytes=2 * gib)
     said = str(refused.value)
     count = len(engines.records)
     assert f"too little memory on RTX 4060 for fp32 engines: weights {count}.00 GiB + activations 0.00 GiB" in said
-    assert f"KV cache and the rest 3.00 GiB = {count + 3}.00 GiB, and 8.00 GiB are free" in said
+    assert f"the rest 1.00 GiB + KV cache 2.00 GiB = {count + 3}.00 GiB, and 8.00 GiB are free" in said
     assert "--precision int4" in said
     assert "--weight-streaming" in said
     assert not stand_in.TOLD.contexts, "nothing was begun"
@@ -446,7 +447,7 @@ def test_a_small_card_streams_what_does_not_fit(model, tmp_path):
     engines = write_engines(
         model.exported, tmp_path, library=stand_in.library(), weight_bytes=100 * mib, streams_weights=True
     )
-    executor = model.load(engines, card=StandInCard(free=400 * mib), reserved_bytes=100 * mib)
+    executor = model.load(engines, card=StandInCard(free=400 * mib), reserved_bytes=70 * mib, kv_cache_bytes=30 * mib)
     budgets = stand_in.TOLD.budgets.values()
     assert len(budgets) == len(engines.records)
     assert 299 * mib - len(budgets) < sum(budgets) < 300 * mib
@@ -458,6 +459,40 @@ def test_a_small_card_streams_what_does_not_fit(model, tmp_path):
     assert set(stand_in.TOLD.budgets.values()) == {100 * mib}, "all of them stay where there is room"
     with pytest.raises(ExecutorError, match="too little memory"):
         model.load(engines, card=StandInCard(free=90 * mib), reserved_bytes=100 * mib)
+
+
+def test_weights_are_not_streamed_into_memory_that_the_kv_cache_was_to_have(model, tmp_path):
+    """What remains beside weights that take all is nothing: how much the cache is to have must be said."""
+    gib = 2**30
+    engines = write_engines(
+        model.exported, tmp_path, library=stand_in.library(), weight_bytes=gib, streams_weights=True
+    )
+    with pytest.raises(
+        ExecutorError,
+        match=r"leave no KV cache: weights .*the rest 1\.00 GiB = .* 4\.00 GiB are free; set kv_cache_bytes",
+    ):
+        model.load(engines, card=StandInCard(free=4 * gib), reserved_bytes=gib)
+    assert not stand_in.TOLD.contexts, "nothing was begun"
+
+
+def test_what_is_quoted_of_a_file_was_said_of_that_file(model, tmp_path, monkeypatch):
+    """Several are opened at once, and the library has one logger for all."""
+    engines = write_engines(model.exported, tmp_path, library=stand_in.library())
+    other_failed, opened = Event(), stand_in.Runtime.deserialize_cuda_engine
+
+    def told(runtime, buffer):
+        if b"first.onnx" in bytes(buffer):
+            runtime.logger.log(stand_in.ILogger.Severity.ERROR, "said of first")
+            other_failed.set()
+        elif b"mid_001.onnx" in bytes(buffer):
+            assert other_failed.wait(10)
+            runtime.logger.log(stand_in.ILogger.Severity.ERROR, "said of mid_001")
+            return None
+        return opened(runtime, buffer)
+
+    monkeypatch.setattr(stand_in.Runtime, "deserialize_cuda_engine", told)
+    with pytest.raises(ExecutorError, match=r"mid_001\.engine on Stand-in RTX: said of mid_001; if it"):
+        model.load(engines)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,6 @@ class Build:
         Of all engines of the model.
     parts
         All that the model has.
-    search
-        Of matrices that are rounded to INT4: `export_segment`'s.
     """
 
     def __init__(
@@ -77,7 +75,6 @@ class Build:
         parts: Sequence[Part],
         *,
         options: BuildOptions,
-        search: bool,
         keep_onnx: bool,
     ) -> None:
         self.key = key
@@ -86,7 +83,6 @@ class Build:
         self._root = root
         self._parts = parts
         self._options = options
-        self._search = search
         self._keep_onnx = keep_onnx
 
     def missing(self) -> Sequence[Part]:
@@ -138,7 +134,7 @@ class Build:
             weights=self.key.weights,
             graph=graphs.get(first),
             graphs=self.directory / _GRAPHS,
-            search=self._search,
+            search=self.key.searched,
             engine=self.directory / f"{first.name}.engine",
             target=Target(self.key.library, self.key.compute_capability, self.key.precision),
             profiles=self.key.profiles,
@@ -152,14 +148,15 @@ class Build:
         if self._keep_onnx:
             with exporting_alone(directory), ByteProgress("exporting", _log) as progress:
                 kept = export_segments(
-                    self._model, directory, precision, weights=weights, search=self._search, progress=progress
+                    self._model, directory, precision, weights=weights, search=self.key.searched, progress=progress
                 )
             return kept.files
         try:
             kept = SegmentSet.read(directory)
         except SegmentError:
             return {}
-        return kept.files if (kept.fingerprint, kept.weights) == (self.key.model, weights) else {}
+        found, wanted = (kept.fingerprint, kept.weights, kept.searched), (self.key.model, weights, self.key.searched)
+        return kept.files if found == wanted else {}
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weight_format import weight_format
 from wicore_backend.models.gemma3.weights import Gemma3Weights
 from wicore_backend.observability.progress import ByteProgress
+from wicore_backend.quantization.fp8 import Fp8Matrix
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class LoadedExecutor:
 
     Attributes
     ----------
-    precision
-        Of its graphs or engines, if it has such.
+    multiplies
+        How, where keys and values come out otherwise than by the checkpoint's weights and rows in `executor.dtype`.
     widened_matrix, widened_head
         Device memory that it takes for a moment to widen a part of a layer's matrix, or of the head.
     own_activations
@@ -51,7 +52,7 @@ class LoadedExecutor:
     """
 
     executor: Executor
-    precision: Precision | None = None
+    multiplies: str = ""
     widened_matrix: int = 0
     widened_head: int = 0
     own_activations: bool = False
@@ -75,7 +76,8 @@ def load_executor(
     dtype
         What it computes in: `computing_type`.
     reserved_bytes
-        Device memory that others will have: an executor that can leave weights in host memory then does.
+        Device memory that others will have, the KV cache aside: an executor that can leave weights in host memory
+        then does.
 
     Raises
     ------
@@ -110,9 +112,11 @@ def _torch(settings: EngineConfig, config: Gemma3Config, device: torch.device, d
         from wicore_backend.executor.cuda_executor import CudaExecutor
         from wicore_backend.executor.matrix import widened_bytes
 
-        matrices = (m for layer in weights.text.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        matrices = [m for layer in weights.text.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         return LoadedExecutor(
             CudaExecutor(config, weights),
+            # One row is multiplied as it is, which engines do not do.
+            multiplies="fp8 beyond one row" if any(isinstance(m, Fp8Matrix) for m in matrices) else "",
             widened_matrix=max(map(widened_bytes, matrices)),
             widened_head=widened_bytes(weights.text.head),
         )
@@ -144,7 +148,8 @@ def _onnx(settings: EngineConfig, config: Gemma3Config, device: torch.device) ->
         # Before the KV cache takes what is free.
         with torch.inference_mode():
             executor.rehearse(tokens=settings.max_batch_tokens, pictures=MAX_BATCH)
-    return LoadedExecutor(executor, precision, own_activations=True)
+    multiplies = _graphs_multiply(precision, searched=exported.searched)
+    return LoadedExecutor(executor, multiplies, own_activations=True)
 
 
 def _tensorrt(
@@ -166,15 +171,23 @@ def _tensorrt(
         embed=embedding,
         weights=given,
         reserved_bytes=reserved_bytes,
+        kv_cache_bytes=settings.kv_cache_bytes,
         graphs=settings.cuda_graphs,
     )
     return LoadedExecutor(
         executor,
-        key.precision,
+        _graphs_multiply(key.precision, searched=key.searched),
         own_activations=True,
         recording=executor.recording,
         prepared=executor.save_kernels,
     )
+
+
+def _graphs_multiply(precision: Precision, *, searched: bool) -> str:
+    """`LoadedExecutor.multiplies` of exported graphs, and of engines that were built of them."""
+    if precision is Precision.INT4:
+        return "int4, scales searched" if searched else "int4, scales not searched"
+    return "fp8" if precision is Precision.FP8 else ""
 
 
 def _given(

@@ -23,7 +23,6 @@ from wicore_backend.engine.sampling_params import generation_defaults
 from wicore_backend.engine.statistics import ExecutorInUse
 from wicore_backend.engine.tiers import BlockMover, ColdStorage
 from wicore_backend.errors import CheckpointError, InvalidArgumentError
-from wicore_backend.executor.segments.contract import Precision
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.bounded_kv import KVBudget
 from wicore_backend.hmt.budget import divide_host_memory, divide_memory
@@ -116,7 +115,7 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
         config,
         device=device,
         dtype=dtype,
-        reserved_bytes=lambda: sum(needs().values()) + (settings.kv_cache_bytes or 0),
+        reserved_bytes=lambda: sum(needs().values()),
     )
     read = time.monotonic()
     budget = None
@@ -256,9 +255,8 @@ def _cold_storage(
 
 
 def _computed_in(loaded: LoadedExecutor) -> str:
-    """What tells a model's keys and values apart by how they were computed: weights that were rounded give others."""
-    dtype = str(loaded.executor.dtype)
-    return f"{dtype} {loaded.precision}" if loaded.precision in (Precision.INT4, Precision.FP8) else dtype
+    """What tells a model's keys and values apart by how they were computed: rounded weights and rows give others."""
+    return f"{loaded.executor.dtype} {loaded.multiplies}".rstrip()
 
 
 def _cache_bytes(settings: EngineConfig, device: torch.device, needs: Callable[[], Mapping[str, int]]) -> int:

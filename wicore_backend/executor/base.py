@@ -26,6 +26,10 @@ class QKV(NamedTuple):
 class Executor(Protocol):
     """Dense segments of one Gemma-3 model on one device. D is the hidden size, V the vocabulary.
 
+    What `first` and `mid` give may be in the executor's memory, which later calls write again: queries, keys and values
+    are good until the next segment, hidden states until the one after that. So `last`, as often as it is called, comes
+    before the next step's `first`, in the order in which the device computes. Logits and soft tokens are the caller's.
+
     Attributes
     ----------
     dtype

@@ -99,9 +99,8 @@ def _export_missing(
 ) -> SegmentSet:
     config = source.config
     wanted = {segment: kept_bytes(config, segment, precision, weights) for segment in segments(config)}
-    exported = SegmentSet(
-        directory, precision, source.fingerprint, weights, _complete(directory, source, precision, weights)
-    )
+    searched = search and precision is Precision.INT4
+    exported = _with_complete(SegmentSet(directory, precision, source.fingerprint, weights, searched, {}), config)
     files = dict(exported.files)
     if files.keys() != wanted.keys() or not (directory / MANIFEST).exists():
         (directory / MANIFEST).unlink(missing_ok=True)
@@ -258,19 +257,17 @@ def _writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _complete(
-    directory: Path, source: WeightSource, precision: Precision, weights: WeightsAs
-) -> Mapping[Segment, SegmentFile]:
-    """Segments that an earlier export of the same model left whole."""
+def _with_complete(wanted: SegmentSet, config: Gemma3Config) -> SegmentSet:
+    """`wanted` with the segments that an earlier export of just that left whole."""
     for name in (_UNFINISHED, MANIFEST):
         with suppress(SegmentError):
-            earlier = SegmentSet.read(directory, name=name, whole=False)
-            if (earlier.precision, earlier.weights, earlier.fingerprint) == (precision, weights, source.fingerprint):
-                specs = {
-                    segment: segment_spec(source.config, segment, precision) for segment in segments(source.config)
-                }
-                return {s: file for s, file in earlier.files.items() if specs.get(s) == file.spec}
-    return {}
+            earlier = SegmentSet.read(wanted.directory, name=name, whole=False)
+            if replace(earlier, files={}) == wanted:
+                specs = {segment: segment_spec(config, segment, wanted.precision) for segment in segments(config)}
+                return replace(
+                    wanted, files={s: file for s, file in earlier.files.items() if specs.get(s) == file.spec}
+                )
+    return wanted
 
 
 def _remove_others(directory: Path, exported: SegmentSet) -> None:

@@ -22,7 +22,7 @@ WeightsAs = Literal["embedded", "inputs"]
 """Whether a graph has its weights within, or takes them as inputs, which many graphs and executors can share."""
 
 MANIFEST = "segments.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the file and of the graphs: raised when those of an older version no longer do."""
 
 _TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -68,6 +68,8 @@ class SegmentSet:
     ----------
     fingerprint
         Of the checkpoint, in hexadecimal digits.
+    searched
+        Matrices that were rounded to INT4 have the best of many scales; False in every other precision.
     files
         By segment, in the order in which a step runs them. With weights as inputs all `mid` are one file.
     """
@@ -76,6 +78,7 @@ class SegmentSet:
     precision: Precision
     fingerprint: str
     weights: WeightsAs
+    searched: bool
     files: Mapping[Segment, SegmentFile]
 
     @classmethod
@@ -114,7 +117,7 @@ class SegmentSet:
         if len(by_segment) != len(files):
             raise SegmentError(f"{path} names a segment twice; {_REMEDY}")
         weights: WeightsAs = "inputs" if fields.choice("weights", get_args(WeightsAs)) == "inputs" else "embedded"
-        return cls(directory, precision, fields.text("fingerprint"), weights, by_segment)
+        return cls(directory, precision, fields.text("fingerprint"), weights, fields.truth("searched"), by_segment)
 
     def write(self, *, name: str = MANIFEST) -> None:
         """Write the set's file; who reads it meanwhile sees the old one or the new one."""
@@ -123,6 +126,7 @@ class SegmentSet:
             "precision": self.precision,
             "weights": self.weights,
             "fingerprint": self.fingerprint,
+            "searched": self.searched,
             "segments": [_as_json(file) for file in self.files.values()],
         }
         unfinished = self.directory / f"{name}.tmp"
@@ -195,6 +199,12 @@ class _Fields:
         value = self._values.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise self.error(key, "a whole number")
+        return value
+
+    def truth(self, key: str) -> bool:
+        value = self._values.get(key)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
         return value
 
     def text(self, key: str) -> str:

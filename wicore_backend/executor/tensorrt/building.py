@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,6 @@ class BuildOptions:
 
     Attributes
     ----------
-    workspace_bytes
-        Device memory that a kernel may take beside its inputs and results; None leaves it to the library.
     weight_streaming
         Let weights stay in host memory when the engine is run, as far as a budget says then. Such engines allocate
         while they run, so that no CUDA graph can have them.
@@ -56,14 +54,10 @@ class BuildOptions:
         Of one build.
     """
 
-    workspace_bytes: int | None = None
     weight_streaming: bool = False
     optimization_level: int | None = None
     threads: int = 1
 
-
-BuildProgress = Callable[[str, int, int], bool]
-"""Told a phase's name, the steps of it that are done, and how many there are; False ends the build."""
 
 _DEFAULTS = BuildOptions()
 
@@ -77,7 +71,6 @@ def build_engine(
     library: Library,
     timing_cache: Path | None = None,
     options: BuildOptions = _DEFAULTS,
-    progress: BuildProgress | None = None,
 ) -> EngineRecord:
     """Build the engine of a segment into `path`, which is there only when it is whole.
 
@@ -109,9 +102,6 @@ def build_engine(
     config = _configure(builder, library, target, options)
     _add_profiles(config, builder, file, ours, messages)
     cache = _attach_timings(config, timing_cache) if library.times_kernels else None
-    monitor = None if progress is None else _monitor(api, progress)
-    if monitor is not None:
-        config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ExecutorError(
@@ -161,8 +151,6 @@ def _configure(builder: Any, library: Library, target: Target, options: BuildOpt
         )
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
     config.max_aux_streams = 0  # A segment is one thing after the other, and part of a graph.
-    if options.workspace_bytes is not None:
-        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.weight_streaming:
         config.set_flag(api.BuilderFlag.WEIGHT_STREAMING)
     elif hasattr(api.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
@@ -221,26 +209,6 @@ def _attach_timings(config: Any, path: Path | None) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
-
-
-def _monitor(api: Any, progress: BuildProgress) -> Any:
-    class Monitor(api.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            api.IProgressMonitor.__init__(self)
-            self._steps: dict[str, int] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
-            self._steps[phase_name] = num_steps
-            progress(phase_name, 0, num_steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            return progress(phase_name, step + 1, self._steps.get(phase_name, step + 1))
-
-        def phase_finish(self, phase_name: str) -> None:
-            steps = self._steps.pop(phase_name, 1)
-            progress(phase_name, steps, steps)
-
-    return Monitor()
 
 
 def _write(path: Path, data: memoryview) -> str:

@@ -47,7 +47,7 @@ class TensorRTExecutor:
     """`Executor` on a card, by the engines of a set. To be used under `torch.inference_mode()`, on one thread.
 
     What `first` and `mid` give is in memory of the executor's: queries, keys and values until the next segment, hidden
-    states until the one after that. The hidden states of the last `mid`, logits and soft tokens are the caller's.
+    states until the one after that. Logits and soft tokens are the caller's.
 
     Attributes
     ----------
@@ -102,6 +102,7 @@ class TensorRTExecutor:
         embed: Embed,
         weights: Mapping[Segment, Mapping[str, Tensor]] | None = None,
         reserved_bytes: int = 0,
+        kv_cache_bytes: int | None = None,
         graphs: bool = True,
         cache: Path | None = None,
     ) -> TensorRTExecutor:
@@ -114,7 +115,9 @@ class TensorRTExecutor:
         weights
             By segment and name, for engines whose weights are inputs: they are read where they are.
         reserved_bytes
-            Device memory that has to be left, for the KV cache above all.
+            Device memory that has to be left, the KV cache's aside.
+        kv_cache_bytes
+            Device memory to be left for the KV cache; None leaves it what remains, and streams no weights.
         graphs
             Whether steps are to be recorded, if they can be.
         cache
@@ -134,7 +137,8 @@ class TensorRTExecutor:
                 raise ExecutorError(f"{engines.directory} has no engine for {segment.name}; finish building them")
             if key.weights == "inputs" and not given.get(segment):
                 raise ExecutorError(f"the engine of {segment.name} takes its weights as inputs, and was given none")
-        room = room_for(engines, card, buffers=_scratch_bytes(config, engines), reserved=reserved_bytes)
+        buffers = _scratch_bytes(config, engines)
+        room = room_for(engines, card, buffers=buffers, reserved=reserved_bytes, kv_cache=kv_cache_bytes)
         check_room(room, engines, card)
         kernels = KernelCache(cache or engines.directory / _KERNELS)
         loader = EngineLoader(
@@ -176,10 +180,7 @@ class TensorRTExecutor:
 
     def mid(self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, QKV]:
         qkv = self._qkv(len(hidden))
-        # The last one's is read when the step's logits are asked for, which may be after the next step has begun.
-        kept = layer == len(self._mids) - 1
-        scratch = self._hidden[layer % 2, : len(hidden)]
-        out = torch.empty_like(scratch) if kept else scratch
+        out = self._hidden[layer % 2, : len(hidden)]
         self._mids[layer].run((hidden, attention, cos, sin), (out, *qkv))
         return out, qkv
 

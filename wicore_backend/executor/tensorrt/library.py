@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,6 +110,9 @@ class Library:
         return messages_of(self.api)
 
 
+_NO_ERROR = "the library logged no error"
+
+
 class Messages:
     """What the library logs: sent on to this process's log, and kept for errors to quote.
 
@@ -129,22 +133,30 @@ class Messages:
         self.activations: list[int] = []
         self.weights: list[int] = []
         self.description: str | None = None
-        self._errors: deque[str] = deque(maxlen=4)
+        self._errors: dict[int, deque[str]] = {}  # By thread.
 
     def note(self, level: int, text: str) -> None:
         """One message. On any thread."""
         text = text.strip()
         if level >= logging.ERROR:
-            self._errors.append(text)
+            self._errors.setdefault(threading.get_ident(), deque(maxlen=4)).append(text)
         if found := self._MEMORY.search(text):
             (self.activations if found[1] == "Activation" else self.weights).append(int(found[2]))
         _log.log(level, "%s", text)
 
     def errors(self) -> str:
         """The last errors, which are forgotten by that; what to quote where there were none."""
-        said = "; ".join(self._errors)
-        self._errors.clear()
-        return said or "the library logged no error"
+        said: list[str] = []
+        while self._errors:
+            said += self._errors.popitem()[1]
+        return "; ".join(said) or _NO_ERROR
+
+    def own_errors(self) -> str:
+        """`errors` that the library logged on this thread alone, where others do something else by the same logger.
+
+        They cannot each have a logger: the library knows one in a process, and ignores others with a warning.
+        """
+        return "; ".join(self._errors.pop(threading.get_ident(), ())) or _NO_ERROR
 
 
 def messages_of(api: Any) -> Messages:

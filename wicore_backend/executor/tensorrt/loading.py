@@ -111,6 +111,7 @@ class EngineLoader:
             torch.cuda.set_device(self._card.device)
 
     def _open(self, record: EngineRecord) -> _Opened:
+        self._messages.own_errors()  # Forgotten: of files that this thread has opened before.
         plan = self._engines.read(record)
         path = self._engines.directory / record.file
         runtime = self._library.api.Runtime(self._messages.logger)
@@ -121,8 +122,8 @@ class EngineLoader:
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise ExecutorError(
-                f"{self._library} cannot open {path} on {self._card.name}: {self._messages.errors()}; if it was built "
-                "for this card and this version of the library, delete it and run the build command again"
+                f"{self._library} cannot open {path} on {self._card.name}: {self._messages.own_errors()}; if it was "
+                "built for this card and this version of the library, delete it and run the build command again"
             )
         self._check_contract(engine, record, path)
         if not deferred:
@@ -138,7 +139,7 @@ class EngineLoader:
         if validity == api.EngineValidity.INVALID:
             reasons = api.EngineInvalidityDiagnostics.__members__.items()
             told = [name.lower().replace("_", " ") for name, bit in reasons if int(diagnostics) & int(bit)]
-            why = ", ".join(told) or self._messages.errors()
+            why = ", ".join(told) or self._messages.own_errors()
             key = self._engines.key
             raise ExecutorError(
                 f"{path}, built by {key.library} {key.version} for {key.compute_capability}, cannot run on "

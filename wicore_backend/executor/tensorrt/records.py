@@ -40,6 +40,8 @@ class EngineKey(_Record):
         The name of the card on which kernels were timed, which runs them best; None if none was there.
     weight_streaming
         Weights may stay in host memory, as far as a budget says.
+    searched
+        Matrices that were rounded to INT4 have the best of many scales; False in every other precision.
     """
 
     model: Annotated[str, Field(pattern=r"^[0-9a-f]{8,128}$")]
@@ -51,6 +53,7 @@ class EngineKey(_Record):
     card: str | None = None
     profiles: Annotated[tuple[Profile, ...], Field(min_length=1)]
     weight_streaming: bool = False
+    searched: bool = False
     contract: int = CONTRACT_VERSION
 
     @property
@@ -140,7 +143,7 @@ class EngineRecord(_Record):
 class EngineManifest(_Record):
     """`engines.json`."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     key: EngineKey
     engines: tuple[EngineRecord, ...] = ()
 

@@ -27,7 +27,9 @@ class Room:
     buffers
         What goes from one segment to the next.
     reserved
-        For the KV cache and what else the caller wants to have.
+        For what else the caller wants to have.
+    kv_cache
+        For the KV cache; None leaves it what remains, which is nothing where weights are streamed.
     free
         Of the card's, now.
     """
@@ -37,12 +39,13 @@ class Room:
     vision: int
     buffers: int
     reserved: int
+    kv_cache: int | None
     free: int
 
     @property
     def without_weights(self) -> int:
         """All that is needed, but the weights."""
-        return self.activations + self.vision + self.buffers + self.reserved
+        return self.activations + self.vision + self.buffers + self.reserved + (self.kv_cache or 0)
 
     @property
     def streaming_budget(self) -> int | None:
@@ -56,13 +59,14 @@ class Room:
             ("activations", self.activations),
             ("vision tower", self.vision),
             ("buffers", self.buffers),
-            ("KV cache and the rest", self.reserved),
+            ("the rest", self.reserved),
+            ("KV cache", self.kv_cache),
         )
         summed = " + ".join(f"{name} {_gib(size)}" for name, size in parts if size)
         return f"{summed} = {_gib(self.weights + self.without_weights)}, and {_gib(self.free)} are free"
 
 
-def room_for(engines: EngineSet, card: Card, *, buffers: int, reserved: int) -> Room:
+def room_for(engines: EngineSet, card: Card, *, buffers: int, reserved: int, kv_cache: int | None) -> Room:
     """What `engines` need on `card`, by what is known of them since they were built."""
     vision = [record for record in engines.records if SegmentKind.VISION in record.segments]
     decoder = [record for record in engines.records if SegmentKind.VISION not in record.segments]
@@ -72,12 +76,13 @@ def room_for(engines: EngineSet, card: Card, *, buffers: int, reserved: int) -> 
         vision=_most_activations(vision),
         buffers=buffers,
         reserved=reserved,
+        kv_cache=kv_cache,
         free=card.free_bytes(),
     )
 
 
 def check_room(room: Room, engines: EngineSet, card: Card) -> None:
-    """Refuse what does not fit, and cannot be streamed either.
+    """Refuse what does not fit, and cannot be streamed either; and weights that would stream into all that is free.
 
     Raises
     ------
@@ -85,7 +90,14 @@ def check_room(room: Room, engines: EngineSet, card: Card) -> None:
         With the arithmetic, and what can be done.
     """
     budget = room.streaming_budget
-    if budget is None or (budget > 0 and engines.key.weight_streaming):
+    if budget is None:
+        return
+    if budget > 0 and engines.key.weight_streaming:
+        if room.kv_cache is None:
+            raise ExecutorError(
+                f"weights are streamed on {card.name}, where they would take all that is free and leave no KV cache: "
+                f"{room}; set kv_cache_bytes, below the {_gib(budget)} that the weights on the card share with it"
+            )
         return
     raise ExecutorError(
         f"too little memory on {card.name} for {engines.key.precision} engines: {room}. Build them in a smaller "
