@@ -24,6 +24,7 @@ from wicore_backend.errors import WicoreError
 from wicore_backend.executor.segments.contract import Precision
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.sizes import gib
 
 MODELS = ("gemma-3-4b", "gemma-3-12b", "gemma-3-27b")
 CONTEXTS = (8_192, 32_768, 131_072)
@@ -52,12 +53,12 @@ def tables() -> str:
 def _plan_rows(memories: Iterable[tuple[Plan, CardMemory]]) -> Iterator[Sequence[str]]:
     yield "plan", "card", "model", "weights", "head", "tower", "tokens", "computing", "KV cache", "free"
     for plan, memory in memories:
-        parts = [_gib(memory.weights.get(part, 0)) for part in ("decoder", "head", "vision tower")]
-        table = "host" if memory.settings.host_embeddings else _gib(memory.weights["embedding table"])
-        working = _gib(sum(memory.working.values()))
+        parts = [gib(memory.weights.get(part, 0)) for part in ("decoder", "head", "vision tower")]
+        table = "host" if memory.settings.host_embeddings else gib(memory.weights["embedding table"])
+        working = gib(sum(memory.working.values()))
         card = f"{plan.cards} x {plan.card.name}, one engine each" if plan.cards > 1 else plan.card.name
         model = f"{plan.model.removeprefix('gemma-3-')} {plan.precision}"
-        yield f"`{plan.name}`", card, model, *parts, table, working, _gib(memory.kv_cache), _gib(memory.reserve)
+        yield f"`{plan.name}`", card, model, *parts, table, working, gib(memory.kv_cache), gib(memory.reserve)
 
 
 def _context_rows(memories: Iterable[tuple[Plan, CardMemory]]) -> Iterator[Sequence[str]]:
@@ -96,19 +97,15 @@ def _misfit_rows() -> Iterator[Sequence[str]]:
             for precision in sorted(card.precisions - {Precision.FP32, Precision.FP16} or card.precisions):
                 memory = _bare(card, published_config(model), precision)
                 if memory.longest < CONTEXTS[0]:
-                    weights, working = (_gib(sum(part.values())) for part in (memory.weights, memory.working))
+                    weights, working = (gib(sum(part.values())) for part in (memory.weights, memory.working))
                     name = f"{model.removeprefix('gemma-3-')} {precision}"
-                    yield card.name, name, weights, working, _gib(card.memory_bytes), str(memory.longest or "none")
+                    yield card.name, name, weights, working, gib(card.memory_bytes), str(memory.longest or "none")
 
 
 def _bare(card: Card, config: Gemma3Config, precision: Precision) -> CardMemory:
     """With the least that an engine takes: eight sequences, tokens in host memory, all that is free."""
     settings = EngineConfig(model=_SOME_MODEL, max_running=8, hmt_gpu_threshold=0.95, host_embeddings=True)
     return CardMemory.of(config, settings, precision, card=card)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f}"
 
 
 def _mib(size: int) -> str:
@@ -142,9 +139,9 @@ def describe(plan: Plan, memory: CardMemory) -> str:
         "KV cache": memory.kv_cache,
         "left free": memory.reserve,
     }
-    lines = [f"{plan.card.name}, {memory.precision}: {_gib(memory.card_bytes)} GiB"]
-    lines += [f"  {part:<28}{_gib(size):>8}" for part, size in sizes.items()]
-    lines += ["host memory"] + [f"  {part:<28}{_gib(size):>8}" for part, size in memory.on_host.items()]
+    lines = [f"{plan.card.name}, {memory.precision}: {gib(memory.card_bytes)} GiB"]
+    lines += [f"  {part:<28}{gib(size):>8}" for part, size in sizes.items()]
+    lines += ["host memory"] + [f"  {part:<28}{gib(size):>8}" for part, size in memory.on_host.items()]
     context = memory.settings.context(memory.config.text.max_position_embeddings)
     if memory.longest < context:
         lines.append(

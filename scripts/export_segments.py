@@ -26,6 +26,7 @@ from wicore_backend.executor.segments.exclusive import exporting_alone
 from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.segments.manifest import WeightsAs
 from wicore_backend.observability.progress import ByteProgress
+from wicore_backend.sizes import disk_size
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def main() -> None:
     except OSError as error:
         raise SystemExit(f"export_segments: {directory} cannot be written: {error.strerror}; name another") from None
     files = {file.path: file.nbytes for file in exported.files.values()}
-    print(f"{directory}: {len(exported.files)} segments, {sum(files.values()) / 1e9:.2f} GB, {args.precision}")
+    print(f"{directory}: {len(exported.files)} segments, {disk_size(sum(files.values()))}, {args.precision}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from wicore_backend.processor.checkpoint_files import read_json
 from wicore_backend.quantization.fp8 import fp8_tensors, quantized_fp8
 from wicore_backend.quantization.int4_formats import packed_tensors
 from wicore_backend.quantization.int4_rounding import quantized_int4
+from wicore_backend.sizes import disk_size
 
 _INDEX = "model.safetensors.index.json"
 _LAYER = re.compile(r"text\.layers\.(\d+)\.")
@@ -252,7 +253,7 @@ def _check_room(partial: Path, checkpoint: _Source, groups: Mapping[str, list[st
     needed = bits / 8 * _SPARE
     free = shutil.disk_usage(partial).free
     if needed > free:
-        raise CheckpointError(f"{partial} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free")
+        raise CheckpointError(f"{partial} needs {disk_size(needed)}, and its disk has {disk_size(free)} free")
 
 
 def _write_group(path: Path, checkpoint: _Source, names: list[str], scheme: Scheme, device: torch.device) -> None:
@@ -301,7 +302,7 @@ def main() -> None:
         total = quantize(args.source, args.target, scheme, device=torch.device(args.device), head=args.head)
     except CheckpointError as error:
         raise SystemExit(f"quantize: {error}") from None
-    print(f"{args.target}: {total / 1e9:.2f} GB of weights, {scheme.name}")
+    print(f"{args.target}: {disk_size(total)} of weights, {scheme.name}")
 
 
 if __name__ == "__main__":

@@ -81,8 +81,13 @@ class Outcome:
     reference: Run
 
 
-def check(subject: Subject, *, engines: Path, rehearse: bool, target: str) -> Outcome:
+def check(subject: Subject, *, engines: Path, kept: bool, rehearse: bool, target: str) -> Outcome:
     """Build, compare and time one subject.
+
+    Parameters
+    ----------
+    kept
+        The engines stay, so that it is said how they are served.
 
     Raises
     ------
@@ -90,7 +95,7 @@ def check(subject: Subject, *, engines: Path, rehearse: bool, target: str) -> Ou
         If something cannot be built or run.
     """
     began = time.monotonic()
-    _build(subject, engines, target)
+    _build(subject, engines, target, told=kept)
     build_s = time.monotonic() - began
     size = sum(path.stat().st_size for path in engines.rglob("*.engine"))
     settings: dict[str, Any] = {
@@ -120,12 +125,12 @@ def check(subject: Subject, *, engines: Path, rehearse: bool, target: str) -> Ou
     return Outcome(build_s, size / 1e9, errors, *runs)
 
 
-def _build(subject: Subject, engines: Path, target: str) -> None:
+def _build(subject: Subject, engines: Path, target: str, *, told: bool) -> None:
     library = "tensorrt" if load_library().name is LibraryName.TENSORRT else "rtx"
     command = [sys.executable, "-m", "scripts.build_engines", str(subject.model), "--engines", str(engines)]
     command += ["--target", target, "--precision", str(subject.precision), "--library", library]
     command += ["--max-running", str(max(_BATCHES)), "--max-batch-tokens", "512"]
-    if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
+    if subprocess.run(command, check=False, stdout=sys.stderr if told else subprocess.DEVNULL).returncode:
         raise WicoreError(f"{subject.name} {subject.precision} could not be built for {target}: see above")
 
 
@@ -242,9 +247,11 @@ def main() -> None:
             engines = own or Path(scratch) / f"engines-{len(outcomes)}"
             print(f"{subject.name} in {subject.precision} ...", file=sys.stderr)
             try:
-                outcomes.append((subject, check(subject, engines=engines, rehearse=args.rehearse, target=target)))
+                outcome = check(subject, engines=engines, kept=own is not None, rehearse=args.rehearse, target=target)
             except (WicoreError, RuntimeError) as error:  # The latter are PyTorch's and CUDA's.
                 outcomes.append((subject, str(error)))
+            else:
+                outcomes.append((subject, outcome))
     print(table(machine(), outcomes))
     agree = all(not isinstance(outcome, str) and agrees(subject, outcome) for subject, outcome in outcomes)
     raise SystemExit(0 if agree else 1)

@@ -370,6 +370,13 @@ def test_disk_and_memory_are_looked_at_before_anything_is_built(model, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_build_that_is_refused_leaves_no_folders(model, tmp_path, monkeypatch):
+    refused = ["--target", "sm89", "--precision", "int4", "--library", "rtx", "--weights", "inputs"]
+    with pytest.raises(SystemExit, match="weights in int4 cannot be inputs"):
+        call(model, monkeypatch, "--engines", str(tmp_path / "new" / "engines"), *refused)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_27b_in_int4_is_planned_as_its_sizes_are():
     config = published_config("gemma-3-27b")
     planned = parts(config, Precision.INT4, "embedded")

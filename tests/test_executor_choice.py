@@ -258,6 +258,21 @@ def test_engines_of_either_library_are_found_where_both_are(tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("on_stand_in")
+def test_where_both_libraries_are_the_reason_of_each_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "load_library", lambda name: stand_in.library(rtx=name == "tensorrt_rtx"))
+    write_random_checkpoint(tmp_path / "model")
+    exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
+    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=False))
+    settings = EngineConfig(model=tmp_path / "model", engines=tmp_path / "engines", max_batch_tokens=999, max_running=8)
+    with pytest.raises(
+        ExecutorError,
+        match=r"^with tensorrt \d.* are for steps of 64 tokens, and max_batch_tokens = 999; build them: .*--library "
+        r"tensorrt .*; with tensorrt_rtx \d.* are for tensorrt instead of tensorrt_rtx, .*--library rtx ",
+    ):
+        find_engines(settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
+
+
+@pytest.mark.usefixtures("on_stand_in")
 def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
     write_random_checkpoint(tmp_path / "model")
     exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)

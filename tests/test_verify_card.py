@@ -147,5 +147,6 @@ def test_a_rehearsal_builds_compares_and_times():
     done = verify("--rehearse")
     assert done.returncode == 0, done.stderr + done.stdout
     assert "| verdict | agrees |" in done.stdout
+    assert "serve them" not in done.stderr, "the engines are gone by then"
     assert re.search(r"\| equal tokens, greedy \| (\d+) of \1 \|", done.stdout)
     assert re.search(r"\| error of vision \| \d\.\de-0[5-9] \|", done.stdout)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from wicore_backend.observability.progress import ByteProgress
 
 _GRAPHS = "graphs"
 """Below the engines, for graphs that are dropped once their engine is there."""
+_LOCK = ".building"
 
 _log = logging.getLogger(__name__)
 
@@ -226,10 +227,11 @@ def _result(future: Future[Built], parts: Sequence[Part]) -> Built:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """That no other process builds in `directory` meanwhile."""
+    """That no other process builds in `directory` meanwhile. If it is new, and stays empty, it is gone in the end."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".building").open("w")
+        lock = (directory / _LOCK).open("w")
     except OSError as error:
         raise ExecutorError(
             f"{directory} cannot be written to: {error.strerror}; name another with --engines"
@@ -239,4 +241,13 @@ def _alone(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ExecutorError(f"another process builds in {directory}; wait for it, or end it") from None
-        yield
+        if not os.fstat(file.fileno()).st_nlink:  # One that ended between, and removed it.
+            raise ExecutorError(f"another process has just built in {directory}; run the command again")
+        try:
+            yield
+        finally:
+            if made and [path.name for path in directory.iterdir()] == [_LOCK]:
+                (directory / _LOCK).unlink()
+                with suppress(OSError):  # The first that has something else in it.
+                    for path in made:
+                        path.rmdir()

@@ -12,6 +12,7 @@ from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind, segments
 from wicore_backend.executor.segments.manifest import WeightsAs
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.sizes import disk_size, gib
 
 _BASE_BYTES = 512 * 2**20
 """Of a process with PyTorch and the library, before it has read a weight."""
@@ -121,11 +122,6 @@ def check_disk(directory: Path, needed: int) -> None:
         )
 
 
-def disk_size(size: int) -> str:
-    """ "17.02 GB", "35 MB"."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
-
-
 def free_bytes(directory: Path) -> int:
     """Of the disk that `directory` is, or will be, on."""
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
@@ -143,8 +139,8 @@ def check_memory(todo: Sequence[Part], budget: int) -> None:
     for part in todo:
         if part.memory_bytes > budget:
             raise ExecutorError(
-                f"{part.name} needs about {part.memory_bytes / 2**30:.1f} GiB of memory to be built, and there are "
-                f"{budget / 2**30:.1f}; give it more (--memory), close what takes it, or build on a larger machine: "
+                f"{part.name} needs about {gib(part.memory_bytes)} GiB of memory to be built, and there are "
+                f"{gib(budget)}; give it more (--memory), close what takes it, or build on a larger machine: "
                 "engines of TensorRT-RTX can be copied"
             )
 

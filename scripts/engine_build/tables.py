@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.engine_build.estimates import Part, disk_needed, disk_size, free_bytes
+from scripts.engine_build.estimates import Part, disk_needed, free_bytes
 from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.segments.contract import SegmentKind
 from wicore_backend.executor.tensorrt.records import EngineManifest, EngineRecord
 from wicore_backend.executor.tensorrt.store import EngineStore, read_engine, read_manifest
+from wicore_backend.sizes import disk_size, gib
 
 _COLUMNS = ("engine", "MiB", "weights", "activations", "layers", "results in", "takes", "built in")
 _NUMBER = re.compile(r"[\d,.]+( s)?")
@@ -42,16 +43,14 @@ def plan_table(missing: Sequence[Part], parts: Sequence[Part], *, root: Path, jo
     rows = [("engine", "MiB", "memory, GiB", "seconds", "")]
     for part in parts:
         there = "" if part in missing else "there already"
-        rows.append(
-            (part.name, _mib(part.engine_bytes), f"{part.memory_bytes / 2**30:.1f}", f"{part.seconds:.0f}", there)
-        )
+        rows.append((part.name, _mib(part.engine_bytes), gib(part.memory_bytes), f"{part.seconds:.0f}", there))
     seconds = sum(part.seconds for part in missing)
     needed = disk_needed(missing, jobs=jobs, keep_onnx=keep_onnx)
     total = sum(part.engine_bytes for part in parts)
     return "\n".join(
         [
             *_aligned(rows),
-            f"{len(missing)} of {len(parts)} engines to build, {total / 1e9:.2f} GB in all: about {duration(seconds)} "
+            f"{len(missing)} of {len(parts)} engines to build, {disk_size(total)} in all: about {duration(seconds)} "
             f"of one core, up to {disk_size(needed)} of disk ({disk_size(free_bytes(root))} free)",
         ]
     )
@@ -115,7 +114,7 @@ def _manifest_table(directory: Path, manifest: EngineManifest, damaged: Collecti
             f"{key.compute_capability}" + (f", timed on {key.card}" if key.card else ""),
             f"profiles {profiles}",
             *_aligned(rows),
-            f"{len(manifest.engines)} engines, {stored / 1e9:.2f} GB; on the card {weights / 2**30:.2f} GiB of "
+            f"{len(manifest.engines)} engines, {disk_size(stored)}; on the card {weights / 2**30:.2f} GiB of "
             f"weights and {_mib(decoder)} MiB of activations, which the decoder's engines share"
             + (f"; {_mib(tower)} MiB more are the vision tower's" if tower else ""),
         ]

@@ -188,11 +188,13 @@ def _libraries() -> Sequence[Library]:
 
 
 def _first_found(store: EngineStore, wanted: Sequence[Wanted]) -> EngineSet:
-    *others, last = wanted
-    for one in others:
-        with suppress(ExecutorError):
+    reasons = []
+    for one in wanted:
+        try:
             return store.find(one)
-    return store.find(last)
+        except ExecutorError as error:
+            reasons.append(f"with {one.library} {one.version}, {error}")
+    raise ExecutorError("; ".join(reasons))
 
 
 def exported_precision(settings: EngineConfig, device: torch.device) -> Precision:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
@@ -34,6 +34,7 @@ from wicore_backend.executor.segments.source import MemoryParts, Parts, ShapePar
 from wicore_backend.executor.segments.vision_graph import VisionGraph
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weights import Gemma3Weights, Weight
+from wicore_backend.sizes import disk_size
 
 _UNFINISHED = "exporting.json"
 _SHARED_MID = "mid"
@@ -44,7 +45,7 @@ _SPARE = 1.02
 
 
 def export_segments(
-    model: Path,
+    model: Path | WeightSource,
     directory: Path,
     precision: Precision,
     *,
@@ -56,6 +57,8 @@ def export_segments(
 
     Parameters
     ----------
+    model
+        A checkpoint's directory, or one that is open, which stays open.
     search
         For a matrix that is rounded to INT4 here, try many scales: ten times the time, a twentieth less error.
     progress
@@ -68,24 +71,11 @@ def export_segments(
     SegmentError
         If the model cannot be in this precision, or the disk has no room.
     """
-    with WeightSource.open(model) as source:
-        return export_all(source, directory, precision, weights=weights, search=search, progress=progress)
-
-
-def export_all(
-    source: WeightSource,
-    directory: Path,
-    precision: Precision,
-    *,
-    weights: WeightsAs = "embedded",
-    search: bool = True,
-    progress: Callable[[int, int], object] = lambda _, __: None,
-) -> SegmentSet:
-    """`export_segments` of a source that is open."""
-    _check(source, precision, weights)
-    with _writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        return _export_missing(source, directory, precision, weights=weights, search=search, progress=progress)
+    with WeightSource.open(model) if isinstance(model, Path) else nullcontext(model) as source:
+        _check(source, precision, weights)
+        with _writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            return _export_missing(source, directory, precision, weights=weights, search=search, progress=progress)
 
 
 def _export_missing(
@@ -282,6 +272,6 @@ def _check_room(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if size * _SPARE > free:
         raise SegmentError(
-            f"{directory} needs {size * _SPARE / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; "
+            f"{directory} needs {disk_size(size * _SPARE)}, and its disk has {disk_size(free)} free; "
             "free some, or choose another directory"
         )

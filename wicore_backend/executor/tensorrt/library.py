@@ -95,7 +95,8 @@ class Library:
         """
         wanted = getattr(self.api.ComputeCapability, compute_capability.upper(), None)
         if wanted is None or not compute_capability.startswith("sm"):
-            able = sorted(name.lower() for name in self.api.ComputeCapability.__members__ if name.startswith("SM"))
+            names = [name.lower() for name in self.api.ComputeCapability.__members__ if name.startswith("SM")]
+            able = ", ".join(sorted(names, key=lambda name: int(name.removeprefix("sm"))))
             remedy = _REMEDIES[LibraryName.TENSORRT]
             raise ExecutorError(f"{self} cannot build for {compute_capability}, only for {able}; for others {remedy}")
         return wanted
