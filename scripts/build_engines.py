@@ -144,6 +144,7 @@ def build_engines(args: argparse.Namespace) -> str:
             threads=args.threads,
         ),
         keep_onnx=args.keep_onnx,
+        replace=args.replace,
     )
     missing = build.missing()
     limits = Limits(args.jobs, args.memory)
@@ -248,6 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=_positive, default=1, help="of one build")
     parser.add_argument("--memory", type=_gib, metavar="GiB", help="that builds may take (default: what is free)")
     parser.add_argument("--keep-onnx", action="store_true", help="keep the ONNX files, for other cards and libraries")
+    parser.add_argument(
+        "--replace", action="store_true", help="give up engines of another model or other settings that are there"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be built and what it takes")
     parser.add_argument("--inspect", action="store_true", help="print the engines that are there, and check them")
     return parser

@@ -278,7 +278,7 @@ def test_engines_and_graphs_whose_scales_were_searched_do_not_mix_with_others(tm
     assert key.searched == (not given)
     plain = build_engines._parser().parse_args([str(checkpoint), *args, "--precision", "bf16"])
     assert not build_engines._key(plain, None, library).searched, "nothing is rounded there"
-    build = Build(checkpoint, tmp_path, key, [], options=BuildOptions(), keep_onnx=False)
+    build = Build(checkpoint, tmp_path, key, [], options=BuildOptions(), keep_onnx=False, replace=False)
     for search in (True, False):
         export_segments(checkpoint, tmp_path / "int4", Precision.INT4, search=search)
         assert bool(build._graphs()) == (search == key.searched)

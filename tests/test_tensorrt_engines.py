@@ -407,13 +407,25 @@ def test_a_build_goes_on_where_it_was(kept, tmp_path):
 @pytest.mark.parametrize(
     "change", [{"profiles": profiles_for(max_running=2, max_batch_tokens=99)}, {"model": "ef" * 8}]
 )
-def test_a_build_with_another_key_starts_anew_and_says_why(kept, tmp_path, caplog, change):
+def test_engines_of_another_key_are_given_up_only_if_asked_and_it_is_said_why(kept, tmp_path, caplog, change):
     kept()
+    other = KEY.model_copy(update=change)
+    with pytest.raises(ExecutorError, match=r"has 1 engines of another kind \(.* instead of .*--engines.*--replace"):
+        EngineFolder.open(tmp_path / "store", other)
+    assert EngineFolder.open(tmp_path / "store", KEY).records
     with caplog.at_level(logging.WARNING):
-        folder = EngineFolder.open(tmp_path / "store", KEY.model_copy(update=change))
+        folder = EngineFolder.open(tmp_path / "store", other, replace=True)
     assert not folder.records
     assert "instead of" in caplog.text
     assert folder.key != KEY
+
+
+def test_engines_of_an_older_contract_are_built_anew(kept, tmp_path, caplog):
+    kept()
+    with caplog.at_level(logging.WARNING):
+        newer = EngineFolder.open(tmp_path / "store", KEY.model_copy(update={"contract": KEY.contract + 1}))
+    assert not newer.records
+    assert "contract" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ class Build:
         Of all engines of the model.
     parts
         All that the model has.
+    replace
+        Give up engines of another model or other settings that are where these go.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Build:
         *,
         options: BuildOptions,
         keep_onnx: bool,
+        replace: bool,
     ) -> None:
         self.key = key
         self.directory = root / key.folder
@@ -85,14 +88,19 @@ class Build:
         self._parts = parts
         self._options = options
         self._keep_onnx = keep_onnx
+        self._replace = replace
 
     def missing(self) -> Sequence[Part]:
-        """Parts whose engine is not there yet. Changes nothing."""
+        """Parts whose engine is not there yet. Changes nothing.
+
+        Raises
+        ------
+        ExecutorError
+            If others are there that are not to be replaced.
+        """
         if not self.directory.exists():
             return self._parts
-        lacking = set(
-            EngineFolder.open(self._root, self.key).missing([s for part in self._parts for s in part.segments])
-        )
+        lacking = set(self._folder().missing([s for part in self._parts for s in part.segments]))
         return [part for part in self._parts if lacking & set(part.segments)]
 
     def check(self, todo: Sequence[Part], limits: Limits) -> None:
@@ -117,7 +125,7 @@ class Build:
         """
         self.check(todo, limits)
         with _alone(self.directory):
-            folder = EngineFolder.open(self._root, self.key)
+            folder = self._folder()
             for unfinished in self.directory.glob("*.engine.tmp"):
                 unfinished.unlink()
             graphs = self._graphs()
@@ -126,6 +134,9 @@ class Build:
                 for part, built in build_all(orders, limits, submit, began):
                     folder.add(built.record)
                     ended(part, built)
+
+    def _folder(self) -> EngineFolder:
+        return EngineFolder.open(self._root, self.key, replace=self._replace)
 
     def _order(self, part: Part, graphs: Mapping[Segment, SegmentFile]) -> Order:
         first = part.segments[0]

@@ -145,8 +145,8 @@ def read_engine(directory: Path, record: EngineRecord) -> mmap.mmap:
 class EngineFolder:
     """The engines of one key while they are built, one after the other, over as many runs as it takes.
 
-    What `engines.json` says is there is whole: a file is finished before it is named there. A folder whose manifest is
-    of another key, or cannot be read, starts anew; its files are replaced one by one.
+    What `engines.json` says is there is whole: a file is finished before it is named there. A folder whose manifest
+    cannot be read, or is of an older contract, starts anew; its files are replaced one by one.
     """
 
     def __init__(self, directory: Path, manifest: EngineManifest) -> None:
@@ -154,13 +154,18 @@ class EngineFolder:
         self._manifest = manifest
 
     @classmethod
-    def open(cls, root: Path, key: EngineKey) -> EngineFolder:
+    def open(cls, root: Path, key: EngineKey, *, replace: bool = False) -> EngineFolder:
         """Of the engines of `key` below `root`.
+
+        Parameters
+        ----------
+        replace
+            Give up engines of another model or other settings that are there.
 
         Raises
         ------
         ExecutorError
-            If it cannot be made.
+            If it cannot be made, or such engines are there and are not to be replaced.
         """
         directory = root / key.folder
         try:
@@ -174,10 +179,16 @@ class EngineFolder:
             except ExecutorError as error:
                 _log.warning("%s", error)
             else:
-                if there.key == key:
+                differences = "; ".join(there.key.differences(key))
+                if not differences:
                     manifest = there
+                elif replace or there.key.contract != key.contract:
+                    _log.warning("%s: built anew: %s", directory, differences)
                 else:
-                    _log.warning("%s: built anew: %s", directory, "; ".join(there.key.differences(key)))
+                    raise ExecutorError(
+                        f"{directory} has {len(there.engines)} engines of another kind ({differences}); name another "
+                        "directory with --engines, or give them up with --replace"
+                    )
         return cls(directory, manifest)
 
     @property
