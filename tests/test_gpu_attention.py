@@ -318,7 +318,9 @@ def test_what_no_bucket_launches_is_rehearsed_over_pools_of_its_own(stored, wide
     plans, heads = [], []
 
     def make(pools: KVPools, /, *, processors: int | None, widened_bytes: int) -> GpuPagedAttention:
-        attention = bench.attention._like(pools, processors=processors or 16, widened_bytes=widened_bytes)
+        attention: GpuPagedAttention = bench.attention._like(
+            pools, processors=processors or 16, widened_bytes=widened_bytes
+        )
         plan = attention.plan
 
         def noted(step: PackedStep) -> Any:

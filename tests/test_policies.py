@@ -16,7 +16,7 @@ from wicore_backend.hmt.policy import POLICIES, Access, Key, Policy
 from wicore_backend.hmt.policy.a2cr import A2CR, A2CRSettings
 from wicore_backend.hmt.policy.a2cr_formula import FormulaSettings, ProductA2CR, WeightedA2CR
 from wicore_backend.hmt.policy.arc import ARC
-from wicore_backend.hmt.policy.history import BLOCKS_AT_ONCE
+from wicore_backend.hmt.policy.base import BLOCKS_AT_ONCE
 from wicore_backend.hmt.policy.lfu import LFU
 from wicore_backend.hmt.policy.reuse_forest import AGES, ForestSettings, ReuseForest, age_index, worth_by_age
 from wicore_backend.hmt.policy.s3fifo import S3FIFO

@@ -12,7 +12,8 @@ def figures(capsys, monkeypatch, main, *args: str) -> dict:
     """What a benchmark prints last."""
     monkeypatch.setattr(sys, "argv", ["benchmark", *args])
     main()
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed: dict = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return printed
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int4"])
