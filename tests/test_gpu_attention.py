@@ -317,10 +317,8 @@ def test_what_no_bucket_launches_is_rehearsed_over_pools_of_its_own(stored, wide
         bits(pool).zero_()
     plans, heads = [], []
 
-    def make(pools: KVPools, /, *, processors: int | None, widened_bytes: int) -> GpuPagedAttention:
-        attention: GpuPagedAttention = bench.attention._like(
-            pools, processors=processors or 16, widened_bytes=widened_bytes
-        )
+    def make(pools: KVPools, /, *, processors: int | None, widened_bytes: int) -> Any:
+        attention = bench.attention._like(pools, processors=processors or 16, widened_bytes=widened_bytes)
         plan = attention.plan
 
         def noted(step: PackedStep) -> Any:
