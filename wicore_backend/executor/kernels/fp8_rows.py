@@ -32,6 +32,15 @@ def _row_scale(largest, LARGEST: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
+def _store_row(value, more, out, scales, row, size, column, rest, within, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+    """The two pieces of a row in FP8, and its scale."""
+    scale, inverse = _row_scale(tl.maximum(tl.max(tl.abs(value)), tl.max(tl.abs(more))), LARGEST, LEAST)
+    tl.store(scales + row, scale)
+    tl.store(out + row * size + column, e4m3_of(value * inverse))
+    tl.store(out + row * size + rest, e4m3_of(more * inverse), mask=within)
+
+
+@triton.jit
 def _quantize_rows(
     x,
     out,
@@ -52,10 +61,7 @@ def _quantize_rows(
     at = x + row * x_stride
     value = tl.load(at + column).to(tl.float32)
     more = tl.load(at + rest, mask=within, other=0.0).to(tl.float32)
-    scale, inverse = _row_scale(tl.maximum(tl.max(tl.abs(value)), tl.max(tl.abs(more))), LARGEST, LEAST)
-    tl.store(scales + row, scale)
-    tl.store(out + row * size + column, e4m3_of(value * inverse))
-    tl.store(out + row * size + rest, e4m3_of(more * inverse), mask=within)
+    _store_row(value, more, out, scales, row, size, column, rest, within, LARGEST, LEAST)
 
 
 def quantize_rows(x: Tensor) -> Fp8Rows:
@@ -227,10 +233,7 @@ def _gated(
     at = gate_up + row * 2 * size
     value = _fed(at, column_scale, of_row, size, column, column < FIRST, SCALES)
     more = _fed(at, column_scale, of_row, size, rest, within, SCALES)
-    scale, inverse = _row_scale(tl.maximum(tl.max(tl.abs(value)), tl.max(tl.abs(more))), LARGEST, LEAST)
-    tl.store(scales + row, scale)
-    tl.store(out + row * size + column, e4m3_of(value * inverse))
-    tl.store(out + row * size + rest, e4m3_of(more * inverse), mask=within)
+    _store_row(value, more, out, scales, row, size, column, rest, within, LARGEST, LEAST)
 
 
 def gated(gate_up: Tensor | Unscaled) -> Fp8Rows:
