@@ -41,6 +41,7 @@ from wicore_backend.executor.tensorrt.records import EngineKey
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
 from wicore_backend.models.gemma3.weight_format import weight_format
+from wicore_backend.sizes import gib
 
 _LIBRARIES = {"rtx": LibraryName.TENSORRT_RTX, "tensorrt": LibraryName.TENSORRT}
 
@@ -195,7 +196,7 @@ def _check_plan(plan: Plan, config: Gemma3Config, model: Path) -> None:
     if memory.longest < context:
         raise InvalidArgumentError(
             f"--plan {plan.name} is for {plan.model}, and {model.name} leaves the KV cache "
-            f"{memory.kv_cache / 2**30:.1f} GiB of {plan.card.name}, not enough for {context:,} tokens; take another "
+            f"{gib(memory.kv_cache)} GiB of {plan.card.name}, not enough for {context:,} tokens; take another "
             "plan, or --target, --precision and --max-running by hand"
         )
 

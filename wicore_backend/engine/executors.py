@@ -108,8 +108,13 @@ def _described(engines: EngineSet) -> str:
     )
 
 
-def engines_directory(settings: EngineConfig) -> Path:
+def engines_directory(settings: EngineConfig, *, fingerprint: str | None = None) -> Path:
     """Where this model's exported graphs and engines are.
+
+    Parameters
+    ----------
+    fingerprint
+        The checkpoint's, in hexadecimal, if it is known: to find it takes a second for a large one.
 
     Raises
     ------
@@ -120,8 +125,8 @@ def engines_directory(settings: EngineConfig) -> Path:
     """
     if settings.engines is not None:
         return settings.engines
-    cache, fingerprint = _cache(), checkpoint_fingerprint(settings.model).hex()
-    return cache / f"{_name_of_model(settings)}-{fingerprint[:_NAMED_DIGITS]}"
+    cache, digits = _cache(), fingerprint or checkpoint_fingerprint(settings.model).hex()
+    return cache / f"{_name_of_model(settings)}-{digits[:_NAMED_DIGITS]}"
 
 
 def _cache() -> Path:
@@ -175,7 +180,7 @@ def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.dev
         )
         for library in _libraries()
     ]
-    return _first_found(EngineStore(engines_directory(settings)), wanted)
+    return _first_found(EngineStore(engines_directory(settings, fingerprint=fingerprint)), wanted)
 
 
 def _libraries() -> Sequence[Library]:

@@ -39,7 +39,8 @@ def exported_segments(settings: EngineConfig, precision: Precision, *, weights: 
     ExecutorError
         If there is nothing, and no place to write it.
     """
-    directory = engines_directory(settings) / precision
+    fingerprint = checkpoint_fingerprint(settings.model).hex()
+    directory = engines_directory(settings, fingerprint=fingerprint) / precision
     if not (directory / MANIFEST).exists():
         try:
             with exporting_alone(directory):
@@ -51,7 +52,6 @@ def exported_segments(settings: EngineConfig, precision: Precision, *, weights: 
                 "directory that can be written, or to one that holds them"
             ) from None
     exported = SegmentSet.read(directory)
-    fingerprint = checkpoint_fingerprint(settings.model).hex()
     if (exported.fingerprint, exported.precision) != (fingerprint, precision):
         raise SegmentError(
             f"{directory} holds segments in {exported.precision} of checkpoint {exported.fingerprint[:12]}, and "
