@@ -6,9 +6,8 @@ What goes in and comes out are PyTorch's tensors, where they are: ONNX Runtime i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Self
 
 import onnxruntime
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from wicore_backend.errors import SegmentError
 from wicore_backend.executor.base import QKV
+from wicore_backend.executor.between import Between
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.onnx_session import OnnxRuntime, OnnxSegment, again
 from wicore_backend.executor.segments.contract import Segment, SegmentKind, SegmentSpec, segment_spec, segments
@@ -69,11 +69,8 @@ class OnnxExecutor:
         if config.vision is not None:
             self._pixels_shape = config.vision.num_channels, *[config.vision.image_size] * 2
         self._soft_tokens_shape = config.mm_tokens_per_image, text.hidden_size
-        self._between = _Between(
-            hidden=(self._zeros(0, text.hidden_size, dtype=self.residual),) * 2,
-            qkv=QKV(*(self._zeros(0, n, text.head_dim) for n in (text.num_heads, *[text.num_kv_heads] * 2))),
-        )
-        self._of_step = self._between
+        self._make_room = partial(Between.of, config, exported.precision, device=self.device)
+        self._between = self._of_step = self._make_room(tokens=0)
 
     def first(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> QKV:
         """See `Executor.first`."""
@@ -84,7 +81,7 @@ class OnnxExecutor:
     def mid(self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, QKV]:
         """See `Executor.mid`."""
         room = self._room(len(hidden))
-        following = room.hidden[layer % 2]  # The other one is what this layer reads.
+        following = room.after(layer)
         self._mids[layer].run((hidden, attention, cos, sin), (following, *room.qkv))
         return following, room.qkv
 
@@ -113,41 +110,16 @@ class OnnxExecutor:
         if self._vision is not None:
             self.vision(self._zeros(pictures, *self._pixels_shape))
 
-    def _room(self, tokens: int) -> _Between:
+    def _room(self, tokens: int) -> Between:
         """Memory for what a step of so many tokens leaves between its segments: the same for the same number."""
         if len(self._of_step) != tokens:
             if len(self._between) < tokens:
-                self._between = self._between.grown(tokens)
+                self._between = self._make_room(tokens=tokens)
             self._of_step = self._between.first(tokens)
         return self._of_step
 
-    def _zeros(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.zeros(*size, dtype=dtype or self.dtype, device=self.device)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Between:
-    """What segments leave to attention and to each other: two hidden states, of which a layer reads one and writes one,
-    and queries, keys and values, which are read before the next are written."""
-
-    hidden: tuple[Tensor, Tensor]
-    qkv: QKV
-
-    def __len__(self) -> int:
-        return len(self.qkv.q)
-
-    def first(self, tokens: int) -> Self:
-        return type(self)(
-            (self.hidden[0][:tokens], self.hidden[1][:tokens]), QKV(*(part[:tokens] for part in self.qkv))
-        )
-
-    def grown(self, tokens: int) -> Self:
-        """Other memory, for so many tokens."""
-
-        def grown(part: Tensor) -> Tensor:
-            return part.new_zeros(tokens, *part.shape[1:])
-
-        return type(self)((grown(self.hidden[0]), grown(self.hidden[1])), QKV(*map(grown, self.qkv)))
+    def _zeros(self, *size: int) -> Tensor:
+        return torch.zeros(*size, dtype=self.dtype, device=self.device)
 
 
 def _segments(

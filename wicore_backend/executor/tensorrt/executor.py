@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from wicore_backend.errors import EngineError, ExecutorError
 from wicore_backend.executor.base import QKV
+from wicore_backend.executor.between import Between
 from wicore_backend.executor.segments.contract import (
     Precision,
     Segment,
     SegmentKind,
-    TensorSpec,
     segment_spec,
     segments,
 )
@@ -83,13 +82,7 @@ class TensorRTExecutor:
         self._vocab_size = config.text.vocab_size
         self._most_tokens = self._first.most
         self._most_rows = min(profile.rows.max for profile in profiles)
-        self._scratch = {
-            spec.name: torch.empty(self._most_tokens, *_row(spec), dtype=spec.dtype, device=card.device)
-            for spec in segment_spec(config, Segment(SegmentKind.FIRST), precision).outputs
-        }
-        self._hidden = torch.empty(
-            (2, self._most_tokens, config.text.hidden_size), dtype=self.residual, device=card.device
-        )
+        self._between = Between.of(config, precision, tokens=self._most_tokens, device=card.device)
 
     @classmethod
     def load(
@@ -137,7 +130,7 @@ class TensorRTExecutor:
                 raise ExecutorError(f"{engines.directory} has no engine for {segment.name}; finish building them")
             if key.weights == "inputs" and not given.get(segment):
                 raise ExecutorError(f"the engine of {segment.name} takes its weights as inputs, and was given none")
-        buffers = _scratch_bytes(config, engines)
+        buffers = Between.nbytes(config, key.precision, tokens=key.max_batch_tokens)
         room = room_for(engines, card, buffers=buffers, reserved=reserved_bytes, kv_cache=kv_cache_bytes)
         check_room(room, engines, card)
         kernels = KernelCache(cache or engines.directory / _KERNELS)
@@ -174,15 +167,15 @@ class TensorRTExecutor:
         return self._embed(ids, soft_tokens, soft_rows)
 
     def first(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> QKV:
-        qkv = self._qkv(len(hidden))
+        qkv = self._room(len(hidden)).qkv
         self._first.run((hidden, cos, sin), qkv)
         return qkv
 
     def mid(self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, QKV]:
-        qkv = self._qkv(len(hidden))
-        out = self._hidden[layer % 2, : len(hidden)]
-        self._mids[layer].run((hidden, attention, cos, sin), (out, *qkv))
-        return out, qkv
+        room = self._room(len(hidden))
+        following = room.after(layer)
+        self._mids[layer].run((hidden, attention, cos, sin), (following, *room.qkv))
+        return following, room.qkv
 
     def last(self, hidden: Tensor, attention: Tensor, rows: Tensor) -> Tensor:
         parts = []
@@ -227,15 +220,15 @@ class TensorRTExecutor:
             for restore in restores:
                 restore()
 
-    def _qkv(self, count: int) -> QKV:
-        """Memory for a layer's queries, keys and values of a step."""
+    def _room(self, count: int) -> Between:
+        """Memory for what a step of so many tokens leaves between its segments."""
         if count > self._most_tokens:
             raise EngineError(
                 f"a step of {count} tokens, and these engines compute {self._most_tokens} at most; set "
                 f"max_batch_tokens = {self._most_tokens}, or run python -m scripts.build_engines with "
                 f"--max-batch-tokens {count}"
             )
-        return QKV(*(self._scratch[name][:count] for name in ("q", "k", "v")))
+        return self._between.first(count)
 
 
 def _check_identity(engines: EngineSet, library: Library, card: Card) -> None:
@@ -252,14 +245,3 @@ def _check_identity(engines: EngineSet, library: Library, card: Card) -> None:
             f"the engines in {engines.directory} are {'; '.join(problems)}; run python -m scripts.build_engines with "
             f"--target {card.compute_capability} and this library"
         )
-
-
-def _scratch_bytes(config: Gemma3Config, engines: EngineSet) -> int:
-    """What goes from one segment to the next."""
-    spec = segment_spec(config, Segment(SegmentKind.FIRST), engines.key.precision)
-    rows = [(tensor.dtype.itemsize, _row(tensor)) for tensor in (*spec.outputs, spec.inputs[0], spec.inputs[0])]
-    return engines.key.max_batch_tokens * sum(size * math.prod(row) for size, row in rows)
-
-
-def _row(spec: TensorSpec) -> tuple[int, ...]:
-    return tuple(size for size in spec.shape if isinstance(size, int))
