@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum, IntEnum
@@ -83,12 +84,12 @@ class ComputeCapability(IntEnum):
     SM75, SM89, SM120 = 75, 89, 120
 
 
-class ILogger:
+class ILogger(ABC):
     class Severity(IntEnum):
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
-    def log(self, severity: Any, msg: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def log(self, severity: Any, msg: str) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.executors import Choice, ExecutorName, exported_precision
-from wicore_backend.engine.exporting import exported_segments
 from wicore_backend.engine.pictures import MAX_BATCH
 from wicore_backend.engine.recording import Record
 from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.base import Executor
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.segments.contract import Precision, Segment, segments
-from wicore_backend.executor.segments.export import bindings
 from wicore_backend.executor.tensorrt.store import EngineSet
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import CheckpointReader, load_weights
@@ -128,7 +126,8 @@ def _torch(settings: EngineConfig, config: Gemma3Config, device: torch.device, d
 
 
 def _onnx(settings: EngineConfig, config: Gemma3Config, device: torch.device) -> LoadedExecutor:
-    # Imported where it is used: it is a package that need not be there.
+    # Imported where they are used: onnx and onnxruntime are packages that need not be there.
+    from wicore_backend.engine.exporting import exported_segments
     from wicore_backend.executor.onnx_executor import OnnxExecutor
     from wicore_backend.executor.onnx_session import OnnxRuntime
 
@@ -202,6 +201,8 @@ def _given(
     dtype = precision.activations
     given: dict[Segment, Mapping[str, Tensor]] = {}
     if whole:
+        from wicore_backend.executor.segments.export import bindings  # As above.
+
         weights = _weights(settings, config, device, dtype)
         table = weights.text.embedding
         given = {segment: bindings(config, weights, segment, precision) for segment in segments(config)}

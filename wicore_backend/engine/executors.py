@@ -77,8 +77,9 @@ def choose(
         case "torch":
             return Choice(ExecutorName.TORCH, asked)
         case "onnx":
-            if not installed("onnxruntime"):
-                raise ExecutorError(f"{asked}: ONNX Runtime is not installed; pip install 'wicore[onnx]'")
+            for package, name in (("onnxruntime", "ONNX Runtime"), ("onnx", "onnx, which writes graphs,")):
+                if not installed(package):
+                    raise ExecutorError(f"{asked}: {name} is not installed; pip install 'wicore[onnx]'")
             return Choice(ExecutorName.ONNX, asked)
         case "tensorrt":
             if device.type != "cuda":
