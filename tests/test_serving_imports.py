@@ -32,6 +32,12 @@ def test_an_engine_answers_with_the_packages_for_serving(executor):
     assert done.stdout.strip() == "19"
 
 
+def test_a_command_whose_packages_are_missing_says_which():
+    missing = "import sys; sys.modules['onnx'] = None; import scripts.build_engines"
+    done = subprocess.run([sys.executable, "-c", missing], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr.endswith("is not installed; pip install 'wicore[onnx]'\n"), done.stderr
+
+
 def test_an_executor_whose_packages_are_missing_says_which():
     done = run("onnx")
     assert done.returncode != 0

@@ -13,11 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import onnx
 import torch
 from torch import Tensor
 
 from wicore_backend.executor.segments.contract import TensorSpec
+
+try:
+    import onnx
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("onnx, which writes graphs, is not installed; pip install 'wicore[onnx]'") from None
 
 OPSET = 23
 _IR_VERSION = 11
