@@ -112,7 +112,9 @@ def test_health_tells_the_state_by_words_and_exit_code(server, capsys):
     assert "no model 'other'" in capsys.readouterr().err
 
 
-def test_errors_are_one_line_on_stderr(server, capsys):
+def test_errors_are_one_line_on_stderr(server, capsys, tmp_path):
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
     cases = [
         (["chat", "Hi"], failing("invalid_argument", "top_k is -1;\n it must be 0 or more"), "it must be 0 or more"),
         (["chat", "Hi"], failing("unavailable", "full; retry after 60 s"), "retry after 60 s"),
@@ -120,6 +122,9 @@ def test_errors_are_one_line_on_stderr(server, capsys):
         (["describe", "no-such.png"], endless, "no-such.png"),
         (["health", "--url", "127.0.0.1:1"], endless, "start it"),
         (["chat", "Hi", "--url", "ftp://x"], endless, "http://host:port"),
+        (["chat", "caf\udce9"], endless, "send UTF-8"),
+        (["chat", "Hi", "--temperature", "nan"], endless, "temperature cannot be written"),
+        (["chat", "Hi", "--json-schema", str(deep)], endless, "nested too deeply"),
     ]
     for arguments, script, words_of_it in cases:
         server.script = script
@@ -131,7 +136,16 @@ def test_errors_are_one_line_on_stderr(server, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["chat", "--top-k", "many", "Hi"], ["chat", "  "], ["nonsense"], ["health", "--protocol", "ftp"]]
+    "arguments",
+    [
+        [],
+        ["chat", "--top-k", "many", "Hi"],
+        ["chat", "--max-tokens", "9" * 5000, "Hi"],
+        ["chat", "  "],
+        ["nonsense"],
+        ["health", "--protocol", "ftp"],
+        *(["chat", "Hi", "--timeout", wrong] for wrong in ("nan", "inf", "0", "-1", "1e300")),
+    ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(server, capsys, arguments):
     with pytest.raises(SystemExit) as caught:
@@ -140,6 +154,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(server, capsys, arguments):
     err = capsys.readouterr().err
     assert err.startswith("wicore: ")
     assert err.count("\n") == 1
+    assert len(err) < 500
     assert not server.requests
 
 
@@ -148,6 +163,17 @@ def test_a_pipe_gets_the_text_alone(server):
     done = subprocess.run([*COMMAND, "chat"], input="From a pipe\n", capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout, done.stderr) == (0, "a\x1b[31mb\n", "")
     assert asked(server) == "From a pipe"
+
+
+def test_an_answer_that_cannot_be_shown_or_written_is_no_crash(server):
+    server.script = words("红")
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*COMMAND, "chat", "Hi"], capture_output=True, timeout=20, env=ascii_only)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"?\n", b"")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "chat", "Hi"], stdout=full, stderr=subprocess.PIPE, timeout=20)
+    assert done.returncode == 1
+    assert done.stderr == b"wicore: the answer cannot be written: No space left on device\n"
 
 
 def test_a_reader_that_leaves_is_no_error(server):
@@ -252,6 +278,13 @@ def test_a_conversation_at_the_terminal(server):
     person.sees("answer to four")
     assert len(json.loads(server.requests[-1].messages)) == 1
     assert server.requests[-1].images == []
+
+    person.types(f"/image {PICTURE}\n")
+    person.types("fail\n")
+    person.sees("taken back")
+    person.types("five\n")
+    person.sees("answer to five")
+    assert server.requests[-1].images == [], "a picture that is refused would be refused with every question"
 
     person.types("/quit\n")
     assert person.leaves() == 0

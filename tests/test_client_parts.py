@@ -28,6 +28,7 @@ from wicore_client.errors import error_from_code
 from wicore_client.interrupts import interrupts_held
 from wicore_client.requests import GenerateRequest, load_image
 from wicore_client.results import Answer, Health, ModelHealth, Response
+from wicore_client.timer import checked_timeout
 
 USAGE = json.dumps({"prompt_tokens": 1, "completion_tokens": 1})
 
@@ -73,8 +74,33 @@ def test_a_misspelt_option_is_a_type_error_that_lists_the_options():
 
 @pytest.mark.parametrize("options", [{"temperature": float("nan")}, {"stop": b"x"}])
 def test_what_json_cannot_hold_is_refused(options):
-    with pytest.raises(InvalidArgument, match="JSON"):
+    (name,) = options
+    with pytest.raises(InvalidArgument, match=f"{name} cannot be written as JSON"):
         GenerateRequest.build("Hi", [], options, stream=True, request_id=None)
+
+
+@pytest.mark.parametrize(
+    ("named", "prompt", "options", "request_id"),
+    [
+        ("prompt", "caf\udce9", {}, None),
+        ("messages", [{"role": "user", "content": "caf\udce9"}], {}, None),
+        ("stop", "Hi", {"stop": ["\ud800"]}, None),
+        ("request_id", "Hi", {}, "\udcff"),
+    ],
+)
+def test_a_text_that_is_not_unicode_is_refused_by_its_name(named, prompt, options, request_id):
+    with pytest.raises(InvalidArgument, match=f"{named} is not Unicode.*send UTF-8"):
+        GenerateRequest.build(prompt, [], options, stream=True, request_id=request_id)
+    with pytest.raises(InvalidArgument, match="model is not Unicode"):
+        Client(model="\udcff")
+
+
+def test_a_timeout_is_a_number_and_an_endless_one_is_none():
+    assert checked_timeout(1.5) == 1.5
+    assert checked_timeout(float("inf")) is None
+    assert checked_timeout(1e12) is None  # The server takes no deadline of that length.
+    with pytest.raises(InvalidArgument, match="timeout is nan"):
+        Client().generate("Hi", timeout=float("nan"))
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):

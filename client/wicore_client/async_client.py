@@ -16,10 +16,10 @@ from wicore_client.errors import InvalidArgument, WicoreClientError, cancelled_h
 from wicore_client.grpc_transport import AsyncGrpcTransport
 from wicore_client.http_transport import AsyncHttpTransport
 from wicore_client.metrics import fetch as fetch_metrics
-from wicore_client.requests import GenerateRequest, ImageSource, Message, SamplingOptions
+from wicore_client.requests import GenerateRequest, ImageSource, Message, SamplingOptions, check_text
 from wicore_client.results import Answer, Chunk, Completion, Health, Metric, Response, Statistics
 from wicore_client.retry import RetryPolicy
-from wicore_client.timer import Timer
+from wicore_client.timer import Timer, checked_timeout
 from wicore_client.transport import AsyncCall, AsyncTransport
 
 
@@ -177,6 +177,7 @@ class AsyncClient:
         metrics_port: int | None = METRICS_PORT,
     ) -> None:
         self.endpoint = Endpoint.parse(url, protocol)
+        check_text("model", model)
         self._transport: AsyncTransport = (
             AsyncGrpcTransport if self.endpoint.protocol == "grpc" else AsyncHttpTransport
         )(self.endpoint, model, connect_timeout)
@@ -219,7 +220,7 @@ class AsyncClient:
         *,
         stream: bool,
     ) -> AsyncStream:
-        timeout = self._timeout if timeout is None else timeout
+        timeout = checked_timeout(self._timeout if timeout is None else timeout)
         if timeout is not None and options.get("deadline_ms") is None:
             # For the server as well: Triton's HTTP may miss that a client has left.
             options = {**options, "deadline_ms": max(1, math.ceil(timeout * 1000))}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from wicore_client.client import Client
-from wicore_client.errors import Cancelled, WicoreClientError
+from wicore_client.errors import Cancelled, InvalidArgument, WicoreClientError
 from wicore_client.requests import SamplingOptions, load_image
 from wicore_client.results import Completion, Usage
 from wicore_client.terminal import Terminal
@@ -142,6 +142,9 @@ class Chat:
             self._terminal.note("cancelled by the server")
         except WicoreClientError as error:
             self._terminal.error(str(error))
+            if isinstance(error, InvalidArgument) and self._pictures:  # or the next question would be refused, too
+                self._pictures = []
+                self._terminal.note("its pictures are taken back; /image adds them again")
 
 
 def summary(usage: Usage) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import os
@@ -42,9 +43,15 @@ _OPTIONS: dict[str, tuple[type, str]] = {
 """Sampling options with one value; --stop is the one with many."""
 
 
+_LONGEST_ERROR = 300
+"""Of what was wrong with an argument, which it repeats."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"wicore: {one_line(message)} ({self.prog} --help tells more)\n")
+        said = one_line(message)
+        said = said if len(said) <= _LONGEST_ERROR else f"{said[:_LONGEST_ERROR]}..."
+        self.exit(2, f"wicore: {said} ({self.prog} --help tells more)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=os.environ.get("WICORE_URL") or DEFAULT_URL,
         help="host:port, grpc://host:port or http://host:port (default: $WICORE_URL, or localhost)",
     )
-    group.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
+    group.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give up after this time")
     group.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
     server = _Parser(add_help=False, parents=[place])
@@ -118,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log lines would stand between ours
     given = build_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     terminal = Terminal()
     try:
         port = getattr(given, "metrics_port", METRICS_PORT)
@@ -131,9 +141,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.note("cancelled")
         return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read the output has left, as `| head` does
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_no_more()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        _write_no_more()
+        terminal.error(f"the answer cannot be written: {error.strerror or error}")
+        return 1
+
+
+def _write_no_more() -> None:
+    """What is left of the output goes nowhere: Python would try once more at its end, and complain."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _chat(client: Client, terminal: Terminal, given: argparse.Namespace) -> int:
@@ -225,7 +244,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to 86400")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, up to 86400")
     return seconds
 
 
@@ -244,6 +263,8 @@ def _read_json(path: str) -> Any:
         raise InvalidArgument(f"cannot read {path!r}: {error.strerror}") from error
     except ValueError as error:
         raise InvalidArgument(f"{path!r} is not JSON: {error}") from error
+    except RecursionError:
+        raise InvalidArgument(f"{path!r} is JSON that is nested too deeply; flatten it") from None
 
 
 def _print_json(terminal: Terminal, value: Any) -> None:

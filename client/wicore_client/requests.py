@@ -107,15 +107,30 @@ class GenerateRequest:
         if unknown:
             known = ", ".join(SamplingOptions.__annotations__)
             raise TypeError(f"{', '.join(map(repr, sorted(unknown)))} is not an option; there are: {known}")
-        given = {name: value for name, value in options.items() if value is not None}
-        return cls(
+        given = [f"{json.dumps(name)}: {_to_json(name, v)}" for name, v in options.items() if v is not None]
+        request = cls(
             id=request_id or uuid.uuid4().hex,
             prompt=prompt if isinstance(prompt, str) else None,
             messages=None if isinstance(prompt, str) else _to_json("messages", [dict(m) for m in prompt]),
             images=tuple(load_image(image, position) for position, image in enumerate(images, start=1)),
-            options=_to_json("options", given) if given else "",
+            options=f"{{{', '.join(given)}}}" if given else "",
             stream=stream,
         )
+        check_text("request_id", request.id)
+        check_text("prompt", request.prompt or "")
+        return request
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise InvalidArgument for a text that UTF-8 cannot carry, such as what Python makes of an argument in another
+    encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"{name} is not Unicode: {text[error.start]!a}, character {error.start + 1}, is half a surrogate pair; "
+            "send UTF-8"
+        ) from None
 
 
 def load_image(source: ImageSource, position: int = 1) -> bytes:
@@ -152,6 +167,8 @@ def load_image(source: ImageSource, position: int = 1) -> bytes:
 
 def _to_json(name: str, value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"{name} cannot be written as JSON: {error}") from None
+    check_text(name, text)
+    return text

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 
-from wicore_client.errors import timed_out
+from wicore_client.errors import InvalidArgument, timed_out
+
+_LONGEST_S = 10**6
+"""The longest deadline that the server takes."""
+
+
+def checked_timeout(seconds: float | None) -> float | None:
+    """A timeout as it can be waited for; one that is longer than any deadline of the server's is none.
+
+    Raises
+    ------
+    InvalidArgument
+        If it is no number.
+    """
+    if seconds is None or seconds > _LONGEST_S:
+        return None
+    if math.isnan(seconds):
+        raise InvalidArgument("timeout is nan; give seconds, or None for no limit")
+    return seconds
 
 
 class Timer:
