@@ -34,10 +34,14 @@ def test_one_cpu_is_left_to_the_server_unless_threads_are_set():
         ({}, "", "no model"),
         ({"model": "/a"}, "{", "WICORE_SETTINGS"),
         ({"model": "/a"}, "[1]", "WICORE_SETTINGS"),
+        ({"model": "/a"}, "[]", "WICORE_SETTINGS must be a JSON object"),
+        ({"model": "/a"}, '[["device", "cpu"]]', "WICORE_SETTINGS must be a JSON object"),
+        ({"model": "/a"}, "[" * 100_000, "nested too deeply"),
+        ({"model": "/a"}, '{"device": "cpu", "device": "cuda"}', "'device' twice"),
         ({"model": "/a", "speed": "11"}, "", "'speed' is not a setting"),
         ({"model": "/a"}, '{"max_runing": 3}', "'max_runing' is not a setting"),
         ({"model": "/a", "max_running": "many"}, "", "max_running = 'many'"),
-        ({"model": "/a"}, '{"limits": {"max_images": -1}}', "max_images = -1"),
+        ({"model": "/a"}, '{"limits": {"max_images": -1}}', "limits.max_images = -1"),
     ],
 )
 def test_what_cannot_be_is_named(parameters, environment, said):

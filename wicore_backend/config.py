@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.processor.limits import PromptLimits
@@ -17,13 +17,30 @@ if TYPE_CHECKING:
 
 Positive = Annotated[int, Field(ge=1)]
 
+
+def _not_empty(path: object) -> object:
+    if path == "":
+        raise ValueError("an empty path would be the directory that the server was started in; leave the setting out")
+    return path
+
+
+def _from_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # "~nobody"
+        raise ValueError(str(error)) from None
+
+
+Directory = Annotated[Path, Field(strict=False), AfterValidator(_from_home), BeforeValidator(_not_empty)]
+"""A path; `~` is the home directory, as in a shell."""
+
 ExecutorSetting = Literal["auto", "torch", "tensorrt", "onnx"]
 
 
 class EngineConfig(Settings):
     """Settings of one engine. Sizes are in tokens unless the name says otherwise."""
 
-    model: Annotated[Path, Field(strict=False)]
+    model: Directory
     """Directory of a Gemma-3 checkpoint in Hugging Face layout."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
@@ -39,7 +56,7 @@ class EngineConfig(Settings):
     Runtime, on the CPU, or with its package for GPUs on CUDA; what it runs is exported from the checkpoint when the
     model is loaded for the first time. auto takes tensorrt where `engines` has engines for the card, and else torch."""
 
-    engines: Annotated[Path, Field(strict=False)] | None = None
+    engines: Directory | None = None
     """Directory of this model's exported graphs and built engines. None is one in the user's cache
     ($XDG_CACHE_HOME/wicore, ~/.cache/wicore), named after the model and what is in its checkpoint."""
 
@@ -133,7 +150,7 @@ class EngineConfig(Settings):
     hmt_policy: Literal["a2cr", "a2cr_product", "a2cr_weighted", "lru", "lfu", "arc", "s3fifo", "w_tinylfu"] = "a2cr"
     """Which blocks leave host memory, and the disk, first; on CUDA also which the device's cache gives up."""
 
-    nvme_cache_path: Annotated[Path, Field(strict=False)] | None = None
+    nvme_cache_path: Directory | None = None
     """A directory of the engine's own for what host memory gives up, and what is cached when the engine ends: another
     engine of the same model goes on with it. None keeps nothing on disk."""
 

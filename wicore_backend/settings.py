@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,10 +17,19 @@ def parse_json(text: str | bytes, name: str) -> Any:
     Raises
     ------
     InvalidArgumentError
-        If it is not JSON, or nested so deeply that Python's parser gives up; it begins with `name`.
+        If it is not JSON, has a name twice in one object, of which one would be ignored in silence, or is nested so
+        deeply that Python's parser gives up; it begins with `name`.
     """
+
+    def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise InvalidArgumentError(f"{name} has {ascii(twice)[:80]} twice in one object; leave one of them out")
+        return values
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=read)
     except ValueError as error:
         raise InvalidArgumentError(f"{name} is not JSON: {error}") from None
     except RecursionError:
@@ -37,17 +47,37 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise InvalidArgumentError(self._explain(error)) from None
 
+    # So that pydantic reads a section itself, without this __init__, and says where in the whole a problem is.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @classmethod
     def _explain(cls, error: ValidationError) -> str:
         problems = []
         for problem in error.errors(include_url=False):
-            name = ".".join(str(part) for part in problem["loc"]) or cls.__name__
+            place = problem["loc"]
+            name = ".".join(map(str, place)) or cls.__name__
+            said = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
             if problem["type"] == "extra_forbidden":
-                problems.append(f"{name!r} is not a setting; there are: {', '.join(sorted(cls.model_fields))}")
-            elif problem["loc"]:
+                known = ", ".join(sorted(cls._section(place[:-1]).model_fields))
+                problems.append(f"{name!r} is not a setting; there are: {known}")
+            elif problem["type"] == "missing":
+                problems.append(f"{name} is missing")
+            elif isinstance(problem["input"], dict) and problem["type"] == "value_error":  # of a whole section
+                problems.append(said)
+            elif place:
                 seen = repr(problem["input"])
                 seen = seen if len(seen) <= 80 else f"{seen[:77]}..."
-                problems.append(f"{name} = {seen}: {problem['msg'].removeprefix('Value error, ')}")
+                problems.append(f"{name} = {seen}: {said}")
             else:
-                problems.append(problem["msg"].removeprefix("Value error, "))
+                problems.append(said)
         return "; ".join(problems)
+
+    @classmethod
+    def _section(cls, place: tuple[int | str, ...]) -> type[Settings]:
+        """The settings at a place within these; the last that there are on the way."""
+        found: type[Settings] = cls
+        for part in place:
+            field = found.model_fields.get(str(part))
+            if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+                found = field.annotation
+        return found

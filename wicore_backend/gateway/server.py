@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--fd", type=int, help="a socket that listens already, inherited; host and port only name it")
     given = parser.parse_args(arguments)
     try:
-        settings = read_settings(os.environ.get(VARIABLE, "{}"), given.settings)
+        settings = read_settings(os.environ.get(VARIABLE) or "{}", given.settings)
         app = create_app(settings, TritonBackend(settings))
     except InvalidArgumentError as error:
         print(f"error: {error}", file=sys.stderr)

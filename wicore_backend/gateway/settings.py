@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from wicore_backend.gateway.access.origins import is_loopback
 from wicore_backend.gateway.access.settings import AccessSettings
 from wicore_backend.gateway.limits.settings import ConnectionSettings, CorsSettings, LimitSettings, TlsSettings
-from wicore_backend.gateway.observability.settings import ObservabilitySettings
+from wicore_backend.gateway.observability.settings import ObservabilitySettings, WebAddress
 from wicore_backend.gateway.picture_urls import PictureUrlSettings
 from wicore_backend.settings import Settings
 
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
+
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+def _grpc_address(text: str) -> str:
+    if re.match("(https?|grpc)://", text):
+        raise ValueError(f"gRPC's address has no scheme; write {text.partition('://')[2].strip('/') or 'host:port'}")
+    if ":" not in text:
+        raise ValueError("gRPC's address is host:port, such as localhost:8001")
+    return text
 
 
 class GatewaySettings(Settings):
@@ -26,19 +38,19 @@ class GatewaySettings(Settings):
     port: Port = 8080
     """0 takes a free one."""
 
-    triton_url: str = "localhost:8001"
+    triton_url: Annotated[str, AfterValidator(_grpc_address)] = "localhost:8001"
     """The server's gRPC address, host:port."""
 
-    triton_metrics_url: str | None = "http://localhost:8002/metrics"
+    triton_metrics_url: WebAddress | None = "http://localhost:8002/metrics"
     """The server's Prometheus page, for `/status`; None if it cannot be reached."""
 
-    model: str = "wicore"
+    model: Name = "wicore"
     """The Triton model that takes text, messages and pictures, and its name in the API."""
 
-    aliases: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
+    aliases: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """More names for it, for programs with a name of a model in them."""
 
-    token_model: str = "wicore_gemma3"
+    token_model: Name = "wicore_gemma3"
     """The Triton model that takes token ids."""
 
     connect_timeout_s: Annotated[float, Field(gt=0, le=60)] = 2.0

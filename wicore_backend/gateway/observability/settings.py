@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from typing import Annotated
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from wicore_backend.settings import Settings
+
+
+def _web_address(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it is a URL that begins with http:// or https:// and a host")
+    return text
+
+
+WebAddress = Annotated[str, AfterValidator(_web_address)]
+"""A URL of HTTP."""
 
 
 class ObservabilitySettings(Settings):
@@ -23,7 +35,7 @@ class ObservabilitySettings(Settings):
     metrics_open: bool = False
     """Let anybody read `/metrics`; else it takes one of the keys, if there are keys."""
 
-    otlp_endpoint: str | None = None
+    otlp_endpoint: WebAddress | None = None
     """Where traces go: the URL of an OpenTelemetry collector for OTLP over HTTP, such as `http://localhost:4318/v1/traces`.
     None: none are made, and the trace context of a request goes on to Triton as it came."""
 
