@@ -89,6 +89,51 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(field):
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"model": "\xff"}', "is not UTF-8"),
+        (b"[" * 50_000, "nested too deeply; flatten it"),
+        (b'{"seed": 1' + b"0" * 5000 + b"}", "digits"),
+        (b"", "the body is missing"),
+        (b"7", "Input should be an object"),
+    ],
+    ids=["not UTF-8", "deep", "digits", "empty", "number"],
+)
+def test_a_body_that_cannot_be_read_is_told_why(body, said):
+    with gateway() as client:
+        answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+    assert "sys." not in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [
+        ("/v1/completions", {"prompt": [1, 2**40]}, "prompt[1]", "less than 2147483648"),
+        ("/v1/completions", {"prompt": [[1], [2, "x"]]}, "prompt[1][1]", "a valid integer"),
+        ("/v1/completions", {"prompt": ["a", ""]}, "prompt[1]", "at least 1 character"),
+        (*chat(stop=["x"] * 5000), "stop", "at most 16 items"),
+        (*chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages[0].content[0].text", "missing"),
+        (*chat(messages=[{"role": "user", "content": [{"type": "dance"}]}]), "messages[0].content[0]", "'image_url'"),
+        ("/v1/responses", {"input": [1]}, "input[0]", "function_call_output"),
+    ],
+)
+def test_of_a_value_with_several_forms_the_part_that_is_wrong_is_named(path, body, param, said):
+    with gateway() as client:
+        error = client.post(path, json={"model": "wicore"} | body).json()["error"]
+    assert error["param"] == param
+    assert said in error["message"]
+
+
+def test_a_field_that_a_form_has_twice_is_refused():
+    with gateway() as client:
+        answer = client.post("/v1/inference/upload", data={"prompt": ["one", "two"]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
 @pytest.mark.parametrize("origin", ["http://[", "http://[::1", "null", "\xff"])
 def test_a_malformed_origin_is_refused_as_a_foreign_one(origin):
     with gateway() as client:

@@ -194,7 +194,20 @@ def test_a_socket_has_only_so_many_requests_and_a_name_only_once():
         while len(told) < 2:
             frame = json.loads(socket_.recv(timeout=5))
             told += [frame] if frame["type"] == "error" else []
-        assert [(frame["id"], frame["error"]["status"]) for frame in told] == [("a", 400), ("c", 429)]
+        # An error with the id of the first "a" would seem to be its last frame.
+        assert [(frame["id"], frame["error"]["status"]) for frame in told] == [(None, 400), ("c", 429)]
+        assert told[0]["error"]["param"] == "id"
+
+
+def test_what_is_wrong_with_a_request_is_told_under_its_id():
+    with served_gateway() as port, ws(port) as socket_:
+        for fields in ({"foo": 1}, {"temperature": 9}, {"messages": 5}):
+            socket_.send(generate("a", **fields))
+            frame = json.loads(socket_.recv(timeout=5))
+            assert (frame["type"], frame["id"]) == ("error", "a")
+        for name in ("", "x" * 65, 7, None):
+            socket_.send(generate(name))
+            assert json.loads(socket_.recv(timeout=5))["id"] is None
 
 
 def test_an_error_of_the_backend_is_the_last_frame():

@@ -32,7 +32,9 @@ _POLICY_VIOLATION = 1008
 _CLIENT_LEFT = (WebSocketDisconnect, OSError, TimeoutError, RuntimeError)
 """Starlette and uvicorn have several ways to say so, or that it takes nothing any more."""
 
-Id = Annotated[str, Field(min_length=1, max_length=64)]
+_LONGEST_ID = 64
+
+Id = Annotated[str, Field(min_length=1, max_length=_LONGEST_ID)]
 
 
 class GenerateFrame(Body):
@@ -105,10 +107,10 @@ class ChatSocket:
     async def _take(self, text: str | bytes) -> None:
         request_id: str | None = None
         try:
-            frame = _parse(text)
-            match frame:
+            content = _read_json(text)
+            request_id = self._new_id(content)
+            match frame := _parse(content):
                 case GenerateFrame():
-                    request_id = frame.id
                     self._start(frame)
                 case CancelFrame():
                     if (stream := self._streams.get(frame.id)) is not None:
@@ -117,6 +119,13 @@ class ChatSocket:
                     await self._send({"type": "pong"})
         except ApiError as error:
             await self._send_error(request_id, error)
+
+    def _new_id(self, content: Any) -> str | None:
+        """The id that a frame, right or wrong, gives to a new request: what is wrong with it is that request's last
+        frame. An error with the id of a request that is under way would seem to be the end of that one."""
+        offered = content.get("id") if isinstance(content, dict) and content.get("type") == "generate" else None
+        good = isinstance(offered, str) and 0 < len(offered) <= _LONGEST_ID and offered not in self._streams
+        return offered if good else None
 
     def _start(self, frame: GenerateFrame) -> None:
         if frame.id in self._streams:
@@ -192,11 +201,14 @@ class ChatSocket:
             await self._websocket.send_text(text.decode())
 
 
-def _parse(text: str | bytes) -> GenerateFrame | CancelFrame | PingFrame:
+def _read_json(text: str | bytes) -> Any:
     try:
-        content = orjson.loads(text)
+        return orjson.loads(text)
     except ValueError as error:
         raise InvalidRequestError(f"the frame is not JSON: {error}", code="invalid_json") from None
+
+
+def _parse(content: Any) -> GenerateFrame | CancelFrame | PingFrame:
     try:
         return _FRAME.validate_python(content)
     except ValidationError as error:

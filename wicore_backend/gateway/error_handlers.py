@@ -54,17 +54,31 @@ def add_error_handlers(app: FastAPI) -> None:
 def _from_http(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return NotFoundError(f"there is no {request.method} {ascii(request.url.path)[1:-1]}")
+    if (unread := _why_unread(error.__cause__)) is not None:
+        return InvalidRequestError(unread, code="invalid_json")
     code = "method_not_allowed" if error.status_code == 405 else "bad_request"
     api_error = InvalidRequestError(str(error.detail), code=code, status=error.status_code)
     api_error.headers.update(error.headers or {})
     return api_error
 
 
+def _why_unread(cause: BaseException | None) -> str | None:
+    """What kept FastAPI from reading a body as JSON, for which it has no words of its own; None if nothing did."""
+    match cause:
+        case RecursionError():
+            return "the body is JSON that is nested too deeply; flatten it"
+        case UnicodeDecodeError():
+            return f"the body is not UTF-8: {cause}"
+        case ValueError():
+            return f"the body is not JSON that can be read: {str(cause).partition('; use sys.')[0]}"
+    return None
+
+
 def invalid_request(problems: Sequence[Any], body: Any) -> InvalidRequestError:
-    """The error that names the first of pydantic's problems with `body`, and says how many there are."""
-    problem = problems[0]
-    place = list(problem["loc"])
-    place = place[1:] if place[:1] == ["body"] else place
+    """The error that names the most telling of pydantic's problems with what the first of them is about, and says how
+    many there are in all."""
+    problem = _most_telling(problems, body)
+    place = _inside_body(problem)
     param = param_name(place, body)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
@@ -72,7 +86,9 @@ def invalid_request(problems: Sequence[Any], body: Any) -> InvalidRequestError:
             f"{param} is not a parameter of this endpoint{more}", param=param, code="unknown_parameter"
         )
     if problem["type"] == "missing":
-        return InvalidRequestError(f"{param or 'the body'} is missing{more}", param=param, code="missing_parameter")
+        return InvalidRequestError(
+            f"{param or 'the body'} is missing{more}", param=param or None, code="missing_parameter"
+        )
     if problem["type"] == REFUSED:
         return UnsupportedError(f"{param} is not supported{more}: {problem['msg']}", param=param)
     if problem["type"] == "json_invalid":
@@ -85,8 +101,39 @@ def invalid_request(problems: Sequence[Any], body: Any) -> InvalidRequestError:
         )
     seen = ascii(problem.get("input"))
     seen = seen if len(seen) <= 80 else f"{seen[:77]}..."
-    said = problem["msg"].removeprefix("Value error, ")
-    return InvalidRequestError(f"{param or 'the body'} is {seen}: {said}{more}", param=param or None)
+    return InvalidRequestError(f"{param or 'the body'} is {seen}: {_said(problem)}{more}", param=param or None)
+
+
+def _said(problem: Any) -> str:
+    """What pydantic says of a value, without its own words for what Python's types are called."""
+    match problem["type"]:
+        case "model_attributes_type" | "dict_type" | "mapping_type":
+            return "Input should be an object"
+        case "union_tag_not_found" if not isinstance(problem["input"], dict):
+            return "Input should be an object"
+        case "union_tag_not_found":
+            return f"Input should have {problem['ctx']['discriminator']}"
+    return str(problem["msg"].removeprefix("Value error, "))
+
+
+def _inside_body(problem: Any) -> list[str | int]:
+    """Where a problem is, as pydantic has it."""
+    place = list(problem["loc"])
+    return place[1:] if place[:1] == ["body"] else place
+
+
+def _most_telling(problems: Sequence[Any], body: Any) -> Any:
+    """Where a value may have several forms, pydantic has problems with each of them: the one that leads farthest into
+    the value is of the form that was meant, and another than "this is no text" says more."""
+
+    first = param_name(_inside_body(problems[0]), body)
+
+    def telling(problem: Any) -> tuple[int, bool]:
+        name = param_name(_inside_body(problem), body)
+        depth = len(name) if name == first or name.startswith((f"{first}.", f"{first}[")) else -1
+        return depth, not problem["type"].endswith("_type")
+
+    return max(problems, key=telling)
 
 
 def param_name(place: Sequence[str | int], body: Any) -> str:

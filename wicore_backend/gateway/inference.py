@@ -87,6 +87,8 @@ async def create_inference_by_upload(request: Request, caller: CallerDep) -> Res
     async with request.form(max_files=_MOST_PICTURES, max_fields=_FORM_FIELDS, max_part_size=_FORM_FIELD_BYTES) as form:
         for name, value in form.multi_items():
             if isinstance(value, str):
+                if name in fields:
+                    raise InvalidRequestError(f"{name!a} is there twice; the form takes one of it", param=name)
                 fields[name] = value
             elif name == "images":
                 images.append(await value.read())

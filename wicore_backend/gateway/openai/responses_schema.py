@@ -81,7 +81,11 @@ Item = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionCallOutput, Tag("function_call_output")],
-    Discriminator(_kind),
+    Discriminator(
+        _kind,
+        custom_error_type="unknown_item",
+        custom_error_message="Input should be an object whose type is message, function_call or function_call_output",
+    ),
 ]
 
 
