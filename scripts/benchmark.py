@@ -11,16 +11,13 @@ Figures that are compared come from one run, taken in turns, and are medians ove
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -30,11 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from scripts.benchmark_serving import benchmark_serving, in_turns, run_in_process
 from scripts.benchmark_shape import benchmark_shape
 from scripts.random_gemma3 import SHAPES
 from scripts.scheduling_cost import benchmark_scheduler
-from scripts.serving import Installation, ServerOptions, TritonServer
-from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend import Engine, EngineConfig
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
 
@@ -56,33 +53,6 @@ class Load:
     @property
     def tokens(self) -> int:
         return sum(self.new_tokens)
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each side takes, one after the other in each round; a first round warms up and is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(rounds + 1):
-        for name, run in sides.items():
-            took = seconds(run)
-            if round_:
-                times[name].append(took)
-    return times
-
-
-def run_in_process(engine: Engine, prompts: Sequence[Any], new_tokens: Sequence[int], *, raw: bool = False) -> None:
-    """All requests at once, as streams read by this thread."""
-    streams = [
-        engine.stream(prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True), raw=raw)
-        for prompt, tokens in zip(prompts, new_tokens, strict=True)
-    ]
-    for stream, tokens in zip(streams, new_tokens, strict=True):
-        assert len(stream.collect().token_ids) == tokens
 
 
 class Wicore:
@@ -173,100 +143,6 @@ def benchmark_engine(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """User and system time of processes so far."""
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def tree(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # It ended meanwhile.
-            continue
-    found = [pid]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return found
-
-
-def run_through_server(url: str, texts: Sequence[str], new_tokens: int) -> int:
-    """All requests as concurrent streams on one event loop; returns how many responses carried them."""
-    from wicore_client import AsyncClient  # What measures the engine alone needs no client.
-
-    async def stream(async_client: AsyncClient, text: str) -> int:
-        responses = tokens = 0
-        async for chunk in async_client.stream(text, max_tokens=new_tokens, temperature=0.0, ignore_eos=True, raw=True):
-            responses += 1
-            tokens += len(chunk.token_ids)
-        assert tokens == new_tokens, f"{tokens} tokens came, {new_tokens} were asked for"
-        return responses
-
-    async def all_streams() -> int:
-        async with AsyncClient(url) as async_client:
-            return sum(await asyncio.gather(*(stream(async_client, text) for text in texts)))
-
-    return asyncio.run(all_streams())
-
-
-def benchmark_serving(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of concurrent streams, in process and over gRPC on the ensemble, and the CPU time between."""
-    texts = [
-        f"Request {index}: tell me of {index + 2} red circles and {index + 3} blue squares."
-        for index in range(args.streams)
-    ]
-    tokens = args.streams * args.new
-    responses: list[int] = []
-    cpu: dict[str, list[float]] = {"in process": [], "served": []}
-    with Engine(engine_config(args)) as engine, start_server(args) as (url, server_pid):
-
-        def in_process() -> None:
-            began = cpu_seconds([os.getpid()])
-            run_in_process(engine, texts, [args.new] * args.streams, raw=True)
-            cpu["in process"].append(cpu_seconds([os.getpid()]) - began)
-
-        def served() -> None:
-            pids = [os.getpid(), *tree(server_pid)]
-            began = cpu_seconds(pids)
-            responses.append(run_through_server(url, texts, args.new))
-            cpu["served"].append(cpu_seconds(pids) - began)
-
-        times = in_turns({"in process": in_process, "served": served}, args.rounds)
-    ratios = [p / s for p, s in zip(times["in process"], times["served"], strict=True)]
-    added = [(s - p) / tokens for s, p in zip(cpu["served"][1:], cpu["in process"][1:], strict=True)]
-    return {
-        "streams": args.streams,
-        "new_tokens_each": args.new,
-        "in_process_tokens_per_s": round(tokens / statistics.median(times["in process"]), 1),
-        "served_tokens_per_s": round(tokens / statistics.median(times["served"]), 1),
-        "served_over_in_process": round(statistics.median(ratios), 3),
-        "tokens_per_response": round(tokens / statistics.median(responses[1:]), 2),
-        "cpu_us_added_per_token": round(statistics.median(added) * 1e6, 1),
-        "cpu_us_in_process_per_token": round(statistics.median(cpu["in process"][1:]) / tokens * 1e6, 1),
-    }
-
-
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    if args.device == "cuda":  # Twice beside each other where a server is measured against it.
-        return EngineConfig(model=args.model, device="cuda", max_running=args.streams, kv_cache_bytes=args.kv_bytes)
-    return EngineConfig(model=args.model, device="cpu", dtype="float32", threads=args.threads)
-
-
-@contextmanager
-def start_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """A server of the same model; its gRPC address and process id."""
-    settings = engine_config(args).model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    options = ServerOptions(http_port=0, grpc_port=0, metrics_port=0, settings=settings)
-    with TritonServer(options, Installation.of_this_environment()) as server:
-        yield server.urls.grpc, server.process_id
-
-
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
     return {
@@ -288,6 +164,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of one operator")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--new", type=int, default=128, help="tokens of each stream")
+    serving = parser.add_argument_group("serving")
+    serving.add_argument("--client-processes", type=int, default=1, help="that the streams are shared out among")
+    serving.add_argument(
+        "--emulated-step-ms", type=float, help="what a step takes of a device that is only emulated, in place of a CPU"
+    )
     parser.add_argument("--running", type=int, default=256, help="sequences that run, for the scheduler")
     parser.add_argument("--waiting", type=int, default=1000, help="and that wait")
     parser.add_argument("--steps", type=int, default=1000, help="of a round")

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmark import DEMO_MODEL, Load, environment, in_turns, run_in_process
+from scripts.benchmark import DEMO_MODEL, Load, environment
+from scripts.benchmark_serving import in_turns, run_in_process
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.config import ExecutorSetting
-from wicore_backend.engine.engine import Images
+from wicore_backend.engine.in_process import Images
 
 EXECUTORS: tuple[ExecutorSetting, ...] = ("torch", "onnx")
 VOCAB = 2048

@@ -1,0 +1,40 @@
+"""An engine over an emulated device takes that device's time for a step, and works on the host meanwhile."""
+
+import time
+
+import pytest
+
+from scripts.benchmark import DEMO_MODEL
+from scripts.emulated_device import EmulatedDevice, emulated
+from wicore_backend import Engine, EngineConfig, SamplingParams
+
+STEP_S = 0.02
+
+
+def test_a_device_computes_one_step_after_the_other():
+    device = EmulatedDevice(STEP_S)
+    now = time.monotonic()
+    first, second = device.begin(), device.begin()
+    assert first >= now + STEP_S
+    assert second == pytest.approx(first + STEP_S)
+
+
+@pytest.mark.timing
+def test_streams_get_a_token_a_step():
+    settings = EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32", max_running=4, max_guessed_tokens=0)
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    with emulated(STEP_S), Engine(settings) as engine:
+        results = engine.generate([f"Say {n}." for n in range(4)], params)
+    assert all(len(result.token_ids) == 12 for result in results)
+    assert len({tuple(result.token_ids) for result in results}) > 1  # The device makes tokens up.
+    per_token = [result.usage.tpot_s or 0.0 for result in results]
+    assert all(0.95 * STEP_S < seconds < 2 * STEP_S for seconds in per_token)
+
+
+def test_nothing_is_emulated_afterwards():
+    with emulated(STEP_S):
+        pass
+    settings = EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32")
+    with Engine(settings) as engine:
+        (result,) = engine.generate(["What is 2 + 3?"], SamplingParams(max_tokens=4, temperature=0.0))
+    assert result.text.startswith("5")
