@@ -51,7 +51,7 @@ from wicore_backend.engine.runner import StepOutput
 from wicore_backend.engine.sampler import SamplingRow, sample
 from wicore_backend.engine.speculation import Speculator, may_be_guessed
 from wicore_backend.engine.statistics import ExecutorInUse
-from wicore_backend.engine.step_time import StepShape
+from wicore_backend.engine.step_time import StepShape, StepTimeModel
 from wicore_backend.engine.tiers import BlockMover
 from wicore_backend.hmt.blocks import BlockManager
 from wicore_backend.hmt.host_tier import HostTier
@@ -304,7 +304,7 @@ class HandTurnedEngine(Engine):
         pass
 
     def turn(self) -> None:
-        self._take_inbox()
+        self._inbox.take_all()
         self._ledger.expire(self._now)
         now = self._now
         for job in self._ledger._jobs.values():
@@ -434,12 +434,17 @@ def hand_turned(setting: Setting, clock: Clock) -> tuple[HandTurnedEngine, Runne
         executor=ExecutorInUse("fake", "it makes mistakes visible"),
         overlaps=setting.overlaps,
     )
-    monitor = partial(HealthMonitor, clock=clock.monotonic)
-    with mock.patch.multiple("wicore_backend.engine.engine", load_model=lambda *_: model, HealthMonitor=monitor):
+    step_time = StepTimeModel()
+    parts: dict[str, Any] = {
+        "load_model": lambda *_: model,
+        "HealthMonitor": partial(HealthMonitor, clock=clock.monotonic),
+        "Speculator": lambda _: Oracle() if setting.guesses else Speculator(0),
+        "StepTimeModel": lambda: step_time,
+    }
+    with mock.patch.multiple("wicore_backend.engine.engine", **parts):
         engine = HandTurnedEngine(config)
     engine.disk = cold
     engine.blamed = set()
-    engine._speculator = Oracle() if setting.guesses else Speculator(0)
     if setting.expected_answer is not None:
         for _ in range(64):
             engine._scheduler._answers.observe(setting.expected_answer)
@@ -447,7 +452,7 @@ def hand_turned(setting: Setting, clock: Clock) -> tuple[HandTurnedEngine, Runne
         for n in range(40):
             shape = StepShape(n % 4 + 1, n % 4 + 1, n % 4 * 20, 0)
             shape = shape.with_prefill(n % 5 * 5, 0) if n % 5 else shape
-            engine._step_time.observe(shape, 0.001 + 0.0001 * shape.tokens)
+            step_time.observe(shape, 0.001 + 0.0001 * shape.tokens)
     return engine, runner
 
 
@@ -660,7 +665,7 @@ class Interleaving(RuleBasedStateMachine):
     def cancel(self, which: int) -> None:
         live = self._live
         self.engine.cancel(live[which % len(live)].id)
-        self.engine._take_inbox()
+        self.engine._inbox.take_all()
         TALLY["cancels"] += 1
 
     @precondition(lambda self: self._live)
@@ -775,7 +780,7 @@ class Interleaving(RuleBasedStateMachine):
             TALLY[f"{group} blocks recycled"] += pool.recycled
         assert not engine._ledger._jobs
         assert not engine._ledger._owners
-        assert engine._unfinished == 0
+        assert engine._inbox.unfinished == 0
         assert not scheduler._leaders
         assert sum(engine._recorder.requests.values()) == len(self.callers)
         for caller in self.callers:

@@ -4,6 +4,7 @@ import random
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -66,24 +67,27 @@ def test_steps_with_guesses_tell_where_attention_fell_as_often_as_those_without(
             return tuple(known[: min(most, guesses)])
 
     params = SamplingParams(max_tokens=64, ignore_eos=True)
-    config = EngineConfig(model=MODEL, device="cpu", dtype="float32", threads=1)
-    with Engine(config) as engine:
-        engine._speculator = Speculator(0)
-        answer = list(engine.generate(question, params).token_ids)
-        engine._speculator = guesser = Right({tuple(question): answer}, seed=0)
+    [(answer, *_)] = run({"max_guessed_tokens": 0}, [question], [params])
+    guesser = Right({tuple(question): answer}, seed=0)
+    with engine_that_guesses_by(guesser) as engine:
         engine._model.runner.sampling = MassSampling.of(engine._model.pools.layout, interval=8)
-        assert list(engine.generate(question, params).token_ids) == answer
+        assert engine.generate(question, params).token_ids == answer
     assert (guesser.tokens > 5 * guesser.steps) == bool(guesses)
     assert 64 // 8 <= len(told) <= 64 // 8 + 2  # And once at the prompt's end.
     assert [share for _, share in told] == pytest.approx([1.0] * len(told), abs=1e-3)
 
 
-def run(settings: dict, questions: list[list[int]], params: list[SamplingParams], guesser=None, *, overlaps=False):
+def engine_that_guesses_by(speculator: Speculator | None, **settings) -> Engine:
+    """None is as ever."""
     config = EngineConfig(model=MODEL, device="cpu", dtype="float32", threads=1, **settings)
-    with Engine(config) as engine:
+    make = Speculator if speculator is None else lambda _: speculator
+    with mock.patch("wicore_backend.engine.engine.Speculator", make):
+        return Engine(config)
+
+
+def run(settings: dict, questions: list[list[int]], params: list[SamplingParams], guesser=None, *, overlaps=False):
+    with engine_that_guesses_by(guesser, **settings) as engine:
         engine._model = replace(engine._model, overlaps=overlaps)
-        if guesser is not None:
-            engine._speculator = guesser
         streams = [engine.stream(question, own) for question, own in zip(questions, params, strict=True)]
         results = [stream.collect() for stream in streams]
         engine._scheduler.check_integrity()
@@ -193,8 +197,7 @@ def test_only_tokens_that_depend_on_no_token_before_them_are_guessed(params, gue
     own = SamplingParams(**{"max_tokens": 24, "seed": 3, "logit_bias": {"402": 6.0, "403": 6.0}} | params)
     results = []
     for speculator in (Speculator(0), Repeater(4)):
-        with Engine(EngineConfig(model=MODEL, device="cpu", dtype="float32", threads=1)) as engine:
-            engine._speculator = speculator
+        with engine_that_guesses_by(speculator) as engine:
             answers = defaultdict(list)
             for event in engine.stream(question, own):
                 if isinstance(event, TokensEvent):

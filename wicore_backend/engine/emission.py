@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from wicore_backend.engine.computation import ReadPromptLogprobs
 from wicore_backend.engine.ledger import RequestLedger
 from wicore_backend.engine.logprobs import ReadLogprobs, logprobs_of
 from wicore_backend.engine.request import Sequence, TokenLogprob
@@ -108,6 +109,16 @@ class Emitter:
             chosen = [tokens[row], *(tokens[place] for place in choice.after.get(sequence, ()))]
             told[sequence] = self._tell(sequence, chosen, (guesses or {}).get(sequence, ()), logprobs.get(row), now)
         return told
+
+    def take_prompt_logprobs(self, logprobs: Mapping[Sequence, ReadPromptLogprobs]) -> None:
+        """Take the log-probabilities of prompts, which are told with the next token. It waits for the device."""
+        for sequence, read in logprobs.items():
+            if sequence in self._ledger:
+                try:
+                    self._ledger.owner(sequence)[1].take_prompt_logprobs(read())
+                except Exception as fault:
+                    _log.exception("the log-probabilities of a prompt failed")
+                    self._ledger.fail(sequence, fault)
 
     def _tell(
         self,

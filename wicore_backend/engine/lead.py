@@ -26,7 +26,23 @@ class Lead:
 
     def __init__(self, step_time: StepTimeModel) -> None:
         self._step_time = step_time
+        self._device_done = 0.0
         self.seconds = _FIRST_S
+
+    def plan_at(self, running: StepPlan, launched: float) -> float:
+        """When to plan what follows a step that was `launched` before or after the device was done with another."""
+        return max(launched, self._device_done) + self.wait_s(running)
+
+    def device_done(self, now: float) -> None:
+        """The device is known to be done with a step."""
+        self._device_done = now
+
+    def followed(self, launched: float, *, in_time: bool) -> None:
+        """The device was given a step of decodes when it was `launched`, `in_time` if it was still at the one before.
+
+        By now it is done with that one.
+        """
+        self.observe(self._device_done - launched if in_time else 0.0)
 
     def wait_s(self, running: StepPlan) -> float:
         """Seconds after the device has begun with a step to plan the next; 0 while too little is known."""
