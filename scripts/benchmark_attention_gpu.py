@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu.decode_bucket import DecodeBucket
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
-from wicore_backend.attention.gpu.plans import DecodeBucket
 from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scripts.random_gemma3 import published_config
-from wicore_backend.attention.gpu import hopper, paged
+from wicore_backend.attention.gpu import hopper, paged, tuning
 from wicore_backend.attention.gpu.tuning import Tuning
 from wicore_backend.config import EngineConfig
 from wicore_backend.devices.memory import kv_layout
@@ -29,7 +29,7 @@ def needs(monkeypatch):
     """What is set aside for an executor on a card with an RTX 4090's sizes."""
     config, cuda = published_config("gemma-3-27b"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=128))
-    monkeypatch.setattr(paged, "tuning_for", lambda *_: Tuning.of(128, torch.bfloat16, shared_bytes=101_376))
+    monkeypatch.setattr(tuning, "tuning_for", lambda *_: Tuning.of(128, torch.bfloat16, shared_bytes=101_376))
     monkeypatch.setattr(hopper, "fits", lambda *_, **__: False)
     layout = kv_layout(config, SETTINGS, Precision.BF16)
 

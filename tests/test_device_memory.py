@@ -17,6 +17,7 @@ from tests.test_decode_graphs import Model, decodes, prompts
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.attention.gpu.needs import AttentionNeeds
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
+from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.tuning import Tuning
 from wicore_backend.engine.assembly import device_needs as needs_on_device
 from wicore_backend.engine.cache_memory import kv_cache_bytes
@@ -68,7 +69,7 @@ def test_attention_takes_what_its_needs_say(groups, kv_dtype):
         KVPools(layout, blocks), query_heads=8, scale=1.0, window=64, softcap=None, dtype=torch.float16, processors=20
     )
     tuning = Tuning.of(64, torch.float16, kv_dtype)
-    needs = AttentionNeeds(layout, query_heads=8, value_bytes=2, tuning=tuning, processors=20)
+    needs = AttentionNeeds(Tiling(layout, 8, tuning, 20), value_bytes=2)
     for sequences, max_keys in ((33, 5000), (8, 5000), (1, 5000)):
         plan = attention.decode_bucket(sequences=sequences, max_keys=max_keys).plan
         tensors = [plan.out, plan.mass.decodes_at]
@@ -95,7 +96,7 @@ def test_a_step_of_its_own_takes_no_more_than_stated(tmp_path):
     model = Model(tmp_path, torch.device("cpu"))
     text = model.config.text
     tuning = Tuning.of(text.head_dim, torch.float32)
-    needs = AttentionNeeds(model.layout, query_heads=text.num_heads, value_bytes=4, tuning=tuning, processors=4)
+    needs = AttentionNeeds(Tiling(model.layout, text.num_heads, tuning, 4), value_bytes=4)
     for step in (
         decodes([40, 3, 17, 40], measured={1: [0, 1, 2, 3]}),
         prompts([30], decoded=[45, 2], measured={1: [0, 2]}),
@@ -246,7 +247,7 @@ def needs_of_27b(config: Gemma3Config, settings: EngineConfig) -> dict[str, int]
     layout = layout_of(config, settings)
     pool = FP8 if settings.kv_cache_dtype == "fp8" else torch.bfloat16
     tuning = Tuning.of(128, torch.bfloat16, pool, shared_bytes=101_376)
-    attention = AttentionNeeds(layout, query_heads=32, value_bytes=2, tuning=tuning, processors=128)
+    attention = AttentionNeeds(Tiling(layout, 32, tuning, 128), value_bytes=2)
     widening = Widening(matrix=widened_bytes(int4(43008, 5376)), keys=0)
     length = settings.context(config.text.max_position_embeddings)
     return device_needs(config, settings, attention, widening, max_model_len=length, value_bytes=2)
@@ -301,9 +302,8 @@ def test_a_small_model_takes_little(max_running):
     config = Gemma3Config.from_checkpoint(DEMO_MODEL)
     settings = EngineConfig(model=DEMO_MODEL, max_running=max_running)
     tuning = Tuning.of(config.text.head_dim, torch.bfloat16)
-    attention = AttentionNeeds(
-        layout_of(config, settings), query_heads=config.text.num_heads, value_bytes=2, tuning=tuning, processors=132
-    )
+    tiling = Tiling(layout_of(config, settings), config.text.num_heads, tuning, 132)
+    attention = AttentionNeeds(tiling, value_bytes=2)
     needs = device_needs(config, settings, attention, Widening(), max_model_len=8192, value_bytes=2)
     assert sum(needs.values()) < GIB // 2
 

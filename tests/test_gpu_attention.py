@@ -25,6 +25,7 @@ from wicore_backend.attention.gpu.hopper import Widening, widening
 from wicore_backend.attention.gpu.kernels.widen import widen_kernel
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
 from wicore_backend.attention.gpu.rehearsal import rehearse
+from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
 from wicore_backend.attention.torch_paged import TorchPagedAttention
 from wicore_backend.hmt.fp8 import FP8, to_fp8
@@ -52,6 +53,8 @@ class Bench:
     processors: int | None = 4
     layers: Sequence[LayerGroup] = LAYERS
     widened_bytes: int = 2**28
+    blocks: int | None = None
+    """Of each pool; by default what the parts take."""
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator(self.device).manual_seed(0)
@@ -63,25 +66,40 @@ class Bench:
             window=self.shape.window,
             bytes_per_value=self.shape.stored.itemsize,
         )
-        self.counts = [-(-(part.past + part.new) // self.shape.block_size) for part in self.parts]
-        self.blocks = sum(self.counts) + 3
+        if self.blocks is None:
+            self.blocks = sum(self.counts) + 3
         self.expected_pools, self.pools = self._pools(torch.float32), self._pools(self.shape.stored)
-        for pool in self.pools.tensors.values():
-            bits(pool).fill_(NAN if pool.dtype == FP8 else torch.nan)
+        self.empty()
         settings: dict[str, Any] = {"scale": SCALE, "window": self.shape.window, "softcap": self.shape.softcap}
         self.twin = TorchPagedAttention(self.expected_pools, **settings)
-        self.attention = GpuPagedAttention(
-            self.pools,
+        self.attention = self.over(self.pools, processors=self.processors, widened_bytes=self.widened_bytes)
+
+    @property
+    def counts(self) -> list[int]:
+        """Of each part the blocks."""
+        return [-(-(part.past + part.new) // self.shape.block_size) for part in self.parts]
+
+    def over(self, pools: KVPools, /, *, processors: int | None, widened_bytes: int) -> GpuPagedAttention:
+        return GpuPagedAttention(
+            pools,
             query_heads=self.shape.kv_heads * self.shape.group_size,
-            tuning=self.tuning,
-            processors=self.processors,
+            scale=SCALE,
+            window=self.shape.window,
+            softcap=self.shape.softcap,
             dtype=self.shape.dtype,
-            widened_bytes=self.widened_bytes,
-            **settings,
+            tuning=self.tuning,
+            processors=processors,
+            widened_bytes=widened_bytes,
         )
 
     def _pools(self, dtype: torch.dtype) -> KVPools:
         return KVPools.allocate(self.layout, dict.fromkeys(LayerGroup, self.blocks), device=self.device, dtype=dtype)
+
+    def empty(self) -> None:
+        """Leave nothing in the pools."""
+        for expected, pool in zip(self.expected_pools.tensors.values(), self.pools.tensors.values(), strict=True):
+            expected.zero_()
+            bits(pool).fill_(NAN if pool.dtype == FP8 else torch.nan)
 
     def random(self, *size: int) -> Tensor:
         random = torch.randn(*size, generator=self.generator, device=self.device)
@@ -281,15 +299,14 @@ def test_a_bucket_serves_whatever_fits_it_at_the_same_addresses(kernel_device):
         (HOLES[:4], {3: [0, 1]}),
         ([Part(7, 1)], {}),
     ]
-    bench = Bench(Shape(kv_heads=1), DECODES, kernel_device)
+    bench = Bench(Shape(kv_heads=1), DECODES, kernel_device, blocks=70)
     bucket = bench.attention.decode_bucket(sequences=6, max_keys=120)
     before = [result.data_ptr() for result in (bucket.plan.out, bucket.plan.decodes[LayerGroup.GLOBAL].items)]
     for parts, measured in steps:
-        other = Bench(Shape(kv_heads=1), parts, kernel_device)
-        step = other.step(measured)
-        bench.attention._pools = other.attention._pools
-        other.attention = bench.attention
-        other.check(step, bench.attention.refresh(bucket, step), rows=6)
+        bench.empty()
+        bench.parts = parts
+        step = bench.step(measured)
+        bench.check(step, bench.attention.refresh(bucket, step), rows=6)
     assert before == [result.data_ptr() for result in (bucket.plan.out, bucket.plan.decodes[LayerGroup.GLOBAL].items)]
 
 
@@ -298,15 +315,47 @@ def test_a_bucket_serves_a_prompt_by_itself(window, kernel_device):
     """Whose groups see the same within the window, where one's tiles serve both, whatever tiles of keys they have."""
     tuning = replace(SMALL, prefill=replace(SMALL.prefill, keys=32), local_prefill=SMALL.prefill)
     shape = Shape(window=window)
-    bench = Bench(shape, [Part(0, 40)], kernel_device, tuning=tuning, processors=1)
+    bench = Bench(shape, [Part(0, 40)], kernel_device, tuning=tuning, processors=1, blocks=20)
     out = torch.zeros(40, 4 * 16, device=kernel_device)
     bucket = bench.attention.prompt_bucket(max_keys=60, out=out)
     for part in (Part(0, 40), Part(17, 23, image=(5, 9)), Part(0, 3), Part(30, 20, gone=frozenset({1, 2}))):
-        other = Bench(shape, [part], kernel_device, tuning=tuning, processors=1)
-        step = other.step({1: [0]})
-        bench.attention._pools = other.attention._pools
-        other.attention = bench.attention
-        other.check(step, bench.attention.refresh_prompt(bucket, step), rows=40)
+        bench.empty()
+        bench.parts = [part]
+        step = bench.step({1: [0]})
+        bench.check(step, bench.attention.refresh_prompt(bucket, step), rows=40)
+
+
+def test_a_bucket_refuses_what_it_has_no_room_for_and_stays_as_it_was(kernel_device):
+    bench = Bench(Shape(), DECODES[:2], kernel_device, blocks=50)
+    decodes, measured = bench.attention.decode_bucket(sequences=2, max_keys=40), bench.step({1: [0, 1]})
+    bench.attention.refresh(decodes, measured)
+    asked = decodes.plan.measurements
+    mass_less = bench.attention.decode_bucket(sequences=2, max_keys=40, measures=False)
+    for parts, of_layers, bucket, words in (
+        (PREFILLS[:1], {}, decodes, "1 of the step's sequences are prefills"),
+        (DECODES[:3], {}, decodes, "3 decodes do not fit a bucket of 2"),
+        (DECODES[4:], {}, decodes, "101 keys does not fit a bucket of 40"),
+        (DECODES[:2], {1: [0, 1], 3: [0]}, decodes, "3 measurements of mass do not fit a bucket with room for 2"),
+        (DECODES[:2], {1: [0]}, mass_less, "1 measurements of mass do not fit a bucket with room for 0"),
+        (DECODES[:2], {0: [0]}, decodes, r"asked of layers \[0\], which are local"),
+    ):
+        bench.parts = parts
+        with pytest.raises(ValueError, match=words):
+            bench.attention.refresh(bucket, bench.step(of_layers))
+        assert bucket.plan.measurements is (asked if bucket is decodes else None)
+    prompt = bench.attention.prompt_bucket(max_keys=30, out=torch.zeros(16, 4 * 16, device=kernel_device))
+    mass_less = bench.attention.prompt_bucket(max_keys=30, out=prompt.plan.out, measures=False)
+    for parts, of_layers, bucket, words in (
+        (PREFILLS[:2], {}, prompt, "given 2 sequences"),
+        (DECODES[2:3], {}, prompt, "given 1 sequences"),
+        (PREFILLS[3:], {}, prompt, "20 tokens of 20 keys, .* do not fit a bucket of 16 tokens, 30 keys"),
+        ([Part(25, 9)], {}, prompt, "9 tokens of 34 keys, .* do not fit a bucket of 16 tokens, 30 keys"),
+        (PREFILLS[:1], {1: [0], 3: [0]}, mass_less, r"asked of layers \[1, 3\]; a bucket has room for \[\]"),
+    ):
+        bench.parts = parts
+        with pytest.raises(ValueError, match=words):
+            bench.attention.refresh_prompt(bucket, bench.step(of_layers))
+        assert bucket.plan.measurements is None
 
 
 @pytest.mark.parametrize(("stored", "widened_heads"), [(None, []), (FP8, [2, 1])])
@@ -318,7 +367,7 @@ def test_what_no_bucket_launches_is_rehearsed_over_pools_of_its_own(stored, wide
     plans, heads = [], []
 
     def make(pools: KVPools, /, *, processors: int | None, widened_bytes: int) -> Any:
-        attention = bench.attention._like(pools, processors=processors or 16, widened_bytes=widened_bytes)
+        attention = bench.over(pools, processors=processors or 16, widened_bytes=widened_bytes)
         plan = attention.plan
 
         def noted(step: PackedStep) -> Any:
@@ -335,8 +384,7 @@ def test_what_no_bucket_launches_is_rehearsed_over_pools_of_its_own(stored, wide
         attention.plan = noted
         return attention
 
-    tile_tokens = bench.attention._tile_tokens
-    rehearse(bench.pools, make, query_heads=4, tile_tokens=tile_tokens, dtype=torch.float16)
+    rehearse(bench.pools, make, tiling=Tiling(bench.layout, 4, SMALL, 16), dtype=torch.float16)
     assert all(of_group.scratch is not None for of_group in plans[0].prefills.values()), "keys are not shared out"
     assert heads == widened_heads, "not as many heads at once as can be"
     assert not any(bits(pool).any() for pool in bench.pools.tensors.values())
@@ -439,8 +487,6 @@ class TestOnTheDevice:
             run()
         for past in lengths:
             bench.parts = [Part(length, 1) for length in past]
-            bench.counts = [-(-(part.past + 1) // 32) for part in bench.parts]
-            bench.shape = shape
             step = bench.step({1: range(len(past))})
             for layer, (q, k, v) in enumerate(bench.qkv(4) for _ in layers):
                 for static, new in zip(qkv[layer], (q, k, v), strict=True):

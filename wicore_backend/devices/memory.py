@@ -15,6 +15,7 @@ from typing import assert_never
 import torch
 
 from wicore_backend.attention.gpu.needs import AttentionNeeds
+from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.tuning import Tuning
 from wicore_backend.config import EngineConfig
 from wicore_backend.devices.cards import Card
@@ -145,18 +146,13 @@ def buffer_bytes(config: Gemma3Config, settings: EngineConfig, precision: Precis
 def _step_needs(config: Gemma3Config, settings: EngineConfig, precision: Precision, card: Card) -> Mapping[str, int]:
     """What the engine sets aside for steps, attention, sampling and their graphs."""
     text, dtype, layout = config.text, precision.activations, kv_layout(config, settings, precision)
-    attention = AttentionNeeds(
-        layout,
-        query_heads=text.num_heads,
-        value_bytes=dtype.itemsize,
-        tuning=Tuning.of(text.head_dim, dtype, _kv_dtype(settings, precision), card.shared_bytes),
-        processors=card.processors,
-    )
+    tuning = Tuning.of(text.head_dim, dtype, _kv_dtype(settings, precision), card.shared_bytes)
+    tiling = Tiling(layout, text.num_heads, tuning, card.processors)
     context = settings.context(text.max_position_embeddings)
     return device_needs(
         config,
         settings,
-        attention,
+        AttentionNeeds(tiling, value_bytes=dtype.itemsize),
         Widening(),
         max_model_len=context,
         value_bytes=dtype.itemsize,

@@ -44,31 +44,24 @@ def device_needs(
     if find_spec("triton") is None:
         return {}  # Nothing is recorded, and the share that the KV cache leaves has to do.
     from wicore_backend.attention.gpu import hopper
-    from wicore_backend.attention.gpu.paged import tuning_for
+    from wicore_backend.attention.gpu.tiling import Tiling
+    from wicore_backend.attention.gpu.tuning import tuning_for
 
     text = config.text
     tuning = tuning_for(text.head_dim, dtype, kv_dtype, device)
-    attention = AttentionNeeds(
-        layout,
-        query_heads=text.num_heads,
-        value_bytes=dtype.itemsize,
-        tuning=tuning,
-        processors=torch.cuda.get_device_properties(device).multi_processor_count,
-    )
-    rows, keys = attention.tile_tokens * attention.group_rows, tuning.prefill.keys
-    on_hopper = tuning.prefill.hopper_stages is not None and hopper.fits(
-        layout, kv_dtype, dtype, device, rows=rows, keys=keys
-    )
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    tiling = Tiling(layout, text.num_heads, tuning, processors)
+    widens_keys = kv_dtype == FP8 and hopper.fits(tiling, kv_dtype, dtype, device)
     widening = Widening(
         matrix=0 if loaded is None else loaded.widened_matrix,
         head=0 if loaded is None else loaded.widened_head,
-        keys=hopper.WIDENED_BYTES if on_hopper and kv_dtype == FP8 else 0,
+        keys=hopper.WIDENED_BYTES if widens_keys else 0,
     )
     max_model_len = settings.context(text.max_position_embeddings)
     return device_memory.device_needs(
         config,
         settings,
-        attention,
+        AttentionNeeds(tiling, value_bytes=dtype.itemsize),
         widening,
         max_model_len=max_model_len,
         value_bytes=dtype.itemsize,

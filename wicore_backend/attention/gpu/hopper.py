@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 
@@ -19,10 +20,10 @@ WIDENED_BYTES = 2**28
 _PANEL = 64  # values of half a head; of 16 bits, a row of shared memory as the tensor cores read it
 
 
-def fits(
-    layout: KVLayout, pool: torch.dtype, queries: torch.dtype, device: torch.device, *, rows: int, keys: int
-) -> bool:
-    """Whether a kernel is for such pools and queries on this device, with tiles of so many rows and keys."""
+def fits(tiling: Tiling, pool: torch.dtype, queries: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels are for such pools and queries on this device, with the tiles of each group of layers."""
+    layout = tiling.layout
+    launches = [tiling.tuning.prefill_of(group) for group in layout.groups]
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == 9
@@ -30,8 +31,8 @@ def fits(
         and pool in (queries, FP8)
         and layout.head_dim == 128
         and layout.block_size >= 8
-        and keys % layout.block_size == 0
-        and rows == ROWS
+        and tiling.prefill_rows == ROWS
+        and all(launch.hopper_stages is not None and launch.keys % layout.block_size == 0 for launch in launches)
     )
 
 
@@ -84,27 +85,27 @@ class HopperPrefill:
 
     Parameters
     ----------
+    tiling
+        One that `fits`.
     options
         By group, those of `prefill_kernel` that it has, too.
-    stages
-        By group, tiles of keys that are loaded ahead.
     widened_bytes
         Device memory for keys and values in float16, if the pools are bytes.
     """
 
     def __init__(
         self,
-        layout: KVLayout,
+        tiling: Tiling,
         pools: Mapping[LayerGroup, Tensor],
         options: Mapping[LayerGroup, Mapping[str, Any]],
         *,
-        stages: Mapping[LayerGroup, int],
         widened_bytes: int,
     ) -> None:
         # Imported where it is used: the language is for such cards alone.
         from wicore_backend.attention.gpu.kernels.prefill_hopper import hopper_prefill_kernel
         from wicore_backend.attention.gpu.kernels.prefill_hopper_fp8 import hopper_fp8_prefill_kernel
 
+        layout, tuning = tiling.layout, tiling.tuning
         some_pool = next(iter(pools.values()))
         self._from_bytes = some_pool.itemsize == 1
         self._kernel = hopper_prefill_kernel
@@ -116,7 +117,8 @@ class HopperPrefill:
         }
         names = ("KV_HEADS", "GROUP", "GROUP_ROWS", "HEAD_DIM", "BLOCK_SIZE", "KEYS", "SOFTCAP", "scale", "softcap")
         self._options = {
-            group: {name: of_group[name] for name in names} | {"STAGES": stages[group], "num_warps": 4}
+            group: {name: of_group[name] for name in names}
+            | {"STAGES": tuning.prefill_of(group).hopper_stages, "num_warps": 4}
             for group, of_group in options.items()
         }
         self.widened_bytes = widened_bytes if self._from_bytes else 0

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from wicore_backend.attention.gpu.masses import MASS_TAIL, MEASUREMENT_FIELDS
-from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, TILE_FIELDS, decode_capacity
-from wicore_backend.attention.gpu.tuning import MASS_KEYS, Tuning
+from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, TILE_FIELDS
+from wicore_backend.attention.gpu.tile_scheduler import TileScheduler
+from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 
 _INT = torch.int32.itemsize
@@ -21,17 +22,14 @@ class AttentionNeeds:
 
     Parameters
     ----------
+    tiling
+        Of the model's heads on the card.
     value_bytes
         Of a number that is computed with.
-    tuning, processors
-        Those of the device.
     """
 
-    layout: KVLayout
-    query_heads: int
+    tiling: Tiling
     value_bytes: int
-    tuning: Tuning
-    processors: int
 
     def decode_bucket(self, *, sequences: int, max_keys: int) -> int:
         """Of such a `decode_bucket`, without the memory for masses that it shares with others."""
@@ -44,7 +42,7 @@ class AttentionNeeds:
 
     def prompt_bucket(self, *, tokens: int, max_keys: int) -> int:
         """Of such a `prompt_bucket`, without the results, which are the caller's."""
-        tiles = len(self.layout.groups) * -(-tokens // self.tile_tokens) * TILE_FIELDS * _INT
+        tiles = len(self._layout.groups) * -(-tokens // self.tiling.tile_tokens) * TILE_FIELDS * _INT
         measured = self._global_layers * (MEASUREMENT_FIELDS * _INT + self._measurement(max_keys))
         return self._prefilled(tokens) + tiles + self._tables(1, max_keys, new=tokens) + measured
 
@@ -53,67 +51,47 @@ class AttentionNeeds:
 
         Of many sequences one ends a prompt of so many keys, and is measured in all layers; the others are decodes.
         """
-        shared_out = 2 * max(1, self.processors * self.tuning.prefill.fill // self.layout.kv_heads)
-        tiles = len(self.layout.groups) * (shared_out + tokens // self.tile_tokens + sequences)
-        of_item = self.layout.kv_heads * self.tuning.prefill.rows * (self.layout.head_dim + 2) * _FLOAT
-        partial = len(self.layout.groups) * shared_out * of_item
+        groups, shared_out = len(self._layout.groups), 2 * self.tiling.prefill_fill
+        tiles = groups * (shared_out + tokens // self.tiling.tile_tokens + sequences)
+        of_item = self._layout.kv_heads * self.tiling.tuning.prefill.rows * (self._layout.head_dim + 2) * _FLOAT
+        partial = groups * shared_out * of_item
         # The totals of all rows, and the shares that come of them, are as large as what was measured.
         masses = 3 * (sequences + self._global_layers) * self._measurement(max_keys)
         decodes = self._decodes(sequences, max_keys, new=tokens)
         return self._results(tokens) + self._prefilled(tokens) + tiles * TILE_FIELDS * _INT + partial + decodes + masses
 
     @property
+    def _layout(self) -> KVLayout:
+        return self.tiling.layout
+
+    @property
+    def _scheduler(self) -> TileScheduler:
+        return TileScheduler(self.tiling, window=self._layout.window)
+
+    @property
     def _global_layers(self) -> int:
-        return self.layout.layers_in[LayerGroup.GLOBAL]
-
-    @property
-    def _group(self) -> int:
-        """Query heads of a KV head."""
-        return self.query_heads // self.layout.kv_heads
-
-    @property
-    def tile_tokens(self) -> int:
-        """Of a tile of a prompt's queries, ..."""
-        return max(1, self.tuning.prefill.rows // self.group_rows)
-
-    @property
-    def group_rows(self) -> int:
-        """... and the rows that each of them has in it."""
-        return 1 << (self._group - 1).bit_length()
+        return self._layout.layers_in[LayerGroup.GLOBAL]
 
     def _measurement(self, keys: int) -> int:
         """Of a sequence in a layer."""
-        size = self.layout.block_size
-        cell = min(size & -size, self.tuning.decode.keys, MASS_KEYS)
-        return (-(-keys // cell) + MASS_TAIL) * self.query_heads * _FLOAT
+        return (self.tiling.cells(keys) + MASS_TAIL) * self.tiling.query_heads * _FLOAT
 
     def _results(self, tokens: int) -> int:
-        return tokens * self.query_heads * self.layout.head_dim * self.value_bytes
+        return tokens * self.tiling.query_heads * self._layout.head_dim * self.value_bytes
 
     def _prefilled(self, tokens: int) -> int:
         """Bounds and places of all tokens in each group, and the logarithms of their sums."""
-        return tokens * (3 * len(self.layout.groups) * _INT + self.query_heads * _FLOAT)
+        return tokens * (3 * len(self._layout.groups) * _INT + self.tiling.query_heads * _FLOAT)
 
     def _tables(self, sequences: int, max_keys: int, *, new: int = 0) -> int:
-        return sum(
-            sequences * (-(-self._seen(g, max_keys, new) // self.layout.block_size) + 1) * _INT
-            for g in self.layout.groups
-        )
+        blocks = (self._scheduler.table_blocks(g, max_keys=max_keys, tokens=new) for g in self._layout.groups)
+        return sequences * sum(blocks) * _INT
 
     def _decodes(self, sequences: int, max_keys: int, *, new: int = 0) -> int:
         """Work items and block tables, and what programs that share a sequence leave for the last of them."""
-        heads, total = self.layout.kv_heads, self._tables(sequences, max_keys, new=new)
-        for group in self.layout.groups:
-            items = decode_capacity(
-                sequences=sequences,
-                most_keys=self._seen(group, max_keys),
-                keys=self.tuning.decode.keys,
-                items=max(1, self.processors * self.tuning.decode.fill // heads),
-            )
-            partial = heads * self._group * (self.layout.head_dim + 2) * _FLOAT
+        heads, total = self._layout.kv_heads, self._tables(sequences, max_keys, new=new)
+        for group in self._layout.groups:
+            items = self._scheduler.decode_capacity(group, sequences=sequences, max_keys=max_keys)
+            partial = heads * self.tiling.group * (self._layout.head_dim + 2) * _FLOAT
             total += items * (ITEM_FIELDS * _INT + partial) + sequences * heads * _INT
         return total
-
-    def _seen(self, group: LayerGroup, max_keys: int, new: int = 0) -> int:
-        """Keys of a sequence, of which a step adds `new`."""
-        return min(max_keys, self.layout.window + new) if group is LayerGroup.LOCAL else max_keys

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor
 
 from wicore_backend.attention.closing_up import ClosedUp
 from wicore_backend.attention.gpu.hopper import Widening
 from wicore_backend.attention.gpu.masses import Measurements, PrefillRun
+from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.upload import Upload
 from wicore_backend.hmt.layout import LayerGroup
 
@@ -19,30 +22,59 @@ class Scratch:
     """What the programs that share a sequence's or a tile's keys leave for the last of them; see the kernels."""
 
     partial: Tensor
+    """float32 [items, KV heads, rows, d]."""
     stats: Tensor
+    """float32 [2, items, KV heads, rows]."""
     arrived: Tensor
+    """int32 [sequences or tiles, KV heads], 0 between launches."""
+
+    @classmethod
+    def empty(cls, tiling: Tiling, device: torch.device, *, items: int, rows: int, shared: int) -> Self:
+        """For `items` items of `rows` rows, of `shared` sequences or tiles."""
+        heads = tiling.layout.kv_heads
+        return cls(
+            torch.empty(items, heads, rows, tiling.layout.head_dim, device=device),
+            torch.empty(2, items, heads, rows, device=device),
+            torch.zeros(shared, heads, dtype=torch.int32, device=device),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decodes:
+    """The decodes of one group of layers."""
+
     items: Tensor
+    """int32 [num_items * ITEM_FIELDS]."""
     num_items: int
     tables: Tensor
+    """int32, the sequences' blocks, one sequence after the other."""
     scratch: Scratch
+
+    @classmethod
+    def of(cls, upload: Upload, group: LayerGroup, tiling: Tiling, *, num_items: int, sequences: int) -> Self:
+        """With memory for what the programs of up to so many sequences share."""
+        items, tables = upload[group, "items"], upload[group, "tables"]
+        scratch = Scratch.empty(tiling, items.device, items=num_items, rows=tiling.group, shared=sequences)
+        return cls(items, num_items, tables, scratch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefills:
+    """The prefills of one group of layers."""
+
     tiles: Tensor
+    """int32 [num_items * TILE_FIELDS]."""
     num_items: int
     tables: Tensor
+    """int32, the sequences' blocks, one sequence after the other."""
     lowers: Tensor
     uppers: Tensor
     slots: Tensor
-    scratch: Scratch | None
+    """Each int32 [tokens of the prefills]; see `PrefillTiles`."""
+    scratch: Scratch | None = None
     """None if no tile's keys are shared out."""
-    widening: Widening | None
-    places: Tensor | None
+    widening: Widening | None = None
+    places: Tensor | None = None
     """With `widening`: int32, of each of `tables` which of the widened blocks it is."""
 
 
@@ -59,7 +91,7 @@ class MassMemory:
     rows
         By layer that of `decodes_at`.
     prefills, in_prefills
-        As in `Measurements`; None and none in a bucket.
+        As in `Measurements`; None and none in a bucket for decodes.
     """
 
     values: Tensor
@@ -71,7 +103,12 @@ class MassMemory:
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """What the layers of a step share, on the device, and what was asked of its attention mass."""
+    """What the layers of a step share, on the device, and what was asked of its attention mass.
+
+    A step's own plan has memory of its own, and is good for that step. A *bucket's* plan has memory and grids that
+    stay as they are: `measurements` and `closed_up` are those of the step that it was refreshed with last, and so are
+    the contents of its tensors, once the copy on the stream has been made.
+    """
 
     num_decodes: int
     num_prefilled: int
@@ -83,15 +120,5 @@ class Plan:
     decodes: Mapping[LayerGroup, Decodes]
     prefills: Mapping[LayerGroup, Prefills]
     mass: MassMemory | None
-    measurements: Measurements | None
-    closed_up: ClosedUp | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodeBucket:
-    """Memory and grids for whatever steps of decodes fit; see `GpuPagedAttention.decode_bucket`."""
-
-    plan: Plan
-    upload: Upload
-    sequences: int
-    max_keys: int
+    measurements: Measurements | None = None
+    closed_up: ClosedUp | None = None

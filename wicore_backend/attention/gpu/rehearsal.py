@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from wicore_backend.attention.base import Attention, PackedStep
+from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.hmt.pool import KVPools
 
@@ -25,13 +26,13 @@ class Make(Protocol):
         """Attention over `pools`; see `GpuPagedAttention`."""
 
 
-def rehearse(pools: KVPools, make: Make, *, query_heads: int, tile_tokens: int, dtype: torch.dtype) -> None:
+def rehearse(pools: KVPools, make: Make, *, tiling: Tiling, dtype: torch.dtype) -> None:
     """Run such steps in a layer of each group, by attentions that `make` makes over pools like `pools`.
 
     Parameters
     ----------
-    tile_tokens
-        Of a tile of queries.
+    tiling
+        Of these attentions, but for the processors.
     dtype
         Of queries.
     """
@@ -46,8 +47,8 @@ def rehearse(pools: KVPools, make: Make, *, query_heads: int, tile_tokens: int, 
     )
     blocks = -(-_KEYS // layout.block_size)
     small = KVPools.allocate(of_two, dict.fromkeys(of_two.groups, blocks + 1), device=device, dtype=pools.dtype)
-    heads = query_heads + 2 * layout.kv_heads
-    tokens = _TILES * tile_tokens
+    heads = tiling.query_heads + 2 * layout.kv_heads
+    tokens = _TILES * tiling.tile_tokens
     some = torch.zeros(tokens, heads, layout.head_dim, dtype=dtype, device=device)
     of_head = 2 * -(-tokens // layout.block_size) * layout.block_size * layout.head_dim * torch.float16.itemsize
     steps: list[tuple[Attention[Any], int, int]] = [(make(small, processors=None, widened_bytes=0), _KEYS - 1, 1)]
@@ -56,7 +57,7 @@ def rehearse(pools: KVPools, make: Make, *, query_heads: int, tile_tokens: int, 
         steps += [(make(small, processors=1, widened_bytes=count * of_head), 0, tokens) for count in at_once]
     for attention, past, new in steps:
         plan = attention.plan(_step(past, new, of_two))
-        q, k, v = torch.split(some[:new], [query_heads, layout.kv_heads, layout.kv_heads], 1)
+        q, k, v = torch.split(some[:new], [tiling.query_heads, layout.kv_heads, layout.kv_heads], 1)
         for layer in range(len(of_two.layers)):
             attention.attend(plan, layer, q, k, v)
 

@@ -106,3 +106,14 @@ class Tuning:
             # A window's edges lie in tiles of keys that not all tokens see: smaller ones waste less.
             return cls(Launch(32, 2, 5, 4), prefill, PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))
         return cls(Launch(32, 2, 5, 4), PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))
+
+
+def tuning_for(head_dim: int, dtype: torch.dtype, pool: torch.dtype, device: torch.device) -> Tuning:
+    """`Tuning.of` heads of this size, queries of `dtype` and pools of type `pool`, with the device's shared memory."""
+    if device.type != "cuda":
+        return Tuning.of(head_dim, dtype, pool)
+    import triton  # Where there is a device only: it takes a second.
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Tuning.of(head_dim, dtype, pool, shared)
