@@ -34,7 +34,7 @@ import torch
 from wicore_backend.hmt.codecs import make_codec
 from wicore_backend.hmt.cold_tier import ColdTier, ColdTierLimits, store_config
 from wicore_backend.hmt.cold_tier.records import record_name
-from wicore_backend.hmt.cold_tier.staging import Stage
+from wicore_backend.hmt.cold_tier.staging import Stage, staging_for
 from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore, Outcome
@@ -168,13 +168,14 @@ class Bench:
         """Bytes a second, of records, of what one thread does for each block."""
         codec, slots = self.codecs[G], self.slots[G]
         stage, count = Stage(codec, slots), min(64, len(slots))
+        staging = staging_for([stage])
         records = torch.empty(count, codec.encoded_bytes, dtype=torch.uint8)
         into = torch.empty_like(records)
-        stage.encode(range(count), records)
+        stage.encode(range(count), records, staging)
         views = [(memoryview(a.numpy()), memoryview(b.numpy())) for a, b in zip(into, records, strict=True)]
         work: dict[str, Callable[[], Any]] = {
-            "encode": lambda: stage.encode(range(count), records),
-            "decode": lambda: stage.decode(records, range(count)),
+            "encode": lambda: stage.encode(range(count), records, staging),
+            "decode": lambda: stage.decode(records, range(count), staging),
             "checksum_and_copy": lambda: [checked_copy(*pair) for pair in views],
         }
         return {what: records.numel() / median(_seconds(do) for _ in range(5)) for what, do in work.items()}

@@ -12,7 +12,7 @@ from tests.test_tiers import SMALL, config, engine_on, greedy, talk
 from wicore_backend import Engine
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.codecs import make_codec
-from wicore_backend.hmt.cold_tier.staging import Stage
+from wicore_backend.hmt.cold_tier.staging import Stage, staging_for
 from wicore_backend.hmt.fp8 import FP8, LARGEST, to_fp8
 from wicore_backend.hmt.layout import LayerGroup
 
@@ -115,8 +115,9 @@ def test_blocks_in_scattered_slots_are_staged_as_they_are():
     before = slots.view(torch.uint8).clone()
     stage = Stage(codec, slots)
     records = torch.empty(3, codec.encoded_bytes, dtype=torch.uint8)
-    stage.encode([4, 1, 3], records)
-    stage.decode(records, [0, 5, 2])
+    staging = staging_for([stage])
+    stage.encode([4, 1, 3], records, staging)
+    stage.decode(records, [0, 5, 2], staging)
     after = slots.view(torch.uint8)
     assert torch.equal(after[[0, 5, 2]], before[[4, 1, 3]])
     assert torch.equal(after[[4, 1, 3]], before[[4, 1, 3]])

@@ -17,9 +17,9 @@ G, L = LayerGroup.GLOBAL, LayerGroup.LOCAL
 class ColdBench(Bench):
     """A scheduler over three tiers, whose disk moves when told to."""
 
-    def __init__(self, *, host: int = 100, burst: int = 0, **options) -> None:
+    def __init__(self, *, host: int = 100, burst: int = 0, host_policy=LRU, **options) -> None:
         self.disk = FakeColdTier({g: [None] * host for g in (L, G)}, capacity=100_000, backlog=100_000)
-        self.lower = LowerTiers(HostTier({L: host, G: host}, LRU), self.disk, burst=burst)
+        self.lower = LowerTiers(HostTier({L: host, G: host}, host_policy), self.disk, burst=burst)
         super().__init__(lower=self.lower, **options)
 
     def store(self, *sequences) -> None:
@@ -215,8 +215,7 @@ def test_long_prompts_are_heard_step_by_step_and_never_pile_up():
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "a2cr", "a2cr_weighted"])
 def test_what_was_loaded_together_leaves_from_its_end(policy):
-    b, a = ColdBench(host=40), sequence(41, answer=1)
-    b.lower.host = HostTier({L: 40, G: 40}, POLICIES[policy])
+    b, a = ColdBench(host=40, host_policy=POLICIES[policy]), sequence(41, answer=1)
     b.store(a)
     b.add(a)
     b.run()

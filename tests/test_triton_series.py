@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
-from tests.test_cold_tier import SHAPES, Bench
+from tests.cold_tier_bench import SHAPES, Bench
 from wicore_backend.engine.health import Health
 from wicore_backend.engine.plan import RejectReason, SchedulerCounts, SchedulerLimits
 from wicore_backend.engine.request import FinishReason, PriorityClass

@@ -4,114 +4,38 @@ A sequence is opened on what is kept of its prefix, extended before each step up
 noted when others may find what it has computed, and closed once. In the local group, blocks that no later token can see
 are released on the way.
 
-What is kept for later sequences, under the names of `hmt/names.py`:
-
-- Every full block of the global group, once it is noted: a prompt's after each step, an answer's at its end.
-- Of the local group the *window end* at each resume point, as one object: the blocks that the tokens after it see.
-  Resume points are the end of a prompt, the end of what a sequence computed, and any place at which a later sequence
-  was found to branch off without a window to go on from.
-
-A sequence can go on at a block's end where all global blocks before it and the local ones of the window there are kept:
-in the device tier, or in the host tier (`hmt/host_tier.py`), to which the device tier spills what it gives up, and from
-which opening a sequence loads. What has to be copied for that is listed, as `hmt/transfers.py` says.
+What is kept for later sequences, and how they find it, is in `hmt/prefixes.py`; what is expected of those that are
+open, so that nobody is let in for whom there will be no room, in `hmt/expectations.py`; what moves between the device
+and host memory, in `hmt/exchange.py`.
 
 Where attention falls while a sequence is computed is kept with its blocks, and told to the host tier's policies when it
 is closed. With a budget, which is lossy, it also says which global blocks a decoding sequence keeps: those that have
-left are holes in its table (`hmt/bounded_kv.py`).
+left are holes in its table (`hmt/bounding.py`).
 """
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from wicore_backend.hmt.attention_mass import AttentionMass, Mask, Masses
-from wicore_backend.hmt.block_pool import BlockAccountingError, BlockPool, GivenUp, SingleBlockPool, WindowPool
+from wicore_backend.hmt.attention_mass import AttentionMass
+from wicore_backend.hmt.block_pool import BlockAccountingError, BlockPool, SingleBlockPool
 from wicore_backend.hmt.bounded_kv import BoundCounts, KVBudget
+from wicore_backend.hmt.bounding import Bounding
+from wicore_backend.hmt.exchange import Exchange
+from wicore_backend.hmt.expectations import Expectations
 from wicore_backend.hmt.host_tier import Key
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers
 from wicore_backend.hmt.names import BlockNames
 from wicore_backend.hmt.policy.base import Access, Policy
-from wicore_backend.hmt.transfers import Route, Transfer
+from wicore_backend.hmt.prefixes import Prefixes, PrefixMatch
+from wicore_backend.hmt.sequence_blocks import SequenceBlocks
+from wicore_backend.hmt.transfers import Transfer
+from wicore_backend.hmt.window_pool import WindowPool
 
 __all__ = ["BlockAccountingError", "BlockManager", "PrefixMatch", "SequenceBlocks"]
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixMatch:
-    """What is kept of a sequence's prefix, counted in blocks.
-
-    Attributes
-    ----------
-    resume
-        Where the sequence can go on.
-    known
-        How far the global group reaches. Beyond `resume`, only the window is missing.
-    """
-
-    resume: int = 0
-    known: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class SequenceBlocks:
-    """The blocks of one open sequence.
-
-    Attributes
-    ----------
-    names
-        None if nothing of the sequence is to be kept.
-    tables
-        For each group int32 [N]: entry n is the physical block of positions n * block_size onwards, or 0 where the
-        sequence has none (not reached yet, behind the local window, or a global one that has left).
-    first
-        For each group the first table entry that holds a block.
-    stop
-        Table entries in use, the same in all groups.
-    full
-        How many of them have been completed, and named. It stays where it is when the first one has left.
-    expected
-        For each group the blocks that the sequence is likely to hold at once, as it grows.
-    resume_points
-        Block counts at which a window end is to be kept, in order.
-    mass
-        Where attention has fallen, if anybody wants to know.
-    holes
-        Global blocks between the first and `stop` that have left.
-    lost
-        For a sequence of which blocks have left, bool [N]: those that cannot come back. None for an exact one.
-    """
-
-    names: BlockNames | None
-    tables: dict[LayerGroup, NDArray[np.int32]]
-    first: dict[LayerGroup, int]
-    stop: int
-    full: int
-    expected: dict[LayerGroup, int]
-    resume_points: list[int] = field(default_factory=list)
-    mass: AttentionMass | None = None
-    holes: int = 0
-    lost: Mask | None = None
-
-    def attended(self, mass: Masses) -> None:
-        """A step has measured where attention fell: float32 [blocks], as `Attention.mass` gives it."""
-        if self.mass is not None:
-            self.mass.fold(mass, self.tables[LayerGroup.GLOBAL][: len(mass)] != 0 if self.holes else None)
-
-    def held(self, group: LayerGroup) -> int:
-        return self.stop - self.first[group] - (self.holes if group is LayerGroup.GLOBAL else 0)
-
-    def missing(self, group: LayerGroup) -> int:
-        """Blocks that the sequence is likely to take on top of those that it holds."""
-        missing = self.expected[group] - self.stop + self.first[group]
-        if group is LayerGroup.GLOBAL:
-            missing += self.holes
-        return missing if missing > 0 else 0
 
 
 class BlockManager:
@@ -141,29 +65,31 @@ class BlockManager:
         budget: KVBudget | None = None,
         policy: Callable[[int], Policy] | None = None,
     ) -> None:
-        self.budget = budget if LayerGroup.GLOBAL in layout.groups else None
-        self.bound_counts = BoundCounts()
         self.layout = layout
         self.block_size = layout.block_size
         self.lower = lower
+        self._exchange = Exchange(None if lower is None else lower.host)
         kinds = {LayerGroup.GLOBAL: SingleBlockPool, LayerGroup.LOCAL: WindowPool}
         self.pools: dict[LayerGroup, BlockPool] = {
             group: kinds[group](
                 num_blocks[group],
-                self._spilling(group),
+                self._exchange.spilling(group),
                 None if policy is None else policy(max(1, (num_blocks[group] - 1) // self._blocks_together(group))),
             )
             for group in layout.groups
         }
+        self._prefixes = Prefixes(layout, self.pools, lower)
+        has_global = LayerGroup.GLOBAL in self.pools
+        self._expectations = Expectations(
+            layout, self.pools, max_chunk=max_chunk, budget=budget if has_global else None
+        )
+        self._bounding = Bounding(self.pools[LayerGroup.GLOBAL], self._prefixes, self._exchange) if has_global else None
         self._listening = policy is not None or lower is not None
         self._groups = tuple(self.pools.items())
         self._pools = tuple(self.pools.values())
         self._reach = layout.window - 1  # tokens before its own that a local layer's token sees
-        self._transfers: list[Transfer] = []
-        self._window_blocks = layout.blocks_for(layout.window) + 2  # that a decode is likely to hold at most
         self._max_chunk_blocks = layout.blocks_for(max_chunk)
         self._open: set[SequenceBlocks] = set()
-        self._missing = dict.fromkeys(self.pools, 0)
 
     def _blocks_together(self, group: LayerGroup) -> int:
         """Of a group, that are given up together: of the local one, windows."""
@@ -188,8 +114,7 @@ class BlockManager:
 
     def take_transfers(self) -> list[Transfer]:
         """The copies that have to be made now, in this order, before the next step is computed."""
-        transfers, self._transfers = self._transfers, []
-        return transfers
+        return self._exchange.take()
 
     # What is kept.
 
@@ -198,7 +123,7 @@ class BlockManager:
 
         Changes nothing; holds until the next change of the books.
         """
-        return self._match(names, limit, self._keeps)
+        return self._prefixes.match(names, limit)
 
     def startable(self, tokens: int) -> int:
         """How many blocks of so many tokens a sequence can start from: its last token has to be computed anyhow."""
@@ -206,48 +131,35 @@ class BlockManager:
 
     def restorable(self, names: BlockNames, limit: int, match: PrefixMatch) -> tuple[int, list[Key]]:
         """Where a sequence could go on, past `match`, if blocks were brought up from the cold tier; and which ones."""
-        if self.lower is None or self.lower.cold is None:
-            return match.resume, []
-        resume = self._match(names, limit, self._reaches).resume
-        if resume <= match.resume:
-            return match.resume, []
-        chain = names.first(resume)
-        span = [(group, chain[n]) for group in self.pools for n in self._span(group, resume)]
-        return resume, [key for key in span if self.pools[key[0]].find(key[1]) is None]
+        return self._prefixes.restorable(names, limit, match)
 
-    def _match(self, names: BlockNames, limit: int, keeps: Callable[[LayerGroup, bytes], bool]) -> PrefixMatch:
-        chain = names.first(limit)
-        known = limit
-        if LayerGroup.GLOBAL in self.pools:
-            known = next((n for n in range(limit) if not keeps(LayerGroup.GLOBAL, chain[n])), limit)
-        resume = names.resumable(known)
-        if LayerGroup.LOCAL in self.pools:
-            while resume:
-                # From the end: where a block is missing, no window that has it will do.
-                window = range(resume - 1, self._window_start(resume) - 1, -1)
-                missing = next((n for n in window if not keeps(LayerGroup.LOCAL, chain[n])), None)
-                if missing is None:
-                    break
-                resume = names.resumable(missing)
-        return PrefixMatch(resume, known if LayerGroup.GLOBAL in self.pools else resume)
+    def keep_window(self, blocks: SequenceBlocks, count: int) -> None:
+        """Let later sequences go on after the sequence's first `count` blocks, once it has computed them."""
+        self._prefixes.keep_window(blocks, count)
 
-    def _keeps(self, group: LayerGroup, name: bytes) -> bool:
-        if self.pools[group].find(name) is not None:
-            return True
-        return self.lower is not None and self.lower.host.holds(group, name)
+    def note(self, blocks: SequenceBlocks, computed: int) -> None:
+        """The first `computed` tokens have their keys now: blocks completed by that can be found from now on."""
+        self._prefixes.note(blocks, computed)
 
-    def _reaches(self, group: LayerGroup, name: bytes) -> bool:
-        if self.pools[group].find(name) is not None:
-            return True
-        return self.lower is not None and self.lower.reachable(group, name)
+    # What room there is.
 
-    def _window_start(self, count: int) -> int:
-        """The first block that a token after `count` blocks sees in the local group."""
-        return max(0, count * self.block_size - self.layout.window + 1) // self.block_size
+    @property
+    def budget(self) -> KVBudget | None:
+        """What a decoding sequence may keep of the global group, which is lossy; None is everything."""
+        return self._expectations.budget
 
-    def _span(self, group: LayerGroup, count: int) -> range:
-        """The blocks that a sequence needs to go on after `count` blocks."""
-        return range(0 if group is LayerGroup.GLOBAL else self._window_start(count), count)
+    @budget.setter
+    def budget(self, budget: KVBudget | None) -> None:
+        self._expectations.budget = budget
+
+    @property
+    def spare(self) -> int:
+        """Blocks of each group that are left if all that are open grow as expected; negative if there are too few."""
+        return self._expectations.spare
+
+    def visible(self, tokens: int) -> int:
+        """Keys that a decode of a sequence of so many tokens sees in the global group."""
+        return self._expectations.visible(tokens)
 
     def room_for(
         self, names: BlockNames | None, match: PrefixMatch, *, tokens: int, expected_tokens: int
@@ -261,27 +173,12 @@ class BlockManager:
         """
         left = {}
         for group, pool in self.pools.items():
-            shared = 0
+            shared: Sequence[bytes] = ()
             if names is not None and match.resume:
-                chain = names.first(match.resume)
-                kept = (pool.find(chain[n]) for n in self._span(group, match.resume))
-                shared = sum(block is not None and pool.is_active(block) for block in kept)
-            spare = pool.available - self._missing[group] + shared
-            if group is LayerGroup.LOCAL:  # A chunk of a prompt holds more than its window, while it is computed.
-                spare -= self._max_chunk_blocks
-            left[group] = spare - self._expected(group, tokens, expected_tokens)
+                shared = names.first(match.resume)[self._prefixes.span(group, match.resume).start : match.resume]
+            expected = self._expectations.of(group, tokens=tokens, expected_tokens=expected_tokens)
+            left[group] = self._expectations.left(group, pool, shared, expected)
         return left
-
-    def _expected(self, group: LayerGroup, tokens: int, expected_tokens: int) -> int:
-        """The most blocks that a sequence is likely to hold that has `tokens` to compute before its next decode."""
-        blocks = self.layout.blocks_for(max(tokens, expected_tokens))
-        if group is LayerGroup.LOCAL:
-            return min(blocks, self._window_blocks)
-        return blocks if self.budget is None else max(self.layout.blocks_for(tokens), min(blocks, self.budget.blocks))
-
-    def visible(self, tokens: int) -> int:
-        """Keys that a decode of a sequence of so many tokens sees in the global group."""
-        return tokens if self.budget is None else min(tokens, self.budget.blocks * self.block_size)
 
     def give_up(self, count: int) -> int:
         """Have the device tier spill up to `count` blocks of each group that nobody uses; how many it was at most."""
@@ -310,7 +207,7 @@ class BlockManager:
             first=dict.fromkeys(self.pools, 0),
             stop=match.resume,
             full=match.resume,
-            expected={group: self._expected(group, tokens, expected_tokens) for group in self.pools},
+            expected=self._expected(tokens, expected_tokens),
             mass=AttentionMass() if self._listening or self.budget is not None else None,
         )
         if names is not None and match.resume:
@@ -318,77 +215,25 @@ class BlockManager:
         if match.known > match.resume:
             self.keep_window(blocks, match.known)
         self._open.add(blocks)
-        self._count_missing(blocks, 1)
+        self._expectations.opened(blocks)
         return blocks
+
+    def _expected(self, tokens: int, expected_tokens: int) -> dict[LayerGroup, int]:
+        return {
+            group: self._expectations.of(group, tokens=tokens, expected_tokens=expected_tokens) for group in self.pools
+        }
 
     def _take_over(self, blocks: SequenceBlocks, chain: Sequence[bytes], count: int) -> None:
         """Put the kept prefix of `count` blocks into a sequence's tables, loading what is not on the device."""
-        missing: dict[LayerGroup, list[tuple[int, int]]] = {}
-        for group in self.pools:
-            span = self._span(group, count)
-            blocks.first[group] = span.start
-            missing[group] = self._take_up(blocks, group, chain, span)
+        missing = {}
         for group, pool in self.pools.items():
-            self._load(blocks, group, chain, missing[group])
+            span = self._prefixes.span(group, count)
+            blocks.first[group] = span.start
+            missing[group] = self._exchange.take_up(group, pool, blocks.tables[group], chain, span)
+        for group, pool in self.pools.items():
+            self._exchange.load(group, pool, blocks.tables[group], chain, missing[group])
             if group is LayerGroup.LOCAL and missing[group]:
-                span = self._span(group, count)
-                pool.keep(chain[span.start : count], blocks.tables[group][span.start : count].tolist())
-
-    def _take_up(
-        self, blocks: SequenceBlocks, group: LayerGroup, chain: Sequence[bytes], indices: Iterable[int]
-    ) -> list[tuple[int, int]]:
-        """Put kept blocks into a sequence's table: those on the device. The others, with their host slots, stay pinned.
-
-        They are to be loaded when all of the sequence's have been taken up: taking a block recycles others.
-        """
-        pool, table = self.pools[group], blocks.tables[group]
-        missing: list[tuple[int, int]] = []
-        for index in indices:
-            block = pool.find(chain[index])
-            if block is None:
-                assert self.lower is not None, "a block that is nowhere was matched"
-                missing.append((index, self.lower.host.pin(group, chain[index])))
-            else:
-                pool.use(block)
-                table[index] = block
-        return missing
-
-    def _load(
-        self, blocks: SequenceBlocks, group: LayerGroup, chain: Sequence[bytes], missing: list[tuple[int, int]]
-    ) -> None:
-        """Bring blocks of the host tier to the device; there is room for them."""
-        pool = self.pools[group]
-        for index, slot in missing:
-            (block,) = pool.take()
-            blocks.tables[group][index] = block
-            self._transfers.append(Transfer(Route.HOST_TO_DEVICE, group, slot, block))
-        for index, _ in reversed(missing):  # Deepest first, as policies want it.
-            assert self.lower is not None
-            self.lower.host.unpin(group, chain[index])
-            self.lower.host.loaded(group, 1)
-            if group is LayerGroup.GLOBAL:
-                pool.keep((chain[index],), (int(blocks.tables[group][index]),))
-
-    def _spilling(self, group: LayerGroup) -> GivenUp | None:
-        """What becomes of the blocks that the device tier gives up."""
-        lower = self.lower
-        if lower is None:
-            return None
-
-        def spill(name: bytes, block: int) -> None:
-            slot = lower.host.spill(group, name)
-            if slot is not None:
-                self._transfers.append(Transfer(Route.DEVICE_TO_HOST, group, block, slot))
-
-        return spill
-
-    def keep_window(self, blocks: SequenceBlocks, count: int) -> None:
-        """Let later sequences go on after the sequence's first `count` blocks, once it has computed them."""
-        if blocks.names is None:
-            return
-        count = blocks.names.resumable(count)
-        if count > blocks.full and count not in blocks.resume_points:
-            insort(blocks.resume_points, count)
+                self._prefixes.keep_window_end(blocks, count)
 
     def extend(self, blocks: SequenceBlocks, start: int, end: int) -> bool:
         """Place positions `start` to `end` - 1, which the next step computes, everything before being computed.
@@ -406,7 +251,7 @@ class BlockManager:
         for group, pool in self._groups:
             missing = blocks.missing(group)
             if missing:
-                self._missing[group] -= min(missing, count)
+                self._expectations.taken(group, min(missing, count))
             blocks.tables[group][stop:needed] = pool.take(count)
         blocks.stop = needed
         return True
@@ -423,27 +268,9 @@ class BlockManager:
             for (blocks, _), end in zip(growing, range(count, len(taken) + 1, count), strict=True):
                 blocks.tables[group][blocks.stop : blocks.stop + count] = taken[end - count : end]
                 less += min(count, blocks.missing(group))
-            self._missing[group] -= less
+            self._expectations.taken(group, less)
         for blocks, _ in growing:
             blocks.stop += count
-
-    @property
-    def spare(self) -> int:
-        """Blocks of each group that are left if all that are open grow as expected; negative if there are too few."""
-        return min(pool.available - self._missing[group] for group, pool in self._groups)
-
-    def note(self, blocks: SequenceBlocks, computed: int) -> None:
-        """The first `computed` tokens have their keys now: blocks completed by that can be found from now on."""
-        full = computed // self.block_size
-        if full == blocks.full or blocks.names is None or blocks.lost is not None:
-            return
-        chain = blocks.names.first(full)
-        if LayerGroup.GLOBAL in self.pools:
-            new = slice(blocks.full, full)
-            self.pools[LayerGroup.GLOBAL].keep(chain[new], blocks.tables[LayerGroup.GLOBAL][new].tolist())
-        blocks.full = full
-        while blocks.resume_points and blocks.resume_points[0] <= full:
-            self._keep_window_end(blocks, blocks.resume_points.pop(0))
 
     def fork(
         self,
@@ -468,7 +295,7 @@ class BlockManager:
             first=dict(blocks.first),
             stop=full + partial,
             full=full if blocks.lost is None else blocks.full,
-            expected={group: self._expected(group, computed, expected_tokens) for group in self.pools},
+            expected=self._expected(computed, expected_tokens),
             mass=None if blocks.mass is None else blocks.mass.copy(),
             holes=blocks.holes,
         )
@@ -483,19 +310,18 @@ class BlockManager:
             if partial:
                 (target,) = pool.take()
                 copy.tables[group][full] = target
-                source = int(blocks.tables[group][full])
-                self._transfers.append(Transfer(Route.WITHIN_DEVICE, group, source, target))
+                self._exchange.copy(group, int(blocks.tables[group][full]), target)
         self._open.add(copy)
-        self._count_missing(copy, 1)
+        self._expectations.opened(copy)
         return copy
 
     def close(self, blocks: SequenceBlocks) -> None:
         """Release everything the sequence holds. What it computed stays findable as long as there is room."""
         if blocks.names is not None and blocks.full:
-            self._keep_window_end(blocks, blocks.full)
+            self._prefixes.keep_window_end(blocks, blocks.full)
         self._tell_mass(blocks)
         self._open.remove(blocks)
-        self._count_missing(blocks, -1)
+        self._expectations.closed(blocks)
         for group, pool in self.pools.items():
             # From the end: what is deeper in the prefix is of less use to others and recycled earlier.
             held = blocks.tables[group][blocks.first[group] : blocks.stop][::-1].tolist()
@@ -507,40 +333,18 @@ class BlockManager:
         Nothing happens to a sequence within the budget. `extend` is still to be called.
         """
         budget, count = self.budget, computed // self.block_size + 1
-        if budget is None or count <= budget.blocks:
+        if budget is None or self._bounding is None or count <= budget.blocks:
             return
-        assert blocks.mass is not None, "a budget came while the sequence was open"
-        group, table = LayerGroup.GLOBAL, blocks.tables[LayerGroup.GLOBAL]
         if blocks.lost is None:
             self.note(blocks, computed)
-            blocks.lost = np.zeros(len(table), np.bool_)
-        missing, lost = blocks.missing(group), blocks.lost[:count]
-        held = table[:count] != 0
-        held[-1] = True  # Taken already, or by `extend`.
-        chain: Sequence[bytes] = () if blocks.names is None else blocks.names.first(blocks.full)
-        while True:  # Each time around, blocks are found to be lost for ever.
-            keep = budget.choose(blocks.mass, held, lost)
-            back = np.flatnonzero(keep & ~held).tolist()
-            gone = [index for index in back if not self._keeps(group, chain[index])]
-            if not gone:
-                break
-            self._lose(lost, gone)
-        leaving = np.flatnonzero(held & ~keep)
-        self._lose(lost, leaving[leaving >= len(chain[: blocks.full])])
-        self.pools[group].release(table[leaving][::-1].tolist())
-        table[leaving] = 0
-        # What left may be in use by others; and the block that is written next has to be had, too.
-        back = back[: max(0, self.pools[group].available - 1)]
-        self._load(blocks, group, chain, self._take_up(blocks, group, chain, back))
-        blocks.holes = int(np.count_nonzero(table[: blocks.stop] == 0))
-        blocks.expected[group] = min(blocks.expected[group], budget.blocks)
-        self._missing[group] += blocks.missing(group) - missing
-        self.bound_counts.left += len(leaving)
-        self.bound_counts.returned += len(back)
+        missing = blocks.missing(LayerGroup.GLOBAL)
+        self._bounding.bound(blocks, count, budget)
+        self._expectations.changed(blocks, LayerGroup.GLOBAL, before=missing)
 
-    def _lose(self, lost: Mask, indices: Sequence[int] | NDArray[np.int64]) -> None:
-        lost[indices] = True
-        self.bound_counts.lost += len(indices)
+    @property
+    def bound_counts(self) -> BoundCounts:
+        """What bounding has done."""
+        return BoundCounts() if self._bounding is None else self._bounding.counts
 
     def forget_all(self) -> None:
         """Keep nothing of what was computed, as if the cache were new."""
@@ -560,15 +364,7 @@ class BlockManager:
             self.pools[LayerGroup.LOCAL].release(table[first:behind].tolist())
             table[first:behind] = 0
             blocks.first[LayerGroup.LOCAL] = behind
-            self._missing[LayerGroup.LOCAL] += blocks.missing(LayerGroup.LOCAL) - missing
-
-    def _keep_window_end(self, blocks: SequenceBlocks, count: int) -> None:
-        if LayerGroup.LOCAL not in self.pools or blocks.names is None:
-            return
-        oldest = self._window_start(count)
-        if blocks.first[LayerGroup.LOCAL] <= oldest < count:
-            names = blocks.names.first(count)[oldest:count]
-            self.pools[LayerGroup.LOCAL].keep(names, blocks.tables[LayerGroup.LOCAL][oldest:count].tolist())
+            self._expectations.changed(blocks, LayerGroup.LOCAL, before=missing)
 
     def _tell_mass(self, blocks: SequenceBlocks) -> None:
         """Let the policy know what attention the sequence gave its blocks, each against the mean of them."""
@@ -583,24 +379,10 @@ class BlockManager:
         if self.lower is not None:
             self.lower.attend(LayerGroup.GLOBAL, names, masses)
 
-    def _count_missing(self, blocks: SequenceBlocks, sign: int) -> None:
-        for group in self.pools:
-            self._missing[group] += sign * blocks.missing(group)
-
     def check_integrity(self) -> None:
         """Raise BlockAccountingError unless the books of all tiers follow from the open sequences."""
         if self.lower is not None:
             self.lower.check_integrity()
         for group, pool in self.pools.items():
-            in_tables: list[int] = []
-            for blocks in self._open:
-                first, table = blocks.first[group], blocks.tables[group]
-                if np.any(table[:first]) or np.any(table[blocks.stop :]):
-                    raise BlockAccountingError(f"a {group} table has blocks outside {first}:{blocks.stop}")
-                held = table[first : blocks.stop]
-                in_tables += held[held != 0].tolist()
-                if np.count_nonzero(held) != blocks.held(group) or (blocks.holes and blocks.lost is None):
-                    raise BlockAccountingError(f"a {group} table has holes that nobody has counted")
-            pool.check_integrity(in_tables)
-            if self._missing[group] != sum(blocks.missing(group) for blocks in self._open):
-                raise BlockAccountingError(f"{self._missing[group]} {group} blocks are counted as missing")
+            pool.check_integrity([block for blocks in self._open for block in blocks.check_integrity(group)])
+        self._expectations.check_integrity(self._open)

@@ -37,9 +37,11 @@ The *loop thread* is the one that makes the calls, owns the slots' books and mus
     computes instead; the tier goes on to measure by itself, so that it is asked again once it is well. A bug costs the
     blocks of the batch that it met, which are reported as `FAILED`, and a policy that raises its place: LRU takes it.
 
-Modules: `tier` (the interface), `workers` (the two threads), `staging` (slots to records and back), `books` (what is
-held), `pace` (how long transfers take), `requests` (what is asked and reported), `records` (names on the disk, and the
-store's shape), `statistics`. Each imports from those after it only.
+Modules: `tier` (the interface), `spill_worker` and `restore_worker` (the two threads), `worker` (what they have in
+common), `decoders` (threads that decode for the second), `batches` (what shares a tray), `staging` (slots to records
+and back), `threads` (how they compute), `books` (what is held), `pace` (how long transfers take), `requests` (what is
+asked and reported), `records` (names on the disk, and the store's shape), `statistics`. Each imports from those after
+it only.
 """
 
 from wicore_backend.hmt.cold_tier.books import ColdAccountingError

@@ -6,7 +6,7 @@ threads, which saves a copy of every byte on one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from math import prod
@@ -27,7 +27,7 @@ small blocks: with blocks of 32 KiB, q8 is 6 times faster that way."""
 class Stage:
     """Encodes one group's slots into consecutive records, and decodes them back, unless they are `as_it_is`.
 
-    For one thread.
+    Keeps nothing from call to call, so that several threads may use it, each with staging memory of its own.
 
     Parameters
     ----------
@@ -58,44 +58,55 @@ class Stage:
         self.slots = slots
         self.codec = codec
         self.block_bytes = prod(codec.shape) * codec.dtype.itemsize
-        self._staged = torch.empty(max(1, _STAGED_BYTES // self.block_bytes), *shape, dtype=dtype)
         # PyTorch gathers bytes where it does not gather every type of number.
         self._slot_bytes = slots.flatten(1).view(torch.uint8)
         self._slot_memory = self._slot_bytes.numpy().data
         self.as_it_is = encoded or isinstance(codec, ExactCodec)
-        self._staged_bytes = self._staged.flatten(1).view(torch.uint8)
+        self._at_once = max(1, _STAGED_BYTES // self.block_bytes)
 
     def record(self, slot: int) -> memoryview:
         """The bytes of a slot, which are its record if that is `as_it_is`."""
         return self._slot_memory[slot : slot + 1].cast("B")
 
-    def encode(self, slots: Sequence[int], records: Tensor) -> None:
+    def encode(self, slots: Sequence[int], records: Tensor, staging: Tensor) -> None:
         """Encode the blocks in `slots` into uint8 [len(slots), encoded_bytes]."""
-        for start in range(0, len(slots), len(self._staged)):
-            part = slots[start : start + len(self._staged)]
+        for start in range(0, len(slots), self._at_once):
+            part = slots[start : start + self._at_once]
             if _consecutive(part):
                 blocks = self.slots[part[0] : part[0] + len(part)]
             else:
-                blocks = self._staged[: len(part)]
-                torch.index_select(self._slot_bytes, 0, torch.tensor(part), out=self._staged_bytes[: len(part)])
+                blocks, raw = self._staged(staging, len(part))
+                torch.index_select(self._slot_bytes, 0, torch.tensor(part), out=raw)
             self.codec.encode(blocks, out=records[start : start + len(part)])
 
-    def decode(self, records: Tensor, slots: Sequence[int]) -> None:
+    def decode(self, records: Tensor, slots: Sequence[int], staging: Tensor) -> None:
         """Decode uint8 [len(slots), encoded_bytes] into `slots`."""
-        for start in range(0, len(slots), len(self._staged)):
-            part = slots[start : start + len(self._staged)]
+        for start in range(0, len(slots), self._at_once):
+            part = slots[start : start + self._at_once]
             encoded = records[start : start + len(part)]
             if _consecutive(part):
                 self.codec.decode(encoded, out=self.slots[part[0] : part[0] + len(part)])
             else:
-                self.codec.decode(encoded, out=self._staged[: len(part)])
-                self._slot_bytes.index_copy_(0, torch.tensor(part), self._staged_bytes[: len(part)])
+                blocks, raw = self._staged(staging, len(part))
+                self.codec.decode(encoded, out=blocks)
+                self._slot_bytes.index_copy_(0, torch.tensor(part), raw)
 
-    def decode_to_nowhere(self, records: Tensor) -> None:
+    def decode_to_nowhere(self, records: Tensor, staging: Tensor) -> None:
         """Take the time of decoding uint8 [records, encoded_bytes]."""
-        for start in range(0, len(records), len(self._staged)):
-            encoded = records[start : start + len(self._staged)]
-            self.codec.decode(encoded, out=self._staged[: len(encoded)])
+        for start in range(0, len(records), self._at_once):
+            encoded = records[start : start + self._at_once]
+            blocks, _ = self._staged(staging, len(encoded))
+            self.codec.decode(encoded, out=blocks)
+
+    def _staged(self, staging: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Room for blocks in the staging memory: as they are, and as bytes [count, bytes of one]."""
+        raw = staging[: count * self.block_bytes].view(count, self.block_bytes)
+        return raw.view(self.codec.dtype).view(count, *self.codec.shape), raw
+
+
+def staging_for(stages: Iterable[Stage]) -> Tensor:
+    """One thread's memory for blocks of scattered slots: uint8, enough for what any of the stages does at once."""
+    return torch.empty(max(_STAGED_BYTES, *(stage.block_bytes for stage in stages)), dtype=torch.uint8)
 
 
 class Tray:

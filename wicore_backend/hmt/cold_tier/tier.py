@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from math import inf, prod
 
 from torch import Tensor
@@ -15,11 +16,14 @@ from torch import Tensor
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.codecs import Codec
 from wicore_backend.hmt.cold_tier.books import ColdAccountingError, ColdBooks
+from wicore_backend.hmt.cold_tier.decoders import Decoders
 from wicore_backend.hmt.cold_tier.records import record_name
 from wicore_backend.hmt.cold_tier.requests import Finished, Restore
+from wicore_backend.hmt.cold_tier.restore_worker import RestoreWorker
+from wicore_backend.hmt.cold_tier.spill_worker import SpillWorker
 from wicore_backend.hmt.cold_tier.staging import Stage, Tray
 from wicore_backend.hmt.cold_tier.statistics import ColdStatistics
-from wicore_backend.hmt.cold_tier.workers import Desk, RestoreWorker, SpillWorker
+from wicore_backend.hmt.cold_tier.worker import Desk
 from wicore_backend.hmt.host_tier import Key, SlotBlock
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.nvme import NvmeStore, Outcome
@@ -39,7 +43,10 @@ class ColdTierLimits:
     backlog_bytes
         Of slots that are being spilled; beyond, `spill` takes no more.
     tray_bytes, trays
-        Memory for records under way, for each direction; a tray has room for the largest record in any case.
+        Memory for records under way, for each direction; a tray has room for the largest record in any case. Where
+        blocks are decoded, another one for each thread that does it.
+    decode_threads
+        Batches that are decoded at once: by default half of the CPUs that the process may use, and no more than 4.
     measure_s
         An idle tier measures how fast restores are when that is so long ago.
     behind_bytes_per_second
@@ -49,14 +56,15 @@ class ColdTierLimits:
     backlog_bytes: int = 256 << 20
     tray_bytes: int = 4 << 20
     trays: int = 4
+    decode_threads: int = field(default_factory=lambda: max(1, min(4, len(os.sched_getaffinity(0)) // 2)))
     measure_s: float = 60.0
     behind_bytes_per_second: float = 200e6
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not (value > 0 or (value == 0 and field.name == "behind_bytes_per_second")):
-                raise InvalidArgumentError(f"cold tier: {field.name} is {value}; it has to be above 0")
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if not (value > 0 or (value == 0 and limit.name == "behind_bytes_per_second")):
+                raise InvalidArgumentError(f"cold tier: {limit.name} is {value}; it has to be above 0")
 
 
 class ColdTier:
@@ -113,18 +121,21 @@ class ColdTier:
         self._closed = False
         self._books = ColdBooks(store, {group: codec.encoded_bytes for group, codec in codecs.items()}, policy)
 
-        def desk(report: Callable[[Sequence[Finished]], None]) -> Desk:
-            return Desk(
-                store=store,
-                books=self._books,
-                stages={group: Stage(codec, slots[group]) for group, codec in codecs.items()},
-                trays=[Tray(max(limits.tray_bytes, largest)) for _ in range(limits.trays)],
-                report=report,
-            )
+        stages = {group: Stage(codec, slots[group]) for group, codec in codecs.items()}
+        tray_bytes = max(limits.tray_bytes, largest)
+        decoded = any(not stage.as_it_is for stage in stages.values())
 
-        self._down = SpillWorker(desk(self._report_spilled))
+        def desk(trays: int, report: Callable[[Sequence[Finished]], None]) -> Desk:
+            made = [Tray(tray_bytes) for _ in range(trays)]
+            return Desk(store=store, books=self._books, stages=stages, trays=made, report=report)
+
+        self._decoders = Decoders(stages.values(), threads=limits.decode_threads)
+        self._down = SpillWorker(desk(limits.trays, self._report_spilled))
         self._up = RestoreWorker(
-            desk(self._report), measure_s=limits.measure_s, stores_until=lambda: self._down.stores_until
+            desk(limits.trays + decoded * limits.decode_threads, self._report),
+            self._decoders,
+            measure_s=limits.measure_s,
+            stores_until=lambda: self._down.stores_until,
         )
         for worker in (self._down, self._up):
             worker.start()
@@ -307,6 +318,7 @@ class ColdTier:
             if not all(worker.join(max(0.0, end - time.monotonic())) for worker in workers):
                 _log.warning(logfmt("cold_tier_left_running", waited_s=timeout_s + _ABANDON_S))
                 return
+        self._decoders.close()
         self._store.flush()
 
     def check_integrity(self) -> None:

@@ -32,9 +32,10 @@ groups has to be guessed. What it promises:
 10. **Threads.** Every method may be called on any thread. `store`, `fetch`, `delete` and the rest never touch the disk
     on the caller's; `flush` and `close` do.
 
-Modules: `store` (the interface and its two kinds of job), `index` (books), `space` (free slots), `record` (headers),
-`files` (the disk), `lane` (threads and deadlines), `tickets`, `outcome`, `trouble`, `statistics`, `config`. Each
-imports from below only.
+Modules: `store` (the interface), `opening` (what is found on the disk), `mover` (what threads do to the files), `jobs`
+(a record under way), `lane` (threads and deadlines), `ledger` (the books as threads share them), `index` (the books),
+`transfer` (several records in few I/Os), `config`, `files` (the disk), `record` (headers), `space` (free slots),
+`tickets`, `statistics`, `trouble`, `outcome`. Each imports from those after it only.
 """
 
 from wicore_backend.hmt.nvme.config import NvmeConfig
