@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from scripts.engine_build.builder import Build, Limits
 from scripts.engine_build.estimates import Part, parts
-from scripts.engine_build.tables import duration, inspection, plan_table
+from scripts.engine_build.tables import Inspection, duration, inspection, plan_table
 from scripts.engine_build.worker import Built
 from wicore_backend.config import EngineConfig
 from wicore_backend.devices.cards import CARDS
@@ -89,11 +89,11 @@ class _Report:
             self._bar.set_description(" ".join(self._running) or "done")
 
 
-def _key(args: argparse.Namespace, plan: Plan | None, library: Library) -> EngineKey:
+def _key(args: argparse.Namespace, plan: Plan | None, library: Library, *, fingerprint: str) -> EngineKey:
     settings = plan.engine_config(args.model) if plan else EngineConfig(model=args.model)
     timed_on = torch.cuda.get_device_name() if library.times_kernels and torch.cuda.is_available() else None
     return EngineKey(
-        model=checkpoint_fingerprint(args.model).hex(),
+        model=fingerprint,
         precision=Precision(args.precision),
         weights=args.weights,
         library=library.name,
@@ -133,11 +133,12 @@ def build_engines(args: argparse.Namespace) -> str:
     _check_precision(args.target, precision)
     searched = precision is Precision.INT4 and not args.no_search and weight_format(args.model) is None
     todo = parts(config, precision, args.weights, searched=searched)
-    root = _root(args)
+    fingerprint = _fingerprint(args.model)
+    root = engines_directory(_settings(args), fingerprint=fingerprint)
     build = Build(
         args.model,
         root,
-        _key(args, plan, library),
+        _key(args, plan, library, fingerprint=fingerprint),
         todo,
         options=BuildOptions(
             weight_streaming=args.weight_streaming,
@@ -166,12 +167,28 @@ def build_engines(args: argparse.Namespace) -> str:
     )
 
 
-def _root(args: argparse.Namespace) -> Path:
-    """The directory of all of the model's engines."""
+def inspect_engines(args: argparse.Namespace) -> Inspection:
+    """What `--inspect` prints.
+
+    Raises
+    ------
+    WicoreError
+        If the checkpoint cannot be read, after which the engines' directory is named where none is given.
+    """
+    fingerprint = None if args.engines else _fingerprint(args.model)
+    return inspection(engines_directory(_settings(args), fingerprint=fingerprint))
+
+
+def _settings(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(model=args.model, engines=args.engines)
+
+
+def _fingerprint(model: Path) -> str:
+    """The checkpoint's, in hexadecimal, which takes a second for a large one."""
     try:
-        return engines_directory(EngineConfig(model=args.model, engines=args.engines))
+        return checkpoint_fingerprint(model).hex()
     except OSError as error:
-        raise CheckpointError(f"{args.model} cannot be read: {error}; name the directory of a checkpoint") from None
+        raise CheckpointError(f"{model} cannot be read: {error}; name the directory of a checkpoint") from None
 
 
 def _check_precision(target: str, precision: Precision) -> None:
@@ -304,7 +321,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         if args.inspect:
-            found = inspection(_root(args))
+            found = inspect_engines(args)
             print(found)
             if found.problems:
                 sys.exit(1)

@@ -1,11 +1,11 @@
 """The command that builds engines: what it says before, what a kill leaves, what it refuses, what it leaves on disk."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +25,10 @@ from scripts.serving.cli import build_parser
 from tests.gemma3_random import write_random_checkpoint
 from wicore_backend.config import EngineConfig
 from wicore_backend.devices.memory import segment_bytes
+from wicore_backend.engine import executors
 from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind, segments
+from wicore_backend.executor.segments.exclusive import alone_in
 from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.segments.manifest import SegmentSet
 from wicore_backend.executor.tensorrt.building import BuildOptions
@@ -101,7 +103,7 @@ def test_a_build_leaves_a_whole_set_and_nothing_else(model, built):
     assert done.returncode == 0, done.stderr
     assert complete(model, engines)
     names = {path.name for path in folder(engines).iterdir()}
-    assert names == {"engines.json", ".building", *(f"{name}.engine" for name in NAMES)}
+    assert names == {"engines.json", *(f"{name}.engine" for name in NAMES)}
     assert not list(engines.rglob("*.onnx"))
     for name in NAMES:
         assert re.search(
@@ -274,10 +276,12 @@ def test_engines_and_graphs_whose_scales_were_searched_do_not_mix_with_others(tm
     args = ["--target", "sm89", "--library", "rtx", *given]
     library = load_library("tensorrt_rtx")
     parsed = build_engines._parser().parse_args([str(checkpoint), *args, "--precision", "int4"])
-    key = build_engines._key(parsed, None, library)
+    fingerprint = checkpoint_fingerprint(checkpoint).hex()
+    key = build_engines._key(parsed, None, library, fingerprint=fingerprint)
     assert key.searched == (not given)
     plain = build_engines._parser().parse_args([str(checkpoint), *args, "--precision", "bf16"])
-    assert not build_engines._key(plain, None, library).searched, "nothing is rounded there"
+    of_plain = build_engines._key(plain, None, library, fingerprint=fingerprint)
+    assert not of_plain.searched, "nothing is rounded there"
     build = Build(checkpoint, tmp_path, key, [], options=BuildOptions(), keep_onnx=False, replace=False)
     for search in (True, False):
         export_segments(checkpoint, tmp_path / "int4", Precision.INT4, search=search)
@@ -288,8 +292,7 @@ def test_two_builds_of_the_same_engines_do_not_mix(model, built):
     engines, _ = built
     (folder(engines) / "vision.engine").rename(folder(engines) / "aside")
     try:
-        with (folder(engines) / ".building").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone_in(folder(engines), ".building", wait=False):
             done = run(model, engines, "--max-running", "4", "--max-batch-tokens", "96")
     finally:
         (folder(engines) / "aside").rename(folder(engines) / "vision.engine")
@@ -375,6 +378,48 @@ def test_a_build_that_is_refused_leaves_no_folders(model, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="weights in int4 cannot be inputs"):
         call(model, monkeypatch, "--engines", str(tmp_path / "new" / "engines"), *refused)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_checkpoints_fingerprint_is_read_once(model, tmp_path, monkeypatch, named):
+    """It takes a second for a large one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read = []
+
+    def fingerprint(directory: Path) -> bytes:
+        read.append(directory)
+        return checkpoint_fingerprint(directory)
+
+    for module in (build_engines, executors):
+        monkeypatch.setattr(module, "checkpoint_fingerprint", fingerprint)
+    where = ["--engines", str(tmp_path / "mine")] if named else []
+    call(model, monkeypatch, *where, "--target", "sm89", "--precision", "bf16", "--library", "rtx", "--dry-run")
+    assert read == [model]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_checkpoint_that_cannot_be_read_is_said_to_be_one(model, tmp_path, monkeypatch, named):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "more.safetensors").mkdir()
+    where = ["--engines", str(tmp_path / "mine")] if named else []
+    asked = [*where, "--target", "sm89", "--precision", "bf16", "--library", "rtx", "--dry-run"]
+    for more in (asked, ["--inspect"]) if not named else (asked,):
+        with pytest.raises(SystemExit, match=r"^build_engines: .*model cannot be read: .*Is a directory: .*; name the"):
+            call(tmp_path / "model", monkeypatch, *more)
+
+
+def test_graphs_that_are_kept_leave_no_lock_beside_them(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_engines.Build, "check", lambda *_: None)
+    monkeypatch.setattr("scripts.engine_build.builder.build_all", lambda *_: [])
+    engines = tmp_path / "engines"
+    call(model, monkeypatch, *arguments(engines, "--keep-onnx"))
+    assert {path.name for path in engines.rglob("*.onnx")} == {f"{name}.onnx" for name in NAMES}
+    assert not list(engines.rglob("*.lock"))
+    assert not list(engines.rglob(".building"))
+    refused = ["--target", "sm89", "--precision", "int4", "--library", "rtx", "--weights", "inputs", "--keep-onnx"]
+    with pytest.raises(SystemExit, match="weights in int4 cannot be inputs"):
+        call(model, monkeypatch, "--engines", str(tmp_path / "refused"), *refused)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_the_27b_in_int4_is_planned_as_its_sizes_are():

@@ -261,11 +261,12 @@ def test_the_command_waits_for_who_exports_there_already(model, tmp_path):
             map(str, command), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         said = waiting.stderr.readline()
-        assert said == f"another process exports to {tmp_path / 'fp32'}; waiting for it\n"
+        assert said == f"another process writes to {tmp_path / 'fp32'}; waiting for it\n"
         assert [path.name for path in (tmp_path / "fp32").iterdir()] == ["exporting.lock"]
     waiting.communicate(timeout=60)
     assert waiting.returncode == 0
     assert SegmentSet.read(tmp_path / "fp32").files
+    assert not list(tmp_path.rglob("*.lock"))
     (tmp_path / "file").touch()
     refused = _command(model, tmp_path / "file", "--precision", "fp32")
     assert refused.returncode == 1

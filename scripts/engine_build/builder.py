@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import multiprocessing
 import os
@@ -10,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from scripts.engine_build.estimates import Part, available_memory, check_disk, c
 from scripts.engine_build.worker import Built, Order, begin, build
 from wicore_backend.errors import ExecutorError, SegmentError
 from wicore_backend.executor.segments.contract import Segment
-from wicore_backend.executor.segments.exclusive import exporting_alone
+from wicore_backend.executor.segments.exclusive import alone_in, exporting_alone
 from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.segments.manifest import SegmentFile, SegmentSet
 from wicore_backend.executor.tensorrt.building import BuildOptions, Target
@@ -238,27 +237,14 @@ def _result(future: Future[Built], parts: Sequence[Part]) -> Built:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """That no other process builds in `directory` meanwhile. If it is new, and stays empty, it is gone in the end."""
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / _LOCK).open("w")
-    except OSError as error:
-        raise ExecutorError(
-            f"{directory} cannot be written to: {error.strerror}; name another with --engines"
-        ) from None
-    with lock as file:
+    """That no other process builds in `directory` meanwhile: see `alone_in`."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(alone_in(directory, _LOCK, wait=False))
         except BlockingIOError:
             raise ExecutorError(f"another process builds in {directory}; wait for it, or end it") from None
-        if not os.fstat(file.fileno()).st_nlink:  # One that ended between, and removed it.
-            raise ExecutorError(f"another process has just built in {directory}; run the command again")
-        try:
-            yield
-        finally:
-            if made and [path.name for path in directory.iterdir()] == [_LOCK]:
-                (directory / _LOCK).unlink()
-                with suppress(OSError):  # The first that has something else in it.
-                    for path in made:
-                        path.rmdir()
+        except OSError as error:
+            raise ExecutorError(
+                f"{directory} cannot be written to: {error.strerror}; name another with --engines"
+            ) from None
+        yield
