@@ -39,11 +39,6 @@ ROUNDING = 1e-2
 """Of rows quantised from values that differ in their last bits: now and then one comes out a step of FP8 away."""
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def same_rows(ours, theirs):
     assert relative_error(ours.scale, theirs.scale) < 1e-3
     assert relative_error(ours.dequantized(), theirs.dequantized()) < ROUNDING

@@ -29,11 +29,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def run_alone(program):
     """What a program prints that must not run in the interpreter's session."""
     alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -10,11 +10,6 @@ from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
 

@@ -46,11 +46,6 @@ TILES = [
 """Five spans, as below, are not shared out evenly among 2, 3 or 4."""
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def dtype(kernel_device):
     """The interpreter multiplies bfloat16 matrices as if their bits were integers."""
