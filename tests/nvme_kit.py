@@ -120,7 +120,7 @@ def faulty_store(directory: Path) -> Iterator[tuple[NvmeStore, FaultyFiles]]:
         opened.append(FaultyFiles(*args, **kwargs))
         return opened[-1]
 
-    shape = config(directory / "store", retry_s=3600.0, read_deadline_s=0.3, write_deadline_s=0.3)
+    shape = config(directory / "store", retry_s=3600.0, read_deadline_s=1.0, write_deadline_s=1.0)
     with NvmeStore(shape, open_files=open_files) as store:
         yield store, opened[0]
         opened[0].errors.clear()

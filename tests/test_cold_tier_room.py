@@ -94,7 +94,7 @@ def test_a_slow_disk_makes_spills_fewer_and_never_waits(tmp_path):
         started = time.perf_counter()
         assert bench.tier.spill(blocks) == 5
         assert bench.tier.spill(blocks[5:]) == 0
-        assert time.perf_counter() - started < 0.5
+        assert time.perf_counter() - started < 4  # The disk has 5.
         assert bench.tier.statistics().groups[GLOBAL].unasked == 19 + 19
         assert bench.tier.statistics().spilling_bytes == 5 * 2048
         files.go.set()

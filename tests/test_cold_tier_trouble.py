@@ -191,13 +191,13 @@ def test_a_silent_disk_is_late_and_its_slots_come_back_untouched(tmp_path):
         bench.slots[GLOBAL].fill_(3)
         up = [SlotBlock(GLOBAL, name(number), number) for number in range(SLOTS)]
         started = time.perf_counter()
-        first = bench.tier.restore(up[:20], 0.5)
+        first = bench.tier.restore(up[:20], 1.5)
         second = bench.tier.restore(up[20:], 0.1)  # Finds no tray, and waits for its own deadline alone.
         ended = bench.wait(4)
-        assert 0.1 <= time.perf_counter() - started < 0.5
+        assert 0.1 <= time.perf_counter() - started < 1.5
         assert second.done
         ended += bench.wait(20)
-        assert 0.5 <= time.perf_counter() - started < 2
+        assert 1.5 <= time.perf_counter() - started < 4.5
         assert first.done
         assert {done.outcome for done in ended} == {Outcome.LATE}
         files.blocked.clear()
@@ -209,13 +209,15 @@ def test_a_silent_disk_is_late_and_its_slots_come_back_untouched(tmp_path):
 
 
 def test_a_write_that_hangs_is_no_record_and_gives_its_slot_back(tmp_path):
-    with Bench(tmp_path, open_files=FaultyFiles, write_deadline_s=0.1) as bench:
+    with Bench(tmp_path, open_files=FaultyFiles, write_deadline_s=0.5) as bench:
         (files,) = bench.files
         files.blocked.add("write")
         assert bench.spill([bench.put(GLOBAL, 1, 0)]) == [Outcome.LATE]
         assert not bench.tier.holds(GLOBAL, name(1))
         files.blocked.clear()
         files.go.set()
-        assert bench.spill([bench.put(GLOBAL, 1, 0)]) == [Outcome.DONE]
+        end = time.monotonic() + 10
+        while bench.spill([bench.put(GLOBAL, 1, 0)]) != [Outcome.DONE]:  # Its thread has to come back first.
+            assert time.monotonic() < end
         assert bench.restore([SlotBlock(GLOBAL, name(1), 2)]) == [Outcome.DONE]
         assert bench.right(SlotBlock(GLOBAL, name(1), 2))

@@ -97,7 +97,7 @@ def test_a_read_that_hangs_is_late_and_never_writes_to_the_callers_memory(faulty
     files.blocked.add("read")
     started = time.perf_counter()
     assert get(store, 0) is Outcome.LATE
-    assert 0.3 <= time.perf_counter() - started < 2
+    assert 1 <= time.perf_counter() - started < 5
     buffer = bytearray(SLOT)
     ticket = store.fetch([name(1)], [buffer])
     assert ticket.wait(5)
@@ -105,7 +105,7 @@ def test_a_read_that_hangs_is_late_and_never_writes_to_the_callers_memory(faulty
     # Both threads are in the kernel now: nobody waits for a deadline again, and stores go on.
     started = time.perf_counter()
     assert get(store, 2) is Outcome.LATE
-    assert time.perf_counter() - started < 0.2
+    assert time.perf_counter() - started < 0.5
     assert put(store, 5) is Outcome.DONE
     assert store.delete(name(0))
     store.check_integrity()
@@ -127,7 +127,7 @@ def test_what_waits_behind_hanging_reads_ends_with_them(faulty):
     started = time.perf_counter()
     ticket = store.fetch([name(number) for number in range(10)], [bytearray(SLOT) for _ in range(10)])
     assert ticket.wait(5)
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 5
     assert set(ticket.outcomes) == {Outcome.LATE}
     files.go.set()
 
@@ -139,7 +139,7 @@ def test_a_fetch_ends_by_the_callers_own_deadline(faulty):
     started = time.perf_counter()
     ticket = store.fetch([name(1)], [bytearray(SLOT)], deadline_s=0.02)
     assert ticket.wait(5)
-    assert time.perf_counter() - started < 0.25
+    assert time.perf_counter() - started < 0.5
     assert ticket.outcomes == (Outcome.LATE,)
     files.go.set()
 
@@ -179,7 +179,7 @@ def test_a_store_whose_disk_hangs_closes_and_keeps_its_directory_to_itself(tmp_p
     assert get(store, 1) is Outcome.LATE
     started = time.perf_counter()
     store.close(timeout_s=0.1)
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 5
     assert get(store, 1) is Outcome.CLOSED
     with pytest.raises(StoreInUseError):
         NvmeStore(config(tmp_path))
