@@ -12,9 +12,9 @@ from typing import Any
 from scripts.simulation.machine import Machine
 from scripts.simulation.replay import Arrival, Replay, RequestClass
 from scripts.simulation.traces import TraceRequest
-from wicore_backend.engine.plan import Fork, SchedulerLimits, StepPlan
+from wicore_backend.engine.plan import Fork, Guess, SchedulerLimits, StepPlan
 from wicore_backend.engine.request import PriorityClass, Sequence
-from wicore_backend.engine.scheduler import Guess, Scheduler
+from wicore_backend.engine.scheduler import Scheduler
 from wicore_backend.engine.step_time import StepTimeModel
 from wicore_backend.hmt.blocks import BlockManager
 

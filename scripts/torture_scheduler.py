@@ -2,7 +2,7 @@
 
     nice python -m scripts.torture_scheduler --interleavings 10000 --seed 1
 
-What may happen and what must hold is in tests/test_scheduler_random.py. Prints what happened as a table; a broken
+What may happen and what must hold is in tests/interleavings.py. Prints what happened as a table; a broken
 promise ends the run with the shortest interleaving found that breaks it.
 """
 
@@ -23,7 +23,8 @@ import torch
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.test_scheduler_random import TALLY, Interleaving
+from tests.hash_model import TALLY
+from tests.interleavings import Interleaving
 
 
 def torture(interleavings: int, operations: int, number: int) -> Counter[str]:

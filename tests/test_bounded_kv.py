@@ -442,7 +442,7 @@ def test_who_gave_way_goes_on_as_if_its_answer_so_far_had_been_asked(needle: Cas
             for sequence in scheduler.running:
                 if sequence.answered == 20 and not sequence.preemptions:
                     assert sequence.running_blocks.holes
-                    scheduler._preempt(sequence)
+                    scheduler.preempt(sequence)
             return plan_step(*how)
 
         with mock.patch.object(scheduler, "plan", plan):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.fake_cold_tier import FakeColdTier
-from tests.test_scheduler import Bench, sequence
+from tests.scheduler_bench import Bench, sequence
 from wicore_backend.engine.request import Deadlines
 from wicore_backend.hmt.host_tier import HostTier
 from wicore_backend.hmt.layout import LayerGroup
@@ -110,7 +110,7 @@ def test_a_disk_that_says_nothing_is_not_waited_for_for_ever():
     b.add(a)
     for _ in range(20):
         b.step()
-    assert a not in b.scheduler._restoring
+    assert a not in b.scheduler._lobby.restoring
     b.run()
     assert a.cached_tokens == 0
 
@@ -120,7 +120,7 @@ def test_a_twin_that_waited_for_the_disk_too_holds_nothing_when_it_goes_on_from_
     b.store(first)
     b.add(first, second)
     b.step()
-    assert len(b.scheduler._restoring) == 2
+    assert len(b.scheduler._lobby.restoring) == 2
     b.disk.move(100)
     for _ in range(3):
         b.step()
@@ -133,7 +133,7 @@ def test_the_queue_deadline_holds_while_one_waits_for_the_disk():
     b.store(a)
     b.add(a)
     b.step()
-    assert a in b.scheduler._restoring
+    assert a in b.scheduler._lobby.restoring
     b.now = 5.0
     ((late, _),) = b.scheduler.expire(b.now)
     b.scheduler.remove(late)

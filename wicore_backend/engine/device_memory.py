@@ -16,9 +16,9 @@ from wicore_backend.engine.computation import LOGPROB_ROWS
 from wicore_backend.engine.graphs import bucket_sizes
 from wicore_backend.engine.logprobs import logprobs_bytes
 from wicore_backend.engine.pictures import MAX_BATCH, pixel_bytes
+from wicore_backend.engine.plan import MOST_GUESSED
 from wicore_backend.engine.prompts import prompt_keys
 from wicore_backend.engine.sampler import sampling_bytes
-from wicore_backend.engine.scheduler import MOST_GUESSED
 from wicore_backend.engine.segments import token_counts
 from wicore_backend.engine.step_inputs import StepInputs
 from wicore_backend.executor.needs import activation_bytes, handed_bytes, logits_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -11,6 +11,12 @@ from wicore_backend.config import EngineConfig
 from wicore_backend.engine.request import Sequence
 from wicore_backend.engine.step_time import StepShape
 from wicore_backend.processor.prompt import PromptImage
+
+MOST_GUESSED = 64
+"""Guessed tokens of a step: each has logits of its own, a megabyte, and several times that where it is drawn."""
+
+Guess = Callable[[Sequence, int], tuple[int, ...]]
+"""For a step of decodes alone: up to so many tokens that may follow those of a sequence."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from enum import Enum, auto
 
+from wicore_backend.engine.expectations import Expectations
+from wicore_backend.engine.kept_prefix import KeptPrefixes
 from wicore_backend.engine.plan import SchedulerCounts
 from wicore_backend.engine.request import Sequence
 from wicore_backend.hmt.blocks import BlockManager, PrefixMatch
 from wicore_backend.hmt.host_tier import Key
-from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hmt.lower_tiers import LowerTiers, Restore
 
 _PATIENCE = 1.5
@@ -30,28 +31,21 @@ class Decision(Enum):
 
 
 class Restoring:
-    """See the module's docstring. Decides by what has been measured: restoring has to beat computing.
+    """Who waits for the cold tier. Decides by what has been measured: restoring has to beat computing.
 
-    Parameters
-    ----------
-    match
-        What is kept of a sequence's prefix, on the device or in host memory.
-    prefill_seconds
-        The least time that a sequence's prompt takes from a number of blocks on; 0 while nobody knows.
+    A sequence that is the head of the queue begins to wait with a `restore` of its own, and is out of the queue until
+    that is done, or too late. It keeps the restore, and with it the blocks in host memory, until it starts, or ends, or
+    goes on from another one's prompt (`end`). One for which it was not worth while `computes`, and is not asked again
+    until it has given way.
     """
 
     def __init__(
-        self,
-        blocks: BlockManager,
-        counts: SchedulerCounts,
-        *,
-        match: Callable[[Sequence], PrefixMatch],
-        prefill_seconds: Callable[[Sequence, int], float],
+        self, blocks: BlockManager, prefixes: KeptPrefixes, expectations: Expectations, counts: SchedulerCounts
     ) -> None:
         self._blocks = blocks
+        self._prefixes = prefixes
+        self._expectations = expectations
         self._counts = counts
-        self._match = match
-        self._prefill_seconds = prefill_seconds
         self._began: dict[Sequence, float] = {}
 
     def __len__(self) -> int:
@@ -68,12 +62,12 @@ class Restoring:
         lower = self._lower
         if lower is None or sequence.restore is not None or sequence.computes:
             return Decision.START
-        match = self._match(sequence)
-        resume, keys = self._restorable(sequence, match)
+        match = self._prefixes.match(sequence)
+        resume, keys = self._prefixes.restorable(sequence, match)
         if not keys:
             return Decision.START
         seconds = self._seconds(lower, keys)
-        saved = self._prefill_seconds(sequence, match.resume) - self._prefill_seconds(sequence, resume)
+        saved = self.prefill_seconds(sequence, match.resume) - self.prefill_seconds(sequence, resume)
         worth = seconds is None or seconds < min(saved or seconds + 1, lower.restore_deadline_s)
         restore = lower.restore(keys) if worth else None
         if restore is None:
@@ -106,49 +100,38 @@ class Restoring:
                 lower.end(restore)
         return done
 
-    def count_hits(self, sequence: Sequence, match: PrefixMatch) -> None:
-        """Count in which tier the prefix is that the sequence is about to go on from."""
-        lower, pool = self._blocks.lower, self._blocks.pools.get(LayerGroup.GLOBAL)
-        if lower is None or pool is None or sequence.names is None:
-            return
-        size = self._blocks.block_size
-        fetched = () if sequence.restore is None else sequence.restore.fetched
-        for name in sequence.names.first(match.resume)[: match.resume]:
-            if pool.find(name) is not None:
-                continue
-            if (LayerGroup.GLOBAL, name) in fetched:
-                self._counts.nvme_hit_tokens += size
-            else:
-                self._counts.host_hit_tokens += size
+    def started(self, sequence: Sequence) -> None:
+        """The sequence runs, from `computed` on."""
+        if sequence.restore is not None:
+            self._counts.restored_tokens += sequence.computed
+        self.end(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """The sequence starts, or ends, or goes on from another one's prompt: nothing is held for it any more."""
+        """The sequence has started, or ends, or goes on from another one's prompt: nothing is held for it any more."""
         self._began.pop(sequence, None)
         if sequence.restore is not None:
             assert self._blocks.lower is not None
             self._blocks.lower.end(sequence.restore)
             sequence.restore = None
 
+    def prefill_seconds(self, sequence: Sequence, resume: int) -> float:
+        """Least time that the sequence's prompt takes from so many blocks on."""
+        return self._expectations.prefill_seconds(len(sequence.tokens), resume * self._blocks.block_size)
+
     def seconds(self, sequence: Sequence, match: PrefixMatch) -> float | None:
         """The least time to a first token by way of the cold tier; None if there is nothing for the sequence."""
         lower = self._lower
         if lower is None:
             return None
-        resume, keys = self._restorable(sequence, match)
+        resume, keys = self._prefixes.restorable(sequence, match)
         if not keys:
             return None
-        return (self._seconds(lower, keys) or 0.0) + self._prefill_seconds(sequence, resume)
+        return (self._seconds(lower, keys) or 0.0) + self.prefill_seconds(sequence, resume)
 
     @property
     def _lower(self) -> LowerTiers | None:
         lower = self._blocks.lower
         return lower if lower is not None and lower.cold is not None else None
-
-    def _restorable(self, sequence: Sequence, match: PrefixMatch) -> tuple[int, Several[Key]]:
-        """Where a sequence could go on, past `match`, with blocks from the cold tier; and those, none if nowhere."""
-        if sequence.names is None:
-            return match.resume, ()
-        return self._blocks.restorable(sequence.names, self._blocks.startable(len(sequence.tokens)), match)
 
     def _seconds(self, lower: LowerTiers, keys: Several[Key]) -> float | None:
         """How long those take that host memory does not hold; None if that is not known."""
