@@ -95,6 +95,20 @@ def test_one_tick_at_a_time_and_none_outstanding_at_the_end(road):
     assert road.client.ended
 
 
+def test_a_tick_that_does_not_come_back_is_followed_by_a_few_more(wires):
+    book: list = []
+    now = [100.0]
+    wire = wires.EnsembleWire(b"key", Sender("submit", book), wires.ReplySender(str), clock=lambda: now[0])
+    for _ in range(100):
+        wire.probe()
+        now[0] += 1.0
+    assert len(book) == 4  # One, and three at 5 s each; then the server has enough of them.
+    for _ in range(4):
+        wire.attach(Sender("client", book), cancelled=True)
+    assert wire.is_cancelled()
+    assert wire.accepts(last=True)
+
+
 def test_without_an_attach_the_submit_itself_is_the_road(wires):
     book: list = []
     wire = wires.EnsembleWire(b"key", Sender("submit", book), wires.ReplySender(str))

@@ -16,7 +16,9 @@ end, then the answer's last response.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,13 @@ from wicore_backend.triton.wire import logprobs_content, usage_json
 
 FINAL = 1
 """TRITONSERVER_RESPONSE_COMPLETE_FINAL; pb_utils has the name only once a model is being initialised."""
+
+_TICK_PATIENCE_S = 5.0
+"""After which another tick follows one that has not come back. A server was seen to start no step for one until
+something else came, 90 s later; meanwhile a client that had gone was computed for."""
+
+_MOST_TICKS = 4
+"""Outstanding at a time: a server that is too busy for one is not helped by more."""
 
 
 class ReplySender:
@@ -117,7 +126,11 @@ class EnsembleWire:
         The response sender of the submit step.
     """
 
-    def __init__(self, key: bytes, submit: Any, replies: ReplySender) -> None:
+    def __init__(
+        self, key: bytes, submit: Any, replies: ReplySender, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._last_tick = -inf
         self._key = key
         self._submit = submit
         self._replies = replies
@@ -160,8 +173,10 @@ class EnsembleWire:
             self._submit.send(flags=FINAL)
 
     def probe(self) -> None:
-        if not self._ticks_outstanding:
+        late = self._clock() - self._last_tick >= _TICK_PATIENCE_S
+        if not self._ticks_outstanding or (late and self._ticks_outstanding < _MOST_TICKS):
             self._ticks_outstanding += 1
+            self._last_tick = self._clock()
             tick = pb_utils.Tensor("tick", np.array([self._key], np.object_))
             self._submit.send(pb_utils.InferenceResponse([tick]))
 
