@@ -13,7 +13,7 @@ import torch
 from scripts.random_gemma3 import SHAPES, published_config, random_weights, write_directory
 from tests.gemma3_random import write_random_checkpoint
 from tests.peak_memory import peak_bytes
-from tests.test_decode_graphs import Model, decodes, prompts
+from tests.test_decode_graphs import Model, Repeated, decodes, prompts, segment_graphs
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.attention.gpu.needs import AttentionNeeds
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
@@ -27,6 +27,7 @@ from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder, p
 from wicore_backend.engine.runner import run_layers
 from wicore_backend.engine.sampler import SamplingRow, sample, sampling_bytes
 from wicore_backend.engine.sampling_params import SamplingParams as Params
+from wicore_backend.engine.step_inputs import StepInputs
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.int4_matrix import widened_bytes
@@ -295,6 +296,29 @@ def test_what_a_step_is_given_is_set_aside_once_for_all_recorded_sizes(shape_of_
     tokens, text = 512, shape_of_27b.text
     of_inputs = tokens * (text.hidden_size + 4096) * 2
     assert needs[1024] - needs[512] < activation_bytes(text, tokens=tokens, value_bytes=2) + 2 * of_inputs
+
+
+@pytest.mark.parametrize("tokens", [512, 8192])
+def test_what_recorded_steps_are_given_is_set_aside_once_and_for_them_alone(shape_of_27b, monkeypatch, tokens):
+    """Steps that are not recorded have it as well, as activations: it was counted for both."""
+    monkeypatch.setattr(StepInputs, "nbytes", lambda *_, **__: 2**60)
+    for graphs in (True, False):
+        needs = needs_of_27b(shape_of_27b, settings_of(max_batch_tokens=tokens, cuda_graphs=graphs))
+        assert sum(needs.values()) >> 60 == graphs
+
+
+@torch.inference_mode()
+def test_a_rehearsed_step_takes_no_more_than_a_step(tmp_path):
+    """Its inputs, which lie beside its activations, are no more than these and attention's results."""
+    model = Model(tmp_path, torch.device("cpu"))
+    text, tokens = model.config.text, 60
+    segments = segment_graphs(model, Repeated, max_tokens=16)
+    attention = AttentionNeeds(
+        Tiling(model.layout, text.num_heads, Tuning.of(text.head_dim, torch.float32), 4), value_bytes=4
+    )
+    stated = activation_bytes(text, tokens=tokens, value_bytes=4)
+    stated += attention.step(tokens=tokens, sequences=1, max_keys=48)
+    assert peak_bytes(lambda: segments.rehearse(tokens)) <= stated
 
 
 @pytest.mark.parametrize("max_running", [1, 64])

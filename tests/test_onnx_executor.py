@@ -38,7 +38,7 @@ from tests.model_parity import (
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine import executor_loading, exporting
 from wicore_backend.engine.exporting import exported_segments
-from wicore_backend.errors import ExecutorError, SegmentError
+from wicore_backend.errors import EngineError, ExecutorError, SegmentError
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.onnx_executor import OnnxExecutor
 from wicore_backend.executor.onnx_session import OnnxRuntime, OnnxSegment, cuda_options
@@ -508,9 +508,9 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(checkpoint, tm
 def test_a_tensor_of_another_type_or_order_is_refused_before_it_is_read(checkpoint, tmp_path):
     executor = executor_of(checkpoint, tmp_path)
     hidden, cos = torch.zeros(4, 48), torch.zeros(4, 16)
-    with pytest.raises(ValueError, match=r"cos is torch\.float16 .* not torch\.float32"):
+    with pytest.raises(EngineError, match=r"first: cos is torch\.float16 .* in place of torch\.float32"):
         executor.first(hidden, cos.half(), cos)
-    with pytest.raises(ValueError, match=r"hidden is .* with strides \(1, 4\)"):
+    with pytest.raises(EngineError, match=r"first: hidden is .* with strides \(1, 4\)"):
         executor.first(torch.zeros(48, 4).T, cos, cos)
 
 

@@ -1,6 +1,8 @@
 """Steps as the engine records them, with the TensorRT executor on its stand-in: what the layers one by one give."""
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from tests.test_decode_graphs import (
     run_by,
     segment_graphs,
 )
+from wicore_backend.config import EngineConfig
+from wicore_backend.engine.device_memory import recorded_segments
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.segments.contract import Precision
 from wicore_backend.executor.segments.export import export_segments
@@ -129,6 +133,20 @@ def test_recorded_steps_with_prompts(model, record, graphs):
     for number, step in enumerate([*steps, prompts([2])]):
         ids = torch.arange(8 + number, 8 + number + len(step.positions))
         model.plain.compare(step, ids, partial(run_by, replay, model, step, ids, []))
+
+
+@torch.inference_mode()
+def test_recordings_have_as_many_contexts_as_are_set_aside(model):
+    """Each for ever: a model of 62 layers has about a thousand and a half."""
+    record = model.executor.recording(Repeated)
+    settings = EngineConfig(model=Path("model"), max_running=3, max_batch_tokens=20)
+    text_only = replace(model.config, vision=None)
+    before = stand_in.TOLD.contexts
+    graphs = [decode_graphs(model, record)]
+    graphs += [make(model, record, max_tokens=20) for make in (prompt_graphs, segment_graphs)]
+    for each in graphs:
+        each.prepare()
+    assert stand_in.TOLD.contexts - before == recorded_segments(text_only, settings)
 
 
 @torch.inference_mode()

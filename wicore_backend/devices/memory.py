@@ -22,6 +22,7 @@ from wicore_backend.devices.cards import Card
 from wicore_backend.engine.cache_memory import host_cache_bytes, image_cache_bytes, kv_cache_bytes
 from wicore_backend.engine.device_memory import Widening, device_needs
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind, segments
+from wicore_backend.executor.tensorrt.contexts import EXECUTION_CONTEXT_BYTES
 from wicore_backend.executor.tensorrt.profiles import GUESSED_TOKENS, MAX_IMAGES
 from wicore_backend.hmt.budget import divide_host_memory, divide_memory
 from wicore_backend.hmt.fp8 import FP8
@@ -157,6 +158,7 @@ def _step_needs(config: Gemma3Config, settings: EngineConfig, precision: Precisi
         max_model_len=context,
         value_bytes=dtype.itemsize,
         own_activations=True,
+        recorded_segment_bytes=EXECUTION_CONTEXT_BYTES,
     )
 
 

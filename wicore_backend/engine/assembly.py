@@ -18,6 +18,7 @@ from wicore_backend.engine.device_memory import Widening
 from wicore_backend.engine.executor_loading import LoadedExecutor
 from wicore_backend.engine.pictures import PictureEncoder
 from wicore_backend.engine.runner import DecodeReplay, LayersReplay, ModelRunner
+from wicore_backend.executor.tensorrt.contexts import EXECUTION_CONTEXT_BYTES
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout
 from wicore_backend.hmt.pool import KVPools
@@ -38,8 +39,8 @@ def device_needs(
 ) -> dict[str, int]:
     """Bytes that a model's runner takes of its CUDA device, beside weights and pools, by what they are for.
 
-    Who asks before the executor is `loaded` is the executor: one that counts its activations itself, widens nothing
-    and may turn out to be recordable.
+    Who asks before the executor is `loaded` is the executor, TensorRT's: it counts its activations itself, widens
+    nothing and may turn out to be recordable.
     """
     if find_spec("triton") is None:
         return {}  # Nothing is recorded, and the share that the KV cache leaves has to do.
@@ -67,6 +68,7 @@ def device_needs(
         value_bytes=dtype.itemsize,
         own_activations=loaded is None or loaded.own_activations,
         recordable=loaded is None or loaded.executor.recordable,
+        recorded_segment_bytes=EXECUTION_CONTEXT_BYTES if loaded is None else loaded.recorded_segment_bytes,
     )
 
 
@@ -86,7 +88,7 @@ def make_runner(
     """A runner over `pools`, computing on the device and in the type of the executor.
 
     On a GPU with OpenAI Triton attention is by kernels of its own, and where the executor can be recorded, steps are as
-    CUDA graphs, unless `graphs` is False; elsewhere attention is by PyTorch's.
+    CUDA graphs, unless `graphs` is False: then they are rehearsed. Elsewhere attention is by PyTorch's.
     """
     text, executor = config.text, loaded.executor
     device, dtype = executor.device, executor.dtype
@@ -100,18 +102,20 @@ def make_runner(
         from wicore_backend.engine.graphs import DecodeGraphs
         from wicore_backend.engine.prompts import PromptGraphs
         from wicore_backend.engine.recording import CudaRecorder
+        from wicore_backend.engine.rehearsal import rehearse
         from wicore_backend.engine.segments import SegmentGraphs, token_counts
         from wicore_backend.engine.step_inputs import StepInputs
         from wicore_backend.engine.vision_graphs import VisionGraphs
 
-        attention = GpuPagedAttention(
-            pools,
+        attention_over = partial(
+            GpuPagedAttention,
             query_heads=text.num_heads,
             scale=text.attention_scale,
             window=text.window,
             softcap=text.attn_logit_softcapping,
             dtype=dtype,
         )
+        attention = attention_over(pools)
         attention.rehearse()
         replay: DecodeReplay | None = None
         layers: tuple[LayersReplay, ...] = ()
@@ -157,7 +161,9 @@ def make_runner(
                 side = config.vision.image_size
                 vision = tower = VisionGraphs(executor.vision, loaded.recording(CudaRecorder(device)))
                 tower.prepare(torch.zeros(3, side, side, dtype=dtype, device=device))
-            loaded.prepared()
+        else:
+            rehearse(*(executor, attention_over, pools, rotary), max_sequences=max_running, max_tokens=max_batch_tokens)
+        loaded.prepared()
         return ModelRunner(
             executor=executor,
             attention=attention,

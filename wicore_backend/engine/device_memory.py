@@ -21,6 +21,7 @@ from wicore_backend.engine.prompts import prompt_keys
 from wicore_backend.engine.sampler import sampling_bytes
 from wicore_backend.engine.segments import token_counts
 from wicore_backend.engine.step_inputs import StepInputs
+from wicore_backend.engine.vision_graphs import BATCHES
 from wicore_backend.executor.needs import activation_bytes, handed_bytes, logits_bytes
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.rope import RotaryTables
@@ -64,6 +65,7 @@ def device_needs(
     value_bytes: int,
     own_activations: bool = False,
     recordable: bool = True,
+    recorded_segment_bytes: int = 0,
 ) -> dict[str, int]:
     """Bytes by what they are for, about and rather too many, of a model whose attention is by kernels of its own.
 
@@ -75,6 +77,8 @@ def device_needs(
         Whether the executor has what it computes in, and counts it, itself.
     recordable
         Whether the executor can be recorded in CUDA graphs.
+    recorded_segment_bytes
+        What it then takes for each segment of a recording, beside what the driver does.
     """
     needs = _Needs(config, settings, attention, widening, max_model_len, value_bytes, own_activations)
     encoding = needs.encoding()
@@ -88,8 +92,17 @@ def device_needs(
     if config.vision is not None:
         taken["pictures"] = encoding + needs.pictures()
     if settings.cuda_graphs and recordable:
-        taken |= {"recorded steps": needs.recorded(), "plans": needs.plans(), "graphs": needs.graphs()}
+        graphs = needs.graphs() + recorded_segments(config, settings) * recorded_segment_bytes
+        taken |= {"recorded steps": needs.recorded(), "plans": needs.plans(), "graphs": graphs}
     return taken
+
+
+def recorded_segments(config: Gemma3Config, settings: EngineConfig) -> int:
+    """Segments in all recordings: of decodes, with the head; of prompts by themselves; one by one; of the tower."""
+    decodes, prompts = len(bucket_sizes(settings.max_running)), len(token_counts(settings.max_batch_tokens))
+    tower = 0 if config.vision is None else len(BATCHES)
+    layers = config.text.num_layers  # As many segments lie before the last layer's attention.
+    return decodes * (layers + 1) + 2 * prompts * layers + tower
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +125,8 @@ class _Needs:
         of_prompt = min(LOGPROB_ROWS, tokens)
         telling_prompt = self._logits(of_prompt) + logprobs_bytes(rows=of_prompt, vocab=vocab)
         before = vocab * sequences * torch.float32.itemsize  # The last step's logits, until its tokens are told.
-        inputs = StepInputs.nbytes(self.config.text, tokens=tokens, value_bytes=self.value_bytes)
         plan = self.attention.step(tokens=tokens, sequences=sequences, max_keys=self.max_keys)
-        return self._activations(tokens) + inputs + plan + max(choosing, telling_prompt) + before
+        return self._activations(tokens) + plan + max(choosing, telling_prompt) + before
 
     def encoding(self) -> int:
         """Of the vision tower."""

@@ -43,6 +43,8 @@ class LoadedExecutor:
         Device memory that it takes for a moment to widen a part of a layer's matrix, or of the head.
     own_activations
         Whether it took the memory that it computes in when it was loaded.
+    recorded_segment_bytes
+        Device memory that it takes for each segment of a recording.
     recording
         What its work is recorded by, made of a recorder.
     prepared
@@ -54,6 +56,7 @@ class LoadedExecutor:
     widened_matrix: int = 0
     widened_head: int = 0
     own_activations: bool = False
+    recorded_segment_bytes: int = 0
     recording: Callable[[Record], Record] = lambda record: record
     prepared: Callable[[], None] = lambda: None
 
@@ -156,6 +159,7 @@ def _tensorrt(
 ) -> LoadedExecutor:
     # Imported where there is a card.
     from wicore_backend.executor.tensorrt.card import CudaCard
+    from wicore_backend.executor.tensorrt.contexts import EXECUTION_CONTEXT_BYTES
     from wicore_backend.executor.tensorrt.executor import TensorRTExecutor
     from wicore_backend.executor.tensorrt.library import load_library
 
@@ -177,6 +181,7 @@ def _tensorrt(
         executor,
         _graphs_multiply(key.precision, searched=key.searched),
         own_activations=True,
+        recorded_segment_bytes=EXECUTION_CONTEXT_BYTES,
         recording=executor.recording,
         prepared=executor.save_kernels,
     )

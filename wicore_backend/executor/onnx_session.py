@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wicore_backend.errors import ExecutorError, SegmentError
 from wicore_backend.executor.segments.contract import TensorSpec
+from wicore_backend.executor.segments.given import check_given
 from wicore_backend.executor.segments.manifest import SegmentFile
 
 _log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ class OnnxSegment:
     ) -> None:
         self._runtime = runtime
         self._session = session
+        self._segment = file.spec.segment
         self._inputs, self._outputs = file.spec.inputs, file.spec.outputs
         _check(file, "takes", session.get_inputs(), (*self._inputs, *file.weights))
         _check(file, "gives", session.get_outputs(), self._outputs)
@@ -159,7 +161,13 @@ class OnnxSegment:
             self._bind(self._binding.bind_input, spec, weight)
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Compute `outputs` from `inputs`, both in the order of the segment's, contiguous and on the device."""
+        """Compute `outputs` from `inputs`, both in the order of the segment's, contiguous and on the device.
+
+        Raises
+        ------
+        EngineError
+            If a tensor is not what the contract says.
+        """
         for spec, tensor in zip(self._inputs, inputs, strict=True):
             self._bind(self._binding.bind_input, spec, tensor)
         for spec, tensor in zip(self._outputs, outputs, strict=True):
@@ -171,9 +179,8 @@ class OnnxSegment:
         place = tensor.data_ptr(), len(tensor)
         if self._bound.get(spec.name) == place:
             return
-        if tensor.dtype is not spec.dtype or not tensor.is_contiguous():
-            raise ValueError(f"{spec.name} is {tensor.dtype} with strides {tensor.stride()}, not {spec.dtype} in order")
         device = self._runtime.device
+        check_given(self._segment, spec, tensor, device)
         bind(spec.name, device.type, device.index or 0, _ELEMENTS[spec.dtype], tuple(tensor.shape), place[0])
         self._bound[spec.name] = place
 

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from wicore_backend.errors import EngineError
-from wicore_backend.executor.segments.contract import SegmentSpec, TensorSpec
+from wicore_backend.executor.segments.contract import SegmentSpec
+from wicore_backend.executor.segments.given import check_given
 from wicore_backend.executor.tensorrt.card import Card
 from wicore_backend.executor.tensorrt.library import Messages
 from wicore_backend.executor.tensorrt.profiles import Profile
 
 ALIGNMENT = 256
 """Of addresses in the device's memory that TensorRT takes."""
+
+EXECUTION_CONTEXT_BYTES = 2**16
+"""Of the device's memory that a context keeps to itself, beside the activations that all share: what some kernels keep
+between executions, which no call tells. A guess: no card has been asked yet."""
 
 
 class NewContext(Protocol):
@@ -106,7 +111,8 @@ class SegmentContexts:
         Raises
         ------
         EngineError
-            If TensorRT refuses: names the segment, and what the library said.
+            If a tensor is not what the contract says, or TensorRT refuses: names the segment, and what the library
+            said.
         """
         size = len(inputs[0])
         profile = next((place for place, sizes in enumerate(self._ranges) if size in sizes), None)
@@ -118,11 +124,11 @@ class SegmentContexts:
         # Copies are held until all is on the stream, or one would be made where another one was.
         readable = [_aligned(tensor) for tensor in inputs]
         for spec, tensor in zip(self._spec.inputs, readable, strict=True):
-            self._check(spec, tensor)
+            check_given(self._spec.segment, spec, tensor, self._card.device)
             self._shape(bound, spec.name, tuple(tensor.shape))
             self._bind(bound, spec.name, tensor)
         for spec, tensor in zip(self._spec.outputs, outputs, strict=True):
-            self._check(spec, tensor)
+            check_given(self._spec.segment, spec, tensor, self._card.device)
             self._bind(bound, spec.name, tensor)
         if not bound.context.execute_async_v3(self._card.stream()):
             raise EngineError(f"TensorRT could not execute {self._name} for {size} rows: {self._messages.errors()}")
@@ -135,15 +141,6 @@ class SegmentContexts:
         for name, tensor in self._weights.items():
             self._bind(bound, name, tensor)
         return bound
-
-    def _check(self, spec: TensorSpec, tensor: Tensor) -> None:
-        """Addresses are all that TensorRT sees: a wrong type would be read as garbage."""
-        right = tensor.dtype == spec.dtype and tensor.shape[1:] == spec.shape[1:]
-        if not right or tensor.device != self._card.device:
-            raise EngineError(
-                f"{self._name}: {spec.name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} in place of "
-                f"{spec.dtype} {spec.shape} on {self._card.device}"
-            )
 
     def _shape(self, bound: _Bound, name: str, shape: tuple[int, ...]) -> None:
         if bound.shapes.get(name) == shape:
