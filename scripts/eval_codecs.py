@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from math import comb
+from math import exp, lgamma, log, log1p
 from pathlib import Path
 from typing import Any, get_args
 
@@ -93,10 +93,13 @@ class CodecAnswerer(WicoreAnswerer):
 
 def upper_bound(events: int, trials: int, confidence: float = 0.95) -> float:
     """What the probability of an event is below, given how many there were: Clopper and Pearson, one side."""
+    # By logarithms: of thousands of trials the ways to choose hundreds are more than a float holds.
+    ways = [lgamma(trials + 1) - lgamma(k + 1) - lgamma(trials - k + 1) for k in range(events + 1)]
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        at_most = sum(comb(trials, k) * middle**k * (1 - middle) ** (trials - k) for k in range(events + 1))
+        once, never = log(middle), log1p(-middle)
+        at_most = sum(exp(way + k * once + (trials - k) * never) for k, way in enumerate(ways))
         low, high = (middle, high) if at_most > 1 - confidence else (low, middle)
     return high
 

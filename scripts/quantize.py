@@ -211,8 +211,8 @@ def quantize(source: Path, target: Path, scheme: Scheme, *, device: torch.device
     _copy_rest(source, partial)
     config = read_json(source / "config.json") | {"quantization_config": scheme.config(head=head)}
     (partial / "config.json").write_text(json.dumps(config, indent=2))
-    (partial / _STATE).unlink()
     partial.rename(target)
+    (target / _STATE).unlink()  # Not before: whoever is cut short here has a target that is whole.
     return total
 
 

@@ -28,7 +28,7 @@ import torch
 from scripts.card_check.engine_runs import Run, equal_tokens, run
 from scripts.card_check.requirements import machine, missing
 from scripts.card_check.segments import Results, results, worst_errors
-from scripts.quantize import fp8, int4, quantize
+from scripts.quantize import Scheme, fp8, int4, quantize
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine.executor_loading import load_executor
 from wicore_backend.engine.executors import choose, computing_type, find_engines
@@ -57,11 +57,29 @@ _TOLERANCE: Mapping[Precision, float] = {
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model in a precision."""
+    """A model in a precision.
+
+    Attributes
+    ----------
+    scheme
+        If the checkpoint is to be made first, of the demo model.
+    """
 
     name: str
     model: Path
     precision: Precision
+    scheme: Scheme | None = None
+
+    def make(self) -> None:
+        """Write the checkpoint, if it is to be made.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be, for want of room for example.
+        """
+        if self.scheme is not None:
+            quantize(DEMO, self.model, self.scheme, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +100,7 @@ class Outcome:
 
 
 def check(subject: Subject, *, engines: Path, kept: bool, rehearse: bool, target: str) -> Outcome:
-    """Build, compare and time one subject.
+    """Make, build, compare and time one subject.
 
     Parameters
     ----------
@@ -94,6 +112,7 @@ def check(subject: Subject, *, engines: Path, kept: bool, rehearse: bool, target
     WicoreError
         If something cannot be built or run.
     """
+    subject.make()
     began = time.monotonic()
     _build(subject, engines, target, told=kept)
     build_s = time.monotonic() - began
@@ -204,7 +223,7 @@ def agrees(subject: Subject, outcome: Outcome) -> bool:
 def _subjects(args: argparse.Namespace, target: str, scratch: Path) -> Iterator[Subject]:
     """The demo model in what the card has, and the checkpoint that was asked for.
 
-    In INT4 and FP8 it is quantised first, so that both executors compute from the same numbers.
+    In INT4 and FP8 the demo model is quantised first, so that both executors compute from the same numbers.
     """
     if args.rehearse:
         yield Subject("wicore-demo", DEMO, Precision.BF16)
@@ -216,8 +235,7 @@ def _subjects(args: argparse.Namespace, target: str, scratch: Path) -> Iterator[
         yield Subject("wicore-demo", DEMO, Precision.BF16)
         for precision, scheme in ((Precision.INT4, int4(_DEMO_GROUP)), (Precision.FP8, fp8())):
             if precision is Precision.INT4 or number >= 89:
-                quantize(DEMO, scratch / f"demo-{precision}", scheme, device=torch.device("cpu"))
-                yield Subject("wicore-demo", scratch / f"demo-{precision}", precision)
+                yield Subject("wicore-demo", scratch / f"demo-{precision}", precision, scheme)
     if args.model:
         yield Subject(args.model.resolve().name, args.model, Precision(args.precision))
 
@@ -234,7 +252,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.engines and not args.model:
+        parser.error("--engines is for those of --model; name that, too")
+    if args.rehearse and args.model:
+        parser.error("--rehearse is of the demo model alone; leave --model out")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     if not args.rehearse and (problems := missing()):
         print("This machine cannot run TensorRT engines:", *problems, sep="\n- ")

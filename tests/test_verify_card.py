@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from scripts.card_check.segments import results, worst_errors
 from scripts.verify_card import DEMO, Outcome, Subject, agrees, table
 from tests import stand_in_tensorrt as stand_in
 from tests.gemma3_random import write_random_checkpoint
+from wicore_backend.errors import CheckpointError, WicoreError
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind
 from wicore_backend.executor.segments.export import export_segment, export_segments
@@ -135,12 +137,45 @@ def test_the_demo_model_is_checked_in_what_the_card_has(target, precisions, tmp_
     subjects = list(verify_card._subjects(args, target, tmp_path))
     assert [str(subject.precision) for subject in subjects] == [*precisions, "bf16"]
     for subject in subjects:
+        subject.make()
         with WeightSource.open(subject.model) as source:
             assert source.quantized == (subject.precision in (Precision.INT4, Precision.FP8))
             found = export_segment(source, Segment(SegmentKind.MID, 0), subject.precision, tmp_path)
         # In few bits the matrices have the very codes that PyTorch multiplies by: nothing is rounded twice.
         assert not source._told, subject
         assert found.nbytes
+
+
+def test_one_that_cannot_be_made_or_built_costs_no_other_its_row(monkeypatch, capsys):
+    def no_room(*_, **__):
+        raise CheckpointError("the disk has no room")
+
+    def not_built(subject, *_, **__):
+        raise WicoreError(f"{subject.precision} cannot be built")
+
+    monkeypatch.setattr(verify_card, "missing", list)
+    monkeypatch.setattr(verify_card, "machine", lambda: {"card": "RTX 4090"})
+    monkeypatch.setattr(verify_card.CudaCard, "of", lambda _: SimpleNamespace(compute_capability="sm89"))
+    monkeypatch.setattr(verify_card, "quantize", no_room)
+    monkeypatch.setattr(verify_card, "_build", not_built)
+    monkeypatch.setattr("sys.argv", ["verify_card"])
+    with pytest.raises(SystemExit) as ended:
+        verify_card.main()
+    assert ended.value.code == 1
+    verdicts = [row.strip() for row in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
+    no_room_said = "FAILED: the disk has no room"
+    assert verdicts == ["verdict", "FAILED: bf16 cannot be built", no_room_said, no_room_said]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [(["--engines", "x"], "name that, too"), (["--rehearse", "--model", "x"], "leave --model out")]
+)
+def test_options_that_would_be_left_aside_are_refused(options, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["verify_card", *options])
+    with pytest.raises(SystemExit) as ended:
+        verify_card.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_rehearsal_builds_compares_and_times():
