@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import triton
 from triton.compiler import ASTSource, CompiledKernel
@@ -13,9 +14,17 @@ from wicore_backend.executor.kernels.fp8_products import _fp8_product
 from wicore_backend.executor.kernels.products import Tile
 
 
-def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
-    """The kernel of `fp8_product` in bf16 on a card that starts kernels early."""
-    constants = {
+def compiled(tile: Tile, rows: int, *, gated: bool, measures: bool = False, measured: bool = False) -> CompiledKernel:
+    """The kernel of `fp8_product` in bf16 on a card that starts kernels early.
+
+    Parameters
+    ----------
+    measures
+        Whether it finds the largest magnitudes of its result.
+    measured
+        Whether those of its rows are known.
+    """
+    constants: dict[str, Any] = {
         "ROWS": max(16, rows) if tile.dot else 1,
         "COLUMNS": tile.columns,
         "FIRST": tile.first,
@@ -24,6 +33,8 @@ def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
         "SPLITS": tile.splits,
         "GATED": gated,
         "OVERLAPPED": True,
+        "NARROWS": tile.narrows,
+        "MEASURED": 1024 if tile.narrows and not measured else 0,
     }
     types = {
         "x": "*fp8e4nv" if tile.dot else "*bf16",
@@ -32,6 +43,16 @@ def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
         "weight_scale": "*fp32",
         "out": "*fp32" if tile.splits > 1 else "*bf16",
     }
+    if measures:
+        types["largest"] = "*i32"
+    else:
+        constants["largest"] = None
+    if tile.summed:
+        types |= {"parts": "*fp32", "arrived": "*i32", "out": "*bf16"}
+    else:
+        constants |= {"parts": None, "arrived": None}
+    if tile.narrows:
+        types["x"] = "*bf16"
     names = [parameter.name for parameter in _fp8_product.params]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import triton
 import triton.language as tl
 from triton.compiler import ASTSource, CompiledKernel
 
-from tests.compile_products import HOPPER
+from tests.compile_products import ANY_NUMBER, HOPPER, SCRATCH
 from wicore_backend.executor.int4_matrix import INT4_TILES
-from wicore_backend.executor.kernels.int4 import Int4Tile, _product
+from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, _product
 from wicore_backend.quantization.int4 import TILE_ROWS
 
 
 def compiled(tile: Int4Tile, rows: int, *, gated: bool) -> CompiledKernel:
     """The kernel of `int4_product` in bf16, for groups of 128, on a card that starts kernels early."""
-    constants = {
-        "ROWS": max(8, rows),
+    constants: dict[str, Any] = {
+        "ROWS": max(8, min(rows, MAX_ROWS)),
         "ONE_ROW": rows == 1,
         "COLUMNS": tile.columns,
         "GROUP": 128,
@@ -31,6 +32,7 @@ def compiled(tile: Int4Tile, rows: int, *, gated: bool) -> CompiledKernel:
         "HAS_ZEROS": True,
         "SCALED": tile.scaled,
         "GATED": gated,
+        "RESIDENT": tile.resident > 0,
         "OVERLAPPED": True,
         "PACKED": True,
     }
@@ -40,13 +42,15 @@ def compiled(tile: Int4Tile, rows: int, *, gated: bool) -> CompiledKernel:
         "scales": "*i32",
         "zeros": "*i32",
         "out": "*fp32" if tile.splits > 1 else "*bf16",
-    }
+    } | SCRATCH
+    if not tile.resident:
+        constants |= dict.fromkeys(SCRATCH)
     names = [parameter.name for parameter in _product.params]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name not in ("rows", "spans") and signature[name] != "constexpr"
+        if name not in (*ANY_NUMBER, "spans") and signature[name] != "constexpr"
     }
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(_product, signature, values, aligned)

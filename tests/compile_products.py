@@ -8,6 +8,7 @@ To be run as a program of its own, without TRITON_INTERPRET: the interpreter's s
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -17,11 +18,15 @@ from wicore_backend.executor.kernels.products import Tile, _product
 from wicore_backend.executor.plain_matrix import TILES
 
 HOPPER = GPUTarget("cuda", 90, 32)
+SCRATCH = {"parts": "*fp32", "arrived": "*i32", "shared": "i32", "shares": "i32", "units": "i32"}
+"""What programs that stay are given besides."""
+ANY_NUMBER = ("rows", "shared", "shares", "units")
+"""Numbers that the kernels are not compiled for."""
 
 
 def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
     """The kernel of `product` for bf16 on a card that starts kernels early."""
-    constants = {
+    constants: dict[str, Any] = {
         "ROWS": max(16, rows) if tile.dot else 1,
         "COLUMNS": tile.columns,
         "FIRST": tile.first,
@@ -29,15 +34,18 @@ def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
         "STAGES": tile.stages,
         "SPLITS": tile.splits,
         "GATED": gated,
+        "RESIDENT": tile.resident > 0,
         "OVERLAPPED": True,
     }
-    types = {"x": "*bf16", "weight": "*bf16", "out": "*fp32" if tile.splits > 1 else "*bf16"}
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*fp32" if tile.splits > 1 else "*bf16"} | SCRATCH
+    if not tile.resident:
+        constants |= dict.fromkeys(SCRATCH)
     names = [parameter.name for parameter in _product.params]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name != "rows" and signature[name] != "constexpr"
+        if name not in ANY_NUMBER and signature[name] != "constexpr"
     }
     source = ASTSource(_product, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=HOPPER, options={"num_warps": tile.warps, "launch_pdl": True})

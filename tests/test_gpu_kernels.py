@@ -15,9 +15,9 @@ from tests.gemma3_random import write_random_checkpoint
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.kernels import small
 from wicore_backend.executor.kernels.products import Tile, product
-from wicore_backend.executor.kernels.shared_tiles import COLUMNS, ROWS, Shares, sum_parts
+from wicore_backend.executor.kernels.shared_tiles import COLUMNS, ROWS, Shares, arrivals, sum_parts
 from wicore_backend.executor.kernels.small import add_norm, embed, gated, norm, qk_norm_rope
-from wicore_backend.executor.plain_matrix import TILES
+from wicore_backend.executor.plain_matrix import TILES, PlainMatrix
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
@@ -133,6 +133,40 @@ def test_products_of_few_rows(dtype, rows, splits, kernel_device):
         assert relative_error(ours, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("programs", [1, 2, 4, 5, 16])
+def test_programs_that_stay_share_out_the_tiles(programs, kernel_device):
+    """Six tiles of five steps: whole turns, turns that some sit out, and parts that somebody adds."""
+    dtype = torch.bfloat16 if kernel_device.type == "cuda" else torch.float16
+    x = torch.randn(5, 200, device=kernel_device).to(dtype)[:, :160]
+    weight = torch.randn(6 * 16, 160, device=kernel_device).to(dtype)
+    tile = Tile(16, 16, 3, 32, resident=programs)
+    exact = x.float() @ weight.float().T
+    gate, up = exact.chunk(2, -1)
+    for _ in range(2):  # What they count with is as it was.
+        assert relative_error(product(x, weight, tile), exact) < TOLERANCE[dtype]
+        ours = product(x, weight, tile, gated=True)
+        assert relative_error(ours, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+    assert not arrivals(x.device).any()
+
+
+def test_what_programs_that_stay_cannot_take_fits_no_matrix():
+    weight = torch.empty(64, 128, device="meta")
+    assert Tile(16, 16, 3, 32, resident=2).fits(weight)
+    assert not Tile(16, 16, 3, 32, splits=2, resident=2).fits(weight)
+    assert not Tile(16, 16, 3, 32, resident=2, dot=False).fits(weight)
+    assert not Tile(16, 32, 3, 16, resident=2).fits(weight)
+    assert not Tile(16, 16, 3, 64, resident=2).fits(weight), "a part may be as short as what is loaded first"
+
+
+@pytest.mark.parametrize("role", TILES)
+def test_tilings_can_be_chosen_by_whoever_makes_a_matrix(role, kernel_device):
+    dtype = torch.bfloat16 if kernel_device.type == "cuda" else torch.float16
+    weight = torch.randn(64, 128, device=kernel_device).to(dtype)
+    x = torch.randn(3, 128, device=kernel_device).to(dtype)
+    ours = PlainMatrix(role, weight, tiles={16: (Tile(16, 16, 3, 32, resident=3),)})(x)
+    assert relative_error(ours, PlainMatrix(role, weight)(x)) < TOLERANCE[dtype]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper card"
@@ -161,6 +195,11 @@ def test_the_tiles_that_are_left_over_are_shared_out(tiles, programs):
     # As many whole tiles for each program, and a part for most of them; or else it would not pay to share any.
     assert (shares.tiles - shares.shared) % programs == 0 if shares.shared else most == -(-tiles // programs)
     assert most - (shares.shared > 0) == tiles // programs or not shares.shared
+
+
+def test_there_are_no_more_parts_of_a_tile_than_may_be():
+    assert Shares.of(135, steps=84, programs=132).splits == 21
+    assert Shares.of(135, steps=84, programs=132, most_parts=4) == Shares(135, 3, 4)
 
 
 @pytest.mark.parametrize("rows", [256, 200])

@@ -19,6 +19,7 @@ from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.int4_matrix import INT4_TILES, Int4GpuMatrix
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
 from wicore_backend.executor.kernels.int4_codes import dequantize, takes
+from wicore_backend.executor.kernels.shared_tiles import arrivals
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
@@ -73,6 +74,29 @@ def test_products_of_few_rows(zeros, rows, tile, dtype, kernel_device):
         gated = int4_product(x, weight, tile, gated=True)
         assert gated.dtype == dtype
         assert relative_error(gated, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("programs", [1, 4, 7])
+@pytest.mark.parametrize("rows", [1, 5, 200])
+def test_programs_that_stay_share_out_the_tiles(rows, programs, dtype, kernel_device):
+    """Three tiles of columns, and of two heights of rows, nine spans deep."""
+    weight = on(kernel_device, random_matrix(96, 9 * 64, 32, zeros=True, dtype=dtype))
+    x = torch.randn(rows, 700, device=kernel_device).mul_(0.1).to(dtype)[:, : 9 * 64]
+    tile = Int4Tile(32, 3, scaled=True, resident=programs)
+    assert tile.fits(weight)
+    theirs = x.float() @ weight.dequantized(torch.float32).T
+    assert relative_error(int4_product(x, weight, tile, result_type=torch.float32), theirs) < TOLERANCE[dtype]
+    gate, up = theirs.chunk(2, -1)
+    gated = int4_product(x, weight, tile, gated=True)
+    assert relative_error(gated, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+    assert not arrivals(x.device).any()
+
+
+def test_what_programs_that_stay_cannot_take_fits_no_matrix():
+    weight = random_matrix(96, 320, 32, dtype=torch.float16)
+    assert Int4Tile(32, 3, resident=1).fits(weight)
+    for other in ({"splits": 2}, {"parts": 4}, {"early": True}, {"columns": 48}):
+        assert not replace(Int4Tile(32, 3, resident=1), **other).fits(weight)
 
 
 @pytest.mark.parametrize("group", [64, 128])

@@ -10,10 +10,10 @@ from torch import Tensor
 from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_products import fp8_product
 from wicore_backend.executor.kernels.fp8_rows import Unscaled
-from wicore_backend.executor.kernels.products import Tile
+from wicore_backend.executor.kernels.products import MAX_ROWS, Tile
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
-from wicore_backend.quantization.fp8 import Fp8Matrix, Rows
+from wicore_backend.quantization.fp8 import Fp8Matrix, Fp8Rows, MeasuredRows, Rows
 
 FP8_TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
     "qkv": {
@@ -67,14 +67,30 @@ class Fp8GpuMatrix:
     One row is multiplied as it is, by a tiling that fits. All else is quantised, each row by its own largest value, for
     tensor cores: streamed while rows are few, by cuBLAS beyond. Where neither can be, the matrix is widened each time,
     part by part.
+
+    Parameters
+    ----------
+    tiles
+        By the largest number of rows, tilings to choose from on any card; by default, on Hopper, those of `FP8_TILES`.
     """
 
-    def __init__(self, role: Role, weight: Fp8Matrix, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        role: Role,
+        weight: Fp8Matrix,
+        bias: Tensor | None = None,
+        *,
+        tiles: Mapping[int, tuple[Tile, ...]] | None = None,
+    ) -> None:
         self._role = role
         self._weight = weight
         self._bias = bias
+        self._tiles = FP8_TILES[role] if tiles is None else tiles
         # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
-        self._streamed = weight.dtype.itemsize == 2 and bias is None and overlaps(weight.values)
+        hopper = tiles is not None or overlaps(weight.values)
+        self._streamed = weight.dtype.itemsize == 2 and bias is None and hopper
+        narrowing = any(tile.narrows for of_rows in self._tiles.values() for tile in of_rows)
+        self._largest = torch.zeros(MAX_ROWS if narrowing else 0, device=weight.device)
         self._by_cublas = weight.dtype is torch.bfloat16 and _cublas_takes(weight)
         self._one = torch.ones((), device=weight.device)
         self._choices: dict[int, Tile | None] = {}
@@ -82,7 +98,12 @@ class Fp8GpuMatrix:
     def takes_fp8(self, rows: int) -> bool:
         """Whether a product with so many rows is of rows in FP8, which this quantises unless they already are."""
         tile = self._tile(rows)
-        return self._by_cublas if tile is None else tile.dot
+        return self._by_cublas if tile is None else tile.dot and not tile.narrows
+
+    def narrows(self, rows: int) -> bool:
+        """Whether a product with so many rows quantises them as it reads them."""
+        tile = self._tile(rows)
+        return tile is not None and tile.narrows
 
     def __call__(self, x: Rows) -> Tensor:
         if self._role == "gate_up":
@@ -93,9 +114,12 @@ class Fp8GpuMatrix:
         return whole.float() if self._role == "head" else whole
 
     def gated(self, x: Rows, *, reader: Fp8GpuMatrix) -> Rows:
-        """What a call gives, gate and up; in FP8 if that costs nothing and is what `reader` takes."""
+        """What a call gives, gate and up; in FP8 or measured if that costs nothing and is what `reader` takes."""
         rows = len(x)
-        if self._tile(rows) is None and self._by_cublas and reader.takes_fp8(rows):
+        tile = self._tile(rows)
+        if tile is not None and tile.dot and reader.narrows(rows):
+            return MeasuredRows(self._streamed_product(x, largest=reader._largest), reader._largest)
+        if tile is None and self._by_cublas and reader.takes_fp8(rows):
             return fp8_rows.gated(self.unscaled(x))
         return self(x)
 
@@ -105,7 +129,7 @@ class Fp8GpuMatrix:
         if self._tile(rows) is not None:
             return self._streamed_product(x)
         x = self._read(x)
-        if isinstance(x, Tensor) or self._bias is not None or rows > UNSCALED_ROWS.get(self._role, 0):
+        if not isinstance(x, Fp8Rows) or self._bias is not None or rows > UNSCALED_ROWS.get(self._role, 0):
             return self._scaled(x)
         one = self._one
         product = torch._scaled_mm(
@@ -120,14 +144,20 @@ class Fp8GpuMatrix:
     def _read(self, x: Rows) -> Rows:
         return fp8_rows.quantize_rows(x) if isinstance(x, Tensor) and self.takes_fp8(len(x)) else x
 
-    def _streamed_product(self, x: Rows) -> Tensor:
+    def _streamed_product(self, x: Rows, *, largest: Tensor | None = None) -> Tensor:
         tile = self._tile(len(x))
         assert tile is not None
         result_type = torch.float32 if self._role == "head" else None
-        return fp8_product(self._read(x), self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
+        return fp8_product(
+            *(self._read(x), self._weight, tile),
+            gated=self._role == "gate_up",
+            result_type=result_type,
+            largest=largest,
+        )
 
     def _scaled(self, x: Rows) -> Tensor:
         weight = self._weight
+        assert not isinstance(x, MeasuredRows), "only a tiling that narrows is given measured rows"
         if isinstance(x, Tensor):
             product = self._widened(x)
         else:
@@ -155,9 +185,10 @@ class Fp8GpuMatrix:
         if not self._streamed:
             return None
         if rows not in self._choices:
-            by_rows = FP8_TILES[self._role]
-            at_most = min((most for most in by_rows if rows <= most), default=0)
-            fits = (t for t in by_rows.get(at_most, ()) if t.fits(self._weight.values, gated=self._role == "gate_up"))
+            at_most = min((most for most in self._tiles if rows <= most), default=0)
+            fits = (
+                t for t in self._tiles.get(at_most, ()) if t.fits(self._weight.values, gated=self._role == "gate_up")
+            )
             self._choices[rows] = next(fits, None)
         return self._choices[rows]
 

@@ -71,15 +71,24 @@ def _widened_tiles(columns: int) -> int:
 
 
 class Int4GpuMatrix:
-    """`Matrix` of an `Int4Matrix`: few rows by kernels that read its codes, more by cuBLAS on what they stand for."""
+    """`Matrix` of an `Int4Matrix`: few rows by kernels that read its codes, more by cuBLAS on what they stand for.
 
-    def __init__(self, role: Role, weight: Int4Matrix, bias: Tensor | None = None) -> None:
+    Parameters
+    ----------
+    tiles
+        By the largest number of rows, the tiling to take on any card; by default, on Hopper, those of `INT4_TILES`.
+    """
+
+    def __init__(
+        self, role: Role, weight: Int4Matrix, bias: Tensor | None = None, *, tiles: Mapping[int, Int4Tile] | None = None
+    ) -> None:
+        self._tiles = INT4_TILES[role] if tiles is None else tiles
         self._role = role
         self._weight = weight
         self._bias = bias
-        self._by_kernels = weight.codes.is_cuda and takes(weight)
+        self._by_kernels = (tiles is not None or weight.codes.is_cuda) and takes(weight)
         # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
-        self._streamed = self._by_kernels and bias is None and overlaps(weight.codes)
+        self._streamed = self._by_kernels and bias is None and (tiles is not None or overlaps(weight.codes))
 
     def __call__(self, x: Rows) -> Tensor:
         assert isinstance(x, Tensor), "only an FP8 matrix is given rows in FP8"
@@ -112,6 +121,5 @@ class Int4GpuMatrix:
         """How to cut a product of so many rows; None to leave it to cuBLAS."""
         if not self._streamed:
             return None
-        by_rows = INT4_TILES[self._role]
-        tile = by_rows.get(min((most for most in by_rows if rows <= most), default=0))
+        tile = self._tiles.get(min((most for most in self._tiles if rows <= most), default=0))
         return tile if tile is not None and tile.fits(self._weight) else None

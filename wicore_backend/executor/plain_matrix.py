@@ -43,17 +43,32 @@ def shared_bytes(weight: Tensor) -> int:
 
 
 class PlainMatrix:
-    """`Matrix` of a `weight` [N, K] as it is: by cuBLAS, for few rows streamed, gate and up of many in one kernel."""
+    """`Matrix` of a `weight` [N, K] as it is: by cuBLAS, for few rows streamed, gate and up of many in one kernel.
 
-    def __init__(self, role: Role, weight: Tensor, bias: Tensor | None = None) -> None:
+    Parameters
+    ----------
+    tiles
+        By the largest number of rows, tilings to choose from on any card; by default, on Hopper, those of `TILES`.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        tiles: Mapping[int, tuple[Tile, ...]] | None = None,
+    ) -> None:
         self._role = role
         self._weight = weight
         self._bias = bias
+        self._tiles = TILES[role] if tiles is None else tiles
         # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
-        self._streamed = weight.dtype.itemsize == 2 and bias is None and overlaps(weight)
+        hopper = overlaps(weight)
+        self._streamed = weight.dtype.itemsize == 2 and bias is None and (tiles is not None or hopper)
         self._choices: dict[int, Tile | None] = {}
         self._gated: Callable[[Tensor, Tensor], Tensor] | None = None
-        if self._streamed and role == "gate_up":
+        if self._streamed and hopper and role == "gate_up":
             # Imported where it is used: it is written in a language for such cards alone.
             from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
 
@@ -77,8 +92,8 @@ class PlainMatrix:
         if not self._streamed or rows > MAX_ROWS:
             return None
         if rows not in self._choices:
-            at_most = min((most for most in TILES[self._role] if rows <= most), default=0)
-            tiles = TILES[self._role].get(at_most, ())
+            at_most = min((most for most in self._tiles if rows <= most), default=0)
+            tiles = self._tiles.get(at_most, ())
             fitting = (tile for tile in tiles if tile.fits(self._weight, gated=self._role == "gate_up"))
             self._choices[rows] = next(fitting, None)
         return self._choices[rows]
