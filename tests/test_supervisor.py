@@ -241,6 +241,20 @@ def test_an_engine_that_stays_ill_ends_the_server_for_a_new_one(make):
     assert is_clean(triton.run)
 
 
+@pytest.mark.parametrize("mode", ["busy", "worker"])
+def test_a_models_process_that_is_killed_ends_the_server(make, mode):
+    with make(mode=mode, drain_seconds=600.0) as triton:
+        files = [triton.run.directory / "engines", triton.run.directory / "workers"]
+        wait_until(lambda: any(path for folder in files for path in folder.glob("*.json")))
+        assert triton.dead() == []
+        (stub,) = (int(path.stem) for folder in files for path in folder.glob("*.json"))
+        os.kill(stub, signal.SIGKILL)
+        trouble = cli._wait_for_trouble(triton, patience=None)
+        assert f"a model's process died ({stub})" in trouble
+        assert triton.wait(10) is not None
+    assert is_clean(triton.run)
+
+
 def test_the_server_runs_on_a_copy_that_nobody_changes(make, repository):
     (repository / "one" / "1" / "__pycache__").mkdir(parents=True)
     (repository / "one" / "1" / "model.py").write_text("")

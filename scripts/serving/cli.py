@@ -104,7 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--restart",
         action="store_true",
-        help=f"start the server again when it dies, or when its engine is in trouble for {_PATIENCE_SECONDS:.0f} s",
+        help="start the server again when it or a model's process dies, or when its engine is in trouble for "
+        f"{_PATIENCE_SECONDS:.0f} s",
     )
     serve.set_defaults(run=_serve, parser=serve)
 
@@ -233,12 +234,18 @@ def _gateway(given: argparse.Namespace, server: TritonServer, installation: Inst
 
 
 def _wait_for_trouble(server: TritonServer, gateway: Gateway | None = None, *, patience: float | None) -> str:
-    """Return when the server has died, or an engine has been unhealthy for `patience` seconds; says what it is. A
-    gateway that dies is started again meanwhile."""
+    """Return when the server or a model's process has died, or an engine has been unhealthy for `patience` seconds;
+    says what it is. A gateway that dies is started again meanwhile."""
     unhealthy_since: float | None = None
     while server.wait(1.0) is None:
         if gateway is not None:
             gateway.keep_running()
+        if dead := server.dead():
+            server.hurry()
+            return (
+                f"a model's process died ({', '.join(map(str, dead))}), and its requests with it: it crashed, or was "
+                "killed, by the kernel perhaps for want of memory (dmesg says so)"
+            )
         reasons = [engine.reason for engine in server.engines() if not engine.healthy]
         if not reasons:
             unhealthy_since = None

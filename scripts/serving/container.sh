@@ -19,6 +19,25 @@ drain_and_stop() {
     kill -TERM "$server" 2> /dev/null || true
 }
 
+# Ends the server when a model's process has died, which Triton does not start again: its requests would never end. Who
+# ends in an orderly way takes his file away before.
+# shellcheck disable=SC2317 # Called in the background.
+watch_models() {
+    local file state
+    while sleep 1; do
+        for file in "$run"/engines/*.json "$run"/workers/*.json; do
+            [[ -e $file ]] || continue
+            state=$(sed 's/.*) //; s/ .*//' "/proc/$(basename "$file" .json)/stat" 2> /dev/null || true)
+            if [[ (-z $state || $state == Z) && -e $file && ! -e $run/drain.json ]]; then
+                echo "a model's process died ($(basename "$file" .json)); ending the server, to be started again" >&2
+                touch "$run/died"
+                kill -TERM "$server"
+                return
+            fi
+        done
+    done
+}
+
 # Starts the gateway again when it dies, until it is told to stop.
 keep_gateway() {
     local process stopping=
@@ -37,6 +56,8 @@ ulimit -S -s 262144 # HTTP threads of some releases keep request bodies there.
 tritonserver --model-repository="$1" --model-repository="$run/markers" --model-control-mode=poll \
     --repository-poll-secs=1 --exit-timeout-secs=8 "${@:2}" &
 server=$!
+watch_models &
+watch=$!
 gateway=
 if [[ ${WICORE_GATEWAY:-} != off ]]; then
     keep_gateway &
@@ -48,6 +69,10 @@ code=0
 while kill -0 "$server" 2> /dev/null; do
     wait "$server" && code=0 || code=$?
 done
+kill "$watch" 2> /dev/null || true
+if [[ -e $run/died ]]; then
+    code=1
+fi
 if [[ $gateway ]]; then
     kill -TERM "$gateway" 2> /dev/null || true
     wait "$gateway" || true

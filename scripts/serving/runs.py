@@ -85,6 +85,13 @@ class Run:
                     found.append(Engine(int(path.stem), bool(told["healthy"]), str(told["reason"])))
         return found
 
+    def dead(self) -> list[int]:
+        """Ids of the processes of models, engines or others, that have ended without a word: killed, or crashed."""
+        told_of = [*(self.directory / "engines").glob("*.json"), *(self.directory / "workers").glob("*.json")]
+        alive = self.processes() if told_of else []
+        # Who ends in an orderly way takes his file away first, and so before he is missing among the living.
+        return sorted(int(path.stem) for path in told_of if int(path.stem) not in alive and path.exists())
+
     def ask_to_drain(self, grace_seconds: float) -> None:
         """Tell the engines to refuse new requests, and to end those that are left after `grace_seconds`."""
         written = self.directory / "drain.new"

@@ -254,6 +254,11 @@ class TritonServer:
         """The engines in the server, and how they are."""
         return self._started().engines()
 
+    def dead(self) -> list[int]:
+        """Ids of its models' processes that have been killed or have crashed. Triton does not start them again: what
+        they were asked for never ends, and what comes is refused."""
+        return self._started().dead()
+
     def wait(self, timeout: float) -> int | None:
         """Wait up to `timeout` seconds for the server to end by itself; its exit code, or None."""
         if self._guard is not None and self._exit_code is None:

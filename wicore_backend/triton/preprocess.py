@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.processor.processor import Processor
 from wicore_backend.triton.errors import triton_error
 from wicore_backend.triton.settings import check_numpy, engine_config
+from wicore_backend.triton.supervision import VARIABLE, attend
 from wicore_backend.triton.tensors import strings, tensors_of
 from wicore_backend.triton.wire import RequestOptions, prompt_source, prompt_to_tensors
 
@@ -31,6 +34,12 @@ class TritonPythonModel:
             limits=settings.prompt_limits(config.text.max_position_embeddings),
             do_pan_and_scan=settings.pan_and_scan,
         )
+        directory = os.environ.get(VARIABLE)
+        self._presence = attend(Path(directory)) if directory else None
+
+    def finalize(self) -> None:
+        if self._presence is not None:
+            self._presence.unlink(missing_ok=True)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]

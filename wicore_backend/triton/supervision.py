@@ -4,6 +4,7 @@ Triton tells no model that the server is about to stop: by the time of `finalize
 given up. So the supervisor (`scripts/serving/guard.py`) asks the engines to drain before it stops the server.
 
     engines/PID.json   this engine is there: {"healthy": true, "reason": ""}; gone once it has drained
+    workers/PID.json   this process of a model without an engine is there
     drain.json         the supervisor asks for the end: {"grace_s": 20.0}
     markers/           the repository of markers (`triton/readiness.py`)
 """
@@ -18,6 +19,14 @@ from wicore_backend.engine.health import Health
 
 VARIABLE = "WICORE_RUN_DIRECTORY"
 """Environment variable that names the directory; a server without a supervisor has none."""
+
+
+def attend(directory: Path) -> Path:
+    """Say that this process is there, so that it is missed if it dies; returns the file to remove at its end."""
+    presence = directory / "workers" / f"{os.getpid()}.json"
+    presence.parent.mkdir(exist_ok=True)
+    presence.write_text("{}")
+    return presence
 
 
 class Supervision:
