@@ -294,8 +294,8 @@ def test_what_a_step_is_given_is_set_aside_once_for_all_recorded_sizes(shape_of_
     """It was counted for each size as if they did not share it."""
     needs = {n: needs_of_27b(shape_of_27b, settings_of(max_batch_tokens=n))["recorded steps"] for n in (512, 1024)}
     tokens, text = 512, shape_of_27b.text
-    of_inputs = tokens * (text.hidden_size + 4096) * 2
-    assert needs[1024] - needs[512] < activation_bytes(text, tokens=tokens, value_bytes=2) + 2 * of_inputs
+    of_inputs = StepInputs.nbytes(text, tokens=tokens, value_bytes=2)
+    assert needs[1024] - needs[512] == activation_bytes(text, tokens=tokens, value_bytes=2) + of_inputs
 
 
 @pytest.mark.parametrize("tokens", [512, 8192])
@@ -305,6 +305,16 @@ def test_what_recorded_steps_are_given_is_set_aside_once_and_for_them_alone(shap
     for graphs in (True, False):
         needs = needs_of_27b(shape_of_27b, settings_of(max_batch_tokens=tokens, cuda_graphs=graphs))
         assert sum(needs.values()) >> 60 == graphs
+
+
+@pytest.mark.parametrize("residual", [torch.float16, torch.float32])
+def test_what_recorded_steps_are_given_takes_what_is_stated(residual):
+    """Hidden states of cards without bfloat16 are in float32."""
+    text = Gemma3Config.from_checkpoint(DEMO_MODEL).text
+    executor = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16, residual=residual)
+    inputs = StepInputs.of(text, executor, tokens=30)
+    taken = sum(tensor.nbytes for tensor in (inputs.embedded, inputs.positions, inputs.attended))
+    assert taken <= StepInputs.nbytes(text, tokens=30, value_bytes=2) <= 1.5 * taken
 
 
 @torch.inference_mode()

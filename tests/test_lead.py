@@ -56,6 +56,24 @@ def test_who_plans_too_late_soon_plans_at_once():
     assert lead.wait_s(PLAN) == 0
 
 
+def test_a_step_is_counted_from_when_the_device_could_begin_with_it():
+    lead = Lead(learnt(*[0.05] * 20))
+    ahead = lead.wait_s(PLAN)
+    assert lead.plan_at(PLAN, launched=10.0) == 10.0 + ahead
+    lead.device_done(10.02)  # It was at another until then.
+    assert lead.plan_at(PLAN, launched=10.0) == 10.02 + ahead
+    assert lead.plan_at(PLAN, launched=10.03) == 10.03 + ahead
+
+
+def test_slack_is_from_a_launch_to_the_end_of_the_step_before():
+    in_time, late, told = (Lead(learnt(*[0.05] * 20)) for _ in range(3))
+    for lead in (in_time, late):
+        lead.device_done(10.0)
+        lead.followed(launched=9.99, in_time=lead is in_time)
+    told.observe(10.0 - 9.99)
+    assert in_time.seconds == told.seconds < Lead(learnt()).seconds < late.seconds
+
+
 STEP_S = 0.05
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from wicore_backend.attention.base import Attention
 from wicore_backend.attention.gpu.needs import AttentionNeeds
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.attention.torch_paged import TorchPagedAttention
@@ -72,6 +74,15 @@ def device_needs(
     )
 
 
+class _Steps(NamedTuple):
+    """What steps are computed by: attention, what replays some of them, and the vision tower."""
+
+    attention: Attention[Any]
+    replay: DecodeReplay | None
+    layers: tuple[LayersReplay, ...]
+    vision: Callable[[Tensor], Tensor]
+
+
 def make_runner(
     config: Gemma3Config,
     loaded: LoadedExecutor,
@@ -90,103 +101,115 @@ def make_runner(
     On a GPU with OpenAI Triton attention is by kernels of its own, and where the executor can be recorded, steps are as
     CUDA graphs, unless `graphs` is False: then they are rehearsed. Elsewhere attention is by PyTorch's.
     """
-    text, executor = config.text, loaded.executor
+    executor = loaded.executor
     device, dtype = executor.device, executor.dtype
-    pictures = partial(
-        PictureEncoder, normalization=normalization, device=device, dtype=dtype, cache_bytes=image_cache_bytes
-    )
     rotary = RotaryTables(config, max_positions=max_model_len, device=device, dtype=dtype)
     if device.type == "cuda" and find_spec("triton") is not None:
-        # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
-        from wicore_backend.attention.gpu.paged import GpuPagedAttention
-        from wicore_backend.engine.graphs import DecodeGraphs
-        from wicore_backend.engine.prompts import PromptGraphs
-        from wicore_backend.engine.recording import CudaRecorder
-        from wicore_backend.engine.rehearsal import rehearse
-        from wicore_backend.engine.segments import SegmentGraphs, token_counts
-        from wicore_backend.engine.step_inputs import StepInputs
-        from wicore_backend.engine.vision_graphs import VisionGraphs
-
-        attention_over = partial(
-            GpuPagedAttention,
-            query_heads=text.num_heads,
-            scale=text.attention_scale,
-            window=text.window,
-            softcap=text.attn_logit_softcapping,
-            dtype=dtype,
+        steps = _with_kernels(
+            *(config, loaded, pools, rotary),
+            max_keys=max_model_len,
+            max_running=max_running,
+            max_batch_tokens=max_batch_tokens,
+            graphs=graphs,
+            measures=sampling is not None,
         )
-        attention = attention_over(pools)
-        attention.rehearse()
-        replay: DecodeReplay | None = None
-        layers: tuple[LayersReplay, ...] = ()
-        vision: Callable[[Tensor], Tensor] = executor.vision
-        if graphs and executor.recordable:
-            record = loaded.recording(CudaRecorder(device))
-            decodes = DecodeGraphs(
-                executor=executor,
-                attention=attention,
-                rotary=rotary,
-                layout=pools.layout,
-                max_sequences=max_running,
-                max_keys=max_model_len,
-                measures=sampling is not None,
-                record=record,
-            )
-            # One for both, since a step is a prompt by itself or it is not.
-            longest = token_counts(max_batch_tokens)[-1]
-            inputs = StepInputs.of(text, executor, tokens=longest)
-            prompts = PromptGraphs(
-                executor=executor,
-                attention=attention,
-                rotary=rotary,
-                layout=pools.layout,
-                inputs=inputs,
-                max_keys=max_model_len,
-                measures=sampling is not None,
-                record=record,
-            )
-            segments = SegmentGraphs(
-                executor=executor,
-                attention=attention,
-                rotary=rotary,
-                layout=pools.layout,
-                inputs=inputs,
-                record=record,
-            )
-            for graphs_of in (decodes, prompts, segments):
-                graphs_of.prepare()
-            segments.rehearse(max_batch_tokens)
-            replay, layers = decodes, (prompts, segments)
-            if config.vision is not None:
-                side = config.vision.image_size
-                vision = tower = VisionGraphs(executor.vision, loaded.recording(CudaRecorder(device)))
-                tower.prepare(torch.zeros(3, side, side, dtype=dtype, device=device))
-        else:
-            rehearse(*(executor, attention_over, pools, rotary), max_sequences=max_running, max_tokens=max_batch_tokens)
-        loaded.prepared()
-        return ModelRunner(
-            executor=executor,
-            attention=attention,
-            rotary=rotary,
-            pictures=pictures(vision),
-            layout=pools.layout,
-            sampling=sampling,
-            arrive=pools.wait,
-            replay=replay,
-            layers=layers,
-        )
+    else:
+        steps = _Steps(TorchPagedAttention(pools, **_attention(config, dtype)), None, (), executor.vision)
     return ModelRunner(
         executor=executor,
-        attention=TorchPagedAttention(
-            pools,
-            scale=text.attention_scale,
-            window=text.window,
-            softcap=text.attn_logit_softcapping,
-            dtype=dtype,
-        ),
+        attention=steps.attention,
         rotary=rotary,
-        pictures=pictures(executor.vision),
+        pictures=PictureEncoder(
+            steps.vision, normalization=normalization, device=device, dtype=dtype, cache_bytes=image_cache_bytes
+        ),
         layout=pools.layout,
         sampling=sampling,
         arrive=pools.wait,
+        replay=steps.replay,
+        layers=steps.layers,
     )
+
+
+def _attention(config: Gemma3Config, dtype: torch.dtype) -> dict[str, Any]:
+    """What attention of any kind is told of the model."""
+    text = config.text
+    return {
+        "scale": text.attention_scale,
+        "window": text.window,
+        "softcap": text.attn_logit_softcapping,
+        "dtype": dtype,
+    }
+
+
+def _with_kernels(
+    config: Gemma3Config,
+    loaded: LoadedExecutor,
+    pools: KVPools,
+    rotary: RotaryTables,
+    *,
+    max_keys: int,
+    max_running: int,
+    max_batch_tokens: int,
+    graphs: bool,
+    measures: bool,
+) -> _Steps:
+    """On a GPU with OpenAI Triton, every kernel of a step compiled by now."""
+    # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
+    from wicore_backend.attention.gpu.paged import GpuPagedAttention
+    from wicore_backend.engine.graphs import DecodeGraphs
+    from wicore_backend.engine.prompts import PromptGraphs
+    from wicore_backend.engine.recording import CudaRecorder
+    from wicore_backend.engine.rehearsal import rehearse
+    from wicore_backend.engine.segments import SegmentGraphs, token_counts
+    from wicore_backend.engine.step_inputs import StepInputs
+    from wicore_backend.engine.vision_graphs import VisionGraphs
+
+    executor, text = loaded.executor, config.text
+    attention_over = partial(GpuPagedAttention, query_heads=text.num_heads, **_attention(config, executor.dtype))
+    attention = attention_over(pools)
+    attention.rehearse()
+    if not (graphs and executor.recordable):
+        rehearse(*(executor, attention_over, pools, rotary), max_sequences=max_running, max_tokens=max_batch_tokens)
+        loaded.prepared()
+        return _Steps(attention, None, (), executor.vision)
+    record = loaded.recording(CudaRecorder(executor.device))
+    decodes = DecodeGraphs(
+        executor=executor,
+        attention=attention,
+        rotary=rotary,
+        layout=pools.layout,
+        max_sequences=max_running,
+        max_keys=max_keys,
+        measures=measures,
+        record=record,
+    )
+    # One for both, since a step is a prompt by itself or it is not.
+    inputs = StepInputs.of(text, executor, tokens=token_counts(max_batch_tokens)[-1])
+    prompts = PromptGraphs(
+        executor=executor,
+        attention=attention,
+        rotary=rotary,
+        layout=pools.layout,
+        inputs=inputs,
+        max_keys=max_keys,
+        measures=measures,
+        record=record,
+    )
+    segments = SegmentGraphs(
+        executor=executor,
+        attention=attention,
+        rotary=rotary,
+        layout=pools.layout,
+        inputs=inputs,
+        record=record,
+    )
+    for graphs_of in (decodes, prompts, segments):
+        graphs_of.prepare()
+    segments.rehearse(max_batch_tokens)
+    vision: Callable[[Tensor], Tensor] = executor.vision
+    if config.vision is not None:
+        side = config.vision.image_size
+        vision = tower = VisionGraphs(executor.vision, loaded.recording(CudaRecorder(executor.device)))
+        tower.prepare(torch.zeros(3, side, side, dtype=executor.dtype, device=executor.device))
+    loaded.prepared()
+    return _Steps(attention, decodes, (prompts, segments), vision)

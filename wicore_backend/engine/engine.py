@@ -39,7 +39,7 @@ from wicore_backend.engine.learning import StepLearner
 from wicore_backend.engine.ledger import RequestLedger
 from wicore_backend.engine.loading import LoadedModel, load_model
 from wicore_backend.engine.plan import SchedulerLimits, StepPlan
-from wicore_backend.engine.probe import compute_for_nobody
+from wicore_backend.engine.probe import probe
 from wicore_backend.engine.request import Deadlines, PriorityClass, Request, Retention, Sequence, Sink
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.engine.scheduler import Scheduler
@@ -193,8 +193,8 @@ class Engine:
     ) -> CachedPrompt:
         """Where the blocks of a prompt, given as for `generate`, are at this moment. Not to be called from a sink."""
         processed = self.processor.process(prompt, images=images or (), raw=raw)
-        names = BlockNames(self._model.name_scheme, processed.token_ids.tolist(), processed.images, tenant)
         blocks, lower = self._model.blocks, self._model.blocks.lower
+        names = BlockNames(self._model.name_scheme, processed.token_ids.tolist(), processed.images, tenant)
         question = CacheQuestion(blocks, names, len(processed), None if lower is None else lower.host.explain)
         self._inbox.ask(question.answer)
         return question.result()
@@ -243,7 +243,7 @@ class Engine:
         try:
             if self.config.threads is not None:
                 torch.set_num_threads(self.config.threads)
-            self._model = load_model(self.config, partial(self._inbox.put, _look_around))
+            self._model = load_model(self.config, self._inbox.wake)
             self._prepare()
         except BaseException as error:
             loaded.set_exception(error)
@@ -321,18 +321,10 @@ class Engine:
             return
         self._scheduler.check_integrity()
         if self._monitor.in_trouble:
-            self._probe()
-            return
-        self._when_idle()
-        self._inbox.take_one()
-
-    def _probe(self) -> None:
-        """See whether the engine can compute again: who is told to stay away will not come to show it."""
-        try:
-            compute_for_nobody(self._model)
-            self._monitor.recovered()
-        except Exception as error:
-            self._monitor.trouble(f"the engine cannot compute: {error}")
+            probe(self._model, self._monitor)
+        else:
+            self._when_idle()
+            self._inbox.take_one()
 
     def _step(self) -> None:
         """Schedule a step and have it computed, or tell what the one before gave if there is none."""
@@ -423,7 +415,3 @@ class Engine:
         self._scheduler.forget_cache()
         self._model.blocks.take_transfers()
         self._model.pools.clear()
-
-
-def _look_around() -> None:
-    """Nothing: the loop that makes this call then sees what has changed."""

@@ -63,6 +63,10 @@ class Inbox:
         """Have a call made, if the loop still runs."""
         self._calls.put(call)
 
+    def wake(self) -> None:
+        """Have the loop look around, if it waits: something has changed."""
+        self._calls.put(lambda: None)
+
     def check(self) -> None:
         """Raise what `admit` would."""
         with self._lock:

@@ -45,8 +45,9 @@ class StepInputs:
 
     @staticmethod
     def nbytes(text: TextConfig, *, tokens: int, value_bytes: int) -> int:
-        """Of what `of` makes."""
-        return tokens * ((text.hidden_size + text.num_heads * text.head_dim) * value_bytes + 4)
+        """Of what `of` makes; its embeddings may be in float32, whatever else is."""
+        attended = text.num_heads * text.head_dim * value_bytes
+        return tokens * (text.hidden_size * torch.float32.itemsize + attended + torch.int32.itemsize)
 
     def __len__(self) -> int:
         return len(self.positions)
