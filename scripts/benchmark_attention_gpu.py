@@ -258,6 +258,8 @@ def decode_variants(kv_dtype: torch.dtype) -> Iterator[Launch]:
             *((64, 2, 4, 5), (64, 2, 5, 5), (64, 1, 4, 7), (64, 1, 5, 6)),
         ):
             yield Launch(keys, warps, stages, fill)
+        for ahead in (1, 4):
+            yield Launch(32, 1, 5, 8, ahead=ahead)
         return
     for keys, warps, stages in ((32, 4, 5), (64, 4, 3), (32, 2, 3), (32, 2, 5), (32, 1, 5), (64, 2, 3)):
         yield Launch(keys, warps, stages, 4)
@@ -265,6 +267,8 @@ def decode_variants(kv_dtype: torch.dtype) -> Iterator[Launch]:
         yield Launch(32, 2, 5, fill)
     for stages, fill in ((3, 6), (5, 5), (5, 6)):
         yield Launch(32, 1, stages, fill)
+    for ahead in (1, 2, 4):
+        yield Launch(32, 2, 5, 4, ahead=ahead)
 
 
 def prefill_variants() -> Iterator[PrefillLaunch]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,12 +33,16 @@ class Launch:
         Of OpenAI Triton: warps of a program, and tiles of keys that are loaded ahead.
     fill
         Programs for each multiprocessor, so far as there is work for them.
+    ahead
+        Of a decode kernel on Hopper: tiles of keys and values that the second-level cache is asked for before the
+        step's own are there, a power of two or 0.
     """
 
     keys: int
     warps: int
     stages: int
     fill: int
+    ahead: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
