@@ -105,6 +105,20 @@ def test_a_model_that_fails_to_load_is_reported_in_its_own_words(make):
     assert is_clean(triton.run)
 
 
+def test_an_error_whose_words_say_it_all_is_told_without_its_place_in_the_code(tmp_path):
+    log = tmp_path / "a.log"
+    place = r"\n\nAt:\n  /a.py(2): f\n"
+    head = 'E1121 09:37:15.932656 5460 model_lifecycle.cc:642] "failed to load'
+    log.write_text(
+        rf"""{head} 'one' version 1: Internal: InvalidArgumentError: x = \"5\": give it less{place}"
+{head} 'two' version 1: Internal: KeyError: 'x'{place}"
+"""
+    )
+    own, foreign = server._errors(log).split("\ntwo: ")
+    assert own == 'one: x = "5": give it less'
+    assert foreign.startswith("Internal: KeyError: 'x'\n\nAt:")
+
+
 def test_a_killed_server_is_noticed_and_cleared_up_after(make):
     with make() as triton:
         os.kill(triton.process_id, signal.SIGKILL)

@@ -389,6 +389,10 @@ _LOG_LINE = re.compile(r'^[EF]\d{4} \S+ +\d+ \S+\] *"?(?P<text>.*?)"? *$')
 _LOAD_FAILURE = re.compile(r"failed to load '(?P<model>[^']+)' version \d+: (?P<why>.*)")
 _NOISE = ("CudaDriverHelper has not been initialized", "unable to create stream for", "No address added out of total")
 """What every machine without a GPU logs as errors, and gRPC's own telling of a port that is taken."""
+_TOLD = re.compile(
+    r"Internal: (InvalidArgument|Checkpoint|Segment|Executor|Engine)Error: (?P<why>.*?)(\n+At:\n.*)?", re.DOTALL
+)
+"""An error whose words say it all (`wicore_backend/errors.py`); where in the code it was raised says nothing more."""
 
 
 def _errors(log: Path) -> str:
@@ -401,5 +405,8 @@ def _errors(log: Path) -> str:
             kind = texts
             if failure := _LOAD_FAILURE.match(text):
                 kind, text = failures, f"{failure['model']}: {failure['why']}"
-            kind[text.replace("\\n", "\n").replace('\\"', '"').strip()] = None
+            text = text.replace("\\n", "\n").replace('\\"', '"').strip()
+            model, colon, why = text.partition(": ")
+            told = _TOLD.fullmatch(why)
+            kind[f"{model}{colon}{told['why']}" if told else text] = None
     return "\n".join(failures or texts)
