@@ -6,11 +6,15 @@ The blocks that a prompt of gemma-3-27b goes on from, with random bytes, are spi
 `hmt/cold_tier`, as the engine does it, and restored into other slots. In each round, one after the other:
 
 - *own*: the disk's own speed, plain direct I/O of 4 MiB at a time by as many threads as the store has; reads are of the
-  store's own file, writes to one beside it;
+  store's own file, before the tier's and once more after them, writes to a file beside it;
 - *store*: records between the disk and memory, checked, without the tier;
 - *tier*: blocks between slots and the disk.
 
-Shares are of *own* in the same round, and medians. The last lines are what a thread does alone, in memory.
+Shares are of *own* in the same round, of the mean of both where there are two, and medians. What a disk contradicts
+itself by from one reading to the next is told beside them. The last lines are what a thread does alone, in memory.
+
+With `--pace` the disk is a model: each read waits its turn for so many GB/s, whoever asks. On `/dev/shm` that leaves
+nothing of the disk in the figures, and shows up to which disk the tier keeps pace on the CPUs there are.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ import mmap
 import os
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,8 +43,9 @@ from wicore_backend.hmt.cold_tier.records import record_name
 from wicore_backend.hmt.cold_tier.staging import Stage, staging_for
 from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
-from wicore_backend.hmt.nvme import NvmeStore, Outcome
+from wicore_backend.hmt.nvme import NvmeStore, Outcome, StoreFiles
 from wicore_backend.hmt.nvme.files import aligned_buffer
+from wicore_backend.hmt.nvme.space import Run
 from wicore_backend.hmt.nvme.transfer import checked_copy
 from wicore_backend.hmt.policy.lru import LRU
 
@@ -54,24 +61,55 @@ def layout_of(dtype: torch.dtype) -> KVLayout:
     return KVLayout.of(groups, block_size=32, kv_heads=16, head_dim=128, window=1024, bytes_per_value=dtype.itemsize)
 
 
+class Clock:
+    """Turns at a disk that moves `bytes_per_second`, whoever asks."""
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self._bytes_per_second = bytes_per_second
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def wait(self, size: int) -> None:
+        """Wait until so many bytes would have come."""
+        with self._lock:
+            self._free_at = max(time.monotonic(), self._free_at) + size / self._bytes_per_second
+            at = self._free_at
+        time.sleep(max(0.0, at - time.monotonic()))
+
+
+class PacedFiles(StoreFiles):
+    """A store's files on a modelled disk: reads take their turns."""
+
+    def __init__(self, *args: Any, clock: Clock, **shape: Any) -> None:
+        super().__init__(*args, **shape)
+        self._clock = clock
+
+    def read(self, run: Run, into: memoryview) -> None:
+        """See StoreFiles."""
+        self._clock.wait(len(into))
+        super().read(run, into)
+
+
 def plain(
-    path: Path, size: int, call: Callable[[int, list[mmap.mmap], int], int], flags: int, threads: int = THREADS
+    path: Path, size: int, call: Callable[[int, list[mmap.mmap], int], int], flags: int, clock: Clock | None = None
 ) -> float:
     """Bytes a second of plain I/O past the page cache, whole pieces of the file's first `size` bytes."""
     handle = os.open(path, flags | os.O_DIRECT)
     size = size // PIECE * PIECE
-    rooms = [mmap.mmap(-1, PIECE) for _ in range(threads)]
+    rooms = [mmap.mmap(-1, PIECE) for _ in range(THREADS)]
     for room in rooms:
         room.write(random.Random(0).randbytes(PIECE))
 
     def move(first: int) -> None:
-        for at in range(first * PIECE, size, threads * PIECE):
+        for at in range(first * PIECE, size, THREADS * PIECE):
+            if clock is not None:
+                clock.wait(PIECE)
             call(handle, [rooms[first]], at)
 
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             began = time.perf_counter()
-            list(pool.map(move, range(threads)))
+            list(pool.map(move, range(THREADS)))
             return size / (time.perf_counter() - began)
     finally:
         os.close(handle)
@@ -97,6 +135,7 @@ class Bench:
         self.bytes = sum(count * layout.block_bytes(group) for group, count in self.counts.items())
         self.record_bytes = sum(count * self.codecs[group].encoded_bytes for group, count in self.counts.items())
         self.directory = directory
+        self.clock = None if args.pace is None else Clock(1e9 * args.pace)
         self.store = NvmeStore(
             store_config(
                 directory,
@@ -105,7 +144,8 @@ class Bench:
                 fingerprint=b"benchmark",
                 read_deadline_s=30.0,
                 write_deadline_s=60.0,
-            )
+            ),
+            open_files=StoreFiles if self.clock is None else partial(PacedFiles, clock=self.clock),
         )
         self.tier = ColdTier(
             self.store,
@@ -202,21 +242,36 @@ def run(bench: Bench, rounds: int) -> dict[str, Any]:
     beside = bench.directory / "plain"
     size = min(bench.record_bytes, 1 << 30)
     speeds: dict[str, list[float]] = {}
+    cpu_seconds: list[float] = []
     handle = os.open(beside, os.O_RDWR | os.O_CREAT)
     os.posix_fallocate(handle, 0, size)
     os.close(handle)
     plain(beside, size, os.pwritev, os.O_WRONLY)
     bench.spill()  # On space that was never written to.
+
+    def own_read() -> float:
+        return plain(bench.directory / "slots", bench.record_bytes, os.preadv, os.O_RDONLY, bench.clock)
+
+    def up() -> tuple[float, float]:
+        cpu = time.process_time()
+        speed = bench.restore()
+        return speed, (time.process_time() - cpu) / bench.record_bytes
+
     for _ in range(rounds):
+        own_write, tier_down = plain(beside, size, os.pwritev, os.O_WRONLY), bench.spill()
+        before, (tier_up, cpu_up), after = own_read(), up(), own_read()
         measured = {
-            "own_write": plain(beside, size, os.pwritev, os.O_WRONLY),
-            "tier_down": bench.spill(),
-            "own_read": plain(bench.directory / "slots", bench.record_bytes, os.preadv, os.O_RDONLY),
-            "tier_up": bench.restore(),
+            "own_write": own_write,
+            "tier_down": tier_down,
+            "own_read": 2 / (1 / before + 1 / after),
+            "own_read_again": after,
+            "own_read_first": before,
+            "tier_up": tier_up,
             "store_up": bench.fetch(),
         }
         for what, speed in measured.items():
             speeds.setdefault(what, []).append(speed)
+        cpu_seconds.append(cpu_up)
     scale = bench.record_bytes / bench.bytes  # Of the disk, not of slots.
 
     def share(what: str, own: str, scale: float = 1.0) -> float:
@@ -231,7 +286,9 @@ def run(bench: Bench, rounds: int) -> dict[str, Any]:
             "tier_down": share("tier_down", "own_write", scale),
             "tier_up": share("tier_up", "own_read", scale),
             "store_up": share("store_up", "own_read"),
+            "own_read_again": share("own_read_again", "own_read_first"),
         },
+        "tier_up_cpu_s_per_gb_on_disk": round(1e9 * median(cpu_seconds), 3),
         "one_thread_in_memory_gb_s": {what: round(speed / 1e9, 2) for what, speed in bench.in_memory().items()},
     }
 
@@ -250,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--codec", choices=["exact", "q8", "q4"], default="exact", help="of the disk; lossy: bf16 alone"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pace", type=float, help="GB/s of a modelled disk, for reads")
     parser.add_argument("--limits", type=_limit, nargs="*", default=[], help="of the tier, such as trays=8")
     args = parser.parse_args(arguments)
     with opened(args) as bench:

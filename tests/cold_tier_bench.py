@@ -33,7 +33,7 @@ DTYPE = torch.bfloat16
 SLOTS = 24
 
 
-LIMITS = ColdTierLimits(tray_bytes=1 << 14, trays=3, measure_s=3600.0)
+LIMITS = ColdTierLimits(tray_bytes=1 << 14, trays=3, decode_threads=2, measure_s=3600.0)
 
 
 def name(number: int) -> bytes:

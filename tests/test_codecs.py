@@ -86,6 +86,20 @@ def test_q8_errs_by_at_most_a_254th_of_the_largest_magnitude(blocks):
     assert torch.equal(y.abs().amax(-1, keepdim=True), largest), "the largest magnitude is exact"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_q8_code_in_units_of_every_magnitude_is_rounded_as_if_it_were_divided(dtype):
+    magnitudes = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    magnitudes = magnitudes[magnitudes.isfinite()]
+    codes = torch.arange(256, dtype=torch.uint8).repeat(len(magnitudes)).view(-1, 2**15)  # Four groups a magnitude.
+    stored = magnitudes.repeat_interleave(4).view(len(codes), -1)
+    codec = make_codec("q8", (1, 2, 32, 8, 64), dtype)
+    out = torch.empty(len(codes), *codec.shape, dtype=dtype)
+    codec.decode(torch.cat([codes, stored.view(torch.uint8)], 1), out=out)
+    units = codes.view(torch.int8).float().div_(127).view(len(codes), -1, 64)
+    expected = (units * stored.float()[..., None]).to(dtype)
+    assert torch.equal(out.view(torch.int16).flatten(), expected.view(torch.int16).flatten())
+
+
 @given(blocks=kv_blocks())
 @settings(max_examples=100, deadline=None)
 def test_fp8_errs_by_at_most_a_16th(blocks):

@@ -1,6 +1,7 @@
 """The cold tier: what comes up is what went down, or nothing; a restart finds it."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,28 @@ def test_where_slots_are_records_nothing_is_encoded_on_the_way(tmp_path, monkeyp
         assert set(bench.restore(up)) == {Outcome.DONE}
         monkeypatch.undo()
         assert all(bench.right(block) for block in up)
+
+
+def test_several_batches_are_decoded_at_once_into_scattered_slots(tmp_path, monkeypatch):
+    limits = replace(LIMITS, tray_bytes=LIMITS.tray_bytes * 9 // 16)
+    with Bench(tmp_path, "q8", limits=limits) as bench:
+        bench.spill_numbers(GLOBAL, range(16))
+        wait_for_measurement(bench)
+        decode, together = bench.codecs[GLOBAL].decode, threading.Barrier(2, timeout=10)
+        threads = set()
+
+        def with_another(*args, **kwargs):
+            threads.add(threading.current_thread().name)
+            together.wait()
+            decode(*args, **kwargs)
+
+        monkeypatch.setattr(bench.codecs[GLOBAL], "decode", with_another)
+        up = [SlotBlock(GLOBAL, name(number), (5 * number) % SLOTS) for number in range(16)]  # Two batches of eight.
+        assert set(bench.restore(up)) == {Outcome.DONE}
+        monkeypatch.undo()
+        assert all(bench.right(block) for block in up)
+        assert len(threads) == 2
+        assert all("decode" in thread for thread in threads), "the thread that fetches has others to fetch for"
 
 
 # Mistakes of the caller.

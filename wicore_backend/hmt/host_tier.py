@@ -1,16 +1,4 @@
-"""Books of the host tier: what the device tier gave up, by name, in slots of host memory. No tensors, no clock.
-
-A slot is in one state:
-
-- *free*;
-- *held*: it has a block, which can be found, and which the policy may choose to give up;
-- *pinned*: the same, but somebody is about to use it, so that it stays;
-- *leaving*: the same, but it is on its way to a colder tier; when it is there the slot is free, unless somebody has
-  pinned the block meanwhile;
-- *copied*: held or pinned, and being read on its way to a colder tier, where it will be as well; if the policy gives it
-  up meanwhile, it is leaving;
-- *arriving*: it is reserved for a block that comes from a colder tier, and which cannot be found before that.
-"""
+"""Books of the host tier: what the device tier gave up, by name, in slots of host memory. No tensors, no clock."""
 
 from __future__ import annotations
 
@@ -90,6 +78,17 @@ class _Shelf:
 
 class HostTier:
     """Which block is in which slot, and which leaves when room is needed.
+
+    A slot is in one state:
+
+    - *free*;
+    - *held*: it has a block, which can be found, and which the policy may choose to give up;
+    - *pinned*: the same, but somebody is about to use it, so that it stays;
+    - *leaving*: the same, but it is on its way to a colder tier; when it is there the slot is free, unless somebody has
+      pinned the block meanwhile;
+    - *copied*: held or pinned, and being read on its way to a colder tier, where it will be as well; if the policy
+      gives it up meanwhile, it is leaving;
+    - *arriving*: it is reserved for a block that comes from a colder tier, and which cannot be found before that.
 
     Between device and slots bytes move by the transfers that its calls lead to, and these are made in the order of the
     calls: so a slot may be given to another block while a transfer that reads it is still outstanding. What moves
