@@ -3,7 +3,7 @@
 
 FAKE_SERVER changes it: "stubborn" ignores SIGTERM, and so does its stub; "broken" logs what a server logs whose model
 fails to load, and ends; "busy" has an engine that drains in half a second, "endless" one that never does, "ill" one
-that is not healthy; "worker" has a model without an engine.
+that is not healthy; "worker" has a model without an engine, "stubborn worker" both.
 """
 
 import json
@@ -62,11 +62,11 @@ if MODE == "broken":
 prefix = OPTIONS["backend-config"].removeprefix("python,shm-region-prefix-name=")
 REGION = Path("/dev/shm", f"{prefix}region")
 REGION.write_bytes(b"0")
-signal.signal(signal.SIGTERM, signal.SIG_IGN if MODE == "stubborn" else stop)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in MODE else stop)
 STUB = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 if MODE in ("busy", "endless", "ill"):
     threading.Thread(target=be_an_engine, daemon=True).start()
-if MODE == "worker":
+if "worker" in MODE:
     workers = Path(os.environ["WICORE_RUN_DIRECTORY"], "workers")
     workers.mkdir()
     (workers / f"{STUB.pid}.json").write_text("{}")

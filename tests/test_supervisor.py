@@ -255,7 +255,7 @@ def test_an_engine_that_stays_ill_ends_the_server_for_a_new_one(make):
     assert is_clean(triton.run)
 
 
-@pytest.mark.parametrize("mode", ["busy", "worker"])
+@pytest.mark.parametrize("mode", ["busy", "worker", "stubborn worker"])
 def test_a_models_process_that_is_killed_ends_the_server(make, mode):
     with make(mode=mode, drain_seconds=600.0) as triton:
         files = [triton.run.directory / "engines", triton.run.directory / "workers"]
@@ -265,7 +265,9 @@ def test_a_models_process_that_is_killed_ends_the_server(make, mode):
         os.kill(stub, signal.SIGKILL)
         trouble = cli._wait_for_trouble(triton, patience=None)
         assert f"a model's process died ({stub})" in trouble
+        began = time.monotonic()
         assert triton.wait(10) is not None
+        assert time.monotonic() - began < 8, "it waited for requests that do not end any more"
     assert is_clean(triton.run)
 
 

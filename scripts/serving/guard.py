@@ -40,6 +40,8 @@ _DRAIN_POLL_SECONDS = 0.05
 _DRAIN_MARGIN_SECONDS = 10.0
 """For an engine to notice the wish, to end what is left after the grace time, and to send the last responses."""
 
+_HOPELESS_SECONDS = 1.0
+
 
 def _prepare_server() -> None:
     """In the child, before the server: die with the guard, and have a stack for large bodies."""
@@ -117,7 +119,8 @@ def main(directory: str) -> int:
         reasons = _Reasons(server, wake)
         reasons.wait()
         _drain(run, reasons, order["drain_seconds"])
-        _stop(server, order["stop_seconds"])
+        # Requests that a dead process had will not end, and the server would wait for them.
+        _stop(server, _HOPELESS_SECONDS if run.dead() else order["stop_seconds"])
     finally:
         run.clear()
     _tell(f"ended {server.returncode}")
