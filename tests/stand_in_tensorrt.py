@@ -134,6 +134,8 @@ class Told:
 
 
 TOLD = Told()
+_LOGGERS: list[ILogger] = []
+"""That the library has been given in this process."""
 CARD = SimpleNamespace(compute_capability="sm89")
 """That the library finds."""
 
@@ -148,7 +150,8 @@ class Runtime:
     _engines: type[ICudaEngine]
 
     def __init__(self, logger: ILogger) -> None:
-        self.logger = logger
+        _LOGGERS.append(logger)
+        self.logger = _LOGGERS[0]  # Others are ignored, as by the real one.
         self.defer_weights_loading = False
 
     def get_engine_validity(self, buffer: Any) -> tuple[EngineValidity, int]:

@@ -21,6 +21,7 @@ from wicore_backend.engine.executor_loading import load_executor
 from wicore_backend.engine.executors import (
     Choice,
     ExecutorName,
+    FoundEngines,
     choose,
     computing_type,
     engines_directory,
@@ -33,7 +34,7 @@ from wicore_backend.executor.segments.contract import Precision
 from wicore_backend.executor.segments.export import export_segments
 from wicore_backend.executor.tensorrt import card, library
 from wicore_backend.executor.tensorrt.executor import TensorRTExecutor
-from wicore_backend.executor.tensorrt.library import LibraryName
+from wicore_backend.executor.tensorrt.library import Installed, LibraryName
 from wicore_backend.executor.tensorrt.profiles import profiles_for
 from wicore_backend.executor.tensorrt.records import EngineKey
 from wicore_backend.executor.tensorrt.store import EngineSet
@@ -57,7 +58,11 @@ ENGINES = EngineSet(
 
 
 def engines():
-    return ENGINES
+    return FoundEngines(ENGINES)
+
+
+def engines_of_one_of_two_libraries():
+    return FoundEngines(ENGINES, ("tensorrt does not load: libnvinfer.so.10: no such file",))
 
 
 def no_engines():
@@ -77,6 +82,7 @@ def nobody_asks():
         ("auto", CUDA, no_engines, ExecutorName.TORCH, "no TensorRT engines in /engines"),
         ("auto", CUDA, engines, ExecutorName.TENSORRT, "engines in int4 for sm89 by tensorrt_rtx 1.7: /engines/int4"),
         ("tensorrt", CUDA, engines, ExecutorName.TENSORRT, "executor = 'tensorrt', engines in int4 for sm89"),
+        ("auto", CUDA, engines_of_one_of_two_libraries, ExecutorName.TENSORRT, "; tensorrt does not load: libnvinfer."),
         ("onnx", CPU, nobody_asks, ExecutorName.ONNX, "executor = 'onnx'"),
         ("onnx", CUDA, nobody_asks, ExecutorName.ONNX, "executor = 'onnx'"),
     ],
@@ -207,8 +213,14 @@ class Card(stand_in.StandInCard):
 def on_stand_in(monkeypatch):
     """A machine whose card and TensorRT library are the stand-in's."""
     monkeypatch.setattr(card.CudaCard, "of", lambda _: Card())
-    for module in (executors, library):
-        monkeypatch.setattr(module, "load_library", lambda *_: stand_in.library())
+    monkeypatch.setattr(executors, "installed_libraries", lambda: Installed((stand_in.library(),), ()))
+    monkeypatch.setattr(library, "load_library", lambda _: stand_in.library())
+
+
+@pytest.fixture
+def both_libraries(on_stand_in, monkeypatch):  # noqa: ARG001
+    both = Installed((stand_in.library(rtx=False), stand_in.library(rtx=True)), ())
+    monkeypatch.setattr(executors, "installed_libraries", lambda: both)
 
 
 @pytest.mark.usefixtures("on_stand_in")
@@ -237,7 +249,7 @@ def test_engines_that_fit_are_found_loaded_and_run(tmp_path, monkeypatch, wanted
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kept = EngineConfig(model=tmp_path / "model", max_running=8, max_batch_tokens=64)
     shutil.copytree(tmp_path / "engines", engines_directory(kept))
-    assert find_engines(kept, config, CUDA).directory.is_relative_to(tmp_path / "cache")
+    assert find_engines(kept, config, CUDA).engines.directory.is_relative_to(tmp_path / "cache")
     assert (dtype, loaded.multiplies) == (torch.float32, "")
     assert len(read) == (weights == "inputs")
     driver.executor = loaded.executor
@@ -246,20 +258,18 @@ def test_engines_that_fit_are_found_loaded_and_run(tmp_path, monkeypatch, wanted
 
 
 @pytest.mark.parametrize("built_by_rtx", [True, False])
-@pytest.mark.usefixtures("on_stand_in")
-def test_engines_of_either_library_are_found_where_both_are(tmp_path, monkeypatch, built_by_rtx):
-    monkeypatch.setattr(executors, "load_library", lambda name: stand_in.library(rtx=name == "tensorrt_rtx"))
+@pytest.mark.usefixtures("both_libraries")
+def test_engines_of_either_library_are_found_where_both_are(tmp_path, built_by_rtx):
     write_random_checkpoint(tmp_path / "model")
     exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
     stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=built_by_rtx))
     settings = EngineConfig(model=tmp_path / "model", engines=tmp_path / "engines", max_batch_tokens=64, max_running=8)
     found = find_engines(settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
-    assert found.key.library == ("tensorrt_rtx" if built_by_rtx else "tensorrt")
+    assert found.engines.key.library == ("tensorrt_rtx" if built_by_rtx else "tensorrt")
 
 
-@pytest.mark.usefixtures("on_stand_in")
-def test_where_both_libraries_are_the_reason_of_each_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(executors, "load_library", lambda name: stand_in.library(rtx=name == "tensorrt_rtx"))
+@pytest.mark.usefixtures("both_libraries")
+def test_where_both_libraries_are_the_reason_of_each_is_said(tmp_path):
     write_random_checkpoint(tmp_path / "model")
     exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
     stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=False))
@@ -270,6 +280,52 @@ def test_where_both_libraries_are_the_reason_of_each_is_said(tmp_path, monkeypat
         r"tensorrt .*; with tensorrt_rtx \d.* are for tensorrt instead of tensorrt_rtx, .*--library rtx ",
     ):
         find_engines(settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
+
+
+_DOES_NOT_LOAD = "tensorrt does not load: libnvinfer.so.10: cannot open shared object file"
+
+
+@pytest.mark.usefixtures("on_stand_in")
+@pytest.mark.parametrize("built_by_rtx", [True, False])
+def test_a_library_that_does_not_load_is_said_whatever_is_chosen(tmp_path, monkeypatch, caplog, built_by_rtx):
+    """Its engines may be the ones that are there; or those of another serve, and nobody wonders why."""
+    one_of_two = Installed((stand_in.library(),), (_DOES_NOT_LOAD,))
+    monkeypatch.setattr(executors, "installed_libraries", lambda: one_of_two)
+    write_random_checkpoint(tmp_path / "model")
+    exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
+    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=built_by_rtx))
+    settings = EngineConfig(model=tmp_path / "model", engines=tmp_path / "engines", max_batch_tokens=64, max_running=8)
+    find = partial(find_engines, settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
+    chosen = choose("auto", CUDA, find=find)
+    assert chosen.name is (ExecutorName.TENSORRT if built_by_rtx else ExecutorName.TORCH)
+    assert _DOES_NOT_LOAD in chosen.reason
+    assert _DOES_NOT_LOAD in caplog.text
+    if built_by_rtx:
+        assert _DOES_NOT_LOAD in choose("tensorrt", CUDA, find=find).reason
+    else:
+        with pytest.raises(ExecutorError, match=rf"for tensorrt instead of tensorrt_rtx; .*; {_DOES_NOT_LOAD}$"):
+            choose("tensorrt", CUDA, find=find)
+
+
+@pytest.mark.usefixtures("on_stand_in")
+def test_where_no_library_loads_it_is_said_why_of_each(tmp_path, monkeypatch):
+    def import_module(name):
+        raise OSError(f"{name}.so: undefined symbol")
+
+    monkeypatch.setattr(library, "import_module", import_module)
+    monkeypatch.setattr(executors, "installed_libraries", library.installed_libraries)
+    write_random_checkpoint(tmp_path / "model")
+    exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
+    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library())
+    settings = EngineConfig(model=tmp_path / "model", engines=tmp_path / "engines", max_batch_tokens=64, max_running=8)
+    find = partial(find_engines, settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
+    each = "; ".join(
+        f"{name} does not load: {name}.so: undefined symbol"
+        for name in ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
+    )
+    assert each in choose("auto", CUDA, find=find).reason
+    with pytest.raises(ExecutorError, match=each):
+        choose("tensorrt", CUDA, find=find)
 
 
 @pytest.mark.usefixtures("on_stand_in")
@@ -296,8 +352,8 @@ def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
         choose("tensorrt", CUDA, find=find(dtype="bfloat16"))
     halves = export_segments(tmp_path / "model", tmp_path / "engines" / "fp16", Precision.FP16)
     stand_in.write_engines(halves, tmp_path / "engines", library=stand_in.library())
-    assert find(dtype="float16")().key.precision is Precision.FP16
-    assert find()().key.precision is Precision.FP32
+    assert find(dtype="float16")().engines.key.precision is Precision.FP16
+    assert find()().engines.key.precision is Precision.FP32
     with pytest.raises(ExecutorError, match="in fp32 instead of int4"):
         choose("tensorrt", CUDA, find=find(engine_precision="int4"))
 

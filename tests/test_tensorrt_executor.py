@@ -197,6 +197,16 @@ def test_weights_that_are_inputs_are_the_tensors_themselves(checkpoint, tmp_path
         model.load(engines)
 
 
+def test_of_two_models_in_a_process_each_quotes_its_own_faults(model, tmp_path):
+    sound = model.load(write_engines(model.exported, tmp_path / "sound", library=stand_in.library()))
+    faults = {MID: "execute"}
+    faulty = model.load(write_engines(model.exported, tmp_path / "faulty", library=stand_in.library(), faults=faults))
+    inputs = segment_inputs(model, 3)
+    with pytest.raises(EngineError, match=r"could not execute mid_001 .* \(an illegal memory access\)$"):
+        faulty.mid(1, *inputs)
+    sound.mid(1, *inputs)
+
+
 def test_results_stay_as_long_as_is_promised(model, tmp_path):
     """Queries, keys and values until the next segment, hidden states until the one after; logits for ever."""
     engines = write_engines(model.exported, tmp_path, library=stand_in.library())

@@ -1,11 +1,14 @@
 """The libraries: found or not, where they differ, and that the real one has every name that is used of it."""
 
 import ast
+import gc
 import inspect
 import logging
 import re
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,13 @@ import torch
 from tests import stand_in_tensorrt as stand_in
 from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.tensorrt import library as library_module
-from wicore_backend.executor.tensorrt.library import LibraryName, load_library, messages_of
+from wicore_backend.executor.tensorrt.library import (
+    Installed,
+    LibraryName,
+    installed_libraries,
+    load_library,
+    messages_of,
+)
 
 PACKAGE = Path(library_module.__file__).parent
 
@@ -208,6 +217,54 @@ def test_what_the_library_says_is_logged_and_its_errors_kept(real, caplog):
     assert (messages.activations, messages.weights) == ([4096], [77])
     assert messages.errors() == "a bad thing"
     assert messages.errors() == "the library logged no error", "told once"
+
+
+def test_all_users_of_a_library_share_its_one_logger_and_each_hears_it_while_it_listens(real):
+    """The library knows the first logger that it is given, and no other."""
+    severity = real.api.ILogger.Severity
+    first = messages_of(real.api)
+    first.logger.log(severity.ERROR, "a bad thing")
+    second = messages_of(real.api)
+    assert second.logger is first.logger
+    second.logger.log(severity.INFO, "Total Weights Memory: 5 bytes")
+    assert (first.weights, second.weights) == ([5], [5])
+    assert second.errors() == "the library logged no error", "it was said before"
+    assert first.errors() == "a bad thing"
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None, "a model that is gone is not told any more"
+
+
+def test_a_users_errors_are_those_of_its_own_thread_and_others_only_where_it_has_none(real):
+    messages, severity = messages_of(real.api), real.api.ILogger.Severity
+
+    def log(text):
+        messages.logger.log(severity.ERROR, text)
+
+    for texts in (["mine", "theirs"], ["theirs"]):
+        for text in texts:
+            if text == "mine":
+                log(text)
+            else:
+                thread = threading.Thread(target=log, args=(text,))
+                thread.start()
+                thread.join()
+        assert messages.errors() == ("mine" if "mine" in texts else "on another thread: theirs; theirs")
+
+
+def test_a_broken_library_is_told_beside_those_that_load(installed, caplog):
+    assert installed_libraries() == Installed((), ())
+    installed["tensorrt_rtx"] = "1.8"
+    installed["tensorrt"] = OSError("libnvinfer.so.10: cannot open shared object file")
+    found = installed_libraries()
+    assert [str(library) for library in found.libraries] == ["tensorrt_rtx 1.8"]
+    assert found.broken == ("tensorrt does not load: libnvinfer.so.10: cannot open shared object file",)
+    assert load_library().name is LibraryName.TENSORRT_RTX
+    assert "tensorrt does not load: libnvinfer.so.10" in caplog.text
+    assert "tensorrt_rtx 1.8 serves in its place" in caplog.text
+    installed["tensorrt"] = AttributeError("partially initialized module")
+    assert installed_libraries().broken == ("tensorrt does not load: partially initialized module",)
 
 
 def test_nothing_of_the_library_is_loaded_before_it_is_asked_for():

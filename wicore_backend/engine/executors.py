@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import torch
 
 from wicore_backend.config import EngineConfig, ExecutorSetting
 from wicore_backend.errors import ExecutorError
 from wicore_backend.executor.segments.contract import Precision, segments
-from wicore_backend.executor.tensorrt.library import Library, LibraryName, load_library
+from wicore_backend.executor.tensorrt.library import installed_libraries, load_library
 from wicore_backend.executor.tensorrt.store import MANIFEST, EngineSet, EngineStore, Wanted
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
+
+_log = logging.getLogger(__name__)
 
 _BY_TYPE = {torch.float32: Precision.FP32, torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}
 _NAMED_DIGITS = 16
@@ -51,11 +53,18 @@ class Choice:
     engines: EngineSet | None = None
 
 
+class FoundEngines(NamedTuple):
+    """TensorRT engines that fit, and what was passed over on the way to them, in words."""
+
+    engines: EngineSet
+    passed_over: tuple[str, ...] = ()
+
+
 def choose(
     wanted: ExecutorSetting,
     device: torch.device,
     *,
-    find: Callable[[], EngineSet],
+    find: Callable[[], FoundEngines],
     installed: Callable[[str], object] = find_spec,
 ) -> Choice:
     """The executor that the setting stands for on `device`.
@@ -87,26 +96,28 @@ def choose(
                     f"{asked} needs a CUDA device, and device is {device}; set executor to 'auto', 'torch' or 'onnx'"
                 )
             try:
-                engines = find()
+                found = find()
             except ExecutorError as error:
                 raise ExecutorError(f"{asked}: {error}") from None
-            return Choice(ExecutorName.TENSORRT, f"{asked}, {_described(engines)}", engines)
+            return Choice(ExecutorName.TENSORRT, f"{asked}, {_described(found)}", found.engines)
         case "auto":
             if device.type != "cuda":
                 return Choice(ExecutorName.TORCH, f"{asked} takes it on a CPU")
             try:
-                engines = find()
+                found = find()
             except ExecutorError as error:
                 return Choice(ExecutorName.TORCH, f"{asked}, and {error}")
-            return Choice(ExecutorName.TENSORRT, f"{asked}, and there are {_described(engines)}", engines)
+            return Choice(ExecutorName.TENSORRT, f"{asked}, and there are {_described(found)}", found.engines)
     assert_never(wanted)
 
 
-def _described(engines: EngineSet) -> str:
-    key = engines.key
-    return (
-        f"engines in {key.precision} for {key.compute_capability} by {key.library} {key.version}: {engines.directory}"
+def _described(found: FoundEngines) -> str:
+    key = found.engines.key
+    engines = (
+        f"engines in {key.precision} for {key.compute_capability} by {key.library} {key.version}: "
+        f"{found.engines.directory}"
     )
+    return "; ".join([engines, *found.passed_over])
 
 
 def engines_directory(settings: EngineConfig, *, fingerprint: str | None = None) -> Path:
@@ -146,13 +157,16 @@ def _name_of_model(settings: EngineConfig) -> str:
     return settings.model.resolve().name
 
 
-def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.device) -> EngineSet:
+def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.device) -> FoundEngines:
     """The TensorRT engines for this model, these settings and the card that `device` is.
+
+    A library that is installed and does not load is passed over, which is logged, too.
 
     Raises
     ------
     ExecutorError
-        If there are none, or no library to run them: says what was looked for and where, and what builds them.
+        If there are none, or no library to run them: says what was looked for and where, what builds them, and which
+        library does not load, and why.
     """
     # Imported where there is a card to look at.
     from wicore_backend.executor.tensorrt.card import CudaCard
@@ -165,6 +179,11 @@ def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.dev
             f"there are no TensorRT engines in {place / pattern}; build them with "
             f"python -m scripts.build_engines {settings.model}, or set engines to the directory that has them"
         )
+    installed = installed_libraries()
+    for problem in installed.broken:
+        _log.warning("TensorRT: %s", problem)
+    if not installed.libraries:
+        load_library()  # Which says why there is none.
     card, fingerprint = CudaCard.of(device), checkpoint_fingerprint(settings.model).hex()
     wanted = [
         Wanted(
@@ -179,28 +198,20 @@ def find_engines(settings: EngineConfig, config: Gemma3Config, device: torch.dev
             segments=tuple(segments(config)),
             activations=None if settings.dtype == "auto" else _setting(settings, device),
         )
-        for library in _libraries()
+        for library in installed.libraries
     ]
-    return _first_found(EngineStore(engines_directory(settings, fingerprint=fingerprint)), wanted)
+    store = EngineStore(engines_directory(settings, fingerprint=fingerprint))
+    return FoundEngines(_first_found(store, wanted, installed.broken), installed.broken)
 
 
-def _libraries() -> Sequence[Library]:
-    """Those that are installed, at least one: an image may have both, and engines of one."""
-    found = []
-    for name in LibraryName:
-        with suppress(ExecutorError):
-            found.append(load_library(name.value))
-    return found or [load_library()]  # Which says why there is none.
-
-
-def _first_found(store: EngineStore, wanted: Sequence[Wanted]) -> EngineSet:
+def _first_found(store: EngineStore, wanted: Sequence[Wanted], broken: Sequence[str]) -> EngineSet:
     reasons = []
     for one in wanted:
         try:
             return store.find(one)
         except ExecutorError as error:
             reasons.append(f"with {one.library} {one.version}, {error}")
-    raise ExecutorError("; ".join(reasons))
+    raise ExecutorError("; ".join([*reasons, *broken]))
 
 
 def exported_precision(settings: EngineConfig, device: torch.device) -> Precision:

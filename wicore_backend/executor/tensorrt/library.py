@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class Library:
         return _TYPES.get(name, name)
 
     def messages(self) -> Messages:
-        """A new logger for the library's objects."""
+        """What the library logs from now on, and the logger that its objects are given."""
         return messages_of(self.api)
 
 
@@ -115,22 +116,22 @@ _NO_ERROR = "the library logged no error"
 
 
 class Messages:
-    """What the library logs: sent on to this process's log, and kept for errors to quote.
+    """What the library logs while one of its users has this, kept for errors to quote.
 
     Attributes
     ----------
     logger
-        The library's `ILogger`.
+        The library's `ILogger`: the same for all, see `messages_of`.
     activations, weights
         Bytes that the library said that an engine's activations take, one number for each profile, and its weights.
     description
         What it said of the last engine that it built, for `report_of_description`.
     """
 
-    logger: Any
     _MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
 
-    def __init__(self) -> None:
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
         self.activations: list[int] = []
         self.weights: list[int] = []
         self.description: str | None = None
@@ -138,51 +139,109 @@ class Messages:
 
     def note(self, level: int, text: str) -> None:
         """One message. On any thread."""
-        text = text.strip()
         if level >= logging.ERROR:
             self._errors.setdefault(threading.get_ident(), deque(maxlen=4)).append(text)
         if found := self._MEMORY.search(text):
             (self.activations if found[1] == "Activation" else self.weights).append(int(found[2]))
-        _log.log(level, "%s", text)
 
     def errors(self) -> str:
-        """The last errors, which are forgotten by that; what to quote where there were none."""
-        said: list[str] = []
+        """The last errors, which are forgotten by that: this thread's or, if it has none, others', who may have been
+        another user's. What to quote where there were none."""
+        if said := self._errors.pop(threading.get_ident(), None):
+            return "; ".join(said)
+        others: list[str] = []
         while self._errors:
-            said += self._errors.popitem()[1]
-        return "; ".join(said) or _NO_ERROR
+            others += self._errors.popitem()[1]
+        return f"on another thread: {'; '.join(others)}" if others else _NO_ERROR
 
     def own_errors(self) -> str:
-        """`errors` that the library logged on this thread alone, where others do something else by the same logger.
-
-        They cannot each have a logger: the library knows one in a process, and ignores others with a warning.
-        """
+        """`errors` of this thread alone, where others do the same for the same user."""
         return "; ".join(self._errors.pop(threading.get_ident(), ())) or _NO_ERROR
 
 
+class _Listeners:
+    """Sends what a library logs to this process's log, and to all who listen."""
+
+    def __init__(self, api: Any) -> None:
+        severity = api.ILogger.Severity
+        levels = {
+            severity.INTERNAL_ERROR: logging.ERROR,
+            severity.ERROR: logging.ERROR,
+            severity.WARNING: logging.WARNING,
+            severity.INFO: logging.DEBUG,
+        }
+        self._listening: weakref.WeakSet[Messages] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        listeners = self
+
+        class Forward(api.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                api.ILogger.__init__(self)
+
+            def log(self, severity: Any, msg: str) -> None:
+                if severity in levels:
+                    text = msg.strip()
+                    _log.log(levels[severity], "%s", text)
+                    for messages in listeners._now():
+                        messages.note(levels[severity], text)
+                elif msg.startswith("Layers:\n"):
+                    for messages in listeners._now():
+                        messages.description = msg
+
+        self._logger = Forward()
+
+    def join(self) -> Messages:
+        messages = Messages(self._logger)
+        with self._lock:
+            self._listening.add(messages)
+        return messages
+
+    def _now(self) -> list[Messages]:
+        with self._lock:
+            return list(self._listening)
+
+
+_LISTENERS: dict[type, _Listeners] = {}
+_MAKING = threading.Lock()
+
+
 def messages_of(api: Any) -> Messages:
-    """`Messages` for a library with the module `api`."""
-    severity = api.ILogger.Severity
-    levels = {
-        severity.INTERNAL_ERROR: logging.ERROR,
-        severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.WARNING,
-        severity.INFO: logging.DEBUG,
-    }
-    messages = Messages()
+    """`Messages` of a library with the module `api`, from now on.
 
-    class Forward(api.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            api.ILogger.__init__(self)
+    A library knows one logger in a process, the first that it is given, and ignores others with a warning. So there is
+    one, which tells all who listen: of several models in a process each hears of its own faults.
+    """
+    with _MAKING:
+        if api.ILogger not in _LISTENERS:
+            _LISTENERS[api.ILogger] = _Listeners(api)
+        return _LISTENERS[api.ILogger].join()
 
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in levels:
-                messages.note(levels[severity], msg)
-            elif msg.startswith("Layers:\n"):
-                messages.description = msg
 
-    messages.logger = Forward()
-    return messages
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """The TensorRT libraries of this machine.
+
+    Attributes
+    ----------
+    libraries
+        Those that can be used, TensorRT first: an image may have both.
+    broken
+        What is there and does not load, with the reason.
+    """
+
+    libraries: tuple[Library, ...]
+    broken: tuple[str, ...]
+
+
+def installed_libraries() -> Installed:
+    """Import each library that there is."""
+    libraries, broken = [], list[str]()
+    for name in LibraryName:
+        library, problems = _imported(name)
+        broken += problems
+        if library is not None:
+            libraries.append(library)
+    return Installed(tuple(libraries), tuple(broken))
 
 
 def load_library(choice: LibraryChoice = "auto") -> Library:
@@ -194,18 +253,26 @@ def load_library(choice: LibraryChoice = "auto") -> Library:
         If it is not there, or does not load, with what to do.
     """
     names = tuple(LibraryName) if choice == "auto" else (LibraryName(choice),)
-    problems = []
+    broken: list[str] = []
     for name in names:
-        for module in _MODULES[name]:
-            try:
-                api = import_module(module)
-            except ModuleNotFoundError as error:
-                if error.name == module:
-                    continue
-                problems.append(f"{module} does not load: {error}")
-            except (ImportError, OSError, RuntimeError) as error:
-                problems.append(f"{module} does not load: {error}")
-            else:
-                return Library(name, str(api.__version__), api)
+        library, problems = _imported(name)
+        broken += problems
+        if library is not None:
+            for problem in broken:
+                _log.warning("%s; %s serves in its place", problem, library)
+            return library
     remedies = ", or ".join(f"for {name}: {_REMEDIES[name]}" for name in names)
-    raise ExecutorError("; ".join([f"no {' or '.join(names)} library here", *problems, remedies]))
+    raise ExecutorError("; ".join([f"no {' or '.join(names)} library here", *broken, remedies]))
+
+
+def _imported(name: LibraryName) -> tuple[Library | None, list[str]]:
+    """A library, if one of its modules loads, and what is wrong with those before that are there and do not."""
+    problems = []
+    for module in _MODULES[name]:
+        try:
+            api = import_module(module)
+            return Library(name, str(api.__version__), api), problems
+        except Exception as error:  # A package that is half there fails in ways of its own.
+            if not (isinstance(error, ModuleNotFoundError) and error.name == module):
+                problems.append(f"{module} does not load: {error}")
+    return None, problems
