@@ -10,6 +10,7 @@ from wicore_backend.config import EngineConfig
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.gateway import server
 from wicore_backend.gateway.server import read_settings
+from wicore_backend.hmt.host_memory import HostMemory
 from wicore_backend.settings import parse_json
 
 
@@ -65,3 +66,15 @@ def test_a_name_that_is_there_twice_is_refused_whatever_its_depth():
         parse_json(f"{{{many}}}", "sampling_parameters")
     assert time.perf_counter() - began < 5  # Comparing each with each takes two minutes.
     assert parse_json(json.dumps({"a": {"b": 1}, "c": {"b": 2}}), "x") == {"a": {"b": 1}, "c": {"b": 2}}
+
+
+@pytest.mark.parametrize(("name", "value"), [("threads", 10**9), ("max_model_len", 1)])
+def test_what_could_only_crash_or_never_answer_is_refused(name, value):
+    with pytest.raises(InvalidArgumentError, match=f"{name} = {value}"):
+        EngineConfig(model="m", **{name: value})
+
+
+@pytest.mark.parametrize("size", [2**50, 2**70])
+def test_host_memory_that_the_system_does_not_have_is_refused_by_its_setting(size):
+    with pytest.raises(InvalidArgumentError, match="lower host_cache_bytes"):
+        HostMemory(size, locked=False)

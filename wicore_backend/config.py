@@ -73,10 +73,10 @@ class EngineConfig(Settings):
     reads and copies, each number rounded to 4 significant bits. Blocks then go to host memory and disk as they are, so
     that `host_cache_codec` and `nvme_codec` have to be exact."""
 
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of one operator; None is PyTorch's choice, and in a server one less than the CPUs."""
 
-    max_model_len: Positive | None = None
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Longest sequence, prompt and answer; None takes the checkpoint's own limit."""
 
     max_batch_tokens: Positive = 512

@@ -32,6 +32,8 @@ watch_models() {
                 echo "a model's process died ($(basename "$file" .json)); ending the server, to be started again" >&2
                 touch "$run/died"
                 kill -TERM "$server"
+                sleep 1
+                kill -KILL "$server" 2> /dev/null || true # It would wait for requests that do not end any more.
                 return
             fi
         done

@@ -26,11 +26,16 @@ class HostMemory:
     Raises
     ------
     InvalidArgumentError
-        If the system does not lock so much.
+        If the system does not give or lock so much.
     """
 
     def __init__(self, size: int, *, locked: bool) -> None:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise InvalidArgumentError(
+                f"{size:,} bytes of host memory cannot be had ({error}); lower host_cache_bytes"
+            ) from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.tensor: Tensor = torch.frombuffer(memory, dtype=torch.uint8)
