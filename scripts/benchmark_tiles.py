@@ -29,7 +29,7 @@ from torch import Tensor
 
 from wicore_backend.executor import matrix
 from wicore_backend.executor.fp8_matrix import Fp8GpuMatrix
-from wicore_backend.executor.int4_matrix import Int4GpuMatrix
+from wicore_backend.executor.int4_matrix import Int4GpuMatrix, Prompts
 from wicore_backend.executor.kernels.int4 import Int4Tile
 from wicore_backend.executor.kernels.products import Tile
 from wicore_backend.executor.kernels.small import qk_norm_rope
@@ -41,12 +41,16 @@ from wicore_backend.quantization.fp8 import quantized_fp8
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
 Kind = Literal["bf16", "fp8", "int4"]
-Tiles = Mapping[Role, Tile | Int4Tile]
+Way = Tile | Int4Tile | Prompts
+"""How a role's matrix multiplies: by a tiling; or, INT4 and many rows, as what it is widened to."""
+Tiles = Mapping[Role, Way]
 _EPS = 1e-6
-_WORSE, _APART = 1.25, 0.15
+_WORSE, _APART, _IN_FP8 = 1.25, 0.15, 5e-2
 """An option's error may be so many times that of the tiling in use; and its layers so far from theirs, for rows that
-are quantised otherwise are as far from each other as from what they were, in each layer."""
+are quantised otherwise are as far from each other as from what they were, in each layer. The last is the error that one
+may have that quantises what the tiling in use does not."""
 
+ROLES: Sequence[Role] = ("qkv", "out", "gate_up", "down")
 _Big = partial(Int4Tile, warps=8, scaled=True, resident=1)
 OPTIONS: Mapping[Kind, Mapping[int, Mapping[str, Tiles]]] = {
     "bf16": {
@@ -103,8 +107,16 @@ OPTIONS: Mapping[Kind, Mapping[int, Mapping[str, Tiles]]] = {
             "QKV: 128 columns stay": {"qkv": _Big(128, 2)},
             "down: 128 columns stay": {"down": _Big(128, 2)},
         },
-        256: {"all: 128 columns stay": dict.fromkeys(("qkv", "out", "gate_up", "down"), _Big(128, 2))},
-        512: {"all: 128 columns stay": dict.fromkeys(("qkv", "out", "gate_up", "down"), _Big(128, 2))},
+        256: {"all: 128 columns stay": dict.fromkeys(ROLES, _Big(128, 2))},
+        512: {
+            "all: 128 columns stay": dict.fromkeys(ROLES, _Big(128, 2)),
+            "gate-up: one kernel": {"gate_up": "one kernel"},
+            "all: in FP8": dict.fromkeys(ROLES, "fp8"),
+        },
+        8192: {
+            "gate-up: one kernel": {"gate_up": "one kernel"},
+            "all: in FP8": dict.fromkeys(ROLES, "fp8"),
+        },
     },
 }
 """By kind of weights and rows. What is expected of them is in docs/benchmarks."""
@@ -151,7 +163,6 @@ class Shape:
         return sizes[role]
 
 
-ROLES: Sequence[Role] = ("qkv", "out", "gate_up", "down")
 CARD = Shape(5376, 21504, 32, 16, 128, 128, 8, 11, torch.bfloat16, torch.device("cuda"))
 DRY = Shape(64, 128, 2, 1, 32, 32, 1, 1, torch.float16, torch.device("cpu"))
 """float16, since the interpreter multiplies bfloat16 as if its bits were integers."""
@@ -222,6 +233,8 @@ class Layers:
         if tile is None and self._shape.device.type == "cpu":
             tile = _DRY_BASE[self._kind]
         if isinstance(weight, Int4Matrix):
+            if isinstance(tile, str):
+                return Int4GpuMatrix(role, weight, prompts=tile)
             assert tile is None or (isinstance(tile, Int4Tile) and tile.fits(weight)), (role, tile)
             return Int4GpuMatrix(role, weight, tiles=None if tile is None else {self._rows: tile})
         values = weight if isinstance(weight, Tensor) else weight.values  # type: ignore[union-attr]
@@ -283,7 +296,8 @@ def measured(kind: Kind, rows: int, shape: Shape, options: Mapping[str, Tiles]) 
         own = {role: layers.error(role, tiles) for role in tiles}
         work = layers.with_tiles(tiles)
         apart = float((work().float() - hidden).norm() / hidden.norm())
-        wrong = any(not error < _WORSE * errors[role] + 1e-3 for role, error in own.items()) or not apart < _APART
+        most = {role: _IN_FP8 if tiles[role] == "fp8" else _WORSE * errors[role] + 1e-3 for role in own}
+        wrong = any(not error < most[role] for role, error in own.items()) or not apart < _APART
         rows_of[name] = {"errors": own, "apart": apart, "wrong": wrong}
         if not wrong:
             works[name] = timed(work, shape)

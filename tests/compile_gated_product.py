@@ -13,14 +13,14 @@ from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from wicore_backend.executor.kernels.gated_hopper import DEPTH, gated_kernel
-from wicore_backend.executor.kernels.shared_tiles import COLUMNS, ROWS
+from wicore_backend.executor.kernels.gated_hopper import gated_kernel
+from wicore_backend.executor.kernels.shared_tiles import COLUMNS, DEPTH, ROWS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
 
-def compiled(dtype: str) -> CompiledKernel:
-    """The kernel for values of 16 bits."""
+def compiled(dtype: str, *, strided: bool = False) -> CompiledKernel:
+    """The kernel for values of 16 bits, whose results are some columns of longer rows if `strided`."""
     shared = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     types = {
         "x": f"tensordesc<{dtype}[{ROWS}, {DEPTH}],{shared!r}>",
@@ -29,15 +29,18 @@ def compiled(dtype: str) -> CompiledKernel:
         "parts": "*fp32",
     }
     names = [parameter.name for parameter in gated_kernel.params]
-    signature = {name: types.get(name, "i32") for name in names}
+    constants = {} if strided else {"out_stride": None}
+    signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("out", "parts", "columns", "depth")}
-    source = GluonASTSource(gated_kernel, signature, {}, aligned)
+    if strided:
+        aligned[(names.index("out_stride"),)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(gated_kernel, signature, constants, aligned)
     return triton.compile(source, target=HOPPER, options={"num_warps": 4})
 
 
 if __name__ == "__main__":
-    for dtype in ("bf16", "fp16"):
-        kernel = compiled(dtype)
+    for dtype, strided in (("bf16", False), ("fp16", False), ("bf16", True)):
+        kernel = compiled(dtype, strided=strided)
         print(
             kernel.metadata.shared,
             len(re.findall("wgmma.mma_async", kernel.asm["ptx"])),

@@ -34,7 +34,7 @@ def kernels(names: set[str]) -> Iterator[tuple[str, CompiledKernel]]:
         for rows, options in by_rows.items():
             for name, tiles in options.items():
                 for role, tile in tiles.items():
-                    if names and name not in names:
+                    if isinstance(tile, str) or (names and name not in names):
                         continue
                     compiled = partial(compile_products.compiled, cast(Tile, tile))
                     if kind == "int4":

@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from tests.gemma3_random import write_random_checkpoint
 from tests.test_gpu_kernels import HOPPER_SHARED_MEMORY, segments
 from tests.test_int4 import random_matrix, relative_error
+from wicore_backend.executor import int4_matrix
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.int4_matrix import INT4_TILES, Int4GpuMatrix
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
-from wicore_backend.executor.kernels.int4_codes import dequantize, takes
+from wicore_backend.executor.kernels.int4_codes import dequantize, fp8_scale, takes
 from wicore_backend.executor.kernels.shared_tiles import arrivals
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.quantization.fp8 import FP8
 from wicore_backend.quantization.int4 import Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
@@ -114,6 +116,52 @@ def test_widening_is_exact(zeros, scale_type, kernel_device):
     out = torch.full(weight.shape, torch.nan, device=kernel_device)
     dequantize(weight, out)
     assert torch.equal(out, weight.dequantized(torch.float32))
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
+def test_widening_to_fp8_rounds_each_number_once(zeros, kernel_device):
+    weight = on(kernel_device, random_matrix(48, 320, 32, zeros=zeros, dtype=torch.float16))
+    scale, exact = fp8_scale(weight), weight.dequantized(torch.float32)
+    out = torch.full(weight.shape, 0x7F, dtype=torch.uint8, device=kernel_device)
+    dequantize(weight, out, scale=scale)
+    ours = out.view(FP8).float()
+    assert torch.equal(ours, (exact * scale.reciprocal()[:, None]).to(FP8).float())
+    assert relative_error(ours * scale[:, None], exact) < 4e-2
+    assert ours.abs().max() <= 448
+
+
+def test_gate_and_up_are_widened_some_columns_of_both_at_a_time(monkeypatch, dtype, kernel_device):
+    """For a kernel for both, which is not run here: 3 x 128 columns, of which 2 x 128 fit."""
+    monkeypatch.setattr(int4_matrix, "_WIDENED_AT_ONCE", 2 * 2 * 128 * 64)
+    monkeypatch.setattr(int4_matrix, "_ONE_KERNEL_ROWS", 5)
+    weight = on(kernel_device, random_matrix(2 * 384, 64, 32, dtype=dtype))
+    seen = []
+
+    def gated_product(x, both, *, out):
+        seen.append(len(both) // 2)
+        gate, up = (x.float() @ both.float().T).chunk(2, -1)
+        out.copy_(F.gelu(gate, approximate="tanh") * up)
+
+    matrix = Int4GpuMatrix("gate_up", weight, tiles={})
+    monkeypatch.setattr(matrix, "_gated", gated_product)
+    x = torch.randn(5, 64, device=kernel_device).to(dtype)
+    gate, up = (x.float() @ weight.dequantized(torch.float32).T).chunk(2, -1)
+    assert relative_error(matrix(x), F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+    assert seen == [256, 128]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper card"
+)
+@pytest.mark.parametrize("rows", [511, 512, 3000])
+@pytest.mark.parametrize(("prompts", "most"), [("plain", 1e-2), ("one kernel", 1e-2), ("fp8", 5e-2)])
+def test_prompts_in_every_way(prompts, most, rows):
+    weight = quantized_int4(torch.randn(43008, 1024, device="cuda").bfloat16())
+    x = torch.randn(rows, 1024, device="cuda").bfloat16()
+    gate, up = (x.float() @ weight.dequantized(torch.float32).T).chunk(2, -1)
+    ours = Int4GpuMatrix("gate_up", weight, prompts=prompts)(x)
+    assert relative_error(ours, F.gelu(gate, approximate="tanh") * up) < most
 
 
 def test_scales_of_another_type_than_the_rows(dtype, kernel_device):

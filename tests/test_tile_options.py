@@ -19,6 +19,8 @@ def test_every_option_fits_the_matrices_of_the_27b_model():
             for name, tiles in options.items():
                 for role, tile in tiles.items():
                     rows, columns = CARD.of(role)
+                    if isinstance(tile, str):
+                        continue
                     if kind == "int4":
                         codes = torch.empty(rows // 16, columns // 256, 16, 32, dtype=torch.int32, device="meta")
                         scales = torch.empty(rows // 16, columns // 256, 16, 2, dtype=torch.bfloat16, device="meta")

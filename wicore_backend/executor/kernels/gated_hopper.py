@@ -29,11 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from wicore_backend.executor.kernels.shared_tiles import COLUMNS, ROWS, Shares, place, sum_parts
+from wicore_backend.executor.kernels.shared_tiles import COLUMNS, DEPTH, ROWS, Shares, place, sum_parts
 from wicore_backend.executor.kernels.small import gelu, processors
 
-DEPTH, STAGES = 64, 4
-"""Of the inner dimension, a tile; and tiles in the ring."""
+STAGES = 4
+"""Tiles in the ring."""
 
 _ROWS, _COLUMNS, _DEPTH, _STAGES = map(gl.constexpr, (ROWS, COLUMNS, DEPTH, STAGES))
 
@@ -80,7 +80,7 @@ def _bring(x, weight, row_tiles, column_tiles, columns, depth, shared, splits, u
 @gluon.jit
 def _multiply(
     out, parts, rows, row_tiles, column_tiles, columns, depth, shared, splits, units, xs, weights, there, free,
-    WARPGROUP: gl.constexpr,
+    out_stride, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's 64 rows of every unit."""
     of_sum: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * _COLUMNS, 16])
@@ -112,12 +112,15 @@ def _multiply(
             value = gl.convert_layout((gelu(gate) * up).to(out.dtype.element_ty), of_memory)
             of_rows = row * _ROWS + WARPGROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, of_memory))
             of_columns = column * _COLUMNS + gl.arange(0, _COLUMNS, gl.SliceLayout(0, of_memory))
-            places = out + of_rows.to(gl.int64)[:, None] * columns + of_columns[None, :]
+            stride = columns if out_stride is None else out_stride
+            places = out + of_rows.to(gl.int64)[:, None] * stride + of_columns[None, :]
             gl.store(places, value, mask=(of_rows < rows)[:, None])
 
 
 @gluon.jit(do_not_specialize=["rows", "row_tiles", "column_tiles", "shared", "splits", "units"])
-def gated_kernel(x, weight, out, parts, rows, row_tiles, column_tiles, columns, depth, shared, splits, units):
+def gated_kernel(
+    x, weight, out, parts, rows, row_tiles, column_tiles, columns, depth, shared, splits, units, out_stride=None
+):  # fmt: skip
     """GELU(x G^T) times x U^T, [rows, columns]. Grid: as many programs as there are multiprocessors, at most.
 
     Parameters
@@ -128,6 +131,8 @@ def gated_kernel(x, weight, out, parts, rows, row_tiles, column_tiles, columns, 
         float32 [shared, splits, ROWS, 2, COLUMNS]: of the tiles that are shared out, the parts' sums, gate and up.
     shared, splits, units
         See `Shares`.
+    out_stride
+        From a row of the result to the next; its columns if None.
     """
     xs = gl.allocate_shared_memory(x.dtype, [_STAGES, _ROWS, _DEPTH], x.layout)
     weights = gl.allocate_shared_memory(x.dtype, [_STAGES, 2 * _COLUMNS, _DEPTH], weight.layout)
@@ -143,14 +148,14 @@ def gated_kernel(x, weight, out, parts, rows, row_tiles, column_tiles, columns, 
                 _multiply,
                 (
                     out, parts, rows, row_tiles, column_tiles, columns, depth, shared, splits, units,
-                    xs, weights, there, free, gl.constexpr(0),
+                    xs, weights, there, free, out_stride, gl.constexpr(0),
                 ),
             ),
             (
                 _multiply,
                 (
                     out, parts, rows, row_tiles, column_tiles, columns, depth, shared, splits, units,
-                    xs, weights, there, free, gl.constexpr(1),
+                    xs, weights, there, free, out_stride, gl.constexpr(1),
                 ),
             ),
             (
@@ -166,14 +171,16 @@ def gated_kernel(x, weight, out, parts, rows, row_tiles, column_tiles, columns, 
     )  # fmt: skip
 
 
-def gated_product(x: Tensor, weight: Tensor) -> Tensor:
+def gated_product(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
     """GELU of x times the first half of `weight` [2 F, K], times x times the second: [T, F] of `x` [T, K].
 
-    Of 16-bit values on Hopper; the weight `fits`.
+    Of 16-bit values on Hopper; the weight `fits`. `out` may be some columns of a longer row, from a multiple of 8 on.
     """
     rows, depth = x.shape
     columns = len(weight) // 2
-    out = x.new_empty(rows, columns)
+    if out is None:
+        out = x.new_empty(rows, columns)
+    stride = None if out.stride(0) == columns else out.stride(0)
     row_tiles, column_tiles = triton.cdiv(rows, ROWS), columns // COLUMNS
     programs = processors(x.device)
     shares = Shares.of(row_tiles * column_tiles, steps=depth // DEPTH, programs=programs)
@@ -183,6 +190,7 @@ def gated_product(x: Tensor, weight: Tensor) -> Tensor:
         TensorDescriptor.from_tensor(x, [ROWS, DEPTH], layout),
         TensorDescriptor.from_tensor(weight, [COLUMNS, DEPTH], layout),
         *(out, parts, rows, row_tiles, column_tiles, columns, depth, shares.shared, shares.splits, shares.units),
+        out_stride=stride,
         num_warps=4,
     )
     if shares.shared:

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
+from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_of
+from wicore_backend.quantization.fp8 import FP8_MAX, LEAST_SCALE
+from wicore_backend.quantization.int4 import LEVELS, SYMMETRIC_ZERO, TILE_ROWS, Int4Matrix
 
 
 def takes(weight: Int4Matrix) -> bool:
@@ -106,6 +108,7 @@ def _dequantize(
     TILE_ROWS: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    inverses=None,
 ):
     QUARTER: tl.constexpr = GROUP // 2
     span = tl.program_id(0)
@@ -125,11 +128,26 @@ def _dequantize(
         value = (value - (zero_0 if quarter < 2 else zero_1)) * (
             low(scale, SCALE) if quarter < 2 else high(scale, SCALE)
         )
-        tl.store(at + quarter * QUARTER, value.to(out.dtype.element_ty))
+        if inverses is None:
+            tl.store(at + quarter * QUARTER, value.to(out.dtype.element_ty))
+        else:
+            inverse = tl.load(inverses + tl.program_id(1) * TILE_ROWS + row)
+            tl.store(at + quarter * QUARTER, e4m3_of(value * inverse))
 
 
-def dequantize(weight: Int4Matrix, out: Tensor) -> None:
-    """Write the matrix into `out` [N, K], contiguous."""
+def fp8_scale(weight: Int4Matrix) -> Tensor:
+    """float32 [N]: of each row, what makes 448 of the largest number that its codes could stand for."""
+    zeros = SYMMETRIC_ZERO if weight.zeros is None else weight.zeros.float()
+    below = torch.as_tensor(zeros, device=weight.device)
+    largest = (weight.scales.float().abs() * torch.maximum(below, LEVELS - 1 - below)).amax((1, 3))
+    return largest.flatten().mul_(1.0 / FP8_MAX).clamp_(min=LEAST_SCALE)
+
+
+def dequantize(weight: Int4Matrix, out: Tensor, *, scale: Tensor | None = None) -> None:
+    """Write the matrix into `out` [N, K], contiguous.
+
+    If there is a `scale` float32 [N], which is left out of the numbers, these are in FP8, and `out` of bytes.
+    """
     tiles, spans = weight.codes.shape[:2]
     zeros = weight.scales if weight.zeros is None else weight.zeros
     _dequantize[(spans, tiles)](
@@ -138,5 +156,6 @@ def dequantize(weight: Int4Matrix, out: Tensor) -> None:
         TILE_ROWS=TILE_ROWS,
         SCALE=scale_type(weight),
         HAS_ZEROS=weight.zeros is not None,
+        inverses=None if scale is None else scale.reciprocal(),
         num_warps=4,
     )

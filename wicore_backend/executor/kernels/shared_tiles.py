@@ -19,8 +19,8 @@ from torch import Tensor
 
 from wicore_backend.executor.kernels.small import follow, gelu, overlaps, processors
 
-ROWS, COLUMNS = 128, 128
-"""Of the result, a tile."""
+ROWS, COLUMNS, DEPTH = 128, 128, 64
+"""Of the result, a tile; and of the inner dimension."""
 
 _ROW_TILES = tl.constexpr(16)
 """That are taken one after the other with the same columns: what programs read at the same time stays in the cache."""
@@ -149,7 +149,7 @@ def place(number, row_tiles, column_tiles):
 @triton.jit(do_not_specialize=["rows", "row_tiles", "column_tiles", "splits"])
 def sum_kernel(
     parts, out, rows, row_tiles, column_tiles, columns, splits,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED_ROWS: tl.constexpr, OVERLAPPED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED_ROWS: tl.constexpr, OVERLAPPED: tl.constexpr, out_stride=None,
 ):  # fmt: skip
     """GELU of gate times up, of the tiles that were shared out. Grid: [shared, ROWS / SUMMED_ROWS]."""
     tile = tl.program_id(0)
@@ -165,7 +165,8 @@ def sum_kernel(
         up += tl.load(at + COLUMNS)
         at += ROWS * 2 * COLUMNS
     row += tile_row * ROWS
-    places = out + row.to(tl.int64)[:, None] * columns + (tile_column * COLUMNS + column)[None, :]
+    stride = columns if out_stride is None else out_stride
+    places = out + row.to(tl.int64)[:, None] * stride + (tile_column * COLUMNS + column)[None, :]
     tl.store(places, (gelu(gate) * up).to(out.dtype.element_ty), mask=(row < rows)[:, None])
 
 
@@ -182,5 +183,6 @@ def sum_parts(parts: Tensor, out: Tensor, shares: Shares) -> None:
         COLUMNS=COLUMNS,
         SUMMED_ROWS=_SUMMED_ROWS,
         OVERLAPPED=overlapped,
+        out_stride=None if out.stride(0) == columns else out.stride(0),
         launch_pdl=overlapped,
     )
