@@ -20,8 +20,8 @@ class Decodes:
     """Who decodes, who of them begins a block with the next step, and how many keys they see.
 
     A sequence that decodes has one token left to compute, and each step computes that of all of them. So the steps in
-    which one begins a block are known when it is added: those whose number leaves, by the size of a block, the same
-    remainder. They wait there, so that a step looks only at those that begin a block, and not at all.
+    which one begins a block are known when it is added: those whose number leaves, by the size of a block, one and the
+    same remainder. It is kept under that, so that a step looks at those that begin a block, and at no others.
 
     With a budget (`hmt/bounded_kv.py`) those that begin a block, or to decode, are held to it first.
 
