@@ -429,7 +429,7 @@ def test_a_redis_that_hangs_counts_as_gone():
             began = time.monotonic()
             decision = await store.take([Charge("b", Rate(1, 1), 1)])
             assert decision.taken
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 5
             assert not store.up
 
         asyncio.run(body())

@@ -43,8 +43,8 @@ def test_every_answer_is_counted_and_timed_by_model_class_and_outcome():
     assert metric(page, f"{prefix}_tokens_total", kind="answer") == 10
     assert metric(page, f"{prefix}_ttft_seconds_count") == 2
     for stream in ("interactive", "batch"):  # The whole answer by the engine's clock, the stream by what was seen.
-        assert 0.01 <= metric(page, f"{prefix}_ttft_seconds_sum", **{"class": stream}) < 1
-        assert 0.01 <= metric(page, f"{prefix}_tpot_seconds_sum", **{"class": stream}) < 1
+        assert 0.01 <= metric(page, f"{prefix}_ttft_seconds_sum", **{"class": stream}) < 10
+        assert 0.01 <= metric(page, f"{prefix}_tpot_seconds_sum", **{"class": stream}) < 10
     assert metric(page, f"{prefix}_ttft_seconds_sum", **{"class": "interactive"}) == pytest.approx(0.02)
     assert metric(page, f"{prefix}_tpot_seconds_sum", **{"class": "interactive"}) == pytest.approx(0.01)
     assert metric(page, f"{prefix}_queue_seconds_sum") == pytest.approx(0.002)

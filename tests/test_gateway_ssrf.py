@@ -379,7 +379,7 @@ def test_pictures_of_one_request_have_one_time_together():
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "image_timeout"
     assert "did not arrive within 0.5 s" in answer.json()["error"]["message"]
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     assert not requests
 
 

@@ -93,7 +93,7 @@ def test_a_deadline_ends_the_wait_when_it_passes(queue, kind):
     hasty = Client(queue, **{kind: 0.1})
     began = time.monotonic()
     wait_for(lambda: hasty.events)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began >= 0.09
     assert hasty.ends == [(FinishReason.DEADLINE, "deadline_exceeded", 5)]
     assert "0.100 s has passed" in str(hasty.events[0].error)
     assert patient.events == []
