@@ -15,9 +15,11 @@ from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
 from wicore_backend.executor.streamed_layer import (
     ARCHITECTURE,
     HEADERS,
+    MEASURED,
     SOURCE,
     Form,
     StreamedLayers,
+    Tuning,
     shared_out,
     streamed_layers,
 )
@@ -57,6 +59,12 @@ SMALL = {
     },
 }
 LAYERS = 3
+WAYS = {
+    "as it is": MEASURED,
+    "counters": Tuning(meeting="counter", tensor_maps=True),
+    "hints": Tuning(meeting="hints", tensor_maps=True, ahead=152_000),
+}
+every_way = pytest.mark.parametrize("way", WAYS)
 
 
 @pytest.fixture
@@ -169,8 +177,9 @@ def layers_of(model, dtype, quantize):
     return random_weights(model, device=CPU, dtype=dtype, quantize=quantize).text.layers
 
 
+@every_way
 @pytest.mark.parametrize("bits", [4, 8])
-def test_it_compiles(bits, config):
+def test_it_compiles(bits, way, config):
     """Where there is NVRTC; no GPU is needed."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="PyTorch's builds for CUDA bring cuda-bindings")
     try:
@@ -179,7 +188,7 @@ def test_it_compiles(bits, config):
         pytest.skip(f"no NVRTC: {error}")
     from wicore_backend.executor.kernels.nvrtc import compiled
 
-    form = form_of(config(SHAPES["gemma-3-27b"]).text, bits)
+    form = replace(form_of(config(SHAPES["gemma-3-27b"]).text, bits), tuning=WAYS[way])
     launch = form.launch(form.shares(H200_BLOCKS))
     code = compiled(SOURCE, HEADERS, form.defines(launch), architecture=ARCHITECTURE)
     assert code.startswith(b"\x7fELF")
@@ -202,11 +211,11 @@ def hopper():
 class Case:
     """A model's layers on the GPU, what one token brings, and the plain twin."""
 
-    def __init__(self, model, kind, device):
+    def __init__(self, model, kind, device, way="as it is"):
         weights = random_weights(model, device=device, dtype=torch.bfloat16, quantize=QUANTIZE[kind])
         text = model.text
         self.layers = weights.text.layers
-        self.streamed = StreamedLayers(Form.of(text, self.layers), text.rms_norm_eps, self.layers, device)
+        self.streamed = StreamedLayers(Form.of(text, self.layers, WAYS[way]), text.rms_norm_eps, self.layers, device)
         plain = [
             replace(layer, **{n: getattr(layer, n).dequantized(torch.float32) for n in MATRICES})
             for layer in self.layers
@@ -229,19 +238,16 @@ class Case:
         return relative_error(ours[0], theirs), relative_error(ours[1].flatten(), heads)
 
 
-def widened(layer):
-    return {name: getattr(layer, name).dequantized(torch.float32) for name in MATRICES}
-
-
 def relative_error(ours, theirs):
     return ((ours.float() - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.gpu
 @every_kind
+@every_way
 @pytest.mark.parametrize("shape", SMALL)
-def test_a_layer_is_what_the_plain_twin_makes_of_it(shape, kind, config, hopper):
-    case = Case(config(SMALL[shape]), kind, hopper)
+def test_a_layer_is_what_the_plain_twin_makes_of_it(shape, way, kind, config, hopper):
+    case = Case(config(SMALL[shape]), kind, hopper, way)
     # Activations of trained models reach far beyond float16, in which few-bit weights are multiplied.
     for scale in (1.0, 1e-3, 1e5):
         assert max(case.errors(*case.row(scale))) < 1e-2
@@ -249,9 +255,10 @@ def test_a_layer_is_what_the_plain_twin_makes_of_it(shape, kind, config, hopper)
 
 @pytest.mark.gpu
 @every_kind
+@every_way
 @pytest.mark.parametrize("shape", SMALL)
-def test_replays_repeat_bit_for_bit_whatever_came_between(shape, kind, config, hopper):
-    case = Case(config(SMALL[shape]), kind, hopper)
+def test_replays_repeat_bit_for_bit_whatever_came_between(shape, way, kind, config, hopper):
+    case = Case(config(SMALL[shape]), kind, hopper, way)
     rows = [case.row() for _ in range(4)]
     hidden, attention = (torch.empty_like(value) for value in rows[0])
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -31,15 +31,19 @@ _log = logging.getLogger(__name__)
 
 _KERNELS = Path(__file__).parent / "kernels"
 SOURCE = _KERNELS / "streamed_layer.cu"
-HEADERS = tuple(_KERNELS / name for name in ("streamed_ring.cuh", "streamed_products.cuh"))
+HEADERS = tuple(
+    _KERNELS / name for name in ("hopper.cuh", "streamed_ring.cuh", "streamed_products.cuh", "streamed_meeting.cuh")
+)
 ARCHITECTURE = "sm_90a"
 _WIDTH, _GROUP, _ROW_BYTES = 32, 128, 128
 _SHARED_BYTES = 227 * 1024
 """What a block may have on Hopper."""
 _FEWEST_STAGES = 3
 _MOST_WARPS = 14
-"""That multiply: with 21 a layer of 27B in INT4 takes 77 us in place of 73, with 7 it takes 85."""
 _MOST_EXTRA = 2
+
+_MOST_BLOCKS = 159
+_TENSOR_MAP_BYTES = 128
 
 Bits = Literal[4, 8]
 
@@ -49,6 +53,41 @@ queues behind more. INT4 comes in large copies, FP8 row by row."""
 _LEAST_BYTES = 200_000_000
 """Of a layer's matrices: it was measured with 213 MB (27B in INT4) and 405 MB (in FP8). In smaller layers, what blocks
 wait for each other weighs more."""
+
+
+Meeting = Literal["words", "counter", "hints"]
+
+_MEETINGS: Mapping[Meeting, int] = {"words": 0, "counter": 1, "hints": 2}
+"""As `streamed_meeting.cuh` has them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Ways to do the same, of which a card says what is fastest. Those of `MEASURED` have been found so.
+
+    Attributes
+    ----------
+    meeting
+        How blocks hear what others have computed: see `streamed_meeting.cuh`.
+    tensor_maps
+        Whether FP8 is copied in boxes, one for a stage, and not row by row.
+    ahead
+        Bytes of the next layer's first matrices that a block asks into L2 when it has copied its own, at most.
+    warps
+        That multiply; None for as many, 14 at most, as a tile of `hidden` inputs is shared out among in few equal
+        stages: with 21 a layer of 27B in INT4 takes 77 us in place of 73, with 7 it takes 85.
+    in_flight
+        Bytes of weights on their way to a multiprocessor; None for what suits the weights' bits.
+    """
+
+    meeting: Meeting = "words"
+    tensor_maps: bool = False
+    ahead: int = 0
+    warps: int | None = None
+    in_flight: int | None = None
+
+
+MEASURED = Tuning()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +104,8 @@ class Form:
         Of a weight.
     half_scales, zeros
         Whether INT4's scales are float16, not bfloat16, and whether it has zero points.
+    tuning
+        How.
     """
 
     hidden: int
@@ -76,9 +117,10 @@ class Form:
     bits: Bits
     half_scales: bool = False
     zeros: bool = False
+    tuning: Tuning = MEASURED
 
     @classmethod
-    def of(cls, config: TextConfig, layers: Sequence[LayerWeights]) -> Form | None:
+    def of(cls, config: TextConfig, layers: Sequence[LayerWeights], tuning: Tuning = MEASURED) -> Form | None:
         """The form for a model's layers; None if the kernel is not for such."""
         if any(layer.qkv_bias is not None or layer.out_bias is not None for layer in layers):
             return None
@@ -96,6 +138,7 @@ class Form:
             kind.bits,
             kind.half_scales,
             kind.zeros,
+            tuning,
         )
         return form if form._fits() else None
 
@@ -116,17 +159,29 @@ class Form:
 
     @property
     def warps(self) -> int:
-        """That multiply: so many that a tile of `hidden` inputs is shared out among them in few equal stages."""
+        """That multiply."""
+        if self.tuning.warps is not None:
+            return self.tuning.warps
         spans = self.hidden // self.span
         return -(-spans // -(-spans // _MOST_WARPS))
+
+    @property
+    def stage_spans(self) -> tuple[int, int, int, int]:
+        """Spans of a stage of each matrix, but for a tile's last."""
+        spans = [depth // self.span for depth in self.depths]
+        out, gate_up, down, qkv = (-(-of_tile // -(-of_tile // self.warps)) for of_tile in spans)
+        return out, gate_up, down, qkv
 
     def shares(self, blocks: int) -> list[list[int]]:
         """See `shared_out`."""
         out, gate_up, down, qkv = self.depths
         return shared_out(self.tiles, (out, 2 * gate_up, down, qkv), blocks)
 
-    def launch(self, shares: Sequence[Sequence[int]]) -> Launch | None:
-        """How to compile and launch it for blocks with such shares; None if there is no room in shared memory."""
+    def launch(self, shares: Sequence[Sequence[int]], *, most_stages: int | None = None) -> Launch | None:
+        """How to compile and launch it for blocks with such shares; None if there is no room in shared memory.
+
+        The ring has as many stages as there is room for, or `most_stages`.
+        """
         parts = [max(after - first for first, after in pairwise(share)) for share in shares]
         most_tiles = max(parts)
         parts[1] *= 2
@@ -137,10 +192,11 @@ class Form:
         beside = 4 * warps * 4 + sums + 144 + area
         stage = warps * TILE_ROWS * (_ROW_BYTES + (4 * (1 + self.zeros) if self.bits == 4 else 0))
         stages = (_SHARED_BYTES - beside) // (stage + 16)
-        if stages < _FEWEST_STAGES or most_tiles * TILE_ROWS > warps * _WIDTH:
+        if stages < _FEWEST_STAGES or len(shares[0]) > _MOST_BLOCKS + 1 or most_tiles * TILE_ROWS > warps * _WIDTH:
             return None
+        stages = min(stages, most_stages or stages)
         threads = (warps + 1) * _WIDTH
-        in_flight = min(stages - 1, max(1, _IN_FLIGHT[self.bits] // stage))
+        in_flight = min(stages - 1, max(1, (self.tuning.in_flight or _IN_FLIGHT[self.bits]) // stage))
         return Launch(stages, in_flight, threads=threads, shared_bytes=stages * (stage + 16) + beside)
 
     def defines(self, launch: Launch) -> dict[str, int]:
@@ -158,6 +214,9 @@ class Form:
             "WARPS": self.warps,
             "STAGES": launch.stages,
             "FLIGHT": launch.in_flight,
+            "MEETING": _MEETINGS[self.tuning.meeting],
+            "TENSOR_MAPS": int(self.tuning.tensor_maps and self.bits == 8),
+            "AHEAD": self.tuning.ahead,
         }
 
     def _fits(self) -> bool:
@@ -208,13 +267,110 @@ class _Matrix(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
+        ("maps", ctypes.c_ubyte * (4 * _TENSOR_MAP_BYTES)),
         *((name, _Matrix) for name in ("out", "gate_up", "down", "qkv")),
         *((name, ctypes.c_void_p) for name in ("post_attention", "pre_feedforward", "post_feedforward", "next_norm")),
         *((name, ctypes.c_void_p) for name in ("qk_norm", "attention", "hidden", "cos", "sin")),
-        *((name, ctypes.c_void_p) for name in ("next_hidden", "heads", "shares", "launches")),
+        *((name, ctypes.c_void_p) for name in ("next_hidden", "heads", "launches")),
         *((name, ctypes.c_void_p) for name in ("told_attended", "told_fed", "told_given", "told_heads")),
+        *((name, ctypes.c_void_p) for name in ("counters", "fed_tiles", "next_out", "next_gate_up")),
         ("eps", ctypes.c_float),
+        ("shares", ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4),
+        ("rest", ctypes.c_ubyte * _TENSOR_MAP_BYTES),  # At least what aligns it as tensor maps are.
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """A matrix of bytes [rows, row_bytes] at `address`, from which boxes [TILE_ROWS, box_bytes] are copied."""
+
+    address: int
+    rows: int
+    row_bytes: int
+    box_bytes: int
+
+
+class LayerCalls:
+    """The kernel's parameters for each layer, and what its launches share.
+
+    Attributes
+    ----------
+    told
+        The blocks' results as they tell each other, by name: of the launch before the first they are 0.
+    launches
+        The next one's number, the first's being 1.
+    counters, fed_tiles
+        Of blocks that came to each meeting; sum and largest number of each tile of the MLP's row.
+
+    Parameters
+    ----------
+    tensor_map
+        Describes boxes to the device, in 128 bytes.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        eps: float,
+        layers: Sequence[LayerWeights],
+        shares: Sequence[Sequence[int]],
+        tensor_map: Callable[[Boxes], bytes],
+    ) -> None:
+        device = layers[0].input_norm.device
+        self._layers = layers  # Whose memory the parameters point to.
+        self._form = form
+        sizes = {"attended": form.hidden, "fed": form.fed // 2, "given": form.hidden, "heads": form.qkv}
+        self.told = {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in sizes.items()}
+        self.launches = torch.ones(1, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(3, dtype=torch.int32, device=device)
+        self.fed_tiles = torch.zeros(form.fed // TILE_ROWS, 2, device=device)
+        words = self.launches, *self.told.values(), self.counters, self.fed_tiles
+        lasting = [memory.data_ptr() for memory in words]
+        begins = (ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4)()
+        for row, share in zip(begins, shares, strict=True):
+            row[: len(share)] = share
+        self._parameters = [
+            _Layer(
+                self._maps((layer.out, layer.gate_up, layer.down, following.qkv), tensor_map),
+                *map(_matrix, (layer.out, layer.gate_up, layer.down, following.qkv)),
+                layer.post_attention_norm.data_ptr(),
+                layer.pre_feedforward_norm.data_ptr(),
+                layer.post_feedforward_norm.data_ptr(),
+                following.input_norm.data_ptr(),
+                following.qk_norm.data_ptr(),
+                *(0, 0, 0, 0, 0, 0),
+                *lasting,
+                _matrix(following.out).values,
+                _matrix(following.gate_up).values,
+                eps,
+                begins,
+            )
+            for layer, following in pairwise(layers)
+        ]
+
+    def _maps(self, matrices: Sequence[Weight], tensor_map: Callable[[Boxes], bytes]) -> ctypes.Array[ctypes.c_ubyte]:
+        maps = (ctypes.c_ubyte * (4 * _TENSOR_MAP_BYTES))()
+        if self._form.tuning.tensor_maps and self._form.bits == 8:
+            for place, (matrix, spans) in enumerate(zip(matrices, self._form.stage_spans, strict=True)):
+                boxes = Boxes(_matrix(matrix).values, *matrix.shape, spans * _ROW_BYTES)
+                first = place * _TENSOR_MAP_BYTES
+                maps[first : first + _TENSOR_MAP_BYTES] = tensor_map(boxes)
+        return maps
+
+    def results(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for a call's results, where `hidden` is."""
+        return torch.empty_like(hidden), hidden.new_empty(1, self._form.qkv)
+
+    def given(
+        self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor, results: tuple[Tensor, Tensor]
+    ) -> ctypes.Structure:
+        """The parameters of `layer`, until the next call for it; what is given is told at `StreamedLayers`."""
+        rows = hidden, attention, cos, sin
+        assert all(x.dtype is torch.bfloat16 and x.stride(-1) == 1 for x in rows), "one row in bfloat16"
+        parameters = self._parameters[layer]
+        parameters.hidden, parameters.attention, parameters.cos, parameters.sin = (x.data_ptr() for x in rows)
+        parameters.next_hidden, parameters.heads = (x.data_ptr() for x in results)
+        return parameters
 
 
 class StreamedLayers:
@@ -231,10 +387,10 @@ class StreamedLayers:
 
     def __init__(self, form: Form, eps: float, layers: Sequence[LayerWeights], device: torch.device) -> None:
         # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
-        from wicore_backend.executor.kernels.nvrtc import Kernel, compiled
+        from wicore_backend.executor.kernels.nvrtc import Kernel, compiled, tensor_map
 
-        self._layers = layers
         self._form = form
+        self._device = device
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
         shares = form.shares(self._blocks)
         launch = form.launch(shares)
@@ -242,26 +398,9 @@ class StreamedLayers:
             raise RuntimeError(f"a layer of {form} does not fit {self._blocks} multiprocessors")
         code = compiled(SOURCE, HEADERS, form.defines(launch), architecture=ARCHITECTURE)
         self._kernel: Kernel = Kernel(code, SOURCE.stem, threads=launch.threads, shared_bytes=launch.shared_bytes)
-        # The blocks' results as they tell each other: all of the launch before the first, whose number is 1.
-        sizes = form.hidden, form.fed // 2, form.hidden, form.qkv
-        self._told = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
-        self._launches = torch.ones(1, dtype=torch.int32, device=device)
-        self._shares = torch.tensor(shares, dtype=torch.int32, device=device)
-        lasting = [memory.data_ptr() for memory in (self._shares, self._launches, *self._told)]
-        self._parameters = [
-            _Layer(
-                *map(_matrix, (layer.out, layer.gate_up, layer.down, following.qkv)),
-                layer.post_attention_norm.data_ptr(),
-                layer.pre_feedforward_norm.data_ptr(),
-                layer.post_feedforward_norm.data_ptr(),
-                following.input_norm.data_ptr(),
-                following.qk_norm.data_ptr(),
-                *(0, 0, 0, 0, 0, 0),
-                *lasting,
-                eps,
-            )
-            for layer, following in pairwise(layers)
-        ]
+        self._calls = LayerCalls(
+            form, eps, layers, shares, lambda boxes: tensor_map(**asdict(boxes), box_rows=TILE_ROWS)
+        )
         self._try_out()
 
     def __call__(
@@ -271,18 +410,13 @@ class StreamedLayers:
 
         `hidden` is [1, D], `attention` [1, Hq d], `cos` and `sin` [1, d] of the next layer.
         """
-        given = hidden, attention, cos, sin
-        assert all(x.dtype is torch.bfloat16 and x.stride(-1) == 1 for x in given), "one row in bfloat16"
-        parameters = self._parameters[layer]
-        next_hidden, heads = torch.empty_like(hidden), hidden.new_empty(1, self._form.qkv)
-        parameters.hidden, parameters.attention, parameters.cos, parameters.sin = (x.data_ptr() for x in given)
-        parameters.next_hidden, parameters.heads = next_hidden.data_ptr(), heads.data_ptr()
-        self._kernel.launch(self._blocks, parameters)
-        return next_hidden, heads
+        results = self._calls.results(hidden)
+        self._kernel.launch(self._blocks, self._calls.given(layer, hidden, attention, cos, sin, results))
+        return results
 
     def _try_out(self) -> None:
         """Launch it once, so that a card that does not take it says so here."""
-        form, device = self._form, self._shares.device
+        form, device = self._form, self._device
         sizes = form.hidden, form.attended, form.head_dim, form.head_dim
         self(0, *(torch.zeros(1, size, dtype=torch.bfloat16, device=device) for size in sizes))
         torch.cuda.synchronize(device)

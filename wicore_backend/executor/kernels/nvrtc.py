@@ -85,6 +85,35 @@ class Kernel:
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(places), 0))
 
 
+def tensor_map(*, address: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int) -> bytes:
+    """A matrix of bytes [rows, row_bytes] at `address` as bulk copies of boxes [box_rows, box_bytes] want it described.
+
+    Its columns are counted in eights of bytes, since a box has 256 of them at most; what of a box is outside is zero.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver does not take it.
+    """
+    wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+    described = _checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT64,
+            narrow(2),
+            address,
+            [wide(row_bytes // 8), wide(rows)],
+            [wide(row_bytes)],
+            [narrow(box_bytes // 8), narrow(box_rows)],
+            [narrow(1), narrow(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return ctypes.string_at(described.getPtr(), 128)
+
+
 def _attribute(name: str, value: str) -> Any:
     attribute = driver.CUlaunchAttribute()
     attribute.id = getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")

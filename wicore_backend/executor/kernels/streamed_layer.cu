@@ -21,9 +21,10 @@
 //
 // Given when it is compiled: HIDDEN, ATTENDED, FED, QKV, HEAD_DIM, QK_HEADS (sizes); BITS (of a weight: 4 or 8);
 // SCALE_HALF (INT4's scales are float16, not bfloat16); ZEROS (INT4 has zero points); WARPS (that multiply); STAGES (of
-// the ring); FLIGHT (of those, at most on their way).
+// the ring); FLIGHT (of those, at most on their way); MEETING (see `streamed_meeting.cuh`); TENSOR_MAPS (FP8 is copied
+// by boxes, not row by row); AHEAD (bytes of the next layer that a block asks into L2 at its end).
 
-#include "streamed_products.cuh"
+#include "streamed_meeting.cuh"
 
 // ---- Between products
 
@@ -59,11 +60,18 @@ __device__ __forceinline__ float most_of(const float4& v) {
     return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 }
 
-// Four adjacent numbers of x, the `place`-th, for the tensor cores; a warp's are the inputs of a group. For INT4, what
-// raising the codes adds to a group's product, and the sum of its x.
+// For INT4: whether four adjacent numbers of x, the `place`-th, are multiplied by codes that are 16 times too large.
+__device__ __forceinline__ bool is_sixteenth(int place) { return BITS == 4 && place / 16 % 2; }
+
+// For INT4, of a group's x, which has such sums in both halves: what raising the codes adds to its product, and the sum
+// before some were made sixteenths.
+__device__ __forceinline__ void put_sums(int group, float first, float second) {
+    *(float2*)(shared + SUMS_AT + group * 8) = {1024.0f * (first + second), first + 16.0f * second};
+}
+
+// Four adjacent numbers of x, the `place`-th, for the tensor cores; a warp's are the inputs of a group.
 __device__ __forceinline__ void put(int place, float4 v) {
-    const bool sixteenth = BITS == 4 && place / 16 % 2;
-    if (sixteenth) v.x *= 0.0625f, v.y *= 0.0625f, v.z *= 0.0625f, v.w *= 0.0625f;
+    if (is_sixteenth(place)) v.x *= 0.0625f, v.y *= 0.0625f, v.z *= 0.0625f, v.w *= 0.0625f;
     const u32 first = pack<true>(v.x, v.y), second = pack<true>(v.z, v.w);
     *(uint2*)(shared + X_AT + place * 8) = {first, second};
     if (BITS == 4) {
@@ -72,25 +80,9 @@ __device__ __forceinline__ void put(int place, float4 v) {
 #pragma unroll
         for (int distance = WIDTH / 4; distance; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
         const float other = __shfl_xor_sync(~0u, sum, WIDTH / 2);
-        if (threadIdx.x % WIDTH == 0)
-            *(float2*)(shared + SUMS_AT + place / WIDTH * 8) = {1024.0f * (sum + other), sum + 16.0f * other};
+        if (threadIdx.x % WIDTH == 0) put_sums(place / WIDTH, sum, other);
     }
 }
-
-// A row of COUNT fours of numbers among the threads: each takes one in each round. Blocks begin at different places,
-// since all read the same memory at the same time.
-template <int COUNT>
-struct Row {
-    static constexpr int rounds = (COUNT + CONSUMERS - 1) / CONSUMERS;
-    int start;
-
-    __device__ Row() : start(blockIdx.x * COUNT / gridDim.x / WIDTH * WIDTH) {}
-    __device__ bool has(int round) const { return round * CONSUMERS + threadIdx.x < COUNT; }
-    __device__ int place(int round) const {
-        const int place = start + round * CONSUMERS + threadIdx.x;
-        return place < COUNT ? place : place - COUNT;
-    }
-};
 
 // x, of which each thread has numbers, into shared memory; what its products are to be multiplied by.
 template <int COUNT, int ROUNDS>
@@ -107,70 +99,14 @@ __device__ __forceinline__ float put_all(const Row<COUNT>& row, const float4 (&v
     return scale.y;
 }
 
-__device__ __forceinline__ uint2 load_four(const char* at) {  // Of 16 bits, past the first-level cache.
-    uint2 v;
-    asm volatile("ld.global.cg.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
-    return v;
-}
-
-// Results go to all blocks in words with a bit that turns with each launch: whoever finds it turned has the number,
-// too. So news and number take one way through memory, where a barrier takes four. In float32 it is the lowest bit.
-__device__ __forceinline__ void tell(u32* to, float value, u32 turn) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(__float_as_uint(value) & ~1u | turn) : "memory");
-}
-
-__device__ __forceinline__ bool ask(float4& v, const u32* from, u32 turn) {
-    u32 a, b, c, d;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "l"(from) : "memory");
-    v = {__uint_as_float(a & ~1u), __uint_as_float(b & ~1u), __uint_as_float(c & ~1u), __uint_as_float(d & ~1u)};
-    return (((a ^ turn) | (b ^ turn) | (c ^ turn) | (d ^ turn)) & 1) == 0;
-}
-
-// Two numbers in bfloat16, divided by 2^64: what is under 2^65 leaves the upper bit of the exponent free.
-constexpr float FAR = 18446744073709551616.0f;  // 2^64
-constexpr u32 FREE_BIT = 14;
-
-__device__ __forceinline__ void tell(u32* to, float first, float second, u32 turn) {
-    const float most = 1.984375f;
-    first = fminf(fmaxf(first * (1.0f / FAR), -most), most), second = fminf(fmaxf(second * (1.0f / FAR), -most), most);
-    const u32 pair = pack<false>(first, second) | turn << FREE_BIT;
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(pair) : "memory");
-}
-
-__device__ __forceinline__ bool ask_pairs(float4& v, const u32* from, u32 turn) {
-    uint2 pairs;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(pairs.x), "=r"(pairs.y) : "l"(from) : "memory");
-    const u32 bit = 1u << FREE_BIT, expected = turn << FREE_BIT;
-    const float4 divided = unpack(uint2{pairs.x & ~bit, pairs.y & ~bit});
-    v = {divided.x * FAR, divided.y * FAR, divided.z * FAR, divided.w * FAR};
-    return (((pairs.x ^ expected) | (pairs.y ^ expected)) & bit) == 0;
-}
-
-// A row that all blocks tell, by `ask(v, place)`; its first four tell a thread when to ask for the others.
-template <int COUNT, int ROUNDS, class Ask>
-__device__ __forceinline__ void hear(const Row<COUNT>& row, float4 (&v)[ROUNDS], Ask ask) {
-    bool there[ROUNDS];
-    if (row.has(0))
-        while (!ask(v[0], row.place(0))) __nanosleep(64);
-#pragma unroll
-    for (int i = 1; i < ROUNDS; ++i)
-        if (row.has(i)) there[i] = ask(v[i], row.place(i));
-#pragma unroll
-    for (int i = 1; i < ROUNDS; ++i)
-        if (row.has(i))
-            while (!there[i]) there[i] = ask(v[i], row.place(i));
-}
-
 using Hidden = Row<HIDDEN / 4>;
 constexpr int VECTORS = Hidden::rounds;
 
 __device__ __forceinline__ float squares(const float4& v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
 
-// The residual stream after a part of the layer, whose result the blocks tell each other in `told`, and its norm in
-// shared memory; what its products are to be multiplied by.
-__device__ __forceinline__ float add_norm(const Layer& layer, const Hidden& row, const u32* told, u32 turn,
+// The residual stream after a part of the layer, whose last matrix's result the blocks tell each other in `words`, and
+// its norm in shared memory; what its products are to be multiplied by.
+__device__ __forceinline__ float add_norm(const Meetings& meetings, int matrix, const Hidden& row, const u32* words,
                                           const float* weight, const float* next, uint2 (&stream)[VECTORS]) {
     float* scratch = (float*)(shared + SCRATCH_AT);
     float4 factor[VECTORS], next_factor[VECTORS], value[VECTORS];
@@ -180,12 +116,13 @@ __device__ __forceinline__ float add_norm(const Layer& layer, const Hidden& row,
             factor[i] = constants(weight + row.place(i) * 4);
             next_factor[i] = constants(next + row.place(i) * 4);
         }
-    hear(row, value, [&](float4& v, int place) { return ask(v, told + place * 4, turn); });
+    meetings.hold(matrix, words, TILE, 0);
+    meetings.hear_row(row, value, words);
     float sum = 0.0f, most = 0.0f;
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i)
         if (row.has(i)) sum += squares(value[i]);
-    const float scale = rsqrtf(block_sum_and_max(sum, 0.0f, scratch).x * (1.0f / HIDDEN) + layer.eps);
+    const float scale = rsqrtf(block_sum_and_max(sum, 0.0f, scratch).x * (1.0f / HIDDEN) + meetings.layer.eps);
     sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i)
@@ -202,7 +139,7 @@ __device__ __forceinline__ float add_norm(const Layer& layer, const Hidden& row,
             most = fmaxf(most, most_of(value[i]));
         }
     const float2 both = block_sum_and_max(sum, most, scratch + 2 * WARPS);
-    const float next_scale = rsqrtf(both.x * (1.0f / HIDDEN) + layer.eps);
+    const float next_scale = rsqrtf(both.x * (1.0f / HIDDEN) + meetings.layer.eps);
     const float2 fit = fitting(both.y * next_scale);
     const float whole_scale = next_scale * fit.x;
 #pragma unroll
@@ -226,8 +163,8 @@ __device__ __forceinline__ void rotate_heads(const Layer& layer, u32 turn) {
     for (int i = 0; i < ROUNDS; ++i) {
         const int at = first + i * 4 * WIDTH;  // Both halves of a head turn by the same angles.
         factor[i] = rotated ? constants(layer.qk_norm + head * HEAD_DIM + at) : float4{};
-        cosine[i] = unpack(load_four(layer.cos + at % HALF_DIM * 2));
-        sine[i] = unpack(load_four(layer.sin + at % HALF_DIM * 2));
+        cosine[i] = unpack(load_pairs(layer.cos + at % HALF_DIM * 2));
+        sine[i] = unpack(load_pairs(layer.sin + at % HALF_DIM * 2));
     }
     float sum = 0.0f;
 #pragma unroll
@@ -265,6 +202,58 @@ __device__ __forceinline__ void rotate_heads(const Layer& layer, u32 turn) {
                                                                                  pack<false>(v[i].z, v[i].w)};
 }
 
+// The MLP's row in shared memory; what its products are to be multiplied by.
+__device__ __forceinline__ float put_fed(const Meetings& meetings) {
+    const Layer& layer = meetings.layer;
+    if constexpr (MEETING != BY_COUNTER) {
+        const Row<FED / 4> row;
+        float4 v[row.rounds];
+        hear(row, v, [&](float4& four, int place) {
+            return ask_pairs(four, layer.told_fed + place * 2, meetings.turn());
+        });
+        return put_all(row, v);
+    } else {
+        constexpr int OF_GROUP = GROUP / TILE, GROUPS = (FED / GROUP + CONSUMERS - 1) / CONSUMERS;
+        const Row<FED / 8> row;
+        uint4 eights[row.rounds];
+        float2 tiles[GROUPS][OF_GROUP];
+        float most = 0.0f;
+#pragma unroll
+        for (int i = 0; i < row.rounds; ++i)
+            if (row.has(i)) eights[i] = load_words(layer.told_fed + row.place(i) * 4);
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i)
+            if (const int group = i * CONSUMERS + threadIdx.x; group < FED / GROUP)
+#pragma unroll
+                for (int j = 0; j < OF_GROUP; j += 2) {
+                    const float4 two = floats(load_words(layer.fed_tiles + group * OF_GROUP + j));
+                    tiles[i][j] = {two.x, two.y}, tiles[i][j + 1] = {two.z, two.w};
+                    most = fmaxf(most, fmaxf(two.y, two.w));
+                }
+        const float2 scale = fitting(block_sum_and_max(0.0f, most, (float*)(shared + SCRATCH_AT)).y);
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i)
+            if (const int group = i * CONSUMERS + threadIdx.x; BITS == 4 && group < FED / GROUP) {
+                float halves[2] = {};
+#pragma unroll
+                for (int j = 0; j < OF_GROUP; ++j) halves[j / (OF_GROUP / 2)] += tiles[i][j].x;
+                put_sums(group, halves[0] * scale.x, halves[1] * scale.x * 0.0625f);
+            }
+#pragma unroll
+        for (int i = 0; i < row.rounds; ++i)
+            if (row.has(i)) {
+                const int place = row.place(i);
+                const float by = is_sixteenth(place * 2) ? scale.x * 0.0625f : scale.x;
+                const float4 a = unpack(uint2{eights[i].x, eights[i].y}), b = unpack(uint2{eights[i].z, eights[i].w});
+                *(uint4*)(shared + X_AT + place * 16) = {
+                    pack<true>(a.x * by, a.y * by), pack<true>(a.z * by, a.w * by), pack<true>(b.x * by, b.y * by),
+                    pack<true>(b.z * by, b.w * by)};
+            }
+        consumers_meet();
+        return scale.y;
+    }
+}
+
 __device__ void compute(Ring ring, const Layer& layer) {
     const Shares shares(layer);
     const Hidden row;
@@ -273,62 +262,58 @@ __device__ void compute(Ring ring, const Layer& layer) {
     if (const int line = blockIdx.x + threadIdx.x * gridDim.x; line < HIDDEN / 32) {
         for (const float* norm : {layer.post_attention_norm, layer.pre_feedforward_norm, layer.post_feedforward_norm,
                                   layer.next_norm})
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(norm + line * 32));
+            line_to_l2(norm + line * 32);
     }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    u32 launches;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(launches) : "l"(layer.launches) : "memory");
-    const u32 turn = launches & 1;
+    wait_for_kernel_before();
+    const Meetings meetings{layer, told(layer.launches)};
     float scale;
     {
         const Row<ATTENDED / 4> attended;
         float4 attention[attended.rounds];
 #pragma unroll
         for (int i = 0; i < attended.rounds; ++i)
-            if (attended.has(i)) attention[i] = unpack(load_four(layer.attention + attended.place(i) * 8));
+            if (attended.has(i)) attention[i] = unpack(load_pairs(layer.attention + attended.place(i) * 8));
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i)
-            if (row.has(i)) stream[i] = load_four(layer.hidden + row.place(i) * 8);
+            if (row.has(i)) stream[i] = load_pairs(layer.hidden + row.place(i) * 8);
         scale = put_all(attended, attention);
     }
     product<ATTENDED>(ring, layer.out, shares.out, scale,
-                      [&](int output, float value) { tell(layer.told_attended + output, value, turn); });
-    scale = add_norm(layer, row, layer.told_attended, turn, layer.post_attention_norm, layer.pre_feedforward_norm,
+                      [&](int output, float value) { meetings.tell_result(layer.told_attended, output, value); });
+    scale = add_norm(meetings, OUT, row, layer.told_attended, layer.post_attention_norm, layer.pre_feedforward_norm,
                      stream);
-    gated_product(ring, layer.gate_up, shares.gate_up, scale, [&](int output, float value, float next) {
-        tell(layer.told_fed + output / 2, value, next, turn);
-    });
-    {
-        const Row<FED / 4> fed;
-        float4 v[fed.rounds];
-        hear(fed, v, [&](float4& four, int place) { return ask_pairs(four, layer.told_fed + place * 2, turn); });
-            scale = put_all(fed, v);
-    }
+    gated_product(ring, layer.gate_up, shares.gate_up, scale, layer.fed_tiles,
+                  [&](int output, float value, float next) { meetings.tell_fed(output, value, next); });
+    meetings.hold(GATE_UP, layer.told_fed, TILE / 2, FREE_BIT);
+    scale = put_fed(meetings);
     product<FED>(ring, layer.down, shares.down, scale,
-                 [&](int output, float value) { tell(layer.told_given + output, value, turn); });
-    scale = add_norm(layer, row, layer.told_given, turn, layer.post_feedforward_norm, layer.next_norm, stream);
+                 [&](int output, float value) { meetings.tell_result(layer.told_given, output, value); });
+    scale = add_norm(meetings, DOWN, row, layer.told_given, layer.post_feedforward_norm, layer.next_norm, stream);
     if (blockIdx.x == 0) {
-        if (threadIdx.x == 0) *layer.launches = launches + 1;  // All have read it who told what has been heard.
+        if (threadIdx.x == 0) tell(layer.launches, meetings.launch + 1);  // All have read it who told what has been heard.
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i)
             if (row.has(i)) *(uint2*)(layer.next_hidden + row.place(i) * 8) = stream[i];
     }
     product<HIDDEN>(ring, layer.qkv, shares.qkv, scale,
-                    [&](int output, float value) { tell(layer.told_heads + output, value, turn); });
-    rotate_heads(layer, turn);
+                    [&](int output, float value) {
+                        tell(layer.told_heads + output, __float_as_uint(value) & ~1u | meetings.turn());
+                    });
+    rotate_heads(layer, meetings.turn());
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH, 1) streamed_layer(const __grid_constant__ Layer layer) {
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             const u32 barrier = address(shared + BARRIERS_AT) + stage * 8;
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier + STAGES * 8), "n"(WARPS) : "memory");
+            barrier_init(barrier, 1);
+            barrier_init(barrier + STAGES * 8, WARPS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
+    if (TENSOR_MAPS && threadIdx.x < 4) fetch_map(layer.maps[threadIdx.x]);
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    let_next_begin();
     if (threadIdx.x < CONSUMERS) {
         compute({}, layer);
     } else if (threadIdx.x == CONSUMERS) {

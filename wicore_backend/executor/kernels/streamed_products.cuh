@@ -4,32 +4,11 @@
 
 #include "streamed_ring.cuh"
 
-__device__ __forceinline__ void mma(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// Two E4M3 numbers in float16.
-__device__ __forceinline__ u32 raise_fp8(u32 pair) {
-    u32 raised;
-    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(raised) : "r"(pair));
-    return raised;
-}
-
 // Two codes in float16 as fractions of 1024: of bits 0 to 3 of a word's half-words (MASK 0x000f000f) as 1024 + code, of
 // bits 4 to 7 (0x00f000f0) as 1024 + 16 code, so that x is a sixteenth there.
 template <u32 MASK>
-__device__ __forceinline__ u32 raise_int4(u32 word) {
-    u32 raised;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(raised) : "r"(word), "n"(MASK), "n"(0x64006400));
-    return raised;
-}
-
-template <u32 MASK>
 __device__ __forceinline__ void add_int4(float (&sum)[4], uint4 low, uint4 high, uint4 x) {
-    const auto raise = raise_int4<MASK>;
+    const auto raise = masked_with<MASK, 0x64006400>;
     mma(sum, raise(low.x), raise(high.x), raise(low.y), raise(high.y), x.x, x.y);
     mma(sum, raise(low.z), raise(high.z), raise(low.w), raise(high.w), x.z, x.w);
 }
@@ -57,23 +36,17 @@ struct Place {
 };
 
 // x is asked for by the lanes of two columns only: what others multiply by lands in columns that nobody reads.
-__device__ __forceinline__ uint4 load_x(const char* at) {
-    uint4 v;
-    asm volatile(
-        "{ .reg .pred asks; setp.lt.u32 asks, %5, 8;\n"
-        "@asks ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address(at)), "r"(threadIdx.x % WIDTH));
-    return v;
-}
+__device__ __forceinline__ uint4 load_x(const char* at) { return load_if(threadIdx.x % WIDTH < 8, at); }
 
 // Adds the products of outputs `lane / 4` and that plus 8 of the tile with one of the `spans` in `stage`, which has
 // room for `each`; `x` and its groups' `sums` are that span's. In INT4 to `total`, else to `sum`.
 __device__ __forceinline__ void add_span(float2& total, float (&sum)[2][4], const Place& place, const char* stage,
                                          int span, int spans, int each, const char* x, const char* sums) {
     const int row = threadIdx.x % WIDTH / 4;
-    const int row_at = BITS == 4 ? span * SPAN_BYTES + row * ROW_BYTES : (row * spans + span) * ROW_BYTES;
+    const int pitch = TENSOR_MAPS ? each : spans;  // of a row in the stage, FP8
+    const int row_at = BITS == 4 ? span * SPAN_BYTES + row * ROW_BYTES : (row * pitch + span) * ROW_BYTES;
     const char* weights = stage + place.of_weights + row_at;
-    const int to_high = 8 * ROW_BYTES * (BITS == 4 ? 1 : spans);
+    const int to_high = 8 * ROW_BYTES * (BITS == 4 ? 1 : pitch);
     constexpr int LOADS = SPAN_INPUTS / 64;  // of x, in each half
     uint4 low[2], high[2], v[2][LOADS];
 #pragma unroll
@@ -138,7 +111,7 @@ __device__ __forceinline__ Ring multiply(Ring ring, int tiles, int of_tile, int 
                 add_span(total, sum, place, ring.memory(), warp, spans, each, shared + X_AT + span * SPAN_INPUTS * 2,
                          shared + SUMS_AT + span * 16);
             __syncwarp();
-            if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(ring.empty()) : "memory");
+            if (lane == 0) arrive(ring.empty());
         }
         if (BITS != 4) total = place.pick(sum);
         if (lane % 4 == 0) {
@@ -157,16 +130,9 @@ __device__ __forceinline__ float whole(const float* parts, int tile, int row) {
     return sum;
 }
 
-__device__ __forceinline__ float constant(const float* at) {
-    float v;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(at));
-    return v;
-}
-
-__device__ __forceinline__ float4 constants(const float* at) {
-    float4 v;
-    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at));
-    return v;
+__device__ __forceinline__ float4 unpack(uint2 pairs) {  // of bfloat16
+    const float2 a = unpack<false>(pairs.x), b = unpack<false>(pairs.y);
+    return {a.x, a.y, b.x, b.y};
 }
 
 // What a row of a matrix is scaled by, loaded early; 1 if it has no such scale.
@@ -186,10 +152,23 @@ __device__ __forceinline__ void product(Ring& ring, const Matrix& matrix, const 
     if (there) give(output, whole(parts, threadIdx.x / TILE, threadIdx.x % TILE) * scale);
 }
 
-// As `product` of gate and up, GELU of one times the other: `give(output, value, next)` for each second output.
+// Sum and largest magnitude of a tile's 16 numbers, as bfloat16 has them, by half a warp.
+__device__ __forceinline__ float2 of_tile(float value) {
+    value = unpack<false>(pack<false>(value, 0.0f)).x;
+    float2 v = {value, fabsf(value)};
+#pragma unroll
+    for (int distance = TILE / 2; distance; distance /= 2) {
+        v.x += __shfl_xor_sync(~0u, v.x, distance);
+        v.y = fmaxf(v.y, __shfl_xor_sync(~0u, v.y, distance));
+    }
+    return v;
+}
+
+// As `product` of gate and up, GELU of one times the other: `give(output, value, next)` for each second output, and to
+// `of_tiles` what `of_tile` is of each.
 template <class Give>
 __device__ __forceinline__ void gated_product(Ring& ring, const Matrix& matrix, const int2& share, float x_scale,
-                                              Give give) {
+                                              float2* of_tiles, Give give) {
     float* parts = (float*)(shared + X_AT + HIDDEN * 2);
     const int pairs = share.y - share.x, output = share.x * TILE + threadIdx.x;
     const bool there = threadIdx.x < pairs * TILE;
@@ -205,4 +184,8 @@ __device__ __forceinline__ void gated_product(Ring& ring, const Matrix& matrix, 
     }
     const float next = __shfl_down_sync(~0u, value, 1);
     if (there && threadIdx.x % 2 == 0) give(output, value, next);
+    if constexpr (MEETING == BY_COUNTER) {
+        const float2 of_this = of_tile(value);
+        if (there && threadIdx.x % TILE == 0) of_tiles[output / TILE] = of_this;
+    }
 }

@@ -2,8 +2,7 @@
 
 #pragma once
 
-using u32 = unsigned int;
-using u64 = unsigned long long;
+#include "hopper.cuh"
 
 struct Matrix {
     const char* values;
@@ -11,19 +10,28 @@ struct Matrix {
     const char* zeros;   // INT4: likewise.
 };
 
+constexpr int BY_WORDS = 0, BY_COUNTER = 1, BY_HINTS = 2;        // MEETING, see `streamed_meeting.cuh`
+constexpr int MOST_BLOCKS = 159;
+constexpr int OUT = 0, GATE_UP = 1, DOWN = 2, NEXT_QKV = 3;  // the layer's matrices, in the order of their use
+
 struct Layer {
+    TensorMap maps[4];  // TENSOR_MAPS: boxes of a stage's spans of a tile
     Matrix out, gate_up, down, qkv;
     const float *post_attention_norm, *pre_feedforward_norm, *post_feedforward_norm, *next_norm;  // [HIDDEN]
     const float* qk_norm;                        // [QK_HEADS, HEAD_DIM]
     const char *attention, *hidden, *cos, *sin;  // bfloat16 [ATTENDED], [HIDDEN], [HEAD_DIM] twice
     char *next_hidden, *heads;                   // bfloat16 [HIDDEN], [QKV]
-    const int* shares;  // [4, blocks + 1]: where each block's tiles begin; of gate_up, pairs of tiles
     u32* launches;      // How many there have been, from 1.
     u32 *told_attended, *told_fed, *told_given, *told_heads;  // [HIDDEN], [FED / 2], [HIDDEN], [QKV]: see `tell`
+    u32* counters;      // Of each meeting, BY_COUNTER.
+    float2* fed_tiles;  // [FED / 16]: see `of_tile`
+    const char *next_out, *next_gate_up;  // AHEAD: the next layer's values; or null
     float eps;
+    unsigned short shares[4][MOST_BLOCKS + 1];  // Where each block's tiles begin; of gate_up, pairs of tiles.
 };
 
 constexpr int WIDTH = 32, TILE = 16, ROW_BYTES = 128, GROUP = 128;
+constexpr int BOX_NUMBER_BYTES = 8;  // of what boxes are counted in: a box has 256 in a row at most
 constexpr int CONSUMERS = WARPS * WIDTH;
 constexpr int SPAN_INPUTS = ROW_BYTES * 8 / BITS;
 constexpr int SPAN_BYTES = TILE * ROW_BYTES;
@@ -49,21 +57,7 @@ constexpr int SCRATCH_AT = BARRIERS_AT + 2 * STAGES * 8;
 constexpr int SUMS_AT = (SCRATCH_AT + 4 * WARPS * 4 + 15) / 16 * 16;
 constexpr int X_AT = (SUMS_AT + SUMS_BYTES + 127) / 128 * 128;
 
-__device__ __forceinline__ u32 address(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
-
-template <class T>
-__device__ __forceinline__ T load(const char* at) { return *(const T*)at; }
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again; }" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
-
-extern __shared__ __align__(128) char shared[];
+__device__ __forceinline__ void consumers_meet() { meet<1, CONSUMERS>(); }
 
 struct Ring {
     int stage = 0;
@@ -77,43 +71,7 @@ struct Ring {
     }
 };
 
-// ---- 16 bits and 32
-
-template <bool HALF>
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 pair;
-    if constexpr (HALF) {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    }
-    return pair;
-}
-
-template <bool HALF>
-__device__ __forceinline__ float2 unpack(u32 pair) {
-    float2 v;
-    if constexpr (HALF) {
-        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
-            : "=f"(v.x), "=f"(v.y) : "r"(pair));
-    } else {
-        v = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
-    }
-    return v;
-}
-
-__device__ __forceinline__ float4 unpack(uint2 pairs) {
-    const float2 a = unpack<false>(pairs.x), b = unpack<false>(pairs.y);
-    return {a.x, a.y, b.x, b.y};
-}
-
 // ---- The copying thread
-
-__device__ __forceinline__ void copy(const char* to, const char* from, int bytes, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-        ::"r"(address(to)), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
-}
 
 // Stages on their way are FLIGHT at most: what the blocks tell each other would queue behind more.
 struct Flight {
@@ -130,16 +88,16 @@ struct Flight {
 };
 
 template <int DEPTH>
-__device__ __forceinline__ void copy_tile(Ring& ring, Flight& flight, const Matrix& matrix, int tile, u64 policy) {
+__device__ __forceinline__ void copy_tile(Ring& ring, Flight& flight, const Matrix& matrix, const TensorMap& map,
+                                          int tile, Policy policy) {
     using C = Cut<DEPTH>;
 #pragma unroll 1
     for (int span = 0; span < C::spans; span += C::each, ring.next()) {
         const int spans = min(C::each, C::spans - span);
         wait(ring.empty(), ring.parity ^ 1);
         flight.take_off();
-        const int bytes = spans * (SPAN_BYTES + SCALE_BYTES * (1 + ZEROS));
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                     ::"r"(ring.full()), "r"(bytes) : "memory");
+        const int bytes = (TENSOR_MAPS ? C::each : spans) * (SPAN_BYTES + SCALE_BYTES * (1 + ZEROS));
+        arrive_expecting(ring.full(), bytes);
         char* to = ring.memory();
         if constexpr (BITS == 4) {
             const long place = (long)tile * C::spans + span;
@@ -148,6 +106,8 @@ __device__ __forceinline__ void copy_tile(Ring& ring, Flight& flight, const Matr
             copy(to, matrix.scales + place * SCALE_BYTES, spans * SCALE_BYTES, ring.full(), policy);
             to += C::each * SCALE_BYTES;
             if (ZEROS) copy(to, matrix.zeros + place * SCALE_BYTES, spans * SCALE_BYTES, ring.full(), policy);
+        } else if constexpr (TENSOR_MAPS) {
+            copy_box(to, map, span * (ROW_BYTES / BOX_NUMBER_BYTES), tile * TILE, ring.full(), policy);
         } else {
             const char* from = matrix.values + ((long)tile * TILE * C::spans + span) * ROW_BYTES;
 #pragma unroll
@@ -161,28 +121,47 @@ __device__ __forceinline__ void copy_tile(Ring& ring, Flight& flight, const Matr
 struct Shares {
     int2 out, gate_up, down, qkv;
     __device__ explicit Shares(const Layer& layer) {
-        const int* from = layer.shares + blockIdx.x;
-        const int of_next = gridDim.x + 1;
-        out = {from[0], from[1]};
-        gate_up = {from[of_next], from[of_next + 1]};
-        down = {from[2 * of_next], from[2 * of_next + 1]};
-        qkv = {from[3 * of_next], from[3 * of_next + 1]};
+        out = of(layer.shares[OUT]);
+        gate_up = of(layer.shares[GATE_UP]);
+        down = of(layer.shares[DOWN]);
+        qkv = of(layer.shares[NEXT_QKV]);
     }
+
+  private:
+    __device__ static int2 of(const unsigned short* begins) { return {begins[blockIdx.x], begins[blockIdx.x + 1]}; }
 };
 
+// The bytes of a matrix that this block's tiles of it take, `most` at most, into L2, not faster than they are read.
+template <int DEPTH>
+__device__ __forceinline__ int share_to_l2(const char* values, int first, int last, int most) {
+    constexpr int TILE_BYTES = DEPTH / 8 * BITS * TILE, PIECE = 8192;
+    const int bytes = min((last - first) * TILE_BYTES, most);
+    const char* from = values + (long)first * TILE_BYTES;
+    for (int at = 0; at < bytes; at += PIECE) {
+        bytes_to_l2(from + at, min(PIECE, bytes - at));
+        __nanosleep(200);
+    }
+    return bytes;
+}
+
 __device__ void copy_all(Ring ring, const Layer& layer) {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    const Policy policy = evict_first();
     const Shares shares(layer);
     Flight flight;
     for (int tile = shares.out.x; tile < shares.out.y; ++tile)
-        copy_tile<ATTENDED>(ring, flight, layer.out, tile, policy);
+        copy_tile<ATTENDED>(ring, flight, layer.out, layer.maps[OUT], tile, policy);
     for (int tile = shares.gate_up.x; tile < shares.gate_up.y; ++tile) {
-        copy_tile<HIDDEN>(ring, flight, layer.gate_up, tile, policy);
-        copy_tile<HIDDEN>(ring, flight, layer.gate_up, tile + FED / TILE, policy);
+        copy_tile<HIDDEN>(ring, flight, layer.gate_up, layer.maps[GATE_UP], tile, policy);
+        copy_tile<HIDDEN>(ring, flight, layer.gate_up, layer.maps[GATE_UP], tile + FED / TILE, policy);
     }
     for (int tile = shares.down.x; tile < shares.down.y; ++tile)
-        copy_tile<FED>(ring, flight, layer.down, tile, policy);
+        copy_tile<FED>(ring, flight, layer.down, layer.maps[DOWN], tile, policy);
     for (int tile = shares.qkv.x; tile < shares.qkv.y; ++tile)
-        copy_tile<HIDDEN>(ring, flight, layer.qkv, tile, policy);
+        copy_tile<HIDDEN>(ring, flight, layer.qkv, layer.maps[NEXT_QKV], tile, policy);
+    if (AHEAD > 0 && layer.next_out) {
+        const int left = AHEAD - share_to_l2<ATTENDED>(layer.next_out, shares.out.x, shares.out.y, AHEAD);
+        const int2 pairs = shares.gate_up;
+        share_to_l2<HIDDEN>(layer.next_gate_up, pairs.x, pairs.y, left / 2);
+        share_to_l2<HIDDEN>(layer.next_gate_up, pairs.x + FED / TILE, pairs.y + FED / TILE, left / 2);
+    }
 }

@@ -1,0 +1,184 @@
+// The twin of wicore_backend/executor/kernels/hopper.cuh for a CPU: the same functions, and of CUDA's own what kernels
+// use. g++ compiles kernels with it; `machine.cpp` runs them.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "machine.hpp"
+
+using u32 = unsigned int;
+using u64 = std::uint64_t;
+using std::max;
+using std::min;
+
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct int2 { int x, y; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct Index { u32 x; };
+
+// Of the thread that runs.
+extern "C" Index threadIdx, blockIdx, gridDim;
+extern "C" char* shared;
+
+inline u32 __float_as_uint(float v) { u32 bits; std::memcpy(&bits, &v, 4); return bits; }
+inline float __uint_as_float(u32 bits) { float v; std::memcpy(&v, &bits, 4); return v; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float v) { return std::exp(v); }
+inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+
+// ---- Warps and blocks
+
+inline void __nanosleep(u32) { twin::nap(); }
+inline void __syncwarp() { twin::warp_meets(); }
+inline void __syncthreads() { twin::all_meet(); }
+
+template <class T>
+T __shfl_xor_sync(u32, T value, int distance) {
+    T all[32];
+    twin::exchange(&value, all, sizeof(T));
+    return all[threadIdx.x % 32 ^ distance];
+}
+
+template <class T>
+T __shfl_down_sync(u32, T value, int distance) {
+    T all[32];
+    twin::exchange(&value, all, sizeof(T));
+    const int lane = threadIdx.x % 32;
+    return all[lane + distance < 32 ? lane + distance : lane];
+}
+
+// ---- Shared memory
+
+inline u32 address(const void* in_shared) { return (u32)((const char*)in_shared - shared); }
+
+template <class T>
+T load(const char* in_shared) {
+    T v;
+    twin::load(&v, in_shared, sizeof(T));
+    return v;
+}
+
+inline uint4 load_if(bool asks, const char* in_shared) {
+    return asks ? load<uint4>(in_shared) : uint4{~0u, ~0u, ~0u, ~0u};  // NaN, whatever its kind
+}
+
+// ---- Barriers
+
+template <int NUMBER, int THREADS>
+void meet() { twin::meet(NUMBER, THREADS); }
+
+inline void barrier_init(u32 barrier, u32 arrivals) { twin::barrier_init(barrier, arrivals); }
+inline void barriers_ready() {}
+inline void arrive(u32 barrier) { twin::arrive(barrier, 0); }
+inline void arrive_expecting(u32 barrier, u32 bytes) { twin::arrive(barrier, bytes); }
+inline void wait(u32 barrier, u32 parity) { twin::wait(barrier, parity); }
+
+// ---- Bulk copies
+
+using Policy = u64;
+
+inline Policy evict_first() { return 0; }
+inline void copy(const char* to, const char* from, u32 bytes, u32 barrier, Policy) {
+    twin::copy(to, from, bytes, barrier);
+}
+// Describes boxes of a matrix of bytes [rows, row_bytes]; columns are counted in eights of bytes.
+struct TensorMap {
+    const char* at;
+    u64 rows, row_bytes, box_rows, box_bytes, rest[11];
+};
+
+inline void fetch_map(const TensorMap&) {}
+inline void copy_box(const char* to, const TensorMap& map, int x, int y, u32 barrier, Policy) {
+    twin::copy_box(to, {map.at, map.rows, map.row_bytes, map.box_rows, map.box_bytes}, x * 8, y, barrier);
+}
+
+inline void bytes_to_l2(const char* global, u32 bytes) { twin::inside(global, bytes, 16); }
+inline void line_to_l2(const void* global) { twin::inside(global, 128, 4); }
+
+// ---- Global memory
+
+inline float constant(const float* at) {
+    float v;
+    twin::load_constant(&v, at, 4);
+    return v;
+}
+
+inline float4 constants(const float* at) {
+    float4 v;
+    twin::load_constant(&v, at, 16);
+    return v;
+}
+
+inline uint2 load_pairs(const char* at) {
+    uint2 v;
+    twin::load(&v, at, 8);
+    return v;
+}
+
+inline uint4 load_words(const void* at) {
+    uint4 v;
+    twin::load(&v, at, 16);
+    return v;
+}
+
+inline void tell(u32* to, u32 word) { twin::tell(to, word); }
+inline u32 told(const u32* from) { return twin::told(from, twin::Order::relaxed); }
+
+inline uint2 told_two(const u32* from) {
+    twin::inside(from, 8, 8);
+    const u32 y = told(from + 1);  // in no order
+    return {told(from), y};
+}
+
+inline uint4 told_four(const u32* from) {
+    twin::inside(from, 16, 16);
+    const u32 w = told(from + 3), z = told(from + 2);
+    const u32 x = told(from);
+    return {x, told(from + 1), z, w};
+}
+
+inline void add_released(u32* to, u32 by) { twin::add(to, by, twin::Order::acquire_or_release); }
+inline u32 told_acquired(const u32* from) { return twin::told(from, twin::Order::acquire_or_release); }
+
+// ---- Kernels over each other
+
+inline void wait_for_kernel_before() { twin::wait_for_kernel_before(); }
+inline void let_next_begin() { twin::let_next_begin(); }
+
+// ---- Numbers of 16 bits, of 8 and of 4
+
+template <bool HALF>
+u32 pack(float low, float high) {
+    return HALF ? twin::to_half(low) | twin::to_half(high) << 16
+                : twin::to_bfloat16(low) | twin::to_bfloat16(high) << 16;
+}
+
+template <bool HALF>
+float2 unpack(u32 pair) {
+    if (HALF) return {twin::from_half(pair), twin::from_half(pair >> 16)};
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+}
+
+inline u32 raise_fp8(u32 pair) { return twin::half_of_e4m3(pair & 255) | twin::half_of_e4m3(pair >> 8 & 255) << 16; }
+
+template <u32 MASK, u32 WITH>
+u32 masked_with(u32 word) { return (word & MASK) | WITH; }
+
+// Of A, lane l has rows l / 4 and that plus 8 in columns l % 4 * 2, the next one, and those plus 8; of B those columns as
+// rows, in column l / 4; of the sums the rows of A in columns l % 4 * 2 and the next one (PTX ISA, mma.m16n8k16).
+inline void mma(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    twin::mma(sum, a, b);
+}

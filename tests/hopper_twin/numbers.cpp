@@ -1,0 +1,51 @@
+// Numbers of 16 and 8 bits, as the card has them.
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "machine.hpp"
+
+namespace twin {
+
+namespace {
+
+float half_to_float(u32 bits) {
+    const std::uint16_t low = bits;
+    _Float16 v;
+    std::memcpy(&v, &low, 2);
+    return v;
+}
+
+}  // namespace
+
+float from_half(u32 bits) {
+    static const std::vector<float> all = [] {
+        std::vector<float> table(1 << 16);
+        for (u32 i = 0; i < table.size(); ++i) table[i] = half_to_float(i);
+        return table;
+    }();
+    return all[bits & 0xffff];
+}
+
+u32 to_half(float v) {
+    const _Float16 half = v;
+    std::uint16_t bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+
+u32 to_bfloat16(float v) {  // to the nearest, of two as near to the even one
+    u32 bits;
+    std::memcpy(&bits, &v, 4);
+    return v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+u32 half_of_e4m3(u32 bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    if (exponent == 15 && mantissa == 7) return 0x7fff;
+    const float v = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
+    return to_half(bits & 128 ? -v : v);
+}
+
+}  // namespace twin

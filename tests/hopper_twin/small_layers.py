@@ -1,0 +1,127 @@
+"""Small layers of one token as one kernel, compiled for a CPU, beside their plain twin."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import torch
+
+from scripts.random_gemma3 import _COMMON, random_weights
+from tests import hopper_twin
+from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls
+from wicore_backend.executor.torch_executor import TorchExecutor
+from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.quantization.fp8 import Fp8Matrix, quantized_fp8
+from wicore_backend.quantization.int4_rounding import quantized_int4
+
+CPU = torch.device("cpu")
+QUANTIZE = {
+    "fp8": quantized_fp8,
+    "int4": lambda matrix: quantized_int4(matrix, search=False),
+    "int4 with zero points": lambda matrix: quantized_int4(matrix, symmetric=False, search=False),
+}
+BLOCKS = {"fp8": 6, "int4": 12, "int4 with zero points": 12}
+"""A thread of each has one output of each matrix."""
+MATRICES = ("qkv", "out", "gate_up", "down")
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 768,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "vocab_size": 256,
+    "num_hidden_layers": 3,
+    "query_pre_attn_scalar": 128,
+}
+TEXTS = {file.name: file.read_text() for file in (SOURCE, *HEADERS)}
+
+
+class SmallLayers:
+    """A model's layers, what one token brings, the plain twin, and the kernel for so many blocks."""
+
+    def __init__(self, directory, kind, *, tuning=MEASURED, texts=TEXTS):
+        (directory / "config.json").write_text(json.dumps(_COMMON | SHAPE))
+        model = Gemma3Config.from_checkpoint(directory)
+        weights = random_weights(model, device=CPU, dtype=torch.bfloat16, quantize=QUANTIZE[kind])
+        self.text, self.layers, self.blocks = model.text, weights.text.layers, BLOCKS[kind]
+        self.form = Form.of(model.text, self.layers, tuning)
+        self.shares = self.form.shares(self.blocks)
+        self.launch = self.form.launch(self.shares, most_stages=3)
+        defines = self.form.defines(self.launch)
+        self.kernel = hopper_twin.HostKernel(SOURCE, texts, defines, parameter="Layer")
+        plain = [
+            replace(layer, **{n: getattr(layer, n).dequantized(torch.float32) for n in MATRICES})
+            for layer in self.layers
+        ]
+        twin = replace(weights.text, embedding=weights.text.embedding.float(), layers=tuple(plain))
+        self.twin = TorchExecutor(model, replace(weights, text=replace(twin, head=twin.embedding)))
+        torch.manual_seed(0)
+        angles = torch.randn(1, model.text.head_dim // 2).repeat(1, 2)
+        self.rope = angles.cos().bfloat16(), angles.sin().bfloat16()
+
+    def row(self, scale=1.0):
+        sizes = self.text.hidden_size, self.text.num_heads * self.text.head_dim
+        return [torch.randn(1, size).mul_(scale).bfloat16() for size in sizes]
+
+    def run(self, hidden, attention, seed):
+        """Two layers one after the other, whose attention gives what the queries are: what each leaves."""
+        calls = LayerCalls(self.form, self.text.rms_norm_eps, self.layers, self.shares, hopper_twin.tensor_map)
+        results = [calls.results(hidden), calls.results(hidden)]
+        attended = self.text.num_heads * self.text.head_dim
+        launches = [
+            calls.given(0, hidden, attention, *self.rope, results[0]),
+            calls.given(1, results[0][0], results[0][1][:, :attended], *self.rope, results[1]),
+        ]
+        mutable = {f"told_{name}": words for name, words in calls.told.items()} | {
+            "launches": calls.launches,
+            "counters": calls.counters,
+            "fed_tiles": calls.fed_tiles,
+        }
+        for layer, (stream, heads) in enumerate(results):
+            mutable |= {f"hidden_{layer}": stream, f"heads_{layer}": heads}
+        constant = {"hidden": hidden, "attention": attention}
+        constant |= dict(zip(("cos", "sin"), self.rope, strict=True)) | self.weights()
+        for into in results:
+            for result in into:
+                result.fill_(float("nan"))
+        self.kernel.run(
+            launches,
+            hopper_twin.Memory(constant, mutable),
+            blocks=self.blocks,
+            threads=self.launch.threads,
+            shared_bytes=self.launch.shared_bytes,
+            seed=seed,
+        )
+        return results
+
+    def weights(self):
+        found = {}
+        for number, layer in enumerate(self.layers):
+            for name in layer.__slots__:
+                value = getattr(layer, name)
+                if isinstance(value, torch.Tensor):
+                    parts = {"": value}
+                elif isinstance(value, Fp8Matrix):
+                    parts = {" values": value.values, " scales": value.scale}
+                elif value is not None:
+                    parts = {" codes": value.codes, " scales": value.scales, " zeros": value.zeros}
+                else:
+                    continue
+                found |= {f"{name} of layer {number}{part}": t for part, t in parts.items() if t is not None}
+        return found
+
+    def errors(self, hidden, attention, results):
+        """Relative, of the residual stream and the heads after each layer."""
+        found = []
+        rope = [table.float() for table in self.rope]
+        for layer, (ours, our_heads) in enumerate(results):
+            theirs, qkv = self.twin.mid(layer, hidden.float(), attention.float(), *rope)
+            heads = torch.cat([part.flatten() for part in qkv])
+            found += [relative_error(ours, theirs), relative_error(our_heads.flatten(), heads)]
+            hidden, attention = ours, our_heads[:, : attention.shape[1]]
+        return found
+
+
+def relative_error(ours, theirs):
+    return ((ours.float() - theirs).norm() / theirs.norm()).item()

@@ -1,0 +1,220 @@
+// Hopper's instructions that C++ has no words for, a function each. Whatever inline PTX a kernel of this folder has is
+// here, so that tests/hopper_twin can put a file of the same name in its place, with which g++ compiles the very same
+// kernels for a CPU and watches what they do.
+
+#pragma once
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+extern __shared__ __align__(128) char shared[];
+
+// ---- Shared memory
+
+__device__ __forceinline__ u32 address(const void* in_shared) { return (u32)__cvta_generic_to_shared(in_shared); }
+
+template <class T>
+__device__ __forceinline__ T load(const char* in_shared) { return *(const T*)in_shared; }
+
+// What is at `in_shared` for lanes that ask; for others anything.
+__device__ __forceinline__ uint4 load_if(bool asks, const char* in_shared) {
+    uint4 v;
+    asm volatile(
+        "{ .reg .pred asks; setp.ne.u32 asks, %5, 0;\n"
+        "@asks ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address(in_shared)), "r"((u32)asks));
+    return v;
+}
+
+// ---- Barriers of a block: some of its warps meet, by number; or in shared memory, of 8 bytes, with phases (mbarrier).
+//
+// 1. A phase is over when all its arrivals have come, and all bytes that were announced.
+// 2. Who waits for parity 0 waits for the first phase's end, for 1 the second's, for 0 the third's. Before the first
+//    has ended, what has parity 1 counts as over.
+// 3. What a thread wrote or read before it arrived comes before what those do who waited for that phase; other
+//    threads', too, if they met it before (`__syncwarp`).
+
+template <int NUMBER, int THREADS>
+__device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory"); }
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// After all `barrier_init`, before copies use them.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again; }" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// ---- Bulk copies, of multiples of 16 bytes between multiples of 16; they end in any order, each telling its barrier.
+
+using Policy = u64;
+
+__device__ __forceinline__ Policy evict_first() {  // from L2: what is read once
+    Policy policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void copy(const char* to, const char* from, u32 bytes, u32 barrier, Policy policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        ::"r"(address(to)), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+
+// A box of a matrix as the driver has described it (cuTensorMapEncodeTiled), whose corner is column `x` of row `y`: its
+// rows lie together in shared memory. What of it is outside of the matrix is zero, and counts as bytes too.
+struct alignas(64) TensorMap {
+    char opaque[128];
+};
+
+__device__ __forceinline__ void fetch_map(const TensorMap& map) {  // long before it is used
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+__device__ __forceinline__ void copy_box(const char* to, const TensorMap& map, int x, int y, u32 barrier,
+                                         Policy policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(address(to)), "l"(&map), "r"(x), "r"(y), "r"(barrier), "l"(policy) : "memory");
+}
+
+// Into L2 only, and nobody is told.
+__device__ __forceinline__ void bytes_to_l2(const char* global, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void line_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+// ---- Global memory
+
+__device__ __forceinline__ float constant(const float* at) {  // Nobody writes it while the kernel runs.
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ float4 constants(const float* at) {
+    float4 v;
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_pairs(const char* at) {  // Four numbers of 16 bits, past the first-level cache.
+    uint2 v;
+    asm volatile("ld.global.cg.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint4 load_words(const void* at) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+    return v;
+}
+
+// Words that blocks tell each other while they run: each is whole, and in no order with any other.
+__device__ __forceinline__ void tell(u32* to, u32 word) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ u32 told(const u32* from) {
+    u32 word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    return word;
+}
+
+__device__ __forceinline__ uint2 told_two(const u32* from) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint4 told_four(const u32* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+// What this thread did, and others that it has met, comes before what those do who find the word so. One may add and
+// many ask; who has met one that has found it so need not ask.
+__device__ __forceinline__ void add_released(u32* to, u32 by) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(by) : "memory");
+}
+
+__device__ __forceinline__ u32 told_acquired(const u32* from) {
+    u32 word;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    return word;
+}
+
+// ---- Kernels of a stream that lie over each other (programmatic dependent launch)
+
+// Until the kernel before has ended, and what it wrote is there.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The next one may take what multiprocessors this one leaves.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- Numbers of 16 bits, of 8 and of 4
+
+template <bool HALF>
+__device__ __forceinline__ u32 pack(float low, float high) {  // in float16, else bfloat16
+    u32 pair;
+    if constexpr (HALF) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    }
+    return pair;
+}
+
+template <bool HALF>
+__device__ __forceinline__ float2 unpack(u32 pair) {
+    float2 v;
+    if constexpr (HALF) {
+        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+            : "=f"(v.x), "=f"(v.y) : "r"(pair));
+    } else {
+        v = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+    }
+    return v;
+}
+
+// The lower two E4M3 numbers in float16.
+__device__ __forceinline__ u32 raise_fp8(u32 pair) {
+    u32 raised;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(raised) : "r"(pair));
+    return raised;
+}
+
+// (word & MASK) | WITH, which the compiler would take two instructions for.
+template <u32 MASK, u32 WITH>
+__device__ __forceinline__ u32 masked_with(u32 word) {
+    u32 v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(word), "n"(MASK), "n"(WITH));
+    return v;
+}
+
+// sum [16, 8] += a [16, 16] b [16, 8] by the lanes of a warp: mma.m16n8k16 of float16 with sums in float32.
+__device__ __forceinline__ void mma(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
