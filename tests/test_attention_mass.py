@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.gemma3_driver import Driver
 from tests.paged_steps import DECODES, GLOBAL_LAYERS, LAYERS, PREFILLS, Checked, Part, Shape, check, parts_with_holes
-from wicore_backend.attention import torch_paged
+from wicore_backend.attention import torch_pieces
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.engine.pictures import PictureEncoder
 from wicore_backend.engine.plan import Chunk, StepPlan
@@ -82,7 +82,7 @@ def test_only_what_is_asked_for_is_measured() -> None:
 
 
 def test_decodes_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_paged, "_DECODE_SCRATCH_BYTES", 4096)
+    monkeypatch.setattr(torch_pieces, "_DECODE_SCRATCH_BYTES", 4096)
     parts = [Part(length, 1) for length in (5, 200, 9, 1, 40, 190, 70)]
     check_mass(Shape(), parts, {1: [0, 1, 4, 5], 3: [5, 6]})
 

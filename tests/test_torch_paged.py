@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.paged_steps import DECODES, PREFILLS, Part, Shape, check, parts_of_a_step, parts_with_holes
-from wicore_backend.attention import torch_paged
+from wicore_backend.attention import torch_pieces
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.closing_up import close_up
 from wicore_backend.hmt.fp8 import FP8
@@ -46,7 +46,7 @@ def test_sequences_of_very_different_lengths_are_not_padded_to_the_longest() -> 
 
 
 def test_decodes_beyond_the_scratch_budget_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_paged, "_DECODE_SCRATCH_BYTES", 4096)
+    monkeypatch.setattr(torch_pieces, "_DECODE_SCRATCH_BYTES", 4096)
     check(Shape(), [Part(40 + i, 1) for i in range(9)])
 
 
