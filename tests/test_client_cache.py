@@ -146,6 +146,14 @@ def test_the_table_fits_a_terminal(server, capsys):
     assert "39 times   nvme: the disk, or a quota of it, was full" in out
 
 
+def test_columns_stand_apart_however_long_what_they_hold():
+    tier = replace(report_of(BUSY).tiers[2], load_latency_s=0.0175, load_bytes_per_second=24.6 * 2**20)
+    lines = list(cache_table.lines(replace(report_of(BUSY), tiers=(tier,)), seconds=None, every_tier=False))
+    (line,) = (line for line in lines if line.startswith("nvme") and "/s" in line)
+    assert line.endswith(" 24.6 MiB/s 17.5 ms")
+    assert len(line) <= 80
+
+
 def test_a_lossy_server_says_so_and_an_exact_one_does_not(server, capsys, monkeypatch):
     assert cache(server) == 0
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ from wicore_client.terminal import one_line
 _BLOCKS = ("blocks", "of", "full", "stored", "loaded", "evicted", "refused", "behind")
 _BLOCK_WIDTHS = (8, 8, 6, 8, 8, 8, 8, 8)
 _BYTES = ("size", "on disk", "stored", "loaded", "store speed", "load speed", "delay")
-_BYTE_WIDTHS = (10, 10, 11, 11, 12, 12, 7)
+_BYTE_WIDTHS = (9, 10, 11, 11, 12, 12, 8)
 _TIMES = ("us", "ms", "s")
 _TIER_WIDTH, _GROUP_WIDTH = 8, 8
 _NARROW_TIER_WIDTH = 6
@@ -89,7 +89,8 @@ def _bytes_of(tier: TierUsage, seconds: float | None) -> list[str]:
 
 
 def _cells(texts: Sequence[str], widths: Sequence[int]) -> str:
-    return "".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True)).rstrip()
+    """Each text at the right of its column; one that is too long for it still stands apart."""
+    return "".join(f" {text:>{width - 1}}" for text, width in zip(texts, widths, strict=True)).rstrip()
 
 
 def _or_blank(count: int | None) -> str:
