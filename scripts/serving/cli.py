@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address for Triton to listen on (default: %(default)s)")
     serve.add_argument("--model-repository", type=Path, default=ROOT / "model_repository", metavar="PATH")
     serve.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="of the log (default: %(default)s)")
-    serve.add_argument("--ready-timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
+    serve.add_argument("--ready-timeout", type=_seconds, default=600.0, metavar="SECONDS", help="default: %(default)s")
     serve.add_argument(
         "--drain",
         type=_seconds,
@@ -288,13 +288,16 @@ def _welcome(server: TritonServer, gateway: Gateway | None) -> str:
     url = "" if server.options.grpc_port == _DEFAULT_PORTS["grpc"] else f" --url {urls.grpc}"
     wicore = f"{_from_here(ROOT / '.venv' / 'bin' / 'wicore')}"
     question = json.dumps({"text_input": "What is 7 plus 5?", "stream": True})
-    page = "" if gateway is None else f"\n  chat     {gateway.url}/\n  OpenAI   {gateway.url}/v1"
+    page = log = ""
+    if gateway is not None:
+        page = f"\n  chat     {gateway.url}/\n  figures  {gateway.url}/dashboard\n  OpenAI   {gateway.url}/v1"
+        log = f"\n           {gateway.log}"
     return f"""
 Wicore is ready.{page}
   HTTP     {urls.http}
   gRPC     {urls.grpc}
   metrics  {urls.metrics}
-  log      {server.log}
+  log      {server.log}{log}
 
 Try:
   {wicore} describe {_from_here(PICTURE)}{url}
