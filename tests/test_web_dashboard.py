@@ -49,6 +49,20 @@ def test_lines_are_drawn_from_status_and_metrics(visit, gateway, latencies):
     expect(chart(page, "Requests").locator("path.line")).to_have_count(2)
 
 
+def test_the_servers_words_are_in_the_persons_language(visit, gateway):
+    gateway.status = status_page(missed=400)
+    gateway.status["load"]["requests_total"] = {"length": 3, "a_new_one": 1}
+    gateway.status["cache"]["reasons"] = [
+        {"reason": "never computed, or given up by every tier", "count": 400, "unit": "tokens"},
+        {"reason": "constructor", "count": 1, "unit": "times"},
+    ]
+    page = visit("/dashboard", locale="zh-CN", viewport={"width": 1280, "height": 800})
+    expect(page.locator("#outcomes tr")).to_have_text(["达到长度上限3", "a_new_one1", "queue_full2"])
+    expect(page.locator("#reasons tr")).to_have_text(["从未计算过，或已被各层淘汰400 词元", "constructor1 次"])
+    numbers = page.locator("#reasons td:last-child")
+    assert numbers.first.evaluate("cell => getComputedStyle(cell).whiteSpace") == "nowrap"
+
+
 def test_times_without_an_answer_are_gaps(visit, gateway):
     page = visit("/dashboard")
     lines = chart(page, "Requests").locator("path.line.series-1")

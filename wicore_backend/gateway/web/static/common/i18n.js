@@ -1,7 +1,7 @@
 // Words in the person's language.
 
 import { preferences } from "./preferences.js";
-import { STRINGS } from "./strings.js";
+import { PHRASES, STRINGS } from "./strings.js";
 
 /** "en" or "zh": the one chosen, or else the first of the browser's that there is. */
 export function language() {
@@ -16,6 +16,12 @@ export function t(name, places = {}) {
   const text = STRINGS[language()][name];
   if (text === undefined) throw new Error(`there is no text ${name}`);
   return text.replace(/\{(\w+)\}/g, (_, place) => places[place]);
+}
+
+/** The server's own words, in the person's language where they are known. */
+export function phrase(text) {
+  const known = PHRASES[language()] ?? {};
+  return Object.hasOwn(known, text) ? known[text] : text;
 }
 
 /** A number as the language writes it. */

@@ -325,7 +325,7 @@ const zh = {
   prompt: "提示",
   answer: "回答",
   tokens_unit: "词元",
-  cached_share: "{n} 个来自缓存",
+  cached_share: "缓存 {n}",
   kv_cache: "KV 缓存",
   kv_cache_more: "服务器记住的提示内容，从最快的存储到最大的存储。",
   tier_device: "设备",
@@ -418,3 +418,26 @@ const zh = {
 };
 
 export const STRINGS = { en, zh };
+
+/** What the server says in words of its own, by those words; what is missing here stands as it came. */
+export const PHRASES = {
+  zh: {
+    stop: "正常结束",
+    length: "达到长度上限",
+    cancelled: "已取消",
+    deadline: "超过期限",
+    error: "出错",
+    rejected: "被拒绝",
+    queue_requests: "被拒绝：排队请求过多",
+    queue_tokens: "被拒绝：排队词元过多",
+    too_late: "被拒绝：来不及",
+    draining: "被拒绝：正在停止",
+    "never computed, or given up by every tier": "从未计算过，或已被各层淘汰",
+    "cached, but without the sliding window before them": "已缓存，但缺少其前的滑动窗口",
+    "on disk, but computing was faster": "在磁盘上，但重新计算更快",
+    "on disk, but there was no room for them in host memory": "在磁盘上，但主机内存已无空间",
+    tokens: "词元",
+    times: "次",
+    blocks: "块",
+  },
+};

@@ -1,18 +1,18 @@
 // What is better read than drawn.
 
 import { byId, h } from "../common/dom.js";
-import { bytes, number, t } from "../common/i18n.js";
+import { bytes, number, phrase, t } from "../common/i18n.js";
 
 export function fillTables(status) {
   const outcomes = Object.entries({ ...status?.outcomes, ...status?.rejected }).filter(([, count]) => count > 0);
   fill(
     "outcomes",
-    outcomes.map(([name, count]) => [name, number(count)]),
+    outcomes.map(([name, count]) => [phrase(name), number(count)]),
   );
   const reasons = (status?.reasons ?? []).filter(({ count }) => count > 0);
   fill(
     "reasons",
-    reasons.map(({ reason, count, unit }) => [reason, `${number(count)} ${unit}`]),
+    reasons.map(({ reason, count, unit }) => [phrase(reason), `${number(count)} ${phrase(unit)}`]),
   );
   fill(
     "models",
