@@ -17,6 +17,9 @@ ROWS = 128
 """Of a tile of queries."""
 WIDENED_BYTES = 2**28
 """For keys and values in float16, by default, where pools are in FP8."""
+_LEAST_TILES = 4
+"""Of queries, for each sequence, if its keys are to be widened for them: below, they are read too seldom."""
+_WIDENED_VALUES = 2**14  # of a program of `widen_kernel`
 _PANEL = 64  # values of half a head; of 16 bits, a row of shared memory as the tensor cores read it
 
 
@@ -34,11 +37,6 @@ def fits(tiling: Tiling, pool: torch.dtype, queries: torch.dtype, device: torch.
         and tiling.prefill_rows == ROWS
         and all(launch.hopper_stages is not None and launch.keys % layout.block_size == 0 for launch in launches)
     )
-
-
-_LEAST_TILES = 4
-"""Of queries, for each sequence, if its keys are to be widened for them: below, they are read too seldom."""
-_WIDENED_VALUES = 2**14  # of a program of `widen_kernel`
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +119,7 @@ class HopperPrefill:
             | {"STAGES": tuning.prefill_of(group).hopper_stages, "num_warps": 4}
             for group, of_group in options.items()
         }
+        self._in_turns = {group: tuning.prefill_of(group).hopper_in_turns for group in options}
         self.widened_bytes = widened_bytes if self._from_bytes else 0
         self._wide = torch.empty(self.widened_bytes // 2, dtype=torch.float16, device=some_pool.device)
 
@@ -136,6 +135,7 @@ class HopperPrefill:
     ) -> None:
         """Attend in the group's layer number `index`; `plan` are the kernel's tiles, tables, lowers and uppers."""
         kernel = self._kernel_of_bytes if self._from_bytes else self._kernel
+        in_turns = {} if self._from_bytes else {"IN_TURNS": self._in_turns[group]}
         rows = 2 * self._layout.block_size
         kernel[self._layout.kv_heads, num_items](
             *(q, self._boxes[group], out, log_totals, *plan),
@@ -143,6 +143,7 @@ class HopperPrefill:
             rows_in_block=self._layout.layers_in[group] * rows,
             q_token=q.stride(0),
             q_head=q.stride(1),
+            **in_turns,
             **self._options[group],
         )
 
@@ -195,6 +196,7 @@ class HopperPrefill:
                 rows_in_block=2 * size,
                 q_token=q.stride(0),
                 q_head=q.stride(1),
+                IN_TURNS=self._in_turns[group],
                 **self._options[group],
             )
 

@@ -92,7 +92,7 @@ class StepPlanner:
             memory_bytes=self._widened_bytes,
         )
 
-    def _prefills(self, upload: Upload, group: LayerGroup, tiles: PrefillTiles, widening: Widening | None) -> Prefills:
+    def _prefills(self, upload: Upload, group: LayerGroup, tiles: PrefillTiles, widened: Widening | None) -> Prefills:
         scratch = None
         if tiles.split:
             rows = self._tiling.prefill_rows
@@ -105,8 +105,8 @@ class StepPlanner:
             uppers=upload[group, "uppers"],
             slots=upload[group, "slots"],
             scratch=scratch,
-            widening=widening,
-            places=None if widening is None else upload[group, "places"],
+            widening=widened,
+            places=None if widened is None else upload[group, "places"],
         )
 
     def _mass_memory(self, upload: Upload, measurements: Measurements) -> MassMemory:
