@@ -275,6 +275,8 @@ def prefill_variants() -> Iterator[PrefillLaunch]:
     for rows, keys, warps, stages in ((128, 128, 8, 2), (128, 64, 8, 5)):
         yield PrefillLaunch(keys, warps, stages, 1, rows=rows)
     yield PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2)
+    yield PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2, hopper_in_turns=True)
+    yield PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4, hopper_in_turns=True)
     yield PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=3)
     yield PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4)
 

@@ -57,11 +57,14 @@ class PrefillLaunch(Launch):
         Of a program, where a tile's keys are shared out among several.
     hopper_stages
         Tiles that the kernel for Hopper loads ahead, on such a card; None leaves all to the one for every card.
+    hopper_in_turns
+        Whether that kernel's warpgroups give the tensor cores their products in turns.
     """
 
     rows: int
     least_keys: int = 512
     hopper_stages: int | None = None
+    hopper_in_turns: bool = False
 
 
 @dataclass(frozen=True, slots=True)
