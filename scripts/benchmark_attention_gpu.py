@@ -83,7 +83,7 @@ class Load:
 class Bench:
     """Layers of one group over a pool of random keys and values, and a step for them."""
 
-    def __init__(self, load: Load, memory: Tensor, tuning: Tuning | None = None) -> None:
+    def __init__(self, load: Load, memory: Tensor, tuning: Tuning | None = None, *, layers: int | None = None) -> None:
         self.load = load
         span = min(load.keys + load.new + BLOCK_SIZE, load.past + load.new)
         held = -(-span // BLOCK_SIZE) + 1
@@ -91,7 +91,8 @@ class Bench:
         held = min(held, total)
         blocks = load.batch * held + 1
         layer_bytes = blocks * BLOCK_SIZE * load.token_bytes
-        self.layers = int(max(1, min(10, _COLD_BYTES // layer_bytes + 1, memory.nbytes // layer_bytes)))
+        cold = _COLD_BYTES // layer_bytes + 1 if layers is None else layers
+        self.layers = int(max(1, min(10, cold, memory.nbytes // layer_bytes)))
         layout = KVLayout.of(
             [load.group] * self.layers,
             block_size=BLOCK_SIZE,
@@ -190,8 +191,10 @@ def decode_loads(kv_dtype: torch.dtype, most_bytes: float) -> Iterator[Load]:
                     yield load
 
 
-def measure_decode(load: Load, memory: Tensor, limit: float, tuning: Tuning | None = None) -> dict[str, Any]:
-    bench = Bench(load, memory, tuning)
+def measure_decode(
+    load: Load, memory: Tensor, limit: float, tuning: Tuning | None = None, *, layers: int | None = None
+) -> dict[str, Any]:
+    bench = Bench(load, memory, tuning, layers=layers)
     graph = bench.decode_graph()
     repeats = 30 if load.bytes_read < 2**31 else 8
     us = milliseconds(graph.replay, repeats=repeats) * 1e3 / bench.layers
@@ -286,7 +289,7 @@ def main() -> None:
     parser.add_argument(
         "what",
         nargs="+",
-        choices=("decode", "mass", "prefill", "decode-variants", "prefill-variants", "yardsticks", "compile"),
+        choices=("decode", "pool", "mass", "prefill", "decode-variants", "prefill-variants", "yardsticks", "compile"),
     )
     parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="of keys and values")
     parser.add_argument("--json", type=Path, help="where to write the results, too")
@@ -354,6 +357,10 @@ def main() -> None:
     if "decode" in arguments.what:
         for load in decode_loads(kv_dtype, 0.95 * memory.nbytes):
             report(measure_decode(load, memory, limit))
+    if "pool" in arguments.what:  # A block holds all layers: as an engine's do, and one alone.
+        for layers in (1, 10):
+            long = of_kind(LayerGroup.GLOBAL, 129_999)
+            report({"layers": layers} | measure_decode(long, memory, limit, layers=layers))
     if "mass" in arguments.what:
         for context, batch in ((576, 64), (8192, 16), (130_000, 1)):
             report(measure_mass(of_kind(LayerGroup.GLOBAL, context - 1, batch), memory))
