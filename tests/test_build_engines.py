@@ -449,7 +449,7 @@ def test_builds_run_together_as_far_as_jobs_and_memory_allow():
             at_once.add(part)
             most_memory = max(most_memory, sum(each.memory_bytes for each in at_once))
             most_jobs = max(most_jobs, len(at_once))
-        step.wait(0.02)
+        step.wait(0.05)
         with lock:
             at_once.discard(part)
         return part.name
