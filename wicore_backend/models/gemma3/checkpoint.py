@@ -1,15 +1,18 @@
 """Reads Gemma-3 weights, plain or quantised, from safetensors files in Hugging Face layout.
 
 What the config calls for and what the files hold must agree exactly, before anything is loaded. Tensors are read
-straight to where they stay, so that the peak is the model, and one matrix where such are repacked.
+straight to where they stay, so that the peak is the model, and a few matrices where such are repacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +34,11 @@ from wicore_backend.models.gemma3.weights import (
     Weight,
 )
 from wicore_backend.quantization.base import PLAIN_TYPES, QuantizedMatrix, Stored, WeightFormat
+
+_AT_ONCE = 3
+"""Parts of a model that are read at once: while one waits for its last bytes, or repacks them, the disk is busy."""
+
+_T = TypeVar("_T")
 
 
 def load_weights(
@@ -55,11 +63,35 @@ def load_weights(
     CheckpointError
         If a file is missing or broken, or if its tensors are not those that `config` calls for.
     """
-    with CheckpointReader(directory, config, device=device, dtype=dtype, progress=progress) as reader:
-        embedding = reader.embedding()
-        layers = tuple(map(reader.layer, range(config.text.num_layers)))
-        text = TextWeights(embedding, layers, reader.norm(), _head(reader, embedding))
-        return Gemma3Weights(text, reader.vision() if config.vision else None)
+    with (
+        CheckpointReader(directory, config, device=device, dtype=dtype, progress=progress) as reader,
+        _readers(device) as begin,
+    ):
+        embedding = begin(reader.embedding)
+        layers = [begin(partial(reader.layer, index)) for index in range(config.text.num_layers)]
+        vision = begin(reader.vision) if config.vision else None
+        there = embedding.result()
+        text = TextWeights(there, tuple(layer.result() for layer in layers), reader.norm(), _head(reader, there))
+        return Gemma3Weights(text, vision.result() if vision else None)
+
+
+class _Begin(Protocol):
+    """Has a part of a model read."""
+
+    def __call__(self, read: Callable[[], _T], /) -> Future[_T]: ...
+
+
+@contextmanager
+def _readers(device: torch.device) -> Iterator[_Begin]:
+    """Threads that read parts of a model to `device`, in the order of the current stream; after an error no more."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    follow = (lambda: None) if stream is None else partial(torch.cuda.set_stream, stream)
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="load-weights", initializer=follow) as threads:
+        try:
+            yield threads.submit
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def _head(reader: CheckpointReader, embedding: Tensor) -> Weight:

@@ -1,32 +1,40 @@
 """Tensors from files to where they stay, as fast as the files can be read.
 
-Several threads read pieces of a tensor at once, which a fast disk needs to show its speed, and on CUDA into
-page-locked memory, out of which each piece goes to the device while the next ones are read. What follows in the file is
-asked of the kernel ahead. Reads go through the page cache: an engine that starts again finds its weights there.
+Several threads read pieces at once, which a fast disk needs to show its speed, and on CUDA into page-locked memory, out
+of which each piece goes to the device while the next ones are read. A tensor alone leaves the disk idle while its last
+pieces come and are taken: several should be copied at once, each by a thread.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import mmap
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import pairwise
 from math import prod
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Lock
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from wicore_backend.errors import CheckpointError
+from wicore_backend.models.gemma3.weight_file import PAGE, WeightFile
 
-_PIECE_BYTES = 8 << 20
-_THREADS = 8
-_PIECES = 2 * _THREADS
+_MEMORY_BYTES = 8 << 20
+"""Of a piece: PyTorch rounds page-locked memory up to powers of two."""
+_PIECE_BYTES = _MEMORY_BYTES - PAGE
+"""Read into it at most, since bytes may begin anywhere in its first page."""
+READING_THREADS = 8
+_PIECES = 2 * READING_THREADS
+_SMALL_BYTES = 256 << 10
+"""What is no larger is read by who asks for it: it would wait behind pieces of large tensors."""
 _AHEAD_BYTES = 512 << 20
 _TYPES = {
     "F64": torch.float64,
@@ -87,24 +95,39 @@ class _Piece:
     memory: Tensor
     left: torch.cuda.Event | None = None
 
+    @classmethod
+    def make(cls, device: torch.device) -> _Piece:
+        if device.type == "cuda":  # Page-locked memory begins with a page.
+            return cls(torch.empty(_MEMORY_BYTES, dtype=torch.uint8, pin_memory=True))
+        return cls(torch.frombuffer(mmap.mmap(-1, _MEMORY_BYTES), dtype=torch.uint8))
+
+    def read(self, file: WeightFile, offset: int, size: int) -> Tensor:
+        """Read from `file`; returns the part of `memory` that has the bytes."""
+        if self.left is not None:
+            self.left.synchronize()
+        start = file.read(offset, size, self.memory.numpy().data)
+        return self.memory[start : start + size]
+
 
 class Uploader(AbstractContextManager["Uploader"]):
-    """Reads stored tensors into tensors on `device`; one thread at a time may call it.
+    """Reads stored tensors into tensors on `device`; several threads may call it.
 
     Parameters
     ----------
     progress
-        Called with the bytes read since the last call.
+        Called with the bytes read since the last call, by one thread at a time.
     """
 
     def __init__(self, device: torch.device, *, progress: Callable[[int], object] = lambda _: None) -> None:
         self._device = device
         self._progress = progress
-        self._files: dict[Path, int] = {}
-        self._readers = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-weights")
-        locked = device.type == "cuda"
-        self._pieces = [_Piece(torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=locked)) for _ in range(_PIECES)]
-        self._next_piece = cycle(self._pieces)
+        self._lock = Lock()
+        self._files: dict[Path, WeightFile] = {}
+        self._readers = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read-weights")
+        self._pieces = [_Piece.make(device) for _ in range(_PIECES)]
+        self._free: SimpleQueue[_Piece] = SimpleQueue()
+        for piece in self._pieces:
+            self._free.put(piece)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -114,7 +137,7 @@ class Uploader(AbstractContextManager["Uploader"]):
             if piece.left is not None:
                 piece.left.synchronize()
         for file in self._files.values():
-            os.close(file)
+            file.close()
 
     def copy(self, stored: StoredTensor, into: Tensor) -> None:
         """Fill `into`, contiguous and of as many values, in its own type.
@@ -126,57 +149,89 @@ class Uploader(AbstractContextManager["Uploader"]):
         CheckpointError
             If the file cannot be read or ends before the tensor does.
         """
-        values, width, size = into.view(-1), stored.dtype.itemsize, stored.nbytes
         file = self._file(stored.path)
-        os.posix_fadvise(file, stored.start, size + _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        reading: deque[tuple[int, int, _Piece, Future[None]]] = deque()
+        file.expect(stored.start, stored.nbytes + _AHEAD_BYTES)
+        values = into.view(-1)
+        coming: deque[_Coming] = deque()
         try:
-            for begin in range(0, size, _PIECE_BYTES):
-                if len(reading) == _PIECES:
-                    self._take(stored, values, *reading.popleft())
-                end, piece = min(begin + _PIECE_BYTES, size), next(self._next_piece)
-                job = self._readers.submit(_read, file, stored.start + begin, piece, end - begin)
-                reading.append((begin // width, end // width, piece, job))
-            while reading:
-                self._take(stored, values, *reading.popleft())
+            for first, last in _cuts(stored):
+                while (piece := self._free_piece(wait=not coming)) is None:
+                    self._take(stored, values, coming.popleft())
+                coming.append(self._begin(file, stored, first, last, piece))
+            while coming:
+                self._take(stored, values, coming.popleft())
         finally:
-            for _, _, _, job in reading:  # After an error nobody may write into the pieces any more.
-                if not job.cancel():
-                    job.exception()
+            for left in coming:  # After an error nobody may write into the pieces any more.
+                if not left.bytes.cancel():
+                    left.bytes.exception()
+                self._free.put(left.piece)
 
-    def _file(self, path: Path) -> int:
-        if path not in self._files:
-            try:
-                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from None
-        return self._files[path]
-
-    def _take(
-        self, stored: StoredTensor, values: Tensor, first: int, last: int, piece: _Piece, job: Future[None]
-    ) -> None:
+    def _free_piece(self, *, wait: bool) -> _Piece | None:
+        """A piece that nobody uses; None if there is none and one is not to be waited for."""
         try:
-            job.result()
+            return self._free.get(block=wait)
+        except Empty:
+            return None
+
+    def _begin(self, file: WeightFile, stored: StoredTensor, first: int, last: int, piece: _Piece) -> _Coming:
+        if stored.nbytes > _SMALL_BYTES:
+            return _Coming(first, last, piece, self._readers.submit(piece.read, file, first, last - first))
+        read: Future[Tensor] = Future()
+        try:
+            read.set_result(piece.read(file, first, last - first))
+        except OSError as error:
+            read.set_exception(error)
+        return _Coming(first, last, piece, read)
+
+    def _file(self, path: Path) -> WeightFile:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = WeightFile(path)
+            return self._files[path]
+
+    def _take(self, stored: StoredTensor, values: Tensor, coming: _Coming) -> None:
+        try:
+            read = _as_values(coming.bytes.result(), stored.dtype)
+            first = (coming.first - stored.start) // stored.dtype.itemsize
+            # Across devices and types at once, PyTorch would convert on the CPU.
+            values[first : first + len(read)].copy_(read.to(self._device, non_blocking=True))
+            if self._device.type == "cuda":
+                coming.piece.left = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                coming.piece.left.record()
         except OSError as error:
             raise CheckpointError(
-                f"{stored.path} cannot be read at byte {stored.start + first * stored.dtype.itemsize:,}: "
-                f"{error.strerror or error}; download the checkpoint again, or look at the disk"
+                f"{stored.path} cannot be read at byte {coming.first:,}: {error.strerror or error}; download the "
+                "checkpoint again, or look at the disk"
             ) from None
-        read = piece.memory[: (last - first) * stored.dtype.itemsize].view(stored.dtype)
-        self._progress(read.nbytes)
-        # Across devices and types at once, PyTorch would convert on the CPU.
-        values[first:last].copy_(read.to(self._device, non_blocking=True))
-        if self._device.type == "cuda":
-            piece.left = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            piece.left.record()
+        finally:
+            self._free.put(coming.piece)
+        with self._lock:
+            self._progress(coming.last - coming.first)
 
 
-def _read(file: int, offset: int, piece: _Piece, size: int) -> None:
-    if piece.left is not None:
-        piece.left.synchronize()
-    into = piece.memory.numpy().data[:size]
-    while into:
-        count = os.preadv(file, [into], offset)
-        if count == 0:
-            raise OSError(f"the file ends {len(into):,} bytes before the tensor does")
-        into, offset = into[count:], offset + count
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """Bytes `first` to `last` of a file, on their way into a piece."""
+
+    first: int
+    last: int
+    piece: _Piece
+    bytes: Future[Tensor]
+
+
+def _cuts(stored: StoredTensor) -> Iterator[tuple[int, int]]:
+    """First and last byte in the file of each piece of a tensor.
+
+    Pieces begin at whole multiples of their size, as far as values allow, so that no page is read twice.
+    """
+    start, end = stored.start, stored.start + stored.nbytes
+    phase = start % stored.dtype.itemsize
+    second = phase + ((start - phase) // _PIECE_BYTES + 1) * _PIECE_BYTES
+    return pairwise((start, *range(second, end, _PIECE_BYTES), end)) if end > start else iter(())
+
+
+def _as_values(read: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as values, which may begin at an address that is no multiple of their size."""
+    if read.storage_offset() % dtype.itemsize:
+        read = read.clone()
+    return read.view(dtype)
