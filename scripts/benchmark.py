@@ -166,19 +166,26 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens of each stream")
     serving = parser.add_argument_group("serving")
     serving.add_argument("--client-processes", type=int, default=1, help="that the streams are shared out among")
+    serving.add_argument("--directory", type=Path, help="for the random weights of --shape, which are written first")
     serving.add_argument(
         "--emulated-step-ms", type=float, help="what a step takes of a device that is only emulated, in place of a CPU"
     )
     parser.add_argument("--running", type=int, default=256, help="sequences that run, for the scheduler")
     parser.add_argument("--waiting", type=int, default=1000, help="and that wait")
     parser.add_argument("--steps", type=int, default=1000, help="of a round")
-    shape = parser.add_argument_group("engine --shape")
+    shape = parser.add_argument_group("engine --shape, serving --shape")
     shape.add_argument("--shape", choices=SHAPES, help="of a published model; its weights are random")
     shape.add_argument("--weights", choices=["bf16", "fp8", "int4"], default="bf16")
     shape.add_argument("--head", action="store_true", help="in the type of --weights, too")
     shape.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at once, a run each")
     shape.add_argument("--prompt", type=int, default=512, help="tokens of each")
     shape.add_argument("--long", type=int, nargs="*", default=[], help="lengths of prompts to run alone, besides")
+    shape.add_argument(
+        "--warm-up",
+        type=int,
+        default=16_384,
+        help="tokens of the prompts of the first round, which is not counted, at most",
+    )
     shape.add_argument("--profile", type=int, nargs="*", default=[], help="batches to take a decode step apart of")
     shape.add_argument("--context", type=int, default=131_072, help="that the engine has room for")
     shape.add_argument("--batch-tokens", type=int, default=8192, help="of one step")
@@ -189,9 +196,12 @@ def main() -> None:
     shape.add_argument("--json", action="store_true", help="on one line")
     args = parser.parse_args()
     benchmarks = {"engine": benchmark_engine, "serving": benchmark_serving, "scheduler": benchmark_scheduler}
-    if args.shape is not None and args.what != "engine":
-        parser.error("--shape goes with engine")
-    result = benchmark_shape(args) if args.shape is not None else benchmarks[args.what](args)
+    if args.shape is not None and args.what == "scheduler":
+        parser.error("--shape goes with engine and serving")
+    if args.what == "serving" and args.weights == "fp8":
+        parser.error("serving takes random weights in bf16 and int4, or --model")
+    of_shape = args.shape is not None and args.what == "engine"
+    result = benchmark_shape(args) if of_shape else benchmarks[args.what](args)
     indent = None if args.json else 2
     print(json.dumps({"benchmark": args.what, "environment": environment(), "result": result}, indent=indent))
 

@@ -31,8 +31,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from scripts.benchmark_shape import QUANTIZE
-from scripts.random_gemma3 import SHAPES, random_weights, write_directory
+from scripts.benchmark_shape import QUANTIZE, device_memory, random_model
+from scripts.random_gemma3 import SHAPES
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.results import Result
 
@@ -100,17 +100,9 @@ class Bench:
 
 @contextmanager
 def opened(args: argparse.Namespace) -> Iterator[Bench]:
-    def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype, **__: Any) -> Any:
-        weights = random_weights(config, device=device, dtype=dtype, quantize=QUANTIZE[args.weights])
-        if device.type == "cuda":  # What making them took is none of a server's.
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        return weights
-
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        write_directory(args.shape, directory, like=_MODEL)
-        stack.enter_context(mock.patch("wicore_backend.engine.executor_loading.load_weights", make))
+        stack.enter_context(random_model(args.shape, args.weights, directory, like=_MODEL))
         settings: dict[str, Any] = {}
         if args.disk is not None:
             settings["nvme_cache_path"] = stack.enter_context(tempfile.TemporaryDirectory(dir=args.disk))
@@ -152,19 +144,6 @@ def disk_speed(directory: Path, threads: int = 4) -> float:
         return size / (time.perf_counter() - began)
     finally:
         os.close(handle)
-
-
-def device_memory() -> dict[str, float]:
-    """GB that PyTorch's allocator had given out, and taken, at most; and what all together take of the device now."""
-    if not torch.cuda.is_available():
-        return {}
-    free, total = torch.cuda.mem_get_info()
-    taken = {
-        "peak_memory_gb": torch.cuda.max_memory_allocated(),
-        "peak_reserved_gb": torch.cuda.max_memory_reserved(),
-        "device_used_gb": total - free,
-    }
-    return {name: round(count / 1e9, 2) for name, count in taken.items()}
 
 
 def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
@@ -211,6 +190,7 @@ def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
                 nvme = bench.engine.config.nvme_cache_path
                 assert nvme is not None
                 row["disk_alone_gb_s"] = round(disk_speed(nvme) / 1e9, 2)
+                row["disk_share"] = round(row["disk_gb_s"] / row["disk_alone_gb_s"], 3)
             tell(row)
     return {"shape": args.shape, "weights": args.weights, "kv": args.kv_dtype, "rows": rows}
 

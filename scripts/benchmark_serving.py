@@ -23,9 +23,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scripts.emulated_device import emulated, emulating_model
 from scripts.serving import Installation, ServerOptions, TritonServer
 from scripts.serving.installation import ROOT
+from scripts.write_random_gemma3 import write_checkpoint
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.results import Result
 
@@ -172,6 +175,17 @@ def tree(pid: int) -> list[int]:
 
 def benchmark_serving(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of concurrent streams, in process and over gRPC on the ensemble, and the CPU time between."""
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        if args.shape is not None:
+            args.model = Path(directory)
+            device = torch.device(args.device)
+            write_checkpoint(args.shape, args.model, device=device, quantized=args.weights == "int4")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return _compared(args)
+
+
+def _compared(args: argparse.Namespace) -> dict[str, Any]:
     load = Questions.of(args.streams, args.new)
     step_s = None if args.emulated_step_ms is None else args.emulated_step_ms / 1e3
     alone: list[Result] = []
@@ -233,6 +247,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             max_running=args.streams,
             max_batch_tokens=args.batch_tokens,
             kv_cache_bytes=args.kv_bytes,
+            host_cache_bytes=0,  # Each side would take a share of the same memory.
             max_guessed_tokens=0,  # Random weights fall into loops: see benchmark_shape.
         )
     if args.emulated_step_ms is not None:

@@ -71,6 +71,7 @@ def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
     results["head"] = args.weights if args.head else "bf16"
     if device.type == "cuda":
         results["device"] = torch.cuda.get_device_name(device)
+        results["driver"] = _driver()
         results["read_limit_tb_s"] = round(read_limit(device) / 1e12, 3)
     runs = [(batch, args.prompt) for batch in args.batch] + [(1, length) for length in args.long]
     with tempfile.TemporaryDirectory() as directory, _engine(Path(directory), args, runs) as (engine, weight_bytes):
@@ -82,25 +83,48 @@ def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
         if args.profile and device.type == "cuda":
             layers = len(engine._model.pools.layout.layers)
             results["profiles"] = [_profile(engine, batch, args.prompt, layers) for batch in args.profile]
-    if device.type == "cuda":
-        results["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        results |= device_memory()
     return results
+
+
+@contextmanager
+def random_model(shape: str, weights: str, directory: Path, *, like: Path, head: bool = False) -> Iterator[list[int]]:
+    """Engines that are made of `directory` meanwhile have random weights of a shape, in a type of `QUANTIZE`.
+
+    Gives a list that has, once one is made, the bytes of its weights that a decode step reads.
+    """
+    write_directory(shape, directory, like=like)
+    read_bytes: list[int] = []
+
+    def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype, **__: Any) -> Any:
+        made = random_weights(config, device=device, dtype=dtype, quantize=QUANTIZE[weights], quantize_head=head)
+        matrices = [m for layer in made.text.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        read_bytes.append(sum(matrix.nbytes for matrix in (*matrices, made.text.head)))
+        if device.type == "cuda":  # What making them took is none of a server's.
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return made
+
+    with mock.patch("wicore_backend.engine.executor_loading.load_weights", make):
+        yield read_bytes
+
+
+def device_memory() -> dict[str, float]:
+    """GB that PyTorch's allocator had given out, and taken, at most; and what all together take of the device now."""
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    taken = {
+        "peak_memory_gb": torch.cuda.max_memory_allocated(),
+        "peak_reserved_gb": torch.cuda.max_memory_reserved(),
+        "device_used_gb": total - free,
+    }
+    return {name: round(count / 1e9, 2) for name, count in taken.items()}
 
 
 @contextmanager
 def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int]]) -> Iterator[tuple[Engine, int]]:
     """An engine of the shape, and the bytes of its weights that a decode step reads."""
-    write_directory(args.shape, directory, like=args.model)
-    weight_bytes = 0
-
-    def make(_: Path, config: Any, *, device: torch.device, dtype: torch.dtype, **__: Any) -> Any:
-        nonlocal weight_bytes
-        quantize = QUANTIZE[args.weights]
-        weights = random_weights(config, device=device, dtype=dtype, quantize=quantize, quantize_head=args.head)
-        tensors = [t for layer in weights.text.layers for t in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        weight_bytes = sum(t.nbytes for t in (*tensors, weights.text.head))
-        return weights
-
     longest = max(prompt for _, prompt in runs) + args.new
     settings = EngineConfig(
         model=directory,
@@ -114,8 +138,11 @@ def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int
         kv_cache_bytes=args.kv_bytes,
         kv_cache_dtype=args.kv_dtype,
     )
-    with mock.patch("wicore_backend.engine.executor_loading.load_weights", make), Engine(settings) as engine:
-        yield engine, weight_bytes
+    with (
+        random_model(args.shape, args.weights, directory, like=args.model, head=args.head) as weight_bytes,
+        Engine(settings) as engine,
+    ):
+        yield engine, weight_bytes[0]
 
 
 def _record(engine: Engine) -> _Steps:
@@ -141,7 +168,8 @@ def _run(engine: Engine, steps: _Steps, batch: int, prompt: int, args: argparse.
     for round_ in range(args.rounds + 1):
         for noted in (steps.decodes, steps.prefilled, steps.began):
             noted.clear()
-        ttft = _round(engine, batch, prompt, args.new, seed=round_, temperature=args.temperature)
+        length = prompt if round_ else min(prompt, args.warm_up)
+        ttft = _round(engine, batch, length, args.new, seed=round_, temperature=args.temperature)
         if round_:
             first_token.append(ttft)
             if not (of_all := steps.seconds_of(batch)):
@@ -207,6 +235,15 @@ def _profile(engine: Engine, batch: int, prompt: int, layers: int) -> dict[str, 
     parts = {f"{kind}_us": round(time / _PROFILED_STEPS) for kind, time in times.items()}
     longest = {name: round(time / _PROFILED_STEPS) for name, time in by_name.most_common(_NAMED_KERNELS)}
     return {"batch": batch, "step_us": round((last - first) / _PROFILED_STEPS), **parts, "longest_us": longest}
+
+
+def _driver() -> str:
+    """The driver's version, as the system tells it; "unknown" where it does not."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split("  ")
+    except OSError:
+        return "unknown"
+    return next((word.strip() for word in words if word.strip()[:1].isdigit()), "unknown")
 
 
 def read_limit(device: torch.device) -> float:

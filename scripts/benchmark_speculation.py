@@ -29,10 +29,10 @@ def spoken_after(rng: random.Random) -> str:
     return f"Repeat: {' '.join(words)}"
 
 
-def kinds(rng: random.Random, streams: int) -> dict[str, tuple[list[Any], SamplingParams]]:
+def kinds(rng: random.Random, streams: int, new: int) -> dict[str, tuple[list[Any], SamplingParams]]:
     """Prompts of each kind, and how they are to be answered."""
     noise = [[2, *rng.choices(range(300, 1500), k=30)] for _ in range(streams)]
-    long = SamplingParams(max_tokens=256, temperature=0.0, ignore_eos=True)
+    long = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     return {
         "said after": ([spoken_after(rng) for _ in range(streams)], long),
         "loops": (noise, long),
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of one operator")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--most", type=int, default=8, help="tokens that are guessed at once")
+    parser.add_argument("--new", type=int, default=256, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if given.device == "cuda" else "float32"
@@ -72,7 +73,7 @@ def main() -> None:
     }
     guessing = engines[given.most]
     for streams in given.streams:
-        for kind, (prompts, params) in kinds(random.Random(streams), streams).items():
+        for kind, (prompts, params) in kinds(random.Random(streams), streams, given.new).items():
             seconds: dict[int, list[float]] = {most: [] for most in engines}
             before = guessing.statistics().scheduler
             tokens = {}

@@ -1,6 +1,7 @@
 """How long pictures take through Gemma-3's vision tower, launched kernel by kernel and as CUDA graphs.
 
     python -m scripts.benchmark_vision --json
+    python -m scripts.benchmark_vision --device cpu --small      # a tower that any machine computes, without graphs
 
 The tower of gemma-3-4b, -12b and -27b (SigLIP so400m at 896 x 896, 27 layers) with random weights in bf16. The host's
 time is what it takes to launch; the device's what passes from the first kernel to the last.
@@ -40,6 +41,7 @@ TOWER = VisionConfig(
     layer_norm_eps=1e-6,
     vision_use_head=False,
 )
+SMALL = replace(TOWER, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, image_size=224)
 HIDDEN = 5376
 """Of gemma-3-27b."""
 
@@ -83,8 +85,14 @@ def products_flop(vision: VisionConfig, hidden: int, soft_tokens: int) -> float:
 
 
 def milliseconds(encode: Callable[[Tensor], Tensor], pixels: Tensor, rounds: int) -> tuple[float, float]:
-    """Medians of the host's time and of the device's."""
+    """Medians of the host's time and of the device's; without CUDA both are the same."""
     host, device = [], []
+    if pixels.device.type != "cuda":
+        for _ in range(rounds):
+            began_s = time.perf_counter()
+            encode(pixels)
+            host.append(time.perf_counter() - began_s)
+        return (statistics.median(host) * 1e3,) * 2
     for _ in range(rounds + 2):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
@@ -102,27 +110,37 @@ def milliseconds(encode: Callable[[Tensor], Tensor], pixels: Tensor, rounds: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--small", action="store_true", help="a tower of few, small layers")
     parser.add_argument("--json", action="store_true", help="on one line")
     given = parser.parse_args()
-    device = torch.device("cuda")
-    config = replace(Gemma3Config.from_checkpoint(DEMO_MODEL), vision=TOWER, mm_tokens_per_image=256)
-    weights = random_tower(TOWER, HIDDEN, device)
+    device = torch.device(given.device)
+    tower, soft_tokens = (SMALL, 64) if given.small else (TOWER, 256)
+    config = replace(Gemma3Config.from_checkpoint(DEMO_MODEL), vision=tower, mm_tokens_per_image=soft_tokens)
+    weights = random_tower(tower, HIDDEN, device)
     launched = partial(encode_images, weights=weights, config=config)
-    recorded = VisionGraphs(launched, CudaRecorder(device))
-    recorded.prepare(torch.zeros(3, TOWER.image_size, TOWER.image_size, dtype=torch.bfloat16, device=device))
-    flop = products_flop(TOWER, HIDDEN, config.mm_tokens_per_image)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"launched": launched}
+    if device.type == "cuda":
+        recorded = VisionGraphs(launched, CudaRecorder(device))
+        recorded.prepare(torch.zeros(3, tower.image_size, tower.image_size, dtype=torch.bfloat16, device=device))
+        ways["graph"] = recorded
+    flop = products_flop(tower, HIDDEN, config.mm_tokens_per_image)
     rows: list[dict[str, Any]] = []
     for batch in sorted(BATCHES):
-        pixels = torch.randn(batch, 3, TOWER.image_size, TOWER.image_size, dtype=torch.bfloat16, device=device)
-        apart = (recorded(pixels).float() - launched(pixels).float()).abs().max().item()
-        row: dict[str, Any] = {"pictures": batch, "graphs_differ_by": apart}
-        ways: dict[str, Callable[[Tensor], Tensor]] = {"launched": launched, "graph": recorded}
+        pixels = torch.randn(batch, 3, tower.image_size, tower.image_size, dtype=torch.bfloat16, device=device)
+        row: dict[str, Any] = {"pictures": batch}
+        if "graph" in ways:
+            row["graphs_differ_by"] = (ways["graph"](pixels).float() - launched(pixels).float()).abs().max().item()
         for name, encode in ways.items():
             host, on_device = milliseconds(encode, pixels, given.rounds)
             row |= {f"{name}_host_ms": round(host, 3), f"{name}_device_ms": round(on_device, 3)}
             row[f"{name}_tflop_s"] = round(batch * flop / on_device / 1e9)
         rows.append(row)
-    result = {"benchmark": "vision", "device": torch.cuda.get_device_name(device), "tflop_a_picture": flop / 1e12}
+    result = {
+        "benchmark": "vision",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "tflop_a_picture": flop / 1e12,
+    }
     print(json.dumps(result | {"rows": rows}, indent=None if given.json else 2))
 
 
