@@ -329,3 +329,22 @@ async def _until(condition) -> None:
     async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+def test_a_server_that_is_away_is_one_line_in_the_log_however_often_it_is_asked(caplog):
+    async def ask():
+        backend = TritonBackend(GatewaySettings(triton_url="127.0.0.1:1"))
+        await backend.start()
+        try:
+            for _ in range(5):
+                assert not (await backend.readiness()).ready
+                with pytest.raises(ApiError):
+                    await backend.status()
+        finally:
+            await backend.close()
+
+    with caplog.at_level("WARNING", logger="wicore_backend.gateway"):
+        asyncio.run(ask())
+    said = [record.getMessage() for record in caplog.records if "127.0.0.1:1" in record.getMessage()]
+    assert len(said) == 1
+    assert "unavailable" in said[0]

@@ -30,6 +30,9 @@ _TROUBLE = "wicore_health_"
 _QUESTION_TIMEOUT_S = 3.0
 """For what is not an answer of the engine: is it ready, what is there, its metrics."""
 
+_SAY_AGAIN_S = 30.0
+"""A trouble with the server that lasts is told again after so long: pages ask several things every two seconds."""
+
 _LAST_WORD_S = 2.0
 _FINGERPRINT_S = 30.0
 """For how long a fingerprint is believed to be right."""
@@ -61,6 +64,8 @@ class TritonBackend:
         self._service: Any = None
         self._http: httpx.AsyncClient | None = None
         self._calls: set[Any] = set()
+        self._said = ""
+        self._say_again = 0.0
 
     async def start(self) -> None:
         self._channel = grpc.aio.insecure_channel(self._url, options=self._options)
@@ -181,8 +186,15 @@ class TritonBackend:
         """What clients are told of an error of gRPC's; the log has the rest."""
         told = triton_wire.error_from_rpc(error)
         if told.status >= 500:
-            _log.warning("the server at %s: %s (%s)", self._url, error.code().name.lower(), error.details())
+            self._warn(error.code().name.lower(), error.details())
         return told
+
+    def _warn(self, trouble: str, details: str | None) -> None:
+        """One line in the log for a trouble, not one for each question."""
+        now = time.monotonic()
+        if trouble != self._said or now >= self._say_again:
+            self._said, self._say_again = trouble, now + _SAY_AGAIN_S
+            _log.warning("the server at %s: %s (%s)", self._url, trouble, details)
 
 
 async def _end(call: Any) -> None:
