@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from wicore_backend.config import EngineConfig
+from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.gateway import server
 from wicore_backend.gateway.server import read_settings
@@ -50,6 +51,11 @@ def test_a_path_may_begin_at_home_and_is_not_empty(name, monkeypatch):
     for wrong in ("", "~no-such-user/there"):
         with pytest.raises(InvalidArgumentError, match=name):
             EngineConfig(**values | {name: wrong})
+
+
+def test_a_list_that_is_too_long_is_called_a_list():
+    with pytest.raises(InvalidArgumentError, match="List should have at most"):
+        SamplingParams(stop=["x"] * 5000)
 
 
 def test_what_is_missing_is_named():
