@@ -56,7 +56,8 @@ class Settings(BaseModel):
         for problem in error.errors(include_url=False):
             place = problem["loc"]
             name = ".".join(map(str, place)) or cls.__name__
-            said = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list").replace("Tuple", "List")
+            said = problem["msg"].removeprefix("Value error, ")
+            said = said.replace("a valid tuple", "a list").replace("Tuple", "List")
             if problem["type"] == "extra_forbidden":
                 known = ", ".join(sorted(cls._section(place[:-1]).model_fields))
                 problems.append(f"{name!r} is not a setting; there are: {known}")
