@@ -1,8 +1,8 @@
 """Reads of a file of weights: from the page cache what is in it, straight from the disk what is not.
 
-Through the page cache a fast disk shows half of its speed or less: each page is set up, filled and copied once more.
-Nor does a model that stays on a device gain by a second copy in host memory, which others want. So what is not there
-already is read by direct I/O.
+Through the page cache each page is set up, filled and copied once more: two and a half times the processor's work,
+which bounds what a fast disk gives (docs/benchmarks/loading-and-pictures.md). Nor does a model that stays on a device
+gain by a second copy in host memory, which others want. So what is not there already is read by direct I/O.
 """
 
 from __future__ import annotations
