@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -165,7 +164,10 @@ def _with_kernels(
     from wicore_backend.engine.vision_graphs import VisionGraphs
 
     executor, text = loaded.executor, config.text
-    attention_over = partial(GpuPagedAttention, query_heads=text.num_heads, **_attention(config, executor.dtype))
+
+    def attention_over(pools: KVPools) -> GpuPagedAttention:
+        return GpuPagedAttention(pools, query_heads=text.num_heads, **_attention(config, executor.dtype))
+
     attention = attention_over(pools)
     attention.rehearse()
     if not (graphs and executor.recordable):
