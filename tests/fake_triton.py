@@ -110,7 +110,7 @@ class FakeTriton:
         self.requests.append(request)
         return self.script(request)
 
-    def wait_until_gone(self, count: int = 1, seconds: float = 2.0) -> bool:
+    def wait_until_gone(self, count: int = 1, seconds: float = 10.0) -> bool:
         """Whether `count` clients have left before their requests' ends, within a time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

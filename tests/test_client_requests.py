@@ -252,11 +252,11 @@ def test_a_timeout_ends_the_request_on_both_sides(connect, server):
         server.script = script
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="timeout") as caught:
-            client.stream("Hi", timeout=0.3).completion()
-        assert 0.25 < time.monotonic() - started < 1.5
+            client.stream("Hi", timeout=1.0).completion()
+        assert 0.95 < time.monotonic() - started < 5
         assert caught.value.partial_text == partial
     assert server.wait_until_gone(2)
-    assert [json.loads(r.sampling_parameters) for r in server.requests] == [{"deadline_ms": 300}] * 2
+    assert [json.loads(r.sampling_parameters) for r in server.requests] == [{"deadline_ms": 1000}] * 2
 
 
 def test_leaving_the_with_block_cancels(connect, server):
@@ -271,7 +271,7 @@ def test_cancel_wakes_whoever_waits(connect, server):
     for script, partial in ((silent, ""), (never, "one")):
         server.script = script
         stream = connect().stream("Hi")
-        timer = threading.Timer(0.2, stream.cancel)
+        timer = threading.Timer(1.0, stream.cancel)
         timer.start()
         with pytest.raises(Cancelled, match="by the client") as caught:
             stream.completion()
@@ -284,7 +284,7 @@ def test_cancel_wakes_whoever_waits(connect, server):
 def test_cancel_by_request_id_ends_a_generate(connect, server):
     server.script = silent
     client = connect()
-    timer = threading.Timer(0.2, client.cancel, ["mine"])
+    timer = threading.Timer(0.5, client.cancel, ["mine"])
     timer.start()
     with pytest.raises(Cancelled):
         client.generate("Hi", request_id="mine")
@@ -385,7 +385,7 @@ def test_no_server_is_a_readable_error_after_a_few_attempts(connect):
             with pytest.raises(ConnectionFailed, match=r"no server at 127\.0\.0\.1:.*refused.*start it") as caught:
                 ask()
             assert not caught.value.sent
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
 
 
 def test_a_server_that_comes_up_meanwhile_is_found(connect, server):
@@ -480,9 +480,12 @@ def test_cancelling_the_task_cancels_the_request(server):
 
     async def run(protocol):
         async with AsyncClient(f"127.0.0.1:{server.ports[protocol]}", protocol) as client:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.2):
-                    await client.stream("Hi").completion()
+            asking = asyncio.create_task(client.stream("Hi").completion())
+            while not server.requests:
+                await asyncio.sleep(0.005)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
             assert await asyncio.to_thread(server.wait_until_gone)
 
     for protocol in ("grpc", "http"):

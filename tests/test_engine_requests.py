@@ -141,10 +141,11 @@ def test_a_full_queue_refuses_with_a_time_to_retry():
 def test_smaller_priority_goes_first_also_before_one_that_runs():
     with Engine(config(max_running=1)) as engine:
         order: list[str] = []
-        ended = threading.Barrier(2)
+        running, ended = threading.Event(), threading.Barrier(2)
 
         def sink(name: str):
             def take(event) -> None:
+                running.set()
                 if isinstance(event, FinishedEvent):
                     order.append(name)
                     if len(order) == 4:
@@ -153,11 +154,11 @@ def test_smaller_priority_goes_first_also_before_one_that_runs():
             return take
 
         prompt = engine.processor.process("hello")
-        engine.submit(prompt, greedy(200), sink=sink("first"))
-        time.sleep(0.1)
+        engine.submit(prompt, greedy(500), sink=sink("first"))
+        assert running.wait(10)
         for name, priority in [("late", 5), ("usual", 0), ("urgent", -5)]:
             engine.submit(prompt, greedy(2), sink=sink(name), priority=priority)
-        ended.wait(10)
+        ended.wait(30)
         assert order == ["urgent", "first", "usual", "late"]
 
 
