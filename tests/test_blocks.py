@@ -114,6 +114,25 @@ def test_room_counts_what_those_that_run_are_expected_to_take():
     assert books.room_for(None, NOTHING, tokens=10, expected_tokens=84)[G] == -1
 
 
+def test_what_others_use_already_takes_no_room_and_what_nobody_uses_does():
+    books = manager(blocks=81)
+    books.close(run(books, range(60)))
+    other = names([*range(60), *range(500, 520)])
+    match = books.match(other, 19)
+    assert match.resume == 15
+
+    def saved():
+        alone = books.room_for(None, NOTHING, tokens=80, expected_tokens=80)
+        shared = books.room_for(other, match, tokens=80, expected_tokens=80)
+        return {group: shared[group] - alone[group] for group in (L, G)}
+
+    assert saved() == {L: 0, G: 0}, "it would be taken from what is left"
+    blocks = run(books, range(62))
+    assert saved() == {L: 6, G: 15}, "the window after 15 blocks has 6"
+    books.close(blocks)
+    assert saved() == {L: 0, G: 0}
+
+
 def test_a_fork_shares_full_blocks_and_copies_the_last():
     books = manager(blocks=80)
     first = run(books, range(30))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tests.block_books import NOTHING, G, Image, L, layout, manager, names, run
 from wicore_backend.hmt.blocks import BlockManager, PrefixMatch
 from wicore_backend.hmt.names import NameScheme
+from wicore_backend.hmt.prefixes import Prefixes
 
 
 def test_a_prefix_is_found_again_and_shared():
@@ -39,6 +40,30 @@ def test_the_end_of_a_prompt_is_a_resume_point_while_its_answer_grows():
     assert blocks.first[L] > 10, "the sequence itself has left that window behind"
     assert books.match(names(range(41)), 10) == PrefixMatch(resume=10, known=10)
     books.check_integrity()
+
+
+def test_what_a_sequence_has_come_past_is_no_resume_point_of_it():
+    books = manager(blocks=80)
+    blocks = run(books, range(60))
+    for count in (15, 10, 2):
+        books.keep_window(blocks, count)
+        assert blocks.resume_points == []
+    books.keep_window(blocks, 16)
+    books.keep_window(blocks, 16)
+    assert blocks.resume_points == [16]
+
+
+def test_the_window_of_the_last_full_block_is_there_until_the_next_one_is_full():
+    books = manager(blocks=80)
+    chain = names(range(60))
+    blocks = books.open(chain, NOTHING, max_tokens=60, expected_tokens=60)
+    for start, end in ((0, 8), *((n, n + 7) for n in range(8, 43, 7))):
+        assert books.extend(blocks, start, end)
+        books.note(blocks, end)
+    assert books.extend(blocks, 43, 51)  # For a chunk that begins within a block, and is never computed.
+    books.close(blocks)
+    books.check_integrity()
+    assert books.match(chain, 14) == PrefixMatch(resume=10, known=10)
 
 
 def test_a_place_where_sequences_part_becomes_a_resume_point():
@@ -100,6 +125,24 @@ def test_nobody_goes_on_in_the_middle_of_a_picture():
         books.note(blocks, end)
     assert books.match(names(range(26), images), 6).resume == 4
     books.check_integrity()
+
+
+class Kept(dict):
+    """Of a pool, what can be found."""
+
+    def find(self, name):
+        return self.get(name)
+
+
+def test_where_a_window_ends_in_a_picture_the_one_before_the_picture_is_looked_for():
+    chain = names(range(60), (Image(18, 34),))
+    blocks = chain.first(12)
+    pools = {G: Kept.fromkeys(blocks, 1), L: Kept.fromkeys([*blocks[:7], *blocks[8:]], 1)}
+    prefixes = Prefixes(layout(), pools, None)
+    assert prefixes.match(chain, 12) == PrefixMatch(resume=4, known=12), "7 has its window, within the picture"
+    assert prefixes.match(names(range(60)), 12).known == 4, "without the picture, those that show it are other blocks"
+    del pools[L][blocks[2]]
+    assert prefixes.match(chain, 12).resume == 2
 
 
 def test_without_a_local_group_every_block_is_a_resume_point():

@@ -2,17 +2,16 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cold_tier_bench import GLOBAL, SLOTS, Bench, name, wait_for_measurement
+from tests.cold_tier_bench import GLOBAL, LIMITS, SLOTS, Bench, name, wait_for_measurement
 from tests.nvme_kit import FaultyFiles
-from wicore_backend.hmt.cold_tier import (
-    ColdTierLimits,
-)
+from wicore_backend.hmt.cold_tier import ColdTierLimits
 from wicore_backend.hmt.cold_tier.pace import Pace
 from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.nvme import Outcome
@@ -62,6 +61,37 @@ def test_the_tier_measures_itself_before_anything_is_restored_and_after_a_restar
         assert one is not None
         assert many is not None
         assert 0 < one <= many
+
+
+@pytest.mark.parametrize("codec", ["exact", "q8"])
+def test_the_tiers_own_measurements_touch_no_slot(tmp_path, codec):
+    with Bench(tmp_path, codec) as bench:
+        bench.spill_numbers(GLOBAL, range(SLOTS))
+    with Bench(tmp_path, codec, limits=replace(LIMITS, measure_s=0.01)) as bench:
+        for slots in bench.slots.values():
+            slots.fill_(3)
+        wait_for_measurement(bench)
+        end = time.monotonic() + 5
+        while bench.store.statistics().fetches[Outcome.DONE] < 3 * SLOTS:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        assert all((slots == 3).all() for slots in bench.slots.values())
+
+
+def test_what_is_under_way_comes_first_in_what_a_restore_would_take(tmp_path):
+    with Bench(tmp_path, open_files=FaultyFiles) as bench:
+        bench.spill_numbers(GLOBAL, range(SLOTS))
+        wait_for_measurement(bench)
+        one, both = (bench.tier.restore_seconds(size) for size in (1 << 20, (1 << 20) + SLOTS * 2048))
+        (files,) = bench.files
+        files.blocked.add("read")
+        restore = bench.tier.restore([SlotBlock(GLOBAL, name(number), number) for number in range(SLOTS)])
+        assert one is not None
+        assert both is not None
+        assert bench.tier.restore_seconds(1 << 20) == both > one
+        restore.cancel()
+        bench.wait(SLOTS)
+        assert bench.tier.restore_seconds(1 << 20) == one
 
 
 class LaterWritesWait(FaultyFiles):

@@ -2,10 +2,11 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from tests.cold_tier_bench import GLOBAL, LOCAL, SHAPES, SLOTS, Bench, name, wait_for_measurement
+from tests.cold_tier_bench import GLOBAL, LIMITS, LOCAL, SHAPES, SLOTS, Bench, name, wait_for_measurement
 from tests.nvme_kit import FaultyFiles
 from wicore_backend.hmt.cold_tier import (
     ColdTierLimits,
@@ -36,6 +37,19 @@ def test_a_full_store_gives_up_what_its_policy_says_and_groups_share_the_room(tm
             assert set(bench.restore([SlotBlock(group, name(n), s) for s, n in enumerate(held[:SLOTS])])) <= {
                 Outcome.DONE
             }
+
+
+@pytest.mark.parametrize("group", [GLOBAL, LOCAL])
+def test_no_more_leave_than_have_to(tmp_path, group):
+    with Bench(tmp_path, capacity_bytes=200_000) as bench:
+        assert set(bench.spill_numbers(group, range(80), at_once=4)) == {Outcome.DONE}
+        wait_for_measurement(bench)
+        full = bench.tier.statistics().held[group]
+        assert 10 < full < 80
+        for number in range(100, 110):
+            assert bench.spill_numbers(group, [number]) == [Outcome.DONE]
+            assert bench.tier.statistics().held[group] == full
+        bench.tier.check_integrity()
 
 
 def test_what_was_restored_lately_stays_longer(tmp_path):
@@ -103,6 +117,16 @@ def test_a_slow_disk_makes_spills_fewer_and_never_waits(tmp_path):
         bench.wait(5)
         large = bench.put(LOCAL, 1, 0)
         assert bench.spill([large]) == [Outcome.DONE]
+
+
+def test_a_block_that_is_larger_than_the_backlog_goes_down_alone(tmp_path):
+    with Bench(tmp_path, limits=replace(LIMITS, backlog_bytes=1)) as bench:
+        blocks = [bench.put(LOCAL, slot, slot) for slot in range(3)]
+        for block in blocks:
+            assert bench.tier.room(LOCAL) == 1
+            assert bench.tier.spill([block, bench.put(GLOBAL, 9, 9)]) == 1
+            assert bench.tier.room(LOCAL) == 0
+            assert [done.outcome for done in bench.wait(1)] == [Outcome.DONE]
 
 
 # What its policy hears.

@@ -81,6 +81,27 @@ class Whim(LRU):
         return victim
 
 
+class Newest(LRU):
+    """Gives up what came last."""
+
+    def evict(self):
+        return self._queue.popitem()[0]
+
+
+@pytest.mark.parametrize(("lacking", "windows"), [(0, 0), (1, 1), (4, 1), (5, 2)])
+def test_whole_windows_are_set_aside_for_what_free_blocks_lack(lacking, windows):
+    world = World(policy=Newest(12))
+    for end in (4, 8, 12):
+        world.keep(end)
+    world.pool.release(world.blocks[8:])
+    world.pool.release(world.blocks[:8])
+    world.pool.tend(1.0, lacking)
+    world.pool.give_up(4 * max(1, windows))
+    gone = {0: range(8, 12), 1: range(4, 8), 2: range(8)}[windows]  # Unused longest, or what the policy said.
+    assert kept(world.pool, range(12)) == [n for n in range(12) if n not in gone]
+    world.check()
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     ends=st.lists(st.integers(4, 12), min_size=1, max_size=7),

@@ -41,10 +41,10 @@ class HostMemory:
         self.tensor: Tensor = torch.frombuffer(memory, dtype=torch.uint8)
         self._locked = False
         if locked:
-            error = int(_cudart().cudaHostRegister(self.tensor.data_ptr(), size, _REACHABLE_FROM_KERNELS))
-            if error:
+            code = int(_cudart().cudaHostRegister(self.tensor.data_ptr(), size, _REACHABLE_FROM_KERNELS))
+            if code:
                 raise InvalidArgumentError(
-                    f"{size:,} bytes of host memory cannot be page-locked (CUDA error {error}); lower "
+                    f"{size:,} bytes of host memory cannot be page-locked (CUDA error {code}); lower "
                     "host_cache_bytes, or give the process more memory"
                 )
             self._locked = True
