@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from scripts.benchmark_streamed_layer import Found, dry, table
 from tests import hopper_twin
 from tests.hopper_twin.small_layers import TEXTS, SmallLayers
 from wicore_backend.executor.streamed_layer import MEASURED, Tuning
@@ -41,7 +43,7 @@ def test_whoever_is_quick_or_slow_nothing_races_and_no_bit_differs(case):
     torch.manual_seed(2)
     hidden, attention = case.row()
     first = case.run(hidden, attention, seed=0)
-    for seed in range(1, 6):
+    for seed in range(1, 4):
         for ours, right in zip(case.run(hidden, attention, seed=seed), first, strict=True):
             assert all(map(torch.equal, ours, right)), f"with seed {seed}"
 
@@ -126,3 +128,15 @@ def test_a_mistake_is_found(mistake, tmp_path):
 
         with pytest.raises(AssertionError, match=PLANTED[mistake].found):
             run_often()
+
+
+def test_the_ways_to_compare_run_dry():
+    ways = {"as it is": MEASURED, "with less on its way": replace(MEASURED, in_flight=4096)}
+    found = list(dry(4, ways))
+    assert [one.way for one in found] == list(ways)
+    assert all(one.wrong is None and one.error < 1e-2 for one in found)
+    header, *rows = table([*found, Found(4, "a third", wrong="relative error 0.3")]).splitlines()
+    assert header.split() == ["bits", "way", "us", "a", "layer", "ratio", "error"]
+    assert [row.split("  ")[-1].strip() for row in rows] == [f"{one.error:.1e}" for one in found] + [
+        "relative error 0.3"
+    ]

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -21,10 +22,10 @@ using Clock = std::shared_ptr<const std::vector<u32>>;
 // What comes before a point: a clock, and of a few threads more than it says.
 class Past {
   public:
-    explicit Past(u32 threads = 0) : clock_(std::make_shared<std::vector<u32>>(threads)) {}
+    explicit Past(u32 threads = 0) : threads_(threads) {}
 
     bool has(const Access& access) const {
-        if (access.when <= (*clock_)[access.who]) return true;
+        if (clock_ && access.when <= (*clock_)[access.who]) return true;
         return std::any_of(more_.begin(), more_.end(),
                            [&](const Access& more) { return more.who == access.who && access.when <= more.when; });
     }
@@ -41,29 +42,37 @@ class Past {
     const Clock& base() const { return clock_; }
 
     Clock clock() const {
-        auto all = std::make_shared<std::vector<u32>>(*clock_);
+        auto all = clock_ ? std::make_shared<std::vector<u32>>(*clock_) : std::make_shared<std::vector<u32>>(threads_);
         for (const Access& more : more_) (*all)[more.who] = std::max((*all)[more.who], more.when);
         return all;
     }
 
   private:
-    // Lanes of a warp ask one after the other for the same two.
+    // Lanes of a warp ask for the same two, those of some warps in turns.
     static Clock joined(const Clock& a, const Clock& b) {
-        if (a == b) return a;
-        static Clock last_a, last_b, last;
-        if (a == last_a && b == last_b) return last;
-        bool more = false;
-        for (u32 i = 0; i < a->size(); ++i) more |= (*a)[i] < (*b)[i];
-        last_a = a, last_b = b, last = a;
-        if (more) {
+        struct Answer {
+            Clock a, b, both;
+        };
+        static std::array<Answer, 64> answers;
+        static u32 oldest = 0;
+        if (!a || a == b) return b;
+        if (!b) return a;
+        for (const Answer& answer : answers)
+            if (a == answer.a && b == answer.b) return answer.both;
+        bool more = false, less = false;
+        for (u32 i = 0; i < a->size(); ++i) more |= (*a)[i] < (*b)[i], less |= (*b)[i] < (*a)[i];
+        Clock both = more ? b : a;
+        if (more && less) {
             auto all = std::make_shared<std::vector<u32>>(*a);
             for (u32 i = 0; i < all->size(); ++i) (*all)[i] = std::max((*all)[i], (*b)[i]);
-            last = std::move(all);
+            both = std::move(all);
         }
-        return last;
+        answers[oldest++ % answers.size()] = {a, b, both};
+        return both;
     }
 
-    Clock clock_;
+    u32 threads_;
+    Clock clock_;  // or none, which is nothing
     std::vector<Access> more_;
 };
 

@@ -20,6 +20,8 @@ from cuda.bindings import driver, nvrtc
 
 _log = logging.getLogger(__name__)
 
+_TENSOR_MAP_BYTES = 128
+
 
 def compiled(source: Path, headers: Sequence[Path], defines: Mapping[str, int], *, architecture: str) -> bytes:
     """Machine code of `source`, which may include `headers` by their names, for `architecture`: sm_90a.
@@ -95,23 +97,31 @@ def tensor_map(*, address: int, rows: int, row_bytes: int, box_rows: int, box_by
     RuntimeError
         If the driver does not take it.
     """
-    wide, narrow = driver.cuuint64_t, driver.cuuint32_t
-    described = _checked(
-        driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT64,
-            narrow(2),
-            address,
-            [wide(row_bytes // 8), wide(rows)],
-            [wide(row_bytes)],
-            [narrow(box_bytes // 8), narrow(box_rows)],
-            [narrow(1), narrow(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
+    # Not by the bindings, whose own memory for the description need not lie at a multiple of 64, as the driver wants.
+    memory = (ctypes.c_ubyte * (2 * _TENSOR_MAP_BYTES))()
+    at = -(-ctypes.addressof(memory) // 64) * 64
+    wide, narrow = ctypes.c_uint64, ctypes.c_uint32
+    status = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at),
+        _driver_value("CUtensorMapDataType", "DATA_TYPE_UINT64"),
+        narrow(2),
+        ctypes.c_void_p(address),
+        (wide * 2)(row_bytes // 8, rows),
+        (wide * 1)(row_bytes),
+        (narrow * 2)(box_bytes // 8, box_rows),
+        (narrow * 2)(1, 1),
+        _driver_value("CUtensorMapInterleave", "INTERLEAVE_NONE"),
+        _driver_value("CUtensorMapSwizzle", "SWIZZLE_NONE"),
+        _driver_value("CUtensorMapL2promotion", "L2_PROMOTION_L2_256B"),
+        _driver_value("CUtensorMapFloatOOBfill", "FLOAT_OOB_FILL_NONE"),
     )
-    return ctypes.string_at(described.getPtr(), 128)
+    if status != 0:
+        raise RuntimeError(f"CUDA refuses boxes of {box_rows} x {box_bytes} bytes of {rows} x {row_bytes}: {status}")
+    return ctypes.string_at(at, _TENSOR_MAP_BYTES)
+
+
+def _driver_value(kind: str, name: str) -> int:
+    return int(getattr(getattr(driver, kind), f"CU_TENSOR_MAP_{name}"))
 
 
 def _attribute(name: str, value: str) -> Any:
