@@ -64,16 +64,22 @@ def table(reports: Mapping[str, Report], goals: Sequence[Goal] = GOALS) -> str:
     """The goals and the figures, in Markdown; of a figure that is not there, why."""
     lines = ["| | goal | figure | |", "|---|---|---|---|"]
     for goal in goals:
-        report = reports.get(goal.run)
         figure = goal.figure(reports)
-        if figure is None:
-            told = "not measured" if report is None else f"{report.ending}: {report.why}"[:160].replace("|", "/")
-        else:
-            told = f"{figure:,.4g} {goal.unit}".strip()
-        verdict = {True: "met", False: "**not met**", None: ""}[goal.met(figure)]
-        lines.append(f"| {goal.what} | {goal.wanted} | {told} | {verdict} |")
+        lines.append(f"| {goal.what} | {goal.wanted} | {_told(goal, figure, reports.get(goal.run))} |")
     commands = [f"- {name}: `{report.command}`" for name, report in reports.items()]
     return "\n".join([*lines, "", environment(reports), "", *commands])
+
+
+def _told(goal: Goal, figure: float | None, report: Report | None) -> str:
+    """A figure and its verdict, as two cells; of one that is not there, why."""
+    if report is None:
+        return "not measured |"
+    if report.rehearsed:
+        return f"rehearsed, {report.ending} |"
+    if figure is None:
+        return f"{report.ending}: {report.why or 'it is not in the result'}"[:160].replace("|", "/") + " |"
+    verdict = {True: " met", False: " **not met**", None: ""}[goal.met(figure)]
+    return f"{figure:,.4g} {goal.unit}".strip() + " |" + verdict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -93,19 +93,22 @@ def test_the_table_judges_figures_and_says_why_others_are_not_there():
         Goal("told", "a", read, "GB"),
         Goal("not in it", "b", read, "ms", 1.0),
         Goal("nothing", "c", read, "ms", 1.0),
+        Goal("only rehearsed", "d", read, "ms", 1.0),
     ]
     reports = {
         "a": Report("a", "python -m a", "done", 1.0, result={"x": 1}),
         "b": Report("b", "python -m b", "cut off", 1.0, "its limit had passed", {}),
+        "d": Report("d", "python -m d", "done", 1.0, result={"x": 1}, rehearsed=True),
     }
-    rows = [line.split(" | ")[1:] for line in gpu_report.table(reports, goals).splitlines()[2:8]]
+    rows = [line.split(" | ")[1:] for line in gpu_report.table(reports, goals).splitlines()[2:9]]
     assert rows == [
         ["at most 2", "1 ms", "met |"],
         ["at most 0.5", "1 ms", "**not met** |"],
         ["at least 1", "1", "met |"],
-        ["", "1 GB", " |"],
-        ["at most 1", "cut off: its limit had passed", " |"],
-        ["at most 1", "not measured", " |"],
+        ["", "1 GB", "|"],
+        ["at most 1", "cut off: its limit had passed", "|"],
+        ["at most 1", "not measured", "|"],
+        ["at most 1", "rehearsed, done", "|"],
     ]
 
 

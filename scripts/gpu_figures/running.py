@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -58,6 +58,8 @@ class Report:
         The JSON object that it printed last; of a run that did not end well what it had told by then, or None.
     why
         It did not end well, in its own words where it had any.
+    rehearsed
+        At a shape that any machine computes: its figures say nothing.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Report:
     seconds: float = 0.0
     why: str = ""
     result: Any = None
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    rehearsed: bool = False
 
     def save(self, directory: Path) -> None:
         """As `directory`/NAME.json, whole or not at all."""
@@ -110,7 +112,7 @@ def measure(run: Run, directory: Path, *, scratch: Path, rehearse: bool, limit_s
         why = f"its limit of {limit_s:.0f} s had passed; {why}"
     if ending != "done":
         result = result or run.lines(_objects(errors))
-    report = Report(run.name, command, ending, seconds, why, result)
+    report = Report(run.name, command, ending, seconds, why, result, rehearse)
     report.save(directory)
     return report
 
