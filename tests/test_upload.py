@@ -98,7 +98,7 @@ def bytes_of_a_file(request, tmp_path, monkeypatch):
         def refused(file: int, buffers: list[memoryview], offset: int) -> int:
             if file == opened._direct:
                 raise OSError("no such thing")
-            return real(file, buffers, offset)
+            return int(real(file, buffers, offset))
 
         real = os.preadv
         monkeypatch.setattr(weight_file.os, "preadv", refused)

@@ -41,8 +41,8 @@ def files() -> list[str]:
 def outcome(junit: Path) -> dict[str, Any]:
     """What a report of pytest's says: counts, who failed and why, and how many answers are those of a CPU."""
     cases = list(ET.parse(junit).iter("testcase"))
-    failed = {}
-    answers = {}
+    failed: dict[str, str] = {}
+    answers: dict[str, float] = {}
     for case in cases:
         for kind in ("failure", "error"):
             if (trouble := case.find(kind)) is not None:
