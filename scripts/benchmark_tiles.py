@@ -37,7 +37,7 @@ from wicore_backend.executor.matrix import Matrix
 from wicore_backend.executor.plain_matrix import PlainMatrix
 from wicore_backend.executor.roles import Role
 from wicore_backend.models.gemma3.weights import Weight
-from wicore_backend.quantization.fp8 import quantized_fp8
+from wicore_backend.quantization.fp8 import Fp8Matrix, quantized_fp8
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
 Kind = Literal["bf16", "fp8", "int4"]
@@ -237,15 +237,13 @@ class Layers:
                 return Int4GpuMatrix(role, weight, prompts=tile)
             assert tile is None or (isinstance(tile, Int4Tile) and tile.fits(weight)), (role, tile)
             return Int4GpuMatrix(role, weight, tiles=None if tile is None else {self._rows: tile})
-        values = weight if isinstance(weight, Tensor) else weight.values  # type: ignore[union-attr]
-        assert tile is None or (isinstance(tile, Tile) and tile.fits(values, gated=role == "gate_up")), (
-            role,
-            tile,
-        )
+        assert isinstance(weight, Tensor | Fp8Matrix)
+        values = weight if isinstance(weight, Tensor) else weight.values
+        assert tile is None or (isinstance(tile, Tile) and tile.fits(values, gated=role == "gate_up")), (role, tile)
         of_rows = None if tile is None else {self._rows: (tile,)}
         if isinstance(weight, Tensor):
             return PlainMatrix(role, weight, tiles=of_rows)
-        return Fp8GpuMatrix(role, weight, tiles=of_rows)  # type: ignore[arg-type]
+        return Fp8GpuMatrix(role, weight, tiles=of_rows)
 
 
 def timed(work: Callable[[], Any], shape: Shape) -> Callable[[], float]:
@@ -270,7 +268,7 @@ def timed(work: Callable[[], Any], shape: Shape) -> Callable[[], float]:
         graph.replay()
         ended.record()
         ended.synchronize()
-        return began.elapsed_time(ended) * 1e3
+        return float(began.elapsed_time(ended)) * 1e3
 
     replay()  # Once, to warm up.
     return replay
@@ -291,7 +289,8 @@ def measured(kind: Kind, rows: int, shape: Shape, options: Mapping[str, Tiles]) 
     in_use = layers.with_tiles({})
     hidden = in_use().float()
     errors = {role: layers.error(role, {}) for role in ROLES}
-    works, rows_of = {"in use": timed(in_use, shape)}, {"in use": {"errors": errors}}
+    works = {"in use": timed(in_use, shape)}
+    rows_of: dict[str, dict[str, Any]] = {"in use": {"errors": errors}}
     for name, tiles in options.items():
         own = {role: layers.error(role, tiles) for role in tiles}
         work = layers.with_tiles(tiles)
@@ -307,7 +306,7 @@ def measured(kind: Kind, rows: int, shape: Shape, options: Mapping[str, Tiles]) 
     for name in sorted(set(medians) - {"in use"}, key=medians.__getitem__):
         if medians[name] < medians["in use"]:
             best |= {role: name for role in options[name] if role not in best}
-    together = {role: options[name][role] for role, name in best.items()}
+    together: Tiles = {role: options[name][role] for role, name in best.items()}
     if len(set(best.values())) > 1:
         both = {"in use": works["in use"], "together": timed(layers.with_tiles(together), shape)}
         again = in_turns(both, shape.rounds)

@@ -277,7 +277,7 @@ def _parts(x: Tensor | Unscaled) -> tuple[Tensor, Tensor, Tensor]:
     return (x, x, x) if isinstance(x, Tensor) else (x.values, x.row_scale, x.column_scale)
 
 
-def _written(rows: Rows) -> tuple[Tensor, Tensor]:
+def _written(rows: Tensor | Fp8Rows) -> tuple[Tensor, Tensor]:
     return (rows, rows) if isinstance(rows, Tensor) else (rows.values.view(torch.uint8), rows.scale)
 
 
