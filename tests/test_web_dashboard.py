@@ -105,7 +105,7 @@ def test_a_server_that_is_not_ready_says_why(visit, gateway):
     gateway.status = status_page() | {"ready": False, "reason": "Triton is loading wicore", "load": None, "cache": None}
     page = visit("/dashboard")
     expect(page.locator("#state")).to_have_text("Not ready")
-    expect(page.locator("#trouble")).to_have_text("Triton is loading wicore")
+    expect(page.locator("#trouble")).to_have_text("Triton is loading wicore.")
     expect(page.locator("#tiles")).to_contain_text("Running–")
 
 

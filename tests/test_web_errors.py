@@ -39,6 +39,20 @@ def test_a_server_that_is_not_ready_is_asked_again_by_itself(visit, gateway):
     expect(state(page)).to_be_hidden()
 
 
+@pytest.mark.parametrize(
+    ("locale", "words"),
+    [
+        ("en-US", "The server cannot answer right now. The inference server cannot be reached. Trying again in"),
+        ("zh-CN", "服务器暂时无法回答。 无法连接推理服务器。"),
+    ],
+)
+def test_the_servers_words_are_a_sentence_among_the_pages(visit, gateway, locale, words):
+    gateway.answers = [Refusal(503, "the inference server cannot be reached", headers={"Retry-After": "100"})]
+    page = visit(locale=locale)
+    ask(page, "Hello", wait=False)
+    expect(state(page)).to_contain_text(words)
+
+
 def test_waiting_for_a_server_can_be_stopped(visit, gateway):
     gateway.answers = [Refusal(503, "Starting.", headers={"Retry-After": "100"})]
     page = visit()
@@ -114,7 +128,7 @@ def test_a_page_that_was_closed_while_an_answer_came_keeps_its_beginning(visit, 
     page = visit()
     ask(page, "Go", wait=False)
     expect(page.locator(".prose")).to_have_text("The beginning")
-    page.wait_for_timeout(1200)  # it is written down once a second
+    page.wait_for_timeout(2500)  # it is written down once a second
     page.reload()
     expect(page.locator(".prose")).to_have_text("The beginning")
     expect(state(page)).to_contain_text("The page was closed during this answer.")

@@ -1,7 +1,7 @@
 // What went wrong with an answer, in a form that is kept with it and shown in any language.
 
 import { ApiError, BrokenStreamError, UnreachableError } from "../common/api.js";
-import { duration, t } from "../common/i18n.js";
+import { duration, sentence, t } from "../common/i18n.js";
 
 const KINDS = {
   401: "key",
@@ -34,7 +34,7 @@ export function secondsToWait(failure, now = Date.now()) {
 /** What to tell a person of it. */
 export function wordsOf(failure, { retrying = false } = {}) {
   const words = [t(`error_${failure.kind}`)];
-  if (failure.detail) words.push(failure.detail);
+  if (failure.detail) words.push(sentence(failure.detail));
   const wait = secondsToWait(failure);
   if (wait > 0) words.push(t(retrying ? "retrying" : "wait", { time: duration(wait) }));
   return words.join(" ");

@@ -2,7 +2,7 @@
 
 import { ApiError } from "../common/api.js";
 import { byId, h, svg } from "../common/dom.js";
-import { bytes, duration, number, t } from "../common/i18n.js";
+import { bytes, duration, number, phrase, t } from "../common/i18n.js";
 import { serverStatus } from "../common/server_status.js";
 
 const POLL_MS = 2000;
@@ -82,7 +82,7 @@ export class Panel {
   async #ask(signal) {
     try {
       this.#status = await serverStatus({ signal });
-      this.#trouble = this.#status.ready ? "" : t("server_not_ready", { reason: this.#status.reason });
+      this.#trouble = this.#status.ready ? "" : t("server_not_ready", { reason: phrase(this.#status.reason) });
     } catch (error) {
       if (signal.aborted) return;
       this.#status = null;

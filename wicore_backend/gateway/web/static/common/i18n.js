@@ -24,6 +24,13 @@ export function phrase(text) {
   return Object.hasOwn(known, text) ? known[text] : text;
 }
 
+/** The server's words as a sentence among others. One may begin with a parameter's name, which stays as it is. */
+export function sentence(text) {
+  const told = phrase(text.trim());
+  const begun = told.replace(/^(the|a|an|this|no|there) /, (word) => word.charAt(0).toUpperCase() + word.slice(1));
+  return !begun || /[.!?。！？…]$/.test(begun) ? begun : `${begun}${language() === "zh" ? "。" : "."}`;
+}
+
 /** A number as the language writes it. */
 export function number(value, options = {}) {
   return new Intl.NumberFormat(locale(), { maximumFractionDigits: 1, ...options }).format(value);

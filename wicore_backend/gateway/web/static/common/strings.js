@@ -436,6 +436,8 @@ export const PHRASES = {
     "cached, but without the sliding window before them": "已缓存，但缺少其前的滑动窗口",
     "on disk, but computing was faster": "在磁盘上，但重新计算更快",
     "on disk, but there was no room for them in host memory": "在磁盘上，但主机内存已无空间",
+    "the inference server cannot be reached": "无法连接推理服务器",
+    "the gateway is shutting down; try again": "网关正在停止，请稍后再试",
     tokens: "词元",
     times: "次",
     blocks: "块",

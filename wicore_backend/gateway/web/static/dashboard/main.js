@@ -3,7 +3,7 @@
 import { ApiError, request } from "../common/api.js";
 import { askForKey, prepareDialogs } from "../common/dialogs.js";
 import { byId, fillIcons, h, icon } from "../common/dom.js";
-import { bytes, duration, locale, number, t, translatePage } from "../common/i18n.js";
+import { bytes, duration, locale, number, sentence, t, translatePage } from "../common/i18n.js";
 import { applyTheme, preferences } from "../common/preferences.js";
 import { histogram, parseMetrics } from "../common/prometheus.js";
 import { serverStatus } from "../common/server_status.js";
@@ -146,7 +146,7 @@ function showState() {
   else if (latest) words.push(t("last_update", { time: clock.format(latest.at) }));
   byId("about").textContent = words.join(" · ");
   byId("trouble").hidden = !(latest?.status && !latest.status.ready && latest.status.reason);
-  byId("trouble").textContent = latest?.status?.reason ?? "";
+  byId("trouble").textContent = sentence(latest?.status?.reason ?? "");
 }
 
 function age(seconds) {
