@@ -267,7 +267,7 @@ def load_library(choice: LibraryChoice = "auto") -> Library:
 
 def _imported(name: LibraryName) -> tuple[Library | None, list[str]]:
     """A library, if one of its modules loads, and what is wrong with those before that are there and do not."""
-    problems = []
+    problems: list[str] = []
     for module in _MODULES[name]:
         try:
             api = import_module(module)
