@@ -112,6 +112,17 @@ def test_the_table_judges_figures_and_says_why_others_are_not_there():
     ]
 
 
+def test_a_report_that_cannot_be_read_leaves_the_others(tmp_path):
+    Report("whole", "python -m a", "done", result={"x": 1}).save(tmp_path)
+    (tmp_path / "cut.json").write_text('{"name": "cut", ')
+    (tmp_path / "other.json").write_text('{"something": 1}')
+    found = saved(tmp_path)
+    assert found["whole"].result == {"x": 1}
+    assert all(
+        (found[name].ending, "cannot be read" in found[name].why) == ("failed", True) for name in ("cut", "other")
+    )
+
+
 def test_every_goal_has_a_run_and_every_run_a_goal():
     runs = [one.name for part in PARTS.values() for one in part]
     assert len(set(runs)) == len(runs)

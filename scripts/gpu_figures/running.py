@@ -79,7 +79,11 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> Report:
-        return cls(**json.loads(path.read_text()))
+        """One that cannot be read says so."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            return cls(path.stem, "", "failed", why=f"{path} cannot be read: {error}")
 
 
 def saved(directory: Path) -> dict[str, Report]:
