@@ -61,7 +61,7 @@ OPTIONS: Mapping[Kind, Mapping[int, Mapping[str, Tiles]]] = {
             "gate-up: 1 stays, 128 deep": {"gate_up": Tile(64, 128, 4, 128, resident=1)},
             "gate-up: a program a tile, 2 at a time": {"gate_up": Tile(64, 64, 4, 64)},
             "down: 2 stay": {"down": Tile(64, 64, 6, 128, resident=2)},
-            "down: 1 stays in 2": {"down": Tile(64, 128, 5, 128, resident=2)},
+            "down: 2 stay, 128 deep": {"down": Tile(64, 128, 5, 128, resident=2)},
             "out: 2 stay": {"out": Tile(64, 64, 5, 128, resident=2)},
             "QKV: 2 stay": {"qkv": Tile(64, 64, 6, 128, resident=2)},
         }
@@ -81,6 +81,8 @@ OPTIONS: Mapping[Kind, Mapping[int, Mapping[str, Tiles]]] = {
             "down: 2 parts": {"down": Tile(64, 256, 5, 256, splits=2)},
             "down: 2 parts, quantises": {"down": Tile(64, 256, 5, 256, splits=2, narrows=True)},
             "down: whole": {"down": Tile(64, 256, 7, 256)},
+            "gate-up: 256 deep": {"gate_up": Tile(64, 256, 3, 256)},
+            "gate-up: 5 stages": {"gate_up": Tile(64, 128, 5, 128)},
             "out: 2 parts": {"out": Tile(64, 256, 5, 256, splits=2)},
             "out: 2 parts, quantises": {"out": Tile(64, 256, 5, 256, splits=2, narrows=True)},
         }

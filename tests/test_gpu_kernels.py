@@ -135,7 +135,7 @@ def test_products_of_few_rows(dtype, rows, splits, kernel_device):
 
 @pytest.mark.parametrize("programs", [1, 2, 4, 5, 16])
 def test_programs_that_stay_share_out_the_tiles(programs, kernel_device):
-    """Six tiles of five steps: whole turns, turns that some sit out, and parts that somebody adds."""
+    """Six tiles of ten steps: whole turns, turns that some sit out, and parts that somebody adds."""
     dtype = torch.bfloat16 if kernel_device.type == "cuda" else torch.float16
     x = torch.randn(5, 200, device=kernel_device).to(dtype)[:, :160]
     weight = torch.randn(6 * 16, 160, device=kernel_device).to(dtype)
