@@ -31,8 +31,9 @@ _MEMORY_BYTES = 8 << 20
 """Of a piece: PyTorch rounds page-locked memory up to powers of two."""
 _PIECE_BYTES = _MEMORY_BYTES - PAGE
 """Read into it at most, since bytes may begin anywhere in its first page."""
-READING_THREADS = 8
-_PIECES = 2 * READING_THREADS
+READING_THREADS = 16
+"""With 8, a virtio disk gave 0.6 to 0.7 GB/s in direct reads; with 16, 0.8 to 1.1; with 32 and 64 no more."""
+_PIECES = READING_THREADS + 8
 _SMALL_BYTES = 256 << 10
 """What is no larger is read by who asks for it: it would wait behind pieces of large tensors."""
 _AHEAD_BYTES = 512 << 20
