@@ -1,5 +1,6 @@
 """The supervisor, with a stand-in for the server: whatever is killed, nothing of a start stays behind."""
 
+import json
 import os
 import signal
 import socket
@@ -279,6 +280,40 @@ def test_the_server_runs_on_a_copy_that_nobody_changes(make, repository):
         (repository / "one" / "config.pbtxt").write_text("changed")
         assert (copied / "config.pbtxt").read_text() == 'name: "one"'
         assert (copied / "1" / "__pycache__").is_file(), "Python must not be able to write beside the model's code"
+
+
+def settings_of(*arguments: str) -> dict[str, object]:
+    return dict(cli._options(cli.build_parser().parse_args(["serve", *arguments])).settings)
+
+
+def test_settings_of_the_environment_count_and_those_of_the_command_line_go_before(monkeypatch, tmp_path):
+    (tmp_path / "config.json").touch()
+    monkeypatch.delenv("WICORE_MODEL", raising=False)
+    monkeypatch.setenv("WICORE_SETTINGS", json.dumps({"model": str(tmp_path), "max_running": 16, "threads": 2}))
+    expected = {"model": str(tmp_path), "max_running": 8, "threads": 2}
+    assert settings_of("--set", "max_running=8") == expected
+    demo = str(cli.DEMO_MODEL)
+    assert settings_of("--model", demo)["model"] == demo
+    assert settings_of("--set", f"model={demo}", "--device", "cpu") == expected | {
+        "model": demo,
+        "max_running": 16,
+        "device": "cpu",
+    }
+    monkeypatch.setenv("WICORE_SETTINGS", "")
+    assert settings_of() == {"model": demo}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_an_environment_that_is_no_object_is_refused_before_anything_is_started(text, monkeypatch):
+    monkeypatch.setenv("WICORE_SETTINGS", text)
+    with pytest.raises(ServerStartError, match="WICORE_SETTINGS"):
+        settings_of()
+
+
+def test_one_thing_that_is_said_twice_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        settings_of("--device", "cpu", "--set", "device=cuda")
+    assert "--device and --set device=... say the same" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon", "100000"])

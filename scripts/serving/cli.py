@@ -55,9 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--model",
         type=Path,
-        default=os.environ.get("WICORE_MODEL") or DEMO_MODEL,
         metavar="PATH",
-        help="a Gemma-3 checkpoint in Hugging Face layout (default: $WICORE_MODEL or the demo model)",
+        help="a Gemma-3 checkpoint in Hugging Face layout (default: that of $WICORE_SETTINGS, $WICORE_MODEL, or the "
+        "demo model)",
     )
     serve.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     serve.add_argument(
@@ -168,10 +168,15 @@ def _port(text: str) -> int:
 
 
 def _options(given: argparse.Namespace) -> ServerOptions:
-    model = Path(given.model).resolve()
+    settings = {**_environment_settings(), **dict(given.settings)}
+    for name, value in (("model", given.model), ("device", given.device)):
+        if value and name in dict(given.settings):
+            given.parser.error(f"--{name} and --set {name}=... say the same; give one of them")
+    named = given.model or settings.get("model") or os.environ.get("WICORE_MODEL") or DEMO_MODEL
+    model = Path(str(named)).expanduser().resolve()
     if not (model / "config.json").is_file():
         raise ServerStartError(f"{model} is not a checkpoint: it has no config.json")
-    settings = {"model": str(model), **({"device": given.device} if given.device else {}), **dict(given.settings)}
+    settings |= {"model": str(model), **({"device": given.device} if given.device else {})}
     return ServerOptions(
         model_repository=given.model_repository.resolve(),
         host=given.host,
@@ -182,6 +187,18 @@ def _options(given: argparse.Namespace) -> ServerOptions:
         grpc_port=_chosen_port(given, "grpc"),
         metrics_port=_chosen_port(given, "metrics"),
     )
+
+
+def _environment_settings() -> dict[str, Any]:
+    """The engine's settings in the environment, which those of the command line go before."""
+    text = os.environ.get("WICORE_SETTINGS") or "{}"
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ServerStartError(f"WICORE_SETTINGS is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ServerStartError(f"WICORE_SETTINGS must be a JSON object, not {text[:80]!r}")
+    return values
 
 
 def _chosen_port(given: argparse.Namespace, name: str) -> int:
