@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from tests.paged_steps import DECODES, LAYERS, PREFILLS, SCALE, Part, Shape, bits, step_of, store
 from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu import hopper
 from wicore_backend.attention.gpu.hopper import Widening, widening
 from wicore_backend.attention.gpu.kernels.widen import widen_kernel
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
@@ -233,6 +235,26 @@ def test_what_fp8_cannot_hold_becomes_the_largest_it_can_and_nan_0(kernel_device
         assert torch.equal(pool.nan_to_num(0.0), bench.expected_pools.tensors[group])
     expected = [448, -448, 448, -448, 0, 0, 2.0**-8, 16, 0, 448]
     assert bench.stored(numbers).tolist() == expected
+
+
+def test_kernels_for_hopper_are_taken_where_the_tiles_of_every_group_fit(monkeypatch):
+    card: Any = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def fits(block_size: int = 32, head_dim: int = 128, stored: torch.dtype = torch.bfloat16) -> bool:
+        shape = {"kv_heads": 16, "head_dim": head_dim, "window": 1024, "bytes_per_value": stored.itemsize}
+        layout = KVLayout.of(LAYERS, block_size=block_size, **shape)
+        tuning = Tuning.of(head_dim, torch.bfloat16, stored)
+        return hopper.fits(Tiling(layout, 32, tuning, 132), stored, torch.bfloat16, card)
+
+    assert fits()
+    assert fits(block_size=64)
+    assert fits(block_size=128, stored=FP8)
+    assert not fits(block_size=128), "a tile of the local layers' keys is half a block"
+    assert not fits(head_dim=256)
+    assert not fits(stored=torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert not fits()
 
 
 WIDE = KVLayout.of([LayerGroup.GLOBAL], block_size=32, kv_heads=16, head_dim=128, window=1024, bytes_per_value=1)
