@@ -138,6 +138,7 @@ def _fp8_product(
             total_up *= scale_up[:, None] * row_scale
     if GATED:
         total = gelu(total) * total_up
+    first_row = split * rows
     if parts is not None:
         # Whichever of a tile's programs ends last adds what all of them have stored, in their order.
         SIZE: tl.constexpr = COLUMNS * ROWS
@@ -146,8 +147,8 @@ def _fp8_product(
         if not last_to_arrive(arrived, tl.program_id(0), SPLITS):
             return
         total = sum_of_parts(of_tile, SIZE, SPLITS, total)
-        split *= 0
-    at = out + (split * rows + row[None, :]) * columns + column[:, None]
+        first_row = 0
+    at = out + (first_row + row[None, :]) * columns + column[:, None]
     tl.store(at, total.to(out.dtype.element_ty), mask=(row < rows)[None, :])
     if largest is not None:
         # Of numbers that are not negative, integers of the same bits are in the same order.
