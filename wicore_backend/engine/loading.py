@@ -35,6 +35,7 @@ from wicore_backend.hmt.policy import POLICIES
 from wicore_backend.hmt.pool import KVPools, slot_bytes
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
+from wicore_backend.observability.process_age import process_age_s
 from wicore_backend.processor.processor import Processor
 
 _log = logging.getLogger(__name__)
@@ -152,10 +153,10 @@ def load_model(settings: EngineConfig, woken: Callable[[], None]) -> LoadedModel
             sampling=MassSampling.of(layout) if pools.host or budget or device.type == "cuda" else None,
         )
         _log.info(
-            "%s ready on %s in %s after %.1f s (weights %.1f s, KV cache and kernels %.1f s): context %d, KV in %s, "
-            "its blocks %s, and in host memory %s",
+            "%s ready on %s in %s after %.1f s (weights %.1f s, KV cache and kernels %.1f s), %.1f s after the process "
+            "began: context %d, KV in %s, its blocks %s, and in host memory %s",
             *(settings.model.name, device, dtype, time.monotonic() - began, read - reading, time.monotonic() - read),
-            *(max_model_len, kv_dtype),
+            *(process_age_s(), max_model_len, kv_dtype),
             {str(group): num_blocks[group] for group in layout.groups},
             {str(group): host_slots[group] for group in layout.groups},
         )
