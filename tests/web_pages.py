@@ -27,6 +27,7 @@ def browser() -> Iterator[Any]:
     if program is None:
         pytest.skip("no Chromium on PATH")
     playwright = pytest.importorskip("playwright.sync_api")
+    playwright.expect.set_options(timeout=20_000)  # A busy machine may take so long, and what is right takes less.
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=program, args=ARGUMENTS)
         yield browser
