@@ -59,6 +59,8 @@ WAYS: Mapping[Bits, Mapping[str, Tuning]] = {
         "counter, 20 MB": replace(_COUNTER, ahead=152_000),
         "counter, 40 MB": replace(_COUNTER, ahead=304_000),
         "counter, 70 KB, 20 MB": replace(_COUNTER, in_flight=72 * 1024, ahead=152_000),
+        "counter, 2 pairs claimed": replace(_COUNTER, claimed=2),
+        "counter, 3 pairs claimed, 20 MB": replace(_COUNTER, claimed=3, ahead=152_000),
         "hints": Tuning(meeting="hints"),
         "hints, 70 KB": Tuning(meeting="hints", in_flight=72 * 1024),
         "hints, 20 MB": Tuning(meeting="hints", ahead=152_000),
@@ -72,6 +74,7 @@ WAYS: Mapping[Bits, Mapping[str, Tuning]] = {
         "boxes, counter, 7 warps": replace(_BOXES, warps=7),
         "boxes, counter, L2 20 MB ahead": replace(_BOXES, ahead=152_000),
         "boxes, counter, 40 MB": replace(_BOXES, ahead=304_000),
+        "boxes, counter, 2 pairs claimed": replace(_BOXES, claimed=2),
         "boxes, hints": Tuning(tensor_maps=True, meeting="hints"),
         "boxes, hints, 20 MB": Tuning(tensor_maps=True, meeting="hints", ahead=152_000),
     },
@@ -167,7 +170,7 @@ class Steps:
                 hidden, heads = step(layer, hidden, attention)
                 attention = heads[:, : layers.attended]
                 if pause:
-                    torch.cuda._sleep(pause)
+                    torch.cuda._sleep(pause)  # type: ignore[no-untyped-call]
             return hidden, attention
 
         all_layers()
@@ -189,13 +192,13 @@ class Steps:
 
     def microseconds(self) -> float:
         """Of a layer."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(REPLAYS):
             self._graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3 / REPLAYS / LAYERS
+        return float(start.elapsed_time(end) * 1e3 / REPLAYS / LAYERS)
 
 
 def compare(layers: Layers, bits: Bits, ways: Mapping[str, Tuning], *, rounds: int, pause: float) -> Iterator[Found]:
@@ -243,9 +246,10 @@ def dry(bits: Bits, ways: Mapping[str, Tuning]) -> Iterator[Found]:
         if small not in compiled:
             with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
                 layers = SmallLayers(Path(directory), "int4" if bits == 4 else "fp8", tuning=small)
-                row = layers.row()
+                hidden, attention = layers.row()
                 try:
-                    compiled[small] = Found(bits, name, error=max(layers.errors(*row, layers.run(*row, seed=0))))
+                    results = layers.run(hidden, attention, seed=0)
+                    compiled[small] = Found(bits, name, error=max(layers.errors(hidden, attention, results)))
                 except AssertionError as wrong:
                     compiled[small] = Found(bits, name, wrong=str(wrong))
         yield replace(compiled[small], way=name)
@@ -307,20 +311,20 @@ def _int4(matrix: Tensor) -> Int4Matrix | Fp8Matrix:
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.flatten().float() - theirs.flatten()).norm() / theirs.norm()).item()
+    return float((ours.flatten().float() - theirs.flatten()).norm() / theirs.norm())
 
 
 def _cycles(microseconds: float) -> int:
     """Of `torch.cuda._sleep`, measured."""
     if not microseconds:
         return 0
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(1_000_000)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
     start.record()
-    torch.cuda._sleep(1_000_000)
+    torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
     end.record()
     end.synchronize()
-    return round(microseconds * 1_000_000 / (start.elapsed_time(end) * 1e3))
+    return int(microseconds * 1_000_000 / (start.elapsed_time(end) * 1e3))
 
 
 if __name__ == "__main__":

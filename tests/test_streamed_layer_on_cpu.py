@@ -21,6 +21,7 @@ WAYS = {
     "int4": ("int4", MEASURED),
     "int4, blocks meet at counters": ("int4", Tuning(meeting="counter")),
     "int4, one warp asks for all, and L2 for the next layer": ("int4", Tuning(meeting="hints", ahead=20_000)),
+    "fp8, the last tiles claimed": ("fp8", Tuning(claimed=2)),
     "int4 with zero points": ("int4 with zero points", MEASURED),
 }
 

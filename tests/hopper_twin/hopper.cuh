@@ -149,6 +149,7 @@ inline uint4 told_four(const u32* from) {
     return {x, told(from + 1), z, w};
 }
 
+inline u32 take_next(u32* counter) { return twin::take_next(counter); }
 inline void add_released(u32* to, u32 by) { twin::add(to, by, twin::Order::acquire_or_release); }
 inline u32 told_acquired(const u32* from) { return twin::told(from, twin::Order::acquire_or_release); }
 

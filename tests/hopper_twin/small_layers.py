@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from scripts.random_gemma3 import _COMMON, random_weights
 from tests import hopper_twin
-from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls
+from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls, Tuning
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.weights import Weight
 from wicore_backend.quantization.fp8 import Fp8Matrix, quantized_fp8
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
 CPU = torch.device("cpu")
-QUANTIZE = {
+QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {
     "fp8": quantized_fp8,
     "int4": lambda matrix: quantized_int4(matrix, search=False),
     "int4 with zero points": lambda matrix: quantized_int4(matrix, symmetric=False, search=False),
@@ -40,15 +44,21 @@ TEXTS = {file.name: file.read_text() for file in (SOURCE, *HEADERS)}
 class SmallLayers:
     """A model's layers, what one token brings, the plain twin, and the kernel for so many blocks."""
 
-    def __init__(self, directory, kind, *, tuning=MEASURED, texts=TEXTS):
+    def __init__(
+        self, directory: Path, kind: str, *, tuning: Tuning = MEASURED, texts: Mapping[str, str] = TEXTS
+    ) -> None:
         (directory / "config.json").write_text(json.dumps(_COMMON | SHAPE))
         model = Gemma3Config.from_checkpoint(directory)
         weights = random_weights(model, device=CPU, dtype=torch.bfloat16, quantize=QUANTIZE[kind])
-        self.text, self.layers, self.blocks = model.text, weights.text.layers, BLOCKS[kind]
-        self.form = Form.of(model.text, self.layers, tuning)
-        self.shares = self.form.shares(self.blocks)
-        self.launch = self.form.launch(self.shares, most_stages=3)
-        defines = self.form.defines(self.launch)
+        self.text, self.layers = model.text, weights.text.layers
+        self.blocks = BLOCKS[kind] * (2 if tuning.claimed else 1)  # One may claim more than its share.
+        form = Form.of(model.text, self.layers, tuning)
+        assert form is not None, "the kernel is for such sizes"
+        self.form, self.shares = form, form.shares(self.blocks)
+        launch = form.launch(self.shares, most_stages=3)
+        assert launch is not None, "a thread of each block has one output"
+        self.launch = launch
+        defines = form.defines(launch)
         self.kernel = hopper_twin.HostKernel(SOURCE, texts, defines, parameter="Layer")
         plain = [
             replace(layer, **{n: getattr(layer, n).dequantized(torch.float32) for n in MATRICES})
@@ -60,11 +70,12 @@ class SmallLayers:
         angles = torch.randn(1, model.text.head_dim // 2).repeat(1, 2)
         self.rope = angles.cos().bfloat16(), angles.sin().bfloat16()
 
-    def row(self, scale=1.0):
+    def row(self, scale: float = 1.0) -> list[Tensor]:
+        """Of the residual stream, and what attention gives."""
         sizes = self.text.hidden_size, self.text.num_heads * self.text.head_dim
         return [torch.randn(1, size).mul_(scale).bfloat16() for size in sizes]
 
-    def run(self, hidden, attention, seed):
+    def run(self, hidden: Tensor, attention: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
         """Two layers one after the other, whose attention gives what the queries are: what each leaves."""
         calls = LayerCalls(self.form, self.text.rms_norm_eps, self.layers, self.shares, hopper_twin.tensor_map)
         results = [calls.results(hidden), calls.results(hidden)]
@@ -75,6 +86,7 @@ class SmallLayers:
         ]
         mutable = {f"told_{name}": words for name, words in calls.told.items()} | {
             "launches": calls.launches,
+            "claims": calls.claims,
             "counters": calls.counters,
             "fed_tiles": calls.fed_tiles,
         }
@@ -95,8 +107,8 @@ class SmallLayers:
         )
         return results
 
-    def weights(self):
-        found = {}
+    def weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for number, layer in enumerate(self.layers):
             for name in layer.__slots__:
                 value = getattr(layer, name)
@@ -111,7 +123,7 @@ class SmallLayers:
                 found |= {f"{name} of layer {number}{part}": t for part, t in parts.items() if t is not None}
         return found
 
-    def errors(self, hidden, attention, results):
+    def errors(self, hidden: Tensor, attention: Tensor, results: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
         """Relative, of the residual stream and the heads after each layer."""
         found = []
         rope = [table.float() for table in self.rope]
@@ -123,5 +135,5 @@ class SmallLayers:
         return found
 
 
-def relative_error(ours, theirs):
-    return ((ours.float() - theirs).norm() / theirs.norm()).item()
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() - theirs).norm() / theirs.norm())

@@ -73,6 +73,8 @@ class Tuning:
         Whether FP8 is copied in boxes, one for a stage, and not row by row.
     ahead
         Bytes of the next layer's first matrices that a block asks into L2 when it has copied its own, at most.
+    claimed
+        Pairs of gate and up's tiles a block that go to whoever is there first.
     warps
         That multiply; None for as many, 14 at most, as a tile of `hidden` inputs is shared out among in few equal
         stages: with 21 a layer of 27B in INT4 takes 77 us in place of 73, with 7 it takes 85.
@@ -83,6 +85,7 @@ class Tuning:
     meeting: Meeting = "words"
     tensor_maps: bool = False
     ahead: int = 0
+    claimed: int = 0
     warps: int | None = None
     in_flight: int | None = None
 
@@ -173,9 +176,12 @@ class Form:
         return out, gate_up, down, qkv
 
     def shares(self, blocks: int) -> list[list[int]]:
-        """See `shared_out`."""
+        """See `shared_out`; what is claimed is not shared out."""
         out, gate_up, down, qkv = self.depths
-        return shared_out(self.tiles, (out, 2 * gate_up, down, qkv), blocks)
+        tiles = list(self.tiles)
+        if self.tuning.claimed:
+            tiles[1] = blocks * max(0, tiles[1] // blocks - self.tuning.claimed)
+        return shared_out(tiles, (out, 2 * gate_up, down, qkv), blocks)
 
     def launch(self, shares: Sequence[Sequence[int]], *, most_stages: int | None = None) -> Launch | None:
         """How to compile and launch it for blocks with such shares; None if there is no room in shared memory.
@@ -183,13 +189,15 @@ class Form:
         The ring has as many stages as there is room for, or `most_stages`.
         """
         parts = [max(after - first for first, after in pairwise(share)) for share in shares]
+        most_claimed = self.tuning.claimed and self.tuning.claimed + 2
+        parts[1] += most_claimed
         most_tiles = max(parts)
         parts[1] *= 2
         warps = self.warps
         # x, and each warp's part of each output.
         area = max(d * 2 + tiles * warps * TILE_ROWS * 4 for d, tiles in zip(self.depths, parts, strict=True))
         sums = max(self.depths) // _GROUP * 8 if self.bits == 4 else 0
-        beside = 4 * warps * 4 + sums + 144 + area
+        beside = 4 * warps * 4 + 4 * most_claimed + sums + 144 + area
         stage = warps * TILE_ROWS * (_ROW_BYTES + (4 * (1 + self.zeros) if self.bits == 4 else 0))
         stages = (_SHARED_BYTES - beside) // (stage + 16)
         if stages < _FEWEST_STAGES or len(shares[0]) > _MOST_BLOCKS + 1 or most_tiles * TILE_ROWS > warps * _WIDTH:
@@ -217,6 +225,7 @@ class Form:
             "MEETING": _MEETINGS[self.tuning.meeting],
             "TENSOR_MAPS": int(self.tuning.tensor_maps and self.bits == 8),
             "AHEAD": self.tuning.ahead,
+            "CLAIMED": self.tuning.claimed,
         }
 
     def _fits(self) -> bool:
@@ -273,7 +282,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("qk_norm", "attention", "hidden", "cos", "sin")),
         *((name, ctypes.c_void_p) for name in ("next_hidden", "heads", "launches")),
         *((name, ctypes.c_void_p) for name in ("told_attended", "told_fed", "told_given", "told_heads")),
-        *((name, ctypes.c_void_p) for name in ("counters", "fed_tiles", "next_out", "next_gate_up")),
+        *((name, ctypes.c_void_p) for name in ("claims", "counters", "fed_tiles", "next_out", "next_gate_up")),
         ("eps", ctypes.c_float),
         ("shares", ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4),
         ("rest", ctypes.c_ubyte * _TENSOR_MAP_BYTES),  # At least what aligns it as tensor maps are.
@@ -299,8 +308,8 @@ class LayerCalls:
         The blocks' results as they tell each other, by name: of the launch before the first they are 0.
     launches
         The next one's number, the first's being 1.
-    counters, fed_tiles
-        Of blocks that came to each meeting; sum and largest number of each tile of the MLP's row.
+    claims, counters, fed_tiles
+        Pairs of tiles claimed; blocks that came to each meeting; sum and largest number of each tile of the MLP's row.
 
     Parameters
     ----------
@@ -322,9 +331,10 @@ class LayerCalls:
         sizes = {"attended": form.hidden, "fed": form.fed // 2, "given": form.hidden, "heads": form.qkv}
         self.told = {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in sizes.items()}
         self.launches = torch.ones(1, dtype=torch.int32, device=device)
+        self.claims = torch.zeros(1, dtype=torch.int32, device=device)
         self.counters = torch.zeros(3, dtype=torch.int32, device=device)
         self.fed_tiles = torch.zeros(form.fed // TILE_ROWS, 2, device=device)
-        words = self.launches, *self.told.values(), self.counters, self.fed_tiles
+        words = self.launches, *self.told.values(), self.claims, self.counters, self.fed_tiles
         lasting = [memory.data_ptr() for memory in words]
         begins = (ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4)()
         for row, share in zip(begins, shares, strict=True):
@@ -352,9 +362,10 @@ class LayerCalls:
         maps = (ctypes.c_ubyte * (4 * _TENSOR_MAP_BYTES))()
         if self._form.tuning.tensor_maps and self._form.bits == 8:
             for place, (matrix, spans) in enumerate(zip(matrices, self._form.stage_spans, strict=True)):
-                boxes = Boxes(_matrix(matrix).values, *matrix.shape, spans * _ROW_BYTES)
+                rows, row_bytes = matrix.shape
+                boxes = Boxes(_matrix(matrix).values, rows, row_bytes, spans * _ROW_BYTES)
                 first = place * _TENSOR_MAP_BYTES
-                maps[first : first + _TENSOR_MAP_BYTES] = tensor_map(boxes)
+                maps[first : first + _TENSOR_MAP_BYTES] = list(tensor_map(boxes))
         return maps
 
     def results(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

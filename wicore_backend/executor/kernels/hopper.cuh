@@ -151,6 +151,12 @@ __device__ __forceinline__ uint4 told_four(const u32* from) {
     return v;
 }
 
+__device__ __forceinline__ u32 take_next(u32* counter) {  // What it was; each finds another.
+    u32 found;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(found) : "l"(counter) : "memory");
+    return found;
+}
+
 // What this thread did, and others that it has met, comes before what those do who find the word so. One may add and
 // many ask; who has met one that has found it so need not ask.
 __device__ __forceinline__ void add_released(u32* to, u32 by) {

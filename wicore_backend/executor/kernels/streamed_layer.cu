@@ -22,7 +22,8 @@
 // Given when it is compiled: HIDDEN, ATTENDED, FED, QKV, HEAD_DIM, QK_HEADS (sizes); BITS (of a weight: 4 or 8);
 // SCALE_HALF (INT4's scales are float16, not bfloat16); ZEROS (INT4 has zero points); WARPS (that multiply); STAGES (of
 // the ring); FLIGHT (of those, at most on their way); MEETING (see `streamed_meeting.cuh`); TENSOR_MAPS (FP8 is copied
-// by boxes, not row by row); AHEAD (bytes of the next layer that a block asks into L2 at its end).
+// by boxes, not row by row); AHEAD (bytes of the next layer that a block asks into L2 at its end); CLAIMED (pairs
+// of gate and up's tiles a block that are not shared out beforehand).
 
 #include "streamed_meeting.cuh"
 
@@ -286,6 +287,7 @@ __device__ void compute(Ring ring, const Layer& layer) {
                   [&](int output, float value, float next) { meetings.tell_fed(output, value, next); });
     meetings.hold(GATE_UP, layer.told_fed, TILE / 2, FREE_BIT);
     scale = put_fed(meetings);
+    if (CLAIMED > 0 && blockIdx.x == 0 && threadIdx.x == 0) tell(layer.claims, 0);
     product<FED>(ring, layer.down, shares.down, scale,
                  [&](int output, float value) { meetings.tell_result(layer.told_given, output, value); });
     scale = add_norm(meetings, DOWN, row, layer.told_given, layer.post_feedforward_norm, layer.next_norm, stream);

@@ -21,13 +21,14 @@
 #include "streamed_products.cuh"
 
 // A row of COUNT pieces among the threads: each takes one in each round. Blocks begin at different places, since all
-// read the same memory at the same time.
+// read the same memory at the same time; so their sums over a row may differ in the last bit. Where a result must not
+// depend on whose it is, as with tiles that are claimed, they begin at the same.
 template <int COUNT>
 struct Row {
     static constexpr int rounds = (COUNT + CONSUMERS - 1) / CONSUMERS;
     int start;
 
-    __device__ Row() : start(blockIdx.x * COUNT / gridDim.x / WIDTH * WIDTH) {}
+    __device__ Row() : start(CLAIMED ? 0 : blockIdx.x * COUNT / gridDim.x / WIDTH * WIDTH) {}
     __device__ bool has(int round) const { return round * CONSUMERS + threadIdx.x < COUNT; }
     __device__ int place(int round) const {
         const int place = start + round * CONSUMERS + threadIdx.x;

@@ -152,6 +152,22 @@ __device__ __forceinline__ void product(Ring& ring, const Matrix& matrix, const 
     if (there) give(output, whole(parts, threadIdx.x / TILE, threadIdx.x % TILE) * scale);
 }
 
+// As `multiply` of the pairs of tiles that the copying thread claims (see `copy_claimed`); how many they are.
+__device__ __forceinline__ int multiply_claimed(Ring& ring, float* parts) {
+    int pairs = 0;
+    while (pairs < MOST_CLAIMED) {
+        wait(ring.full(), ring.parity);
+        if (claimed_pairs()[pairs] == NO_PAIR) {
+            __syncwarp();
+            if (threadIdx.x % WIDTH == 0) arrive(ring.empty());
+            ring.next();
+            break;
+        }
+        ring = multiply(ring, 2, Cut<HIDDEN>::spans, Cut<HIDDEN>::each, parts + 2 * pairs++ * WARPS * TILE);
+    }
+    return pairs;
+}
+
 // Sum and largest magnitude of a tile's 16 numbers, as bfloat16 has them, by half a warp.
 __device__ __forceinline__ float2 of_tile(float value) {
     value = unpack<false>(pack<false>(value, 0.0f)).x;
@@ -170,11 +186,21 @@ template <class Give>
 __device__ __forceinline__ void gated_product(Ring& ring, const Matrix& matrix, const int2& share, float x_scale,
                                               float2* of_tiles, Give give) {
     float* parts = (float*)(shared + X_AT + HIDDEN * 2);
-    const int pairs = share.y - share.x, output = share.x * TILE + threadIdx.x;
-    const bool there = threadIdx.x < pairs * TILE;
-    const float scale = x_scale * scale_of(matrix, output, there);
-    const float up_scale = x_scale * scale_of(matrix, output + FED, there);
+    const int own = share.y - share.x;
+    int pairs = own, output = share.x * TILE + threadIdx.x;
+    bool there = threadIdx.x < pairs * TILE;
+    float scale = x_scale * scale_of(matrix, output, there);
+    float up_scale = x_scale * scale_of(matrix, output + FED, there);
     ring = multiply(ring, 2 * pairs, Cut<HIDDEN>::spans, Cut<HIDDEN>::each, parts);
+    if constexpr (CLAIMED > 0) {
+        pairs += multiply_claimed(ring, parts + 2 * own * WARPS * TILE);
+        if (!there && threadIdx.x < pairs * TILE) {
+            there = true;
+            output = claimed_pairs()[threadIdx.x / TILE - own] * TILE + threadIdx.x % TILE;
+            scale = x_scale * scale_of(matrix, output, there);
+            up_scale = x_scale * scale_of(matrix, output + FED, there);
+        }
+    }
     consumers_meet();
     float value = 0.0f;
     if (there) {

@@ -12,6 +12,7 @@ struct Matrix {
 
 constexpr int BY_WORDS = 0, BY_COUNTER = 1, BY_HINTS = 2;        // MEETING, see `streamed_meeting.cuh`
 constexpr int MOST_BLOCKS = 159;
+constexpr int MOST_CLAIMED = CLAIMED ? CLAIMED + 2 : 0;           // of a block, see `copy_claimed`
 constexpr int OUT = 0, GATE_UP = 1, DOWN = 2, NEXT_QKV = 3;  // the layer's matrices, in the order of their use
 
 struct Layer {
@@ -23,6 +24,7 @@ struct Layer {
     char *next_hidden, *heads;                   // bfloat16 [HIDDEN], [QKV]
     u32* launches;      // How many there have been, from 1.
     u32 *told_attended, *told_fed, *told_given, *told_heads;  // [HIDDEN], [FED / 2], [HIDDEN], [QKV]: see `tell`
+    u32* claims;        // CLAIMED: how many pairs of gate and up's tiles.
     u32* counters;      // Of each meeting, BY_COUNTER.
     float2* fed_tiles;  // [FED / 16]: see `of_tile`
     const char *next_out, *next_gate_up;  // AHEAD: the next layer's values; or null
@@ -54,7 +56,8 @@ struct Cut {  // of a tile of a matrix of DEPTH inputs
 
 constexpr int BARRIERS_AT = STAGES * STAGE_BYTES;
 constexpr int SCRATCH_AT = BARRIERS_AT + 2 * STAGES * 8;
-constexpr int SUMS_AT = (SCRATCH_AT + 4 * WARPS * 4 + 15) / 16 * 16;
+constexpr int CLAIMS_AT = SCRATCH_AT + 4 * WARPS * 4;
+constexpr int SUMS_AT = (CLAIMS_AT + (CLAIMED ? MOST_CLAIMED * 4 : 0) + 15) / 16 * 16;
 constexpr int X_AT = (SUMS_AT + SUMS_BYTES + 127) / 128 * 128;
 
 __device__ __forceinline__ void consumers_meet() { meet<1, CONSUMERS>(); }
@@ -131,6 +134,46 @@ struct Shares {
     __device__ static int2 of(const unsigned short* begins) { return {begins[blockIdx.x], begins[blockIdx.x + 1]}; }
 };
 
+// CLAIMED: the last pairs of gate and up's tiles go to whoever is there first, since some blocks' memory is faster.
+//   1. Shares leave out CLAIMED pairs a block, the last ones. A copying thread takes the next of them by a counter, while
+//      it copies the one before.
+//   2. It puts the pair's number into shared memory before it announces the pair's first stage: whoever has waited for
+//      that may read it.
+//   3. If there is none left it puts NO_PAIR, and announces a stage of no bytes.
+//   4. A block takes MOST_CLAIMED at most. Nobody asks for a pair after that.
+//   5. Block 0 sets the counter back after all have told what they made of gate and up: they had taken their last by
+//      then. The next launch begins to take when this one has ended.
+constexpr int NO_PAIR = -1;
+
+__device__ __forceinline__ int* claimed_pairs() { return (int*)(shared + CLAIMS_AT); }
+
+__device__ __forceinline__ int next_pair(const Layer& layer) {
+    const int pair = layer.shares[GATE_UP][gridDim.x] + take_next(layer.claims);
+    return pair < FED / TILE ? pair : NO_PAIR;
+}
+
+__device__ __forceinline__ void copy_pair(Ring& ring, Flight& flight, const Layer& layer, int pair, Policy policy) {
+    copy_tile<HIDDEN>(ring, flight, layer.gate_up, layer.maps[GATE_UP], pair, policy);
+    copy_tile<HIDDEN>(ring, flight, layer.gate_up, layer.maps[GATE_UP], pair + FED / TILE, policy);
+}
+
+__device__ __forceinline__ void copy_claimed(Ring& ring, Flight& flight, const Layer& layer, Policy policy) {
+    wait_for_kernel_before();
+    int pair = next_pair(layer);
+    for (int i = 0; i < MOST_CLAIMED; ++i) {
+        claimed_pairs()[i] = pair;
+        if (pair == NO_PAIR) {
+            wait(ring.empty(), ring.parity ^ 1);
+            flight.take_off();
+            arrive(ring.full());
+            return ring.next();
+        }
+        const int next = i + 1 < MOST_CLAIMED ? next_pair(layer) : NO_PAIR;
+        copy_pair(ring, flight, layer, pair, policy);
+        pair = next;
+    }
+}
+
 // The bytes of a matrix that this block's tiles of it take, `most` at most, into L2, not faster than they are read.
 template <int DEPTH>
 __device__ __forceinline__ int share_to_l2(const char* values, int first, int last, int most) {
@@ -150,10 +193,8 @@ __device__ void copy_all(Ring ring, const Layer& layer) {
     Flight flight;
     for (int tile = shares.out.x; tile < shares.out.y; ++tile)
         copy_tile<ATTENDED>(ring, flight, layer.out, layer.maps[OUT], tile, policy);
-    for (int tile = shares.gate_up.x; tile < shares.gate_up.y; ++tile) {
-        copy_tile<HIDDEN>(ring, flight, layer.gate_up, layer.maps[GATE_UP], tile, policy);
-        copy_tile<HIDDEN>(ring, flight, layer.gate_up, layer.maps[GATE_UP], tile + FED / TILE, policy);
-    }
+    for (int pair = shares.gate_up.x; pair < shares.gate_up.y; ++pair) copy_pair(ring, flight, layer, pair, policy);
+    if constexpr (CLAIMED > 0) copy_claimed(ring, flight, layer, policy);
     for (int tile = shares.down.x; tile < shares.down.y; ++tile)
         copy_tile<FED>(ring, flight, layer.down, layer.maps[DOWN], tile, policy);
     for (int tile = shares.qkv.x; tile < shares.qkv.y; ++tile)
