@@ -24,7 +24,6 @@ from wicore_backend.triton.metrics import Metrics, MetricsThread
 from wicore_backend.triton.outbox import Channel, Outbox
 from wicore_backend.triton.readiness import Readiness
 from wicore_backend.triton.settings import check_numpy, engine_config
-from wicore_backend.triton.startup import Startup
 from wicore_backend.triton.supervision import VARIABLE, Supervision
 from wicore_backend.triton.tensors import tensors_of
 from wicore_backend.triton.wire import RequestOptions, arrival_of, prompt_from_tensors
@@ -53,11 +52,9 @@ class TritonPythonModel:
     """
 
     def initialize(self, args: dict[str, str]) -> None:
-        startup = Startup()
         check_numpy()
         log_to_triton()
         self._engine = Engine(engine_config(json.loads(args["model_config"])), when_idle=_full_collections())
-        startup.done("engine")
         self._metrics = Metrics(args["model_name"])
         self._metrics_thread = MetricsThread(
             lambda: self._metrics.update(self._engine.statistics(), self._engine.health())
@@ -72,8 +69,6 @@ class TritonPythonModel:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*gc.get_threshold()[:2], _HARDLY_EVER)
-        startup.done("serving")
-        _log.info("%s: %s", args["model_name"], startup)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
