@@ -46,7 +46,7 @@ class ColdTierLimits:
         Memory for records under way, for each direction; a tray has room for the largest record in any case. Where
         blocks are decoded, another one for each thread that does it.
     decode_threads
-        Batches that are decoded at once: by default half of the CPUs that the process may use, and no more than 4.
+        Batches that are decoded at once: by default half of the CPUs that the process may use, but 2 to 4.
     measure_s
         An idle tier measures how fast restores are when that is so long ago.
     behind_bytes_per_second
@@ -56,7 +56,7 @@ class ColdTierLimits:
     backlog_bytes: int = 256 << 20
     tray_bytes: int = 4 << 20
     trays: int = 4
-    decode_threads: int = field(default_factory=lambda: max(1, min(4, len(os.sched_getaffinity(0)) // 2)))
+    decode_threads: int = field(default_factory=lambda: max(2, min(4, len(os.sched_getaffinity(0)) // 2)))
     measure_s: float = 60.0
     behind_bytes_per_second: float = 200e6
 
