@@ -106,7 +106,8 @@ def test_what_is_spare_is_what_is_not_expected_to_be_taken():
 
 def test_room_counts_what_those_that_run_are_expected_to_take():
     books = manager(blocks=41)
-    assert books.room_for(None, NOTHING, tokens=10, expected_tokens=80)[G] == 20
+    left = books.room_for(None, NOTHING, tokens=10, expected_tokens=80)
+    assert left == {G: 40 - 20, L: 40 - 8 - 2}, "of the window, what a decode holds, and a chunk of a prompt"
     blocks = books.open(None, NOTHING, max_tokens=200, expected_tokens=80)
     for end in (8, 16, 24):
         assert books.room_for(None, NOTHING, tokens=10, expected_tokens=80)[G] == 0
