@@ -146,7 +146,6 @@ _READ = {
     "speculation": lambda result: result[0]["speed_up"],
     "cold-tier": lambda result: result["shares"]["tier_up"],
     "restore": lambda result: result["rows"][-1]["host_ttft_s"],
-    "tests": lambda result: len(result["files"]),
 }
 
 
