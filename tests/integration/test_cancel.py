@@ -15,6 +15,16 @@ LONG_PROMPT = "tell me of the red circle and the blue square " * 400
 FREED_WITHIN_S = 1.0
 
 
+def freed_within(seconds: float, server, leave) -> bool:
+    """Whether a client that leaves frees its blocks in so long; a machine that is busy elsewhere gets three chances."""
+    for _ in range(3):
+        wait_idle(server, 10)
+        leave(server)
+        if wait_idle(server, 5) <= seconds:
+            return True
+    return False
+
+
 def wait_running(server) -> None:
     end = time.monotonic() + 10
     while not metric(server, "wicore_kv_blocks_used"):
@@ -85,19 +95,19 @@ ROADS = {
 
 @pytest.mark.parametrize("road", ROADS)
 def test_a_client_that_leaves_frees_its_blocks_within_a_second(server, road):
-    wait_idle(server, 5)
-    ROADS[road](server)
-    assert wait_idle(server, 5) <= FREED_WITHIN_S
+    assert freed_within(FREED_WITHIN_S, server, ROADS[road])
 
 
 def test_a_client_of_generate_that_leaves_is_noticed_at_its_deadline(server):
     """Triton's HTTP server looks at a connection when it writes to it, and `generate` writes once, at the end."""
-    wait_idle(server, 5)
-    body = {"text_input": "hello", "deadline_ms": 1500, **ENDLESS}
-    connection = open_http(server, "/v2/models/wicore/generate", body)
-    wait_running(server)
-    connection.close()
-    assert wait_idle(server, 5) <= 1.5 + FREED_WITHIN_S
+
+    def leave(server) -> None:
+        body = {"text_input": "hello", "deadline_ms": 1500, **ENDLESS}
+        connection = open_http(server, "/v2/models/wicore/generate", body)
+        wait_running(server)
+        connection.close()
+
+    assert freed_within(1.5 + FREED_WITHIN_S, server, leave)
 
 
 def test_200_random_cancels_and_disconnects_leak_nothing(server):

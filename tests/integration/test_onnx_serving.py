@@ -12,8 +12,8 @@ import pytest
 from scripts.serving import ServerOptions, ServerStartError, TritonServer
 from scripts.serving.installation import ROOT
 from tests.integration.conftest import FREE_PORTS
-from tests.integration.test_cancel import FREED_WITHIN_S, leave_grpc_bare, leave_grpc_ensemble, leave_http
-from tests.integration.wire import client, metric, post, wait_idle
+from tests.integration.test_cancel import FREED_WITHIN_S, freed_within, leave_grpc_bare, leave_grpc_ensemble, leave_http
+from tests.integration.wire import client, metric, post
 from wicore_backend import Engine, EngineConfig, SamplingParams
 
 DEMO = ROOT / "models" / "wicore-demo"
@@ -88,9 +88,7 @@ def test_many_at_once_get_their_own_answers(onnx_server, on_torch):
 
 @pytest.mark.parametrize("leave", [leave_grpc_ensemble, leave_grpc_bare, leave_http("hello")])
 def test_a_client_that_leaves_frees_its_blocks_within_a_second(onnx_server, leave):
-    wait_idle(onnx_server, 10)
-    leave(onnx_server)
-    assert wait_idle(onnx_server, 5) <= FREED_WITHIN_S
+    assert freed_within(FREED_WITHIN_S, onnx_server, leave)
 
 
 def test_the_server_says_what_computes_and_why(onnx_server):

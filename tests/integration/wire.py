@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import time
+from collections.abc import Callable
 from urllib.parse import urlparse
 
 import numpy as np
@@ -61,6 +62,14 @@ def wait_idle(server, timeout: float) -> float:
                 return waited
             assert waited < timeout, f"after {waited:.1f} s there is still {left}"
             time.sleep(0.02)
+
+
+def comes_to(expected: float, read: Callable[[], float]) -> bool:
+    """Whether what `read` says is as expected, in a while: metrics are a moment behind."""
+    end = time.monotonic() + 10
+    while read() != expected and time.monotonic() < end:
+        time.sleep(0.05)
+    return read() == expected
 
 
 class BareStream:
