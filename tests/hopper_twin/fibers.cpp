@@ -5,6 +5,7 @@
 
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace twin {
 
@@ -12,13 +13,24 @@ namespace {
 
 constexpr std::size_t STACK_BYTES = 128 * 1024;
 Fiber* entering;
+std::vector<void*> free_stacks;  // Of machines that were: to make one takes long.
 
 }  // namespace
 
+Fiber::~Fiber() {
+    if (stack_) free_stacks.push_back(stack_);
+}
+
 void Fiber::begin(std::function<void()> body) {
-    if (!stack_) {
+    if (!stack_ && !free_stacks.empty()) {
+        stack_ = free_stacks.back();
+        free_stacks.pop_back();
+    } else if (!stack_) {
         stack_ = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-        if (stack_ == MAP_FAILED) throw std::bad_alloc();
+        if (stack_ == MAP_FAILED) {
+            stack_ = nullptr;
+            throw std::bad_alloc();
+        }
     }
     body_ = std::move(body);
     started_ = ended_ = false;

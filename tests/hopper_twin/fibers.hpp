@@ -10,6 +10,10 @@ namespace twin {
 
 class Fiber {
   public:
+    Fiber() = default;
+    Fiber(const Fiber&) = delete;
+    ~Fiber();
+
     void begin(std::function<void()> body);
     bool ended() const { return ended_; }
     void resume();        // From outside: until it gives way or ends.
@@ -20,7 +24,7 @@ class Fiber {
     static void enter();
 
     std::function<void()> body_;
-    void* stack_ = nullptr;  // Kept for whoever begins next.
+    void* stack_ = nullptr;
     bool started_ = false, ended_ = true;
     jmp_buf inside_, outside_;
 };

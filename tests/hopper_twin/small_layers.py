@@ -51,7 +51,7 @@ class SmallLayers:
         model = Gemma3Config.from_checkpoint(directory)
         weights = random_weights(model, device=CPU, dtype=torch.bfloat16, quantize=QUANTIZE[kind])
         self.text, self.layers = model.text, weights.text.layers
-        self.blocks = BLOCKS[kind] * (2 if tuning.claimed else 1)  # One may claim more than its share.
+        self.blocks = BLOCKS[kind] * (3 if tuning.claimed else 2) // 2  # One may claim more than its share.
         form = Form.of(model.text, self.layers, tuning)
         assert form is not None, "the kernel is for such sizes"
         self.form, self.shares = form, form.shares(self.blocks)
