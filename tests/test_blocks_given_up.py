@@ -65,6 +65,18 @@ def test_what_the_device_gives_up_is_found_in_host_memory_and_loaded():
     books.check_integrity()
 
 
+def test_what_was_loaded_from_host_memory_leaves_it_from_its_end():
+    books = tiered(host=60)
+    books.close(run(books, range(48)))
+    books.close(run(books, range(1000, 1120)))
+    again = run(books, range(50))
+    chain = names(range(48)).first(12)
+    assert books.lower is not None
+    leaving = [block.name for block in books.lower.host.leave(G, beyond=0, most=100)]
+    assert [name for name in leaving if name in chain] == list(reversed(chain))
+    books.close(again)
+
+
 def test_a_full_host_tier_lets_go_of_what_was_spilled_first():
     books = tiered(host=20)
     for start in range(0, 10_000, 1000):

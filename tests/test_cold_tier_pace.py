@@ -1,5 +1,6 @@
 """How long restores take, by the cold tier's own measure: found from what was moved, and kept up to date."""
 
+import errno
 import threading
 import time
 from dataclasses import replace
@@ -124,6 +125,34 @@ def test_a_disk_is_not_measured_while_it_is_written_to(tmp_path):
         files.go.set()
         bench.wait(len(blocks) - 1)
         wait_for_measurement(bench)
+
+
+def test_a_disk_that_is_written_to_for_long_is_measured_all_the_same_but_later(tmp_path):
+    limits = replace(LIMITS, measure_s=0.5)
+    with Bench(tmp_path, limits=limits, open_files=FaultyFiles) as bench:
+        bench.spill_numbers(GLOBAL, range(8))
+        wait_for_measurement(bench)
+        measured, at = bench.store.statistics().fetches[Outcome.DONE], time.monotonic()
+        (files,) = bench.files
+        files.blocked.add("write")
+        bench.tier.spill([bench.put(GLOBAL, 9, 9)])
+        while bench.store.statistics().fetches[Outcome.DONE] == measured:
+            assert time.monotonic() < at + 10
+            time.sleep(0.001)
+        assert time.monotonic() - at > 0.75, "due after 0.5 s, it waits for the end of the writing, but not for ever"
+        files.go.set()
+        bench.wait(1)
+
+
+def test_stores_that_fail_say_nothing_of_how_fast_the_disk_is(tmp_path):
+    with Bench(tmp_path, open_files=FaultyFiles) as bench:
+        bench.spill_numbers(GLOBAL, range(8))
+        fast = bench.tier.statistics().spill_bytes_per_second
+        assert fast is not None
+        (files,) = bench.files
+        files.errors["write"] = errno.EIO
+        assert Outcome.DONE not in bench.spill_numbers(GLOBAL, range(10, 40), at_once=10)
+        assert bench.tier.statistics().spill_bytes_per_second == fast
 
 
 def test_a_disk_that_was_slow_is_found_to_be_well_again(tmp_path):

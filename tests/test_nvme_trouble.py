@@ -74,6 +74,25 @@ def test_a_failed_read_is_a_miss_and_its_place_is_not_used_again(faulty, caplog)
     store.check_integrity()
 
 
+def test_of_records_that_are_read_together_a_bad_place_costs_the_one_that_lies_there(tmp_path):
+    class BadPlace(FaultyFiles):
+        def read(self, run, into):
+            if run.start <= 2 < run.stop:
+                raise OSError(errno.EIO, "a bad place")
+            super().read(run, into)
+
+    with NvmeStore(config(tmp_path, read_threads=1, read_deadline_s=10.0), open_files=BadPlace) as store:
+        for number in range(6):  # Each a slot, one after the other.
+            assert put(store, number) is Outcome.DONE
+        buffers = [bytearray(SLOT) for _ in range(6)]
+        ticket = store.fetch([name(number) for number in range(6)], buffers)
+        assert ticket.wait(10)
+        assert ticket.outcomes == (*[Outcome.DONE] * 2, Outcome.FAILED, *[Outcome.DONE] * 3)
+        assert all(bytes(buffers[number]) == payload(number, SLOT) for number in (0, 1, 3, 4, 5))
+        assert store.statistics().troubles == {Trouble.READ_ERROR: 1}
+        store.check_integrity()
+
+
 def test_headers_that_cannot_be_read_are_records_that_are_missing(tmp_path, caplog):
     with NvmeStore(config(tmp_path)) as store:
         put(store, 1)
