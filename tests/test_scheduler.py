@@ -3,8 +3,9 @@
 import pytest
 
 from tests.scheduler_bench import BATCH, REALTIME, Bench, sequence
+from wicore_backend.engine.chunks import Chunks
 from wicore_backend.engine.pacing import Pacer
-from wicore_backend.engine.step_time import StepShape
+from wicore_backend.engine.step_time import StepShape, StepTimeModel
 
 
 def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
@@ -110,6 +111,32 @@ def test_a_prompt_gets_on_however_slow_the_decodes_are():
             break
     assert long.answered
     assert len(starts) < 12
+
+
+def test_nobody_starts_with_whom_decodes_would_miss_their_target():
+    b = Bench(running=8, target_tpot_s=0.035)
+    b.teach(step=0.01, token=0.01)  # Two decodes take 0.03 s, three 0.04 s.
+    for n in range(3):
+        b.add(sequence(4, 50, first=100 * n))
+        for _ in range(4):
+            b.step()
+    assert (b.scheduler.num_running, b.scheduler.num_waiting) == (2, 1)
+
+
+def test_a_chunk_is_fitted_beside_those_before_it():
+    class Asked(Pacer):
+        def tokens(self, shape: StepShape, *, context: int, most: int, share: float = 1.0) -> int:
+            asked.append((shape, context, most))
+            return super().tokens(shape, context=context, most=most, share=share)
+
+    asked: list[tuple[StepShape, int, int]] = []
+    decodes = StepShape(2, 2, 50, 0)
+    chunks = Chunks(Asked(StepTimeModel(), target_s=None, slowdown=1.5), decodes, tokens=20)
+    first = sequence(20)
+    first.computed = 8
+    chunks.add(first, 12)
+    chunks.end(sequence(30, first=50))
+    assert asked == [(decodes.with_prefill(4, 8), 0, 16)]
 
 
 # Priorities

@@ -41,10 +41,13 @@ class GuessingBench(Bench):
 
 
 def test_nobody_is_asked_beside_a_prompt():
-    b, a = GuessingBench(ahead=3), sequence(20)
-    b.add(a)
-    assert [bool(b.guessing_step().guesses) for _ in range(3)] == [False, False, True]
-    assert b.asked == [10 - 2]
+    b = GuessingBench(ahead=3)
+    b.add(sequence(4, 30))
+    b.step()
+    b.add(sequence(40, first=100))
+    plans = [b.guessing_step() for _ in range(4)]
+    assert [(bool(plan.chunks), bool(plan.guesses)) for plan in plans] == [(True, False)] * 3 + [(False, True)]
+    assert len(b.asked) == 2
 
 
 def test_no_more_is_guessed_than_the_longest_answer_can_hold():

@@ -93,6 +93,19 @@ def test_the_time_to_retry_follows_the_rate_at_which_the_queue_moves():
     assert refused.retry_after_s == pytest.approx(backlog / 2, rel=0.3)
 
 
+def test_the_queue_before_it_counts_against_a_deadline():
+    b = Bench(running=1, budget=64)
+    for n in range(30):
+        b.add(sequence(10, 10, first=100 * n, arrival=n / 100))
+    while (backlog := sum(q.tokens for q in b.scheduler.backlogs().values())) > 80:
+        b.step()
+    soon = Deadlines(first_token_s=5.0)
+    (refused,) = b.add(sequence(10, first=5000, deadlines=soon, arrival=b.now))
+    assert refused.reason is RejectReason.TOO_LATE
+    assert refused.expected_s == pytest.approx(backlog / 2, rel=0.3)
+    assert b.add(sequence(10, first=6000, deadlines=soon, arrival=b.now, priority=REALTIME)) == []
+
+
 def test_a_tenant_that_floods_slows_itself():
     b = Bench(running=2, budget=64)
     flood = [sequence(10, 10, first=100 * n, tenant="flood", arrival=n / 1000) for n in range(50)]
