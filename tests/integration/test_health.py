@@ -63,7 +63,7 @@ def test_a_stop_lets_running_answers_end_and_refuses_new_ones(installation, tmp_
         answers = [Answer(server, max_tokens=900) for _ in range(3)]
         stopping = threading.Thread(target=server.stop)
         stopping.start()
-        time.sleep(0.3)
+        wait_until(lambda: metric(server, "wicore_engine_healthy") == 0)
         with client(server, retry=None) as c, pytest.raises(Unavailable, match=r"retry after \d") as refused:
             c.generate("hello", max_tokens=3)
         assert refused.value.retry_after
@@ -85,7 +85,7 @@ def test_what_has_not_ended_by_then_gets_its_end_all_the_same(installation, tmp_
         asking = threading.Thread(target=lambda: whole.append(generate(server, **body)))
         asking.start()
         began = time.monotonic()
-        time.sleep(0.2)
+        wait_until(lambda: metric(server, "wicore_running_requests") == 4)
         server.stop()
         assert time.monotonic() - began < 20
         for answer in answers:
