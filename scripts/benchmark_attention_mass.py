@@ -90,15 +90,14 @@ class Decodes:
     @contextmanager
     def keeping(self, share: float) -> Iterator[None]:
         """Meanwhile all but this share of each sequence's global blocks have left, but for the last ones."""
-        tables = [answer.running_blocks.tables for answer in self._answers]
-        whole = [table[LayerGroup.GLOBAL] for table in tables]
+        tables = [answer.running_blocks.tables[LayerGroup.GLOBAL] for answer in self._answers]
+        whole = [table.copy() for table in tables]
         for table, start in zip(tables, self._starts, strict=True):
-            blocks = table[LayerGroup.GLOBAL] = table[LayerGroup.GLOBAL].copy()
             recent = start // self._model.blocks.block_size - 8
-            blocks[np.random.default_rng(0).permutation(recent)[: int(recent * (1 - share))]] = 0
+            table[np.random.default_rng(0).permutation(recent)[: int(recent * (1 - share))]] = 0
         yield
         for table, blocks in zip(tables, whole, strict=True):
-            table[LayerGroup.GLOBAL] = blocks
+            table[:] = blocks
 
     def close(self) -> None:
         for answer in self._answers:
@@ -332,10 +331,9 @@ class Question:
 
     def right(self, choice: Choice, share: float) -> bool:
         """Whether the answer is right when only that share of the prompt's blocks is there."""
-        tables = self._sequence.running_blocks.tables
-        whole = tables[LayerGroup.GLOBAL]
-        tables[LayerGroup.GLOBAL] = whole.copy()
-        tables[LayerGroup.GLOBAL][self._gone(choice, share)] = 0
+        table = self._sequence.running_blocks.tables[LayerGroup.GLOBAL]
+        whole = table.copy()
+        table[self._gone(choice, share)] = 0
         # The prompt's last token is computed again, since its attention is what finds the needle.
         self._sequence.tokens, self._sequence.computed = [*self._tokens], len(self._tokens) - 1
         answer: list[int] = []
@@ -344,7 +342,7 @@ class Question:
             answer.append(token)
             self._sequence.tokens.append(token)
             self._sequence.computed += 1
-        tables[LayerGroup.GLOBAL] = whole
+        table[:] = whole
         return self._model.processor.tokenizer.decode(answer).strip() == self._case.answer
 
     def _gone(self, choice: Choice, share: float) -> NDArray[np.int64]:

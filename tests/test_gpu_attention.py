@@ -55,7 +55,7 @@ class Bench:
     processors: int | None = 4
     layers: Sequence[LayerGroup] = LAYERS
     widened_bytes: int = 2**28
-    blocks: int | None = None
+    pool_blocks: int | None = None
     """Of each pool; by default what the parts take."""
 
     def __post_init__(self) -> None:
@@ -68,8 +68,7 @@ class Bench:
             window=self.shape.window,
             bytes_per_value=self.shape.stored.itemsize,
         )
-        if self.blocks is None:
-            self.blocks = sum(self.counts) + 3
+        self.blocks = sum(self.counts) + 3 if self.pool_blocks is None else self.pool_blocks
         self.expected_pools, self.pools = self._pools(torch.float32), self._pools(self.shape.stored)
         self.empty()
         settings: dict[str, Any] = {"scale": SCALE, "window": self.shape.window, "softcap": self.shape.softcap}
@@ -321,7 +320,7 @@ def test_a_bucket_serves_whatever_fits_it_at_the_same_addresses(kernel_device):
         (HOLES[:4], {3: [0, 1]}),
         ([Part(7, 1)], {}),
     ]
-    bench = Bench(Shape(kv_heads=1), DECODES, kernel_device, blocks=70)
+    bench = Bench(Shape(kv_heads=1), DECODES, kernel_device, pool_blocks=70)
     bucket = bench.attention.decode_bucket(sequences=6, max_keys=120)
     before = [result.data_ptr() for result in (bucket.plan.out, bucket.plan.decodes[LayerGroup.GLOBAL].items)]
     for parts, measured in steps:
@@ -337,7 +336,7 @@ def test_a_bucket_serves_a_prompt_by_itself(window, kernel_device):
     """Whose groups see the same within the window, where one's tiles serve both, whatever tiles of keys they have."""
     tuning = replace(SMALL, prefill=replace(SMALL.prefill, keys=32), local_prefill=SMALL.prefill)
     shape = Shape(window=window)
-    bench = Bench(shape, [Part(0, 40)], kernel_device, tuning=tuning, processors=1, blocks=20)
+    bench = Bench(shape, [Part(0, 40)], kernel_device, tuning=tuning, processors=1, pool_blocks=20)
     out = torch.zeros(40, 4 * 16, device=kernel_device)
     bucket = bench.attention.prompt_bucket(max_keys=60, out=out)
     for part in (Part(0, 40), Part(17, 23, image=(5, 9)), Part(0, 3), Part(30, 20, gone=frozenset({1, 2}))):
@@ -348,7 +347,7 @@ def test_a_bucket_serves_a_prompt_by_itself(window, kernel_device):
 
 
 def test_a_bucket_refuses_what_it_has_no_room_for_and_stays_as_it_was(kernel_device):
-    bench = Bench(Shape(), DECODES[:2], kernel_device, blocks=50)
+    bench = Bench(Shape(), DECODES[:2], kernel_device, pool_blocks=50)
     decodes, measured = bench.attention.decode_bucket(sequences=2, max_keys=40), bench.step({1: [0, 1]})
     bench.attention.refresh(decodes, measured)
     asked = decodes.plan.measurements
