@@ -24,10 +24,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from scripts.engine_build.builder import Build, Limits
-from scripts.engine_build.estimates import Part, parts
-from scripts.engine_build.tables import Inspection, duration, inspection, plan_table
-from scripts.engine_build.worker import Built
 from wicore_backend.config import EngineConfig
 from wicore_backend.devices.cards import CARDS
 from wicore_backend.devices.plans import PLANS, Plan
@@ -42,6 +38,14 @@ from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint
 from wicore_backend.models.gemma3.weight_format import weight_format
 from wicore_backend.sizes import gib
+
+try:
+    from scripts.engine_build.builder import Build, Limits
+    from scripts.engine_build.estimates import Part, parts
+    from scripts.engine_build.tables import Inspection, duration, inspection, plan_table
+    from scripts.engine_build.worker import Built
+except ModuleNotFoundError as missing:  # Its words say what to install.
+    raise SystemExit(f"build_engines: {missing}") from None
 
 _LIBRARIES = {"rtx": LibraryName.TENSORRT_RTX, "tensorrt": LibraryName.TENSORRT}
 
