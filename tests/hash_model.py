@@ -59,7 +59,7 @@ def next_token(key: int, temperature: float, seed: int, place: int) -> tuple[int
     """What the model says after the token of this key, and its log-probability."""
     logits = LOGITS[key % len(LOGITS)]
     row = SamplingRow(SamplingParams(temperature=temperature), seed, place)
-    token = int(sample(logits[None].clone(), [row]))
+    token = int(sample(logits[None].clone(), [row]).tokens)
     return token, float(logits.log_softmax(-1)[token])
 
 

@@ -176,11 +176,11 @@ def test_tokens_that_are_drawn_in_parts_are_those_drawn_at_once():
     logits = torch.randn(70, 500)
     drawn = Params(temperature=1.0, top_p=0.9)
     rows = [SamplingRow(drawn, seed=seed, place=seed) for seed in range(70)]
-    one_by_one = [sample(logits[n : n + 1], rows[n : n + 1]).item() for n in range(70)]
-    assert sample(logits, rows).tolist() == one_by_one
+    one_by_one = [sample(logits[n : n + 1], rows[n : n + 1]).tokens.item() for n in range(70)]
+    assert sample(logits, rows).tokens.tolist() == one_by_one
     mixed = [row if n % 3 else SamplingRow(Params(temperature=0.0), seed=0, place=0) for n, row in enumerate(rows)]
     expected = [token if n % 3 else int(logits[n].argmax()) for n, token in enumerate(one_by_one)]
-    assert sample(logits, mixed).tolist() == expected
+    assert sample(logits, mixed).tokens.tolist() == expected
 
 
 def test_the_vision_tower_takes_what_is_stated(tmp_path):

@@ -73,10 +73,10 @@ def test_sampling_does_not_wait_for_the_device():
     drawn = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.01}
     several = [{"temperature": 0.0}, drawn, {"temperature": 0.0, **penalties}, {**drawn, **penalties}]
     rows = [SamplingRow(SamplingParams(**one), seed=7, place=2, prompt=[2, 3, 4], answer=[5, 5]) for one in several]
-    expected = sample(logits, rows).tolist()
+    expected = sample(logits, rows).tokens.tolist()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tokens = sample(logits, rows)
+        tokens = sample(logits, rows).tokens
         read = logprobs_of(logits, tokens, [0, 3, 1, 2])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -19,7 +19,7 @@ def draws(count: int = 4000, logits: torch.Tensor = LOGITS, answer=(), prompt=()
     """Tokens drawn with `count` seeds."""
     p = SamplingParams(**{"temperature": 1.0} | params)
     rows = [SamplingRow(p, seed, len(answer), prompt, answer) for seed in range(count)]
-    return Counter(sample(logits.repeat(count, 1), rows).tolist())
+    return Counter(sample(logits.repeat(count, 1), rows).tokens.tolist())
 
 
 def assert_distribution(counts: Counter, expected: torch.Tensor) -> None:
@@ -76,7 +76,9 @@ def test_presence_and_frequency_look_at_the_answer_only():
 def test_one_seed_gives_one_answer_and_places_differ():
     p = SamplingParams(temperature=1.0)
     flat = torch.zeros(64, 1000)
-    first, again = (sample(flat.clone(), [SamplingRow(p, 7, place) for place in range(64)]).tolist() for _ in range(2))
+    first, again = (
+        sample(flat.clone(), [SamplingRow(p, 7, place) for place in range(64)]).tokens.tolist() for _ in range(2)
+    )
     assert first == again
     assert len(set(first)) > 50
 
@@ -96,8 +98,8 @@ def test_a_row_does_not_depend_on_its_batch(data):
     batch = data.draw(st.lists(params, min_size=1, max_size=6))
     rows = [SamplingRow(p, seed, 2, [1, 2], [3, 4]) for seed, p in enumerate(batch)]
     logits = torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(len(rows)))
-    together = sample(logits.clone(), rows).tolist()
-    assert together == [sample(logits[i : i + 1].clone(), [row]).item() for i, row in enumerate(rows)]
+    together = sample(logits.clone(), rows).tokens.tolist()
+    assert together == [sample(logits[i : i + 1].clone(), [row]).tokens.item() for i, row in enumerate(rows)]
 
 
 def test_logprobs_are_of_the_models_distribution():
@@ -116,5 +118,18 @@ def test_the_last_bits_of_the_logits_do_not_change_what_is_drawn():
     logits = torch.randn(2000, 2048, generator=generator)
     rows = [SamplingRow(SamplingParams(temperature=5.0, top_p=0.95), seed, 0) for seed in range(2000)]
     noisy = logits + torch.randn(2000, 2048, generator=generator) * 1e-6
-    drawn, again = sample(logits.clone(), rows), sample(noisy, rows)
+    drawn, again = sample(logits.clone(), rows).tokens, sample(noisy, rows).tokens
     assert (drawn != again).sum() <= 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("drawn", [(), (0, 1, 2), (1,)], ids=["greedy", "drawn", "both"])
+def test_a_row_that_is_not_of_numbers_is_told_from_the_others_and_its_token_is_still_one(value, drawn):
+    logits = torch.randn(3, 50)
+    logits[1, slice(None) if value < 0 else 7] = value  # To be ruled out is no fault of one token.
+    logits[0, 3] = -torch.inf
+    params = SamplingParams(temperature=1.0, top_k=40, top_p=0.9, min_p=0.01)
+    rows = [SamplingRow(params if n in drawn else SamplingParams(temperature=0.0), 1, 0) for n in range(3)]
+    sampled = sample(logits, rows)
+    assert sampled.peaks.isfinite().tolist() == [True, False, True]
+    assert all(0 <= token < 50 for token in sampled.tokens.tolist())

@@ -344,7 +344,7 @@ def test_a_padded_vocabulary_has_no_tokens_past_the_tokenizers(tokenizer):
     assert not bits[2048:].any()
     logits = torch.zeros(1, 2100)
     logits[0, 2050] = 100
-    assert sample(logits, [SamplingRow(SamplingParams(), 0, 0, grammar=answer)]).item() < 2048
+    assert sample(logits, [SamplingRow(SamplingParams(), 0, 0, grammar=answer)]).tokens.item() < 2048
 
 
 def test_free_text_has_no_special_tokens_but_the_ends(compiler, tokenizer):
@@ -361,7 +361,7 @@ def test_a_gpu_chooses_among_the_same_tokens(compiler):
     rows = [SamplingRow(SamplingParams(logit_bias={300: 5.0}), seed, 0, grammar=a) for seed, a in enumerate(answers)]
     rows.insert(1, SamplingRow(SamplingParams(logit_bias={7: -100.0}), 9, 0))
     logits = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0))
-    assert sample(logits.cuda(), rows).tolist() == sample(logits, rows).tolist()
+    assert sample(logits.cuda(), rows).tokens.tolist() == sample(logits, rows).tokens.tolist()
 
 
 # Biases.
@@ -379,7 +379,7 @@ def test_a_bias_is_added_after_penalties_and_before_the_temperature():
     logits = torch.tensor([[1.0, 2.0, 0.0]])
     row = {"repetition_penalty": 2.0, "logit_bias": {0: -1.5, 2: 0.25}}  # 0.5 - 1.5, 1, 0.25 once penalised.
     rows = [SamplingRow(SamplingParams(**row | {"temperature": 0.5}), s, 0, [0, 1]) for s in range(4000)]
-    drawn = torch.bincount(sample(logits.repeat(4000, 1), rows), minlength=3) / 4000
+    drawn = torch.bincount(sample(logits.repeat(4000, 1), rows).tokens, minlength=3) / 4000
     expected = (torch.tensor([-1.0, 1.0, 0.25]) / 0.5).softmax(0)
     assert torch.allclose(drawn, expected, atol=0.03)
     assert (logits == torch.tensor([[1.0, 2.0, 0.0]])).all()
@@ -389,7 +389,7 @@ def test_draws_follow_the_distribution_among_what_is_allowed(compiler, tokenizer
     logits = torch.randn(2048, generator=torch.Generator().manual_seed(0))
     (answer,) = compiler.begin(Grammar(regex="[0-4]x"), 1)
     rows = [SamplingRow(SamplingParams(temperature=1.0), seed, 0, grammar=answer) for seed in range(2000)]
-    drawn = torch.bincount(sample(logits.repeat(2000, 1), rows), minlength=2048) / 2000
+    drawn = torch.bincount(sample(logits.repeat(2000, 1), rows).tokens, minlength=2048) / 2000
     allowed = [i for i in range(2048) if re.fullmatch(b"[0-4]x?", tokenizer.token_bytes(i))]
     assert torch.allclose(drawn[allowed], logits[allowed].softmax(0), atol=0.05)
     assert drawn[allowed].sum() == pytest.approx(1)

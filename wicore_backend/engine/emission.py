@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from wicore_backend.engine.computation import ReadPromptLogprobs
 from wicore_backend.engine.ledger import RequestLedger
 from wicore_backend.engine.logprobs import ReadLogprobs, logprobs_of
 from wicore_backend.engine.request import Sequence, TokenLogprob
-from wicore_backend.engine.sampler import sample
+from wicore_backend.engine.sampler import Sampled, sample
+from wicore_backend.errors import EngineError
 from wicore_backend.executor.upload import rows_of, to_host
 
 _log = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ class Choice:
     tokens
         int64 [R], on the device, a token for each of `sequences`.
     read
-        Waits for the device, though not for what it was given later, and gives the tokens.
+        Waits for the device, though not for what it was given later, and gives the tokens; None where the model's
+        logits are not numbers, so that none can be chosen.
     wanted, logprobs
         The rows whose log-probabilities are asked for, and what waits for these and gives them.
     after
@@ -43,7 +46,7 @@ class Choice:
 
     sequences: Rows[Sequence]
     tokens: Tensor
-    read: Callable[[], list[int]]
+    read: Callable[[], list[int | None]]
     wanted: Rows[int] = ()
     logprobs: ReadLogprobs = list
     after: Mapping[Sequence, range] = field(default_factory=dict)
@@ -123,7 +126,7 @@ class Emitter:
     def _tell(
         self,
         sequence: Sequence,
-        chosen: Rows[int],
+        chosen: Rows[int | None],
         guessed: Rows[int],
         logprob: TokenLogprob | None,
         now: float,
@@ -131,6 +134,9 @@ class Emitter:
         """Tell the first of the tokens `chosen`, and each further one before which the `guessed` token was right."""
         for told, token in enumerate(chosen):
             if sequence not in self._ledger:  # It was cancelled, or another answer of the same request has failed.
+                return told
+            if token is None:
+                self._ledger.fail(sequence, _no_numbers(sequence))
                 return told
             job, generation = self._ledger.owner(sequence)
             try:
@@ -160,8 +166,9 @@ class Emitter:
                 sampling += [replace(own, place=own.place + n) for n in range(1, 1 + len(further))]
         if places != list(range(len(logits))):
             logits = rows_of(logits, places)
-        tokens = sample(logits, sampling)
-        choice = Choice(sequences, tokens, _reading(tokens), after=where)
+        sampled = sample(logits, sampling)
+        tokens = sampled.tokens
+        choice = Choice(sequences, tokens, _reading(sampled), after=where)
         tops = {row: g.logprobs for row, g in enumerate(generations) if g.logprobs is not None}
         if not tops:
             return choice
@@ -197,23 +204,31 @@ class Emitter:
 
 def _together(choices: Rows[Choice]) -> Choice:
     """The choices of one sequence each as one."""
-    tokens = torch.cat([choice.tokens for choice in choices])
     return Choice(
         [choice.sequences[0] for choice in choices],
-        tokens,
-        _reading(tokens),
+        torch.cat([choice.tokens for choice in choices]),
+        lambda: [token for choice in choices for token in choice.read()],
         [row for row, choice in enumerate(choices) if choice.wanted],
         lambda: [logprob for choice in choices for logprob in choice.logprobs()],
     )
 
 
-def _reading(tokens: Tensor) -> Callable[[], list[int]]:
-    """A call that gives int64 `tokens` once they are there."""
-    on_host = to_host(tokens)
+def _reading(sampled: Sampled) -> Callable[[], list[int | None]]:
+    """A call that gives the tokens once they are there; None for those that were not chosen among numbers."""
+    on_host = to_host(sampled.tokens, sampled.peaks)
 
-    def read() -> list[int]:
-        (there,) = on_host()
-        values: list[int] = there.tolist()
-        return values
+    def read() -> list[int | None]:
+        tokens, peaks = on_host()
+        chosen = np.isfinite(peaks)
+        values: list[int] = tokens.tolist()
+        return list(values) if chosen.all() else [v if good else None for v, good in zip(values, chosen, strict=True)]
 
     return read
+
+
+def _no_numbers(sequence: Sequence) -> EngineError:
+    return EngineError(
+        f"the model's logits are not numbers (NaN or infinite) at token {sequence.answered + 1} of the answer; if all "
+        "requests end so, the checkpoint's weights are damaged: compare its files with their checksums and fetch them "
+        "again; if only some do, a value was too great for the model's dtype: set dtype to 'bfloat16' or 'float32'"
+    )

@@ -48,14 +48,30 @@ class SamplingRow:
         return bool(self.penalised or self.params.logit_bias or self.grammar or self.held_back)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """Next tokens, and what tells whether they were chosen among numbers; both are on the device.
+
+    Attributes
+    ----------
+    tokens
+        int64 [R], always tokens of the vocabulary, so that a step may begin with them before anybody has read them.
+    peaks
+        float32 [R], the greatest of each row's logits: not finite if any of them is NaN or infinitely great.
+    """
+
+    tokens: Tensor
+    peaks: Tensor
+
+
 def sampling_bytes(*, rows: int, vocab: int) -> int:
     """Memory that `sample` takes for so many rows, their logits aside."""
     # Those under penalties and a grammar are copied, and so are, of some rows, those that are drawn.
     return vocab * (rows * 2 * torch.float32.itemsize + min(rows, _DRAWN_AT_ONCE) * _DRAWING_BYTES)
 
 
-def sample(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
-    """The next token of each row of `logits` float32 [R, V]: int64 [R], on its device.
+def sample(logits: Tensor, rows: Rows[SamplingRow]) -> Sampled:
+    """The next token of each row of `logits` float32 [R, V].
 
     The order of operations is that of `SamplingParams`. The device is not waited for.
     """
@@ -64,11 +80,12 @@ def sample(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
     drawn = [row for row, r in enumerate(rows) if r.params.temperature > 0]
     if len(drawn) == len(rows):
         return _draw_in_parts(logits, rows)
-    tokens = logits.argmax(-1)
+    peaks, tokens = logits.max(-1)  # In one pass, as argmax takes.
     if drawn:
         places = to_device(np.array(drawn, np.int64), logits.device)
-        tokens.index_copy_(0, places, _draw_in_parts(logits.index_select(0, places), [rows[row] for row in drawn]))
-    return tokens
+        chosen = _draw_in_parts(logits.index_select(0, places), [rows[row] for row in drawn])
+        tokens.index_copy_(0, places, chosen.tokens)
+    return Sampled(tokens, peaks)
 
 
 def _reshape(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
@@ -137,21 +154,23 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
         logits.index_add_(0, places, to_device(drops.astype(np.float32), logits.device), alpha=-1)
 
 
-def _draw_in_parts(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
+def _draw_in_parts(logits: Tensor, rows: Rows[SamplingRow]) -> Sampled:
     if len(rows) <= _DRAWN_AT_ONCE:
         return _draw(logits, rows)
     parts = [slice(first, first + _DRAWN_AT_ONCE) for first in range(0, len(rows), _DRAWN_AT_ONCE)]
-    return torch.cat([_draw(logits[part], rows[part]) for part in parts])
+    drawn = [_draw(logits[part], rows[part]) for part in parts]
+    return Sampled(torch.cat([d.tokens for d in drawn]), torch.cat([d.peaks for d in drawn]))
 
 
-def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
-    """A token of each row int64 [R], drawn from its distribution.
+def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> Sampled:
+    """A token of each row, drawn from its distribution.
 
     The likeliest token after each has raced an exponential clock of its own (Gumbel-max). Unlike a walk along the
     cumulated probabilities, the outcome does not hang on the last bits of all logits, which differ between batches.
     """
     # From the likeliest down, so that the least of temperatures takes that one: the others go to -inf, none to +inf.
-    logits = logits - logits.amax(-1, keepdim=True)
+    peaks = logits.amax(-1, keepdim=True)
+    logits = logits - peaks
     logits /= _column([r.params.temperature for r in rows], logits).clamp_min_(torch.finfo(torch.float32).tiny)
     if any(r.params.top_k or r.params.top_p < 1 or r.params.min_p for r in rows):
         logits = logits.masked_fill(logits < _cutoffs(logits, rows), -torch.inf)
@@ -159,7 +178,7 @@ def _draw(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
     for clock, row in zip(clocks, rows, strict=True):
         generator = torch.Generator(logits.device).manual_seed(_mix(row.seed, row.place))
         clock.exponential_(generator=generator)
-    return (logits - clocks.log_()).argmax(-1)
+    return Sampled((logits - clocks.log_()).argmax(-1), peaks[:, 0])
 
 
 def _cutoffs(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
