@@ -206,11 +206,14 @@ def test_generation_config_names_the_ends_of_an_answer_first(tmp_path: Path) -> 
         ({"head_dim": 63}, r"head_dim is 63; it must be even"),
         ({"hidden_size": "1152"}, r"hidden_size is '1152'; it must be an integer"),
         ({"hidden_size": True}, r"hidden_size is True"),
-        ({"vocab_size": 0}, r"vocab_size is 0; it must be an integer of at least 1"),
+        ({"vocab_size": 0}, r"vocab_size is 0; it must be an integer from 1 to 2,147,483,647"),
+        ({"vocab_size": 10**12}, r"vocab_size is 1000000000000; it must be an integer from 1 to 2,147,483,647"),
+        ({"num_hidden_layers": 2**31 - 1}, r"num_hidden_layers is 2147483647; it must be an integer from 1 to 1,024"),
         ({"rms_norm_eps": -1}, r"rms_norm_eps is -1; it must be a positive number"),
         ({"query_pre_attn_scalar": 1e999}, r"query_pre_attn_scalar is inf"),
         ({"use_bidirectional_attention": True}, r"use_bidirectional_attention is True"),
         ({"eos_token_id": ["1"]}, r"eos_token_id .* a token id or a list of token ids"),
+        ({"eos_token_id": 10**30}, r"eos_token_id is 10+; it must be a token id .* from 0 to 2,147,483,647"),
         ({"rope_scaling": [8]}, r"rope_scaling is \[8\]; it must be an object"),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
@@ -242,4 +245,13 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         Gemma3Config.from_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):
+        Gemma3Config.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":' * 100_000 + "1" + "}" * 100_000, '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"]
+)
+def test_a_file_that_is_nested_too_deep_is_named_with_the_remedy(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: .* nested too deep; fetch"):
         Gemma3Config.from_checkpoint(tmp_path)

@@ -15,6 +15,10 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        raise CheckpointError(
+            f"{path} cannot be read: its objects or lists are nested too deep; fetch the model's own file again"
+        ) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a JSON {type(values).__name__} where an object is needed")
     return values

@@ -18,6 +18,8 @@ from wicore_backend.models.gemma3.config_fields import ConfigFields
 from wicore_backend.processor.checkpoint_files import read_json, read_json_if_present
 
 _LAYER_TYPES = {LayerGroup.GLOBAL: "full_attention", LayerGroup.LOCAL: "sliding_attention"}
+_MOST_LAYERS = 1024
+"""Names are made for each layer's weights before they are looked for; Gemma-3's largest model has 62."""
 _DEFAULT_THETA = {LayerGroup.GLOBAL: 1_000_000.0, LayerGroup.LOCAL: 10_000.0}
 
 
@@ -130,7 +132,7 @@ class Gemma3Config:
 
 
 def _text(fields: ConfigFields, *, tied_head: bool) -> TextConfig:
-    num_layers = fields.integer("num_hidden_layers", default=26)
+    num_layers = fields.integer("num_hidden_layers", default=26, maximum=_MOST_LAYERS)
     num_heads = fields.integer("num_attention_heads", default=8)
     num_kv_heads = fields.integer("num_key_value_heads", default=4)
     if num_heads % num_kv_heads:
@@ -215,7 +217,7 @@ def _vision(fields: ConfigFields, tokens_per_image: int) -> VisionConfig:
     return VisionConfig(
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size", default=3072),
-        num_layers=fields.integer("num_hidden_layers", default=12),
+        num_layers=fields.integer("num_hidden_layers", default=12, maximum=_MOST_LAYERS),
         num_heads=num_heads,
         num_channels=fields.integer("num_channels", default=3),
         image_size=image_size,

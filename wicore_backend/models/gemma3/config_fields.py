@@ -9,6 +9,9 @@ from typing import Any
 
 from wicore_backend.errors import CheckpointError
 
+LARGEST_INTEGER = 2**31 - 1
+"""What kernels count with."""
+
 
 class ConfigFields:
     """One JSON object of a checkpoint's file. A key whose value is null counts as missing."""
@@ -44,11 +47,11 @@ class ConfigFields:
             if key not in keys:
                 raise self.error(key, f"absent; the keys here are {' and '.join(keys)}")
 
-    def integer(self, key: str, *, default: int | None = None, minimum: int = 1) -> int:
-        """An integer of at least `minimum`; without a default the key is required."""
+    def integer(self, key: str, *, default: int | None = None, minimum: int = 1, maximum: int = LARGEST_INTEGER) -> int:
+        """An integer from `minimum` to `maximum`; without a default the key is required."""
         value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
-            raise self.error(key, f"an integer of at least {minimum}")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise self.error(key, f"an integer from {minimum:,} to {maximum:,}")
         return value
 
     def positive(self, key: str, *, default: float | None = None) -> float:
@@ -86,8 +89,10 @@ class ConfigFields:
         """A token id or a list of them."""
         value = self._values[key]
         ids = value if isinstance(value, list) else [value]
-        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise self.error(key, "a token id or a list of token ids")
+        if not ids or not all(
+            isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= LARGEST_INTEGER for i in ids
+        ):
+            raise self.error(key, f"a token id or a list of token ids, each from 0 to {LARGEST_INTEGER:,}")
         return tuple(ids)
 
     def _value(self, key: str, default: Any) -> Any:
