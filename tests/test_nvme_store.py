@@ -102,18 +102,27 @@ def test_mistakes_of_the_caller_are_errors_at_once(tmp_path):
             store.fetch([name(1)], [b"1"])
 
 
+LEAST = -(-MAX // SLOT) * (SLOT + HEADER_BYTES) + 2 * PAGE
+MOST = (1 << 28) * (SLOT + HEADER_BYTES) + 2 * PAGE
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"slot_bytes": 1000}, "multiple of 4096"),
-        ({"capacity_bytes": 3 * SLOT}, "raise it"),
+        ({"capacity_bytes": LEAST - 1}, f"nvme_cache_bytes is {LEAST - 1:,}, but .* from {LEAST:,}, which hold one"),
         ({"read_threads": 0}, "read_threads is 0"),
-        ({"capacity_bytes": 1 << 60}, "raise slot_bytes"),
+        ({"capacity_bytes": 1 << 60}, f"nvme_cache_bytes is {1 << 60:,}, but .* to {MOST:,}"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_the_remedy(tmp_path, changes, message):
     with pytest.raises(InvalidArgumentError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("capacity", [LEAST, MOST])
+def test_the_least_and_the_most_that_a_refusal_names_are_taken(tmp_path, capacity):
+    assert config(tmp_path, capacity_bytes=capacity).slots * SLOT >= MAX
 
 
 # Restarts.

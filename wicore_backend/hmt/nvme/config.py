@@ -7,9 +7,11 @@ from pathlib import Path
 
 from wicore_backend.errors import InvalidArgumentError
 from wicore_backend.hmt.nvme.files import PAGE
-from wicore_backend.hmt.nvme.record import HEADER_BYTES
+from wicore_backend.hmt.nvme.record import HEADER_BYTES, slots_for
 
 _MAX_SLOTS = 1 << 28
+_BESIDE_SLOTS = 2 * PAGE
+"""The lock file, and the end of the last page of headers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class NvmeConfig:
     directory
         The store's own; made if it is not there.
     capacity_bytes
-        All that the store's files may ever take.
+        All that the store's files may ever take: the operator's `nvme_cache_bytes`, by which errors name it.
     slot_bytes
         Unit of space, a multiple of 4096. A record takes whole slots, so choose one that divides the payloads well: the
         encoded bytes of one layer, say. Smaller slots waste less, larger ones keep records in fewer pieces.
@@ -66,19 +68,18 @@ class NvmeConfig:
             raise InvalidArgumentError(
                 f"NVMe store: slot_bytes is {self.slot_bytes}; it has to be a multiple of {PAGE}"
             )
-        if not self.max_payload_bytes <= self.slots * self.slot_bytes:
+        least, most = (
+            slots * (self.slot_bytes + HEADER_BYTES) + _BESIDE_SLOTS
+            for slots in (slots_for(self.max_payload_bytes, self.slot_bytes), _MAX_SLOTS)
+        )
+        if not least <= self.capacity_bytes <= most:
             raise InvalidArgumentError(
-                f"NVMe store: capacity_bytes is {self.capacity_bytes:,}, too little for one record of "
-                f"{self.max_payload_bytes:,} (max_payload_bytes); raise it"
-            )
-        if self.slots > _MAX_SLOTS:
-            raise InvalidArgumentError(
-                f"NVMe store: {self.capacity_bytes:,} bytes are {self.slots:,} slots of {self.slot_bytes}, more than "
-                f"{_MAX_SLOTS:,}; raise slot_bytes"
+                f"nvme_cache_bytes is {self.capacity_bytes:,}, but this model's blocks need from {least:,}, which hold "
+                f"one, to {most:,}, beyond which they are not counted; set it between, to many times the former"
             )
 
     @property
     def slots(self) -> int:
         """Slots that fit the capacity, their headers and the lock file included."""
-        usable = self.capacity_bytes - 2 * PAGE  # The lock file, and the end of the last page of headers.
+        usable = self.capacity_bytes - _BESIDE_SLOTS
         return max(0, usable // (self.slot_bytes + HEADER_BYTES))
