@@ -145,6 +145,7 @@ class Emitter:
                 _log.exception("taking a token of request %s failed", job.request.id)
                 self._ledger.fail(sequence, fault)
                 return told
+            self._ledger.count_token()
             if generation.reason is not None:
                 self._ledger.end_answer(job, sequence)
                 return told + 1

@@ -58,18 +58,21 @@ class Generation:
         return 0 if self.params.logprobs is None and self.params.best_of is not None else self.params.logprobs
 
     def push(self, token: int, logprob: TokenLogprob | None) -> TokensEvent:
-        """Take the next token. `reason` says from now on why the answer ends, if it does."""
+        """Take the next token. `reason` says from now on why the answer ends, if it does.
+
+        One that cannot be taken leaves the answer without it.
+        """
         first = not self.sequence.answered
-        self.sequence.tokens.append(token)
         text = ""
-        if token in self._stop_tokens:
-            self.reason = FinishReason.STOP
-        else:
+        stops = token in self._stop_tokens
+        if not stops:
             text = self._detokenizer.push(token)
-            if self._detokenizer.stopped_by is not None or self._completes(token):
-                self.reason = FinishReason.STOP
-            elif len(self.sequence.tokens) >= self.sequence.max_tokens:
-                self.reason = FinishReason.LENGTH
+            stops = self._detokenizer.stopped_by is not None or self._completes(token)
+        self.sequence.tokens.append(token)
+        if stops:
+            self.reason = FinishReason.STOP
+        elif len(self.sequence.tokens) >= self.sequence.max_tokens:
+            self.reason = FinishReason.LENGTH
         if self.reason is not None:
             text += self._detokenizer.finish()
         if logprob is not None:

@@ -84,6 +84,10 @@ class RequestLedger:
             if job.start(now):
                 self._recorder.started(job.request, now)
 
+    def count_token(self) -> None:
+        """An answer has grown by a token."""
+        self._recorder.completion_tokens += 1
+
     def end_answer(self, job: Job, sequence: Sequence) -> None:
         """An answer has come to its own end; with the last of its request's, so has the request."""
         self._scheduler.finished(sequence)

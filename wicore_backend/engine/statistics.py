@@ -110,6 +110,7 @@ class EngineStatistics:
     """Requests that never ran."""
     prompt_tokens: int
     completion_tokens: int
+    """Of answers that have ended, and of those that grow."""
     steps: int
     step_seconds: float
     retried: int
@@ -148,8 +149,8 @@ class StatisticsRecorder:
         self.rejected = dict.fromkeys(RejectReason, 0)
         self.retried = 0
         self.restarts = 0
+        self.completion_tokens = 0
         self._prompt_tokens = 0
-        self._completion_tokens = 0
         self._steps = 0
         self._step_seconds = 0.0
         self._started = {c: _Started() for c in PriorityClass}
@@ -185,7 +186,6 @@ class StatisticsRecorder:
         """A request has ended."""
         self.requests[event.reason] += 1
         self._prompt_tokens += event.usage.prompt_tokens
-        self._completion_tokens += event.usage.completion_tokens
 
     def snapshot(
         self, executor: ExecutorInUse, scheduler: Scheduler, blocks: BlockManager, *, now: float, unfinished: int
@@ -220,7 +220,7 @@ class StatisticsRecorder:
             requests=dict(self.requests),
             rejected=dict(self.rejected),
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._completion_tokens,
+            completion_tokens=self.completion_tokens,
             steps=self._steps,
             step_seconds=self._step_seconds,
             retried=self.retried,

@@ -69,7 +69,9 @@ FAMILIES = (
     _by_class("counter", "wicore_queue_seconds_count", "From arrival to the first step: requests", lambda q: q.started),
     # Tokens
     one("counter", "wicore_prompt_tokens_total", "Prompt tokens of requests that ended", lambda s: s.prompt_tokens),
-    one("counter", "wicore_generated_tokens_total", "Tokens of answers that ended", lambda s: s.completion_tokens),
+    one(
+        "counter", "wicore_generated_tokens_total", "Tokens of answers, as they are told", lambda s: s.completion_tokens
+    ),
     one(
         "counter",
         "wicore_prefix_hit_tokens_total",
