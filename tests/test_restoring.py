@@ -53,6 +53,24 @@ def test_a_sequence_starts_where_the_disk_ends():
     assert a.cached_tokens == b.counts.restored_tokens == 40
 
 
+@pytest.mark.parametrize("ends", [False, True], ids=["comes", "ends_while_it_waits"])
+def test_how_long_a_sequence_waited_for_the_disk_is_known(ends):
+    b, a = ColdBench(), sequence(41)
+    b.store(a)
+    b.add(a)
+    b.step()
+    began = a.restore_began
+    assert a.restore_seconds(began + 2.5) == 2.5, "it waits still"
+    if ends:
+        b.scheduler.remove(a)
+        assert a.restore_seconds(began + 3.0) == 3.0
+        return
+    b.disk.move(100)
+    b.now = began + 0.25
+    b.step()
+    assert a.restore_seconds(began + 100.0) == 0.25, "it waits no more"
+
+
 def test_hits_are_counted_by_the_tier_that_has_them():
     b, a = ColdBench(), sequence(41)
     names = a.names.first(10)

@@ -65,7 +65,8 @@ def expected():
         return engine.generate(talk(), greedy(), images=[PICTURE])
 
 
-def test_a_restarted_engine_goes_on_where_the_last_one_ended(tmp_path, expected):
+def test_a_restarted_engine_goes_on_where_the_last_one_ended(tmp_path, expected, caplog):
+    caplog.set_level("INFO")
     with engine_on(tmp_path) as engine:
         first = engine.generate(talk(), greedy(), images=[PICTURE])
     with engine_on(tmp_path) as engine:
@@ -76,6 +77,10 @@ def test_a_restarted_engine_goes_on_where_the_last_one_ended(tmp_path, expected)
     assert again.usage.cached_tokens >= again.usage.prompt_tokens - 32
     assert counts.restores == 1
     assert counts.restored_tokens == again.usage.cached_tokens
+    assert first.usage.restore_s == 0 < again.usage.restore_s <= again.usage.queue_s
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("request ")]
+    for result, line in zip((first, again), lines, strict=True):
+        assert f" restore_s={result.usage.restore_s:.3f} " in line
 
 
 _KILLED = """

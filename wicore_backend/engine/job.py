@@ -99,4 +99,5 @@ class Job:
             queue_s=None if self.started is None else self.started - arrival,
             ttft_s=None if self.first_token is None else self.first_token - arrival,
             total_s=now - arrival,
+            restore_s=max(g.sequence.restore_seconds(now) for g in self.generations),
         )

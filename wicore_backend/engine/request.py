@@ -113,6 +113,8 @@ class Usage:
     total_s: float
     cached_tokens: int = 0
     """Tokens of the prompt that did not have to be computed."""
+    restore_s: float = 0.0
+    """Waited for blocks from the disk. Before the first step it is a part of `queue_s`."""
 
     @property
     def tpot_s(self) -> float | None:
@@ -203,6 +205,10 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     restore: Restore | None = None
     """Blocks that are brought up, or have been, from the cold tier for it."""
+    restore_began: float | None = None
+    """When it began to wait for them, while it does; it stays if the sequence ends meanwhile."""
+    restore_s: float = 0.0
+    """How long it has waited for such blocks before."""
     computes: bool = False
     """It has been found that computing is faster than to wait for the cold tier."""
     preemptions: int = 0
@@ -238,6 +244,10 @@ class Sequence:
         """The blocks of a running sequence."""
         assert self.blocks is not None, f"request {self.request.id} is waiting"
         return self.blocks
+
+    def restore_seconds(self, now: float) -> float:
+        """How long it has waited for the cold tier."""
+        return self.restore_s + (0.0 if self.restore_began is None else now - self.restore_began)
 
     @property
     def prompt_len(self) -> int:

@@ -79,7 +79,7 @@ class Restoring:
             return Decision.START
         self._counts.restores += 1
         sequence.restore = restore
-        self._began[sequence] = now
+        sequence.restore_began = self._began[sequence] = now
         return Decision.RESTORE
 
     def take_done(self, now: float) -> Several[Sequence]:
@@ -95,6 +95,7 @@ class Restoring:
             late = now - began > _PATIENCE * lower.restore_deadline_s
             if restore.done or late:
                 del self._began[sequence]
+                sequence.restore_s, sequence.restore_began = sequence.restore_seconds(now), None
                 done.append(sequence)
             if late:
                 lower.end(restore)
