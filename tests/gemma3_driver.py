@@ -23,7 +23,7 @@ from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.rope import RotaryTables
 
-_RUBBISH = 1e3
+_RUBBISH = torch.nan
 _CPU = torch.device("cpu")
 
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.engine_kit import MODEL, assert_nothing_left, config
+from tests.engine_kit import MODEL, PROMPTS, assert_nothing_left, config, greedy
 from wicore_backend import Engine, SamplingParams
 from wicore_backend.engine import emission
 from wicore_backend.engine.request import FinishedEvent, FinishReason
-from wicore_backend.errors import ErrorCode
+from wicore_backend.errors import EngineError, ErrorCode
 
 pytest_plugins = ["tests.engine_fixtures"]
 
 CULPRIT = 777
-"""The seed of the request that loses its numbers."""
+"""The seed of the request that loses its numbers, or a token that does."""
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -61,4 +61,27 @@ def test_an_answer_keeps_what_came_before_and_the_error_names_the_token(engine, 
     assert sum(len(event.token_ids) for event in tokens) == end.usage.completion_tokens == 5
     assert "at token 6 of the answer" in str(end.error)
     assert other.collect().token_ids == expected
+    assert_nothing_left(engine)
+
+
+def test_keys_and_values_that_are_not_numbers_reach_nobody_through_blocks_that_others_have_next(
+    engine, alone, monkeypatch
+):
+    executor, lost = engine._model.runner._executor, []
+    embed = executor.embed
+
+    def losing_numbers(ids, *pictures):
+        culprits = ids == CULPRIT
+        lost.append(int(culprits.sum()))
+        return embed(ids, *pictures).masked_fill(culprits[:, None], torch.nan)
+
+    monkeypatch.setattr(executor, "embed", losing_numbers)
+    for _ in range(2):  # Again, with blocks that have been the culprits'.
+        others = [engine.stream(prompt, greedy(), images=images) for prompt, images in PROMPTS]
+        culprits = [engine.stream([2, CULPRIT, *[400] * n], greedy(40, seed=1)) for n in (1, 60, 400)]
+        for culprit in culprits:
+            with pytest.raises(EngineError, match="logits are not numbers"):
+                culprit.collect()
+        assert [stream.collect().token_ids for stream in others] == alone
+    assert sum(lost) >= 3
     assert_nothing_left(engine)

@@ -139,6 +139,8 @@ class TorchPagedAttention:
         else:
             torch.index_select(blocks, 0, piece.sources[index], out=piece.rounded)
             piece.gathered.copy_(piece.rounded.view(FP8))
+        if piece.stale is not None:
+            piece.gathered.view(-1, self._layout.kv_heads * self._layout.head_dim).index_fill_(0, piece.stale, 0)
         if piece.decode:  # The queries of one KV head are rows of one small matrix.
             grouped = q.reshape(len(q), self._layout.kv_heads, -1, self._layout.head_dim)
             return self._sdpa(piece, grouped).flatten(1)

@@ -46,6 +46,9 @@ class Piece:
     """Of a pool in FP8, scratch uint8 [2 B n, block] that the gather fills before `gathered` is made of it."""
     gathered: Tensor
     """Scratch [2 B n, block] that the gather fills, ..."""
+    stale: Tensor | None
+    """Of it seen as [rows, token], rows behind a sequence's end, which nobody sees. What others left there may be no
+    number, and neither a score of -inf nor a weight of 0 takes that away. None if no such rows are gathered."""
     keys: Tensor
     values: Tensor
     """... and the S keys and values [B, KV heads, S, d] in it."""
@@ -132,13 +135,23 @@ class PiecePlanner:
                 yield self._piece(group, sequences, rows, blocks, first[m] % size, last[m] + 1 - first[m], decode=True)
                 continue
             nth = np.arange(counts[members].max())
-            columns = first_block[members, None] + nth
             held = nth < counts[members, None]
-            blocks = np.where(held, table[members[:, None], np.where(held, columns, 0)], 0)
+            columns = first_block[members, None] + np.where(held, nth, 0)  # Padded with what is the sequence's own.
+            blocks = table[members[:, None], columns]
             positions = (columns[:, :, None] * size + np.arange(size)).reshape(len(members), -1)
-            visible = (positions <= last[members, None]) & (positions >= first[members, None])
-            mask = self.mask(visible)[:, None, None]
-            yield self._piece(group, sequences, rows, blocks, 0, positions.shape[1], decode=True, mask=mask)
+            written = positions <= last[members, None]
+            visible = written & (positions >= first[members, None]) & held.repeat(size, axis=1)
+            yield self._piece(
+                group,
+                sequences,
+                rows,
+                blocks,
+                0,
+                positions.shape[1],
+                decode=True,
+                mask=self.mask(visible)[:, None, None],
+                stale=self._tensor(np.flatnonzero(np.broadcast_to(~written, (2, *written.shape)))),
+            )
 
     def _alike(self, counts: Ints) -> Iterator[Ints]:
         """Split sequences into sets of similar block counts, so that little is padded and a set stays in cache."""
@@ -196,6 +209,7 @@ class PiecePlanner:
         *,
         decode: bool,
         mask: Tensor | None = None,
+        stale: Tensor | None = None,
         causal: bool = False,
     ) -> Piece:
         """A piece that attends to `num_keys` keys of `blocks` [B, n] from key `first` of the first block on."""
@@ -211,6 +225,7 @@ class PiecePlanner:
             sources=self._tensor(sources).flatten(1).unbind(),
             rounded=rounded,
             gathered=gathered,
+            stale=stale,
             keys=keys,
             values=values,
             mask=mask,
