@@ -464,9 +464,9 @@ def test_other_requests_run_while_a_grammar_compiles(engine, monkeypatch):
         ({"lark": "start: nobody"}, 'unknown name: "nobody"'),
         ({"choice": []}, "choice"),
         ({"choice": ["a"], "regex": "a"}, "one of json_schema, .* not regex and choice"),
-        ({}, "one of json_schema"),
+        ({}, "grammar: it takes one of json_schema"),
         ({"json_object": False}, "leave the grammar out"),
-        ({"schema": {}}, "'schema' is not a setting; there are: choice, json_object"),
+        ({"schema": {}}, "'grammar.schema' is not a setting; there are: choice, json_object"),
         ({"json_schema": "{}"}, "json_schema"),
         ({"tags": {"trigger": "<", "tags": [{"begin": "a", "json_schema": {}}]}}, "does not begin with the trigger"),
         ({"tags": {"trigger": "\n", "tags": [{"begin": "\n", "json_schema": {}}]}}, "line break"),
@@ -477,8 +477,9 @@ def test_other_requests_run_while_a_grammar_compiles(engine, monkeypatch):
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(engine, grammar, named):
-    with pytest.raises(InvalidArgumentError, match=named):
+    with pytest.raises(InvalidArgumentError, match=named) as caught:
         ask(engine, grammar=grammar)
+    assert "grammar" in str(caught.value)
 
 
 @pytest.mark.parametrize(

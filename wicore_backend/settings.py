@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -63,8 +63,8 @@ class Settings(BaseModel):
                 problems.append(f"{name!r} is not a setting; there are: {known}")
             elif problem["type"] == "missing":
                 problems.append(f"{name} is missing")
-            elif isinstance(problem["input"], dict) and problem["type"] == "value_error":  # of a whole section
-                problems.append(said)
+            elif place and isinstance(problem["input"], dict) and problem["type"] == "value_error":  # a whole section
+                problems.append(f"{name}: {said}")
             elif place:
                 seen = repr(problem["input"])
                 seen = seen if len(seen) <= 80 else f"{seen[:77]}..."
@@ -79,6 +79,7 @@ class Settings(BaseModel):
         found: type[Settings] = cls
         for part in place:
             field = found.model_fields.get(str(part))
-            if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-                found = field.annotation
+            for kind in () if field is None else (field.annotation, *get_args(field.annotation)):
+                if isinstance(kind, type) and issubclass(kind, Settings):
+                    found = kind
         return found

@@ -20,11 +20,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 def _grammar(value: Any) -> Any:
     """A grammar as its fields, or those as JSON, which is what a parameter of a Triton request can carry."""
-    value = _object(value, "grammar")
-    try:
-        return Grammar(**value) if isinstance(value, dict) else value
-    except InvalidArgumentError as error:
-        raise ValueError(str(error)) from None
+    return _object(value, "grammar")
 
 
 def _biases(value: Any) -> Any:
