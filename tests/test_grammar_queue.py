@@ -17,9 +17,9 @@ from wicore_backend.triton.grammar_queue import GrammarQueue, WaitingRequest
 
 
 def wait_for(condition) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < end, "waited 5 s in vain"
+        assert time.monotonic() < end, "waited 30 s in vain"
         time.sleep(0.002)
 
 
@@ -90,8 +90,8 @@ def test_who_cancels_hears_at_once_and_computes_nothing(queue):
 @pytest.mark.parametrize("kind", ["queue_s", "first_token_s", "total_s"])
 def test_a_deadline_ends_the_wait_when_it_passes(queue, kind):
     patient = Client(queue)
-    hasty = Client(queue, **{kind: 0.1})
     began = time.monotonic()
+    hasty = Client(queue, **{kind: 0.1})
     wait_for(lambda: hasty.events)
     assert time.monotonic() - began >= 0.09
     assert hasty.ends == [(FinishReason.DEADLINE, "deadline_exceeded", 5)]
