@@ -83,6 +83,8 @@ class FakeTriton:
         self.script: Script = words("Hello", ", ", "world")
         self.requests: list[Request] = []
         self.model_state = "READY"
+        self.closing_s = 0.0
+        """What it takes to close a gRPC stream after the last response; a cancel that comes meanwhile is too early."""
         self._grpc = grpc.server(ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0)])
         self._servicer = _Servicer(self)
         add_GRPCInferenceServiceServicer_to_server(self._servicer, self._grpc)
@@ -147,12 +149,12 @@ class _Servicer(GRPCInferenceServiceServicer):  # type: ignore[misc]
                 for response in self._fake.run(request):
                     yield _to_message(response)
             except Failure as failure:
-                finished.set()
                 text = f"in ensemble 'wicore', [{failure.code}] {failure}"
                 yield pb.ModelStreamInferResponse(error_message=text)
             except Disconnect:
                 self._fake.cut_grpc()
                 request.wait()
+            time.sleep(self._fake.closing_s)
             finished.set()
 
     def ServerLive(self, request, context):  # noqa: N802, ARG002

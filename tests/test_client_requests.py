@@ -235,6 +235,27 @@ def test_an_error_has_one_type_before_and_after_the_first_token(connect, server,
     assert client.generate("Hi").text == "fine"
 
 
+@pytest.mark.parametrize("connect", ["grpc", "grpc-async"], indirect=True)
+def test_the_server_closes_the_stream_after_an_answer_and_after_an_error(connect, server):
+    """Triton keeps a request, and so its model, whose stream the client cancels while it closes it."""
+
+    def refused(_):
+        raise Failure("unavailable", "full")
+        yield
+
+    def failed(_):
+        yield Response("", (), finish_reason="error", error_code="internal", error_message="out of luck")
+
+    client = connect(retry=None)
+    server.closing_s = 0.1
+    for script, error in ((words("fine"), None), (refused, Unavailable), (failed, ServerError)):
+        server.script = script
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            client.generate("Hi")
+    assert len(server.requests) == 3
+    assert not server.wait_until_gone(seconds=0.3)
+
+
 def test_a_deadline_on_the_server_keeps_the_partial_answer(connect, server):
     def script(_):
         yield Response("some", (1,))

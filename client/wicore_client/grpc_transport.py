@@ -13,6 +13,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from wicore_client import grpc_wire
 from wicore_client.endpoint import Endpoint
+from wicore_client.errors import WicoreClientError
 from wicore_client.interrupts import interrupts_held
 from wicore_client.requests import GenerateRequest
 from wicore_client.results import Health, ModelStatistics, Response
@@ -39,6 +40,7 @@ class GrpcCall:
         except grpc.RpcError as error:
             raise grpc_wire.error_from_rpc(error, self._endpoint, answered=self._answered) from None
         self._answered = True
+        self._last_seen = True  # An error is the last response too.
         response = None if message is None else grpc_wire.decode(message)
         self._last_seen = response is None or bool(response.finish_reason)
         return response
@@ -111,11 +113,19 @@ class AsyncGrpcCall:
         except grpc.RpcError as error:
             raise grpc_wire.error_from_rpc(error, self._endpoint, answered=self._answered) from None
         self._answered = True
-        response = grpc_wire.decode(message)
+        try:
+            response = grpc_wire.decode(message)
+        except WicoreClientError:
+            await self._end()
+            raise
         if response.finish_reason:
-            with contextlib.suppress(TimeoutError, grpc.RpcError):
-                await asyncio.wait_for(self._call.read(), _END_SECONDS)
+            await self._end()
         return response
+
+    async def _end(self) -> None:
+        """After the last response: let the server end the stream."""
+        with contextlib.suppress(TimeoutError, grpc.RpcError):
+            await asyncio.wait_for(self._call.read(), _END_SECONDS)
 
     def cancel(self) -> None:
         self._call.cancel()
