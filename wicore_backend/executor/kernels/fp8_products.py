@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from wicore_backend.executor.kernels.fp8_rows import row_scale_of
-from wicore_backend.executor.kernels.products import Tile
+from wicore_backend.executor.kernels.products import Tile, one_row
 from wicore_backend.executor.kernels.shared_tiles import FEW_PARTS, arrivals, last_to_arrive, sum_of_parts
 from wicore_backend.executor.kernels.small import gelu, overlaps
 from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_of
@@ -83,6 +83,7 @@ def _fp8_product(
     inner = split * part + tl.arange(0, FIRST)
     tile = weight + column[:, None].to(tl.int64) * depth + inner[None, :]
     first = tl.load(tile)
+    first_up = first
     scale = tl.load(weight_scale + column)
     if GATED:
         first_up = tl.load(tile + columns.to(tl.int64) * depth)
@@ -93,23 +94,10 @@ def _fp8_product(
     tile = weight + column[:, None].to(tl.int64) * depth + rest[None, :]
     up_tile = tile + columns.to(tl.int64) * depth
     if ROWS == 1:
-        first_x = tl.load(x + inner).to(tl.float32)[None, :]
-        total = tl.sum(first.to(tl.float32) * first_x, 1)
-        wide = tl.zeros([COLUMNS, DEPTH], tl.float32)
+        total, total_up = one_row(x, tile, up_tile, first, first_up, inner, rest, part, FIRST, DEPTH, STAGES, GATED)
+        total = (total * scale)[:, None]
         if GATED:
-            total_up = tl.sum(first_up.to(tl.float32) * first_x, 1)
-            wide_up = tl.zeros([COLUMNS, DEPTH], tl.float32)
-        for _ in tl.range(FIRST, part, DEPTH, num_stages=STAGES):
-            vector = tl.load(x + rest).to(tl.float32)[None, :]
-            wide += tl.load(tile).to(tl.float32) * vector
-            if GATED:
-                wide_up += tl.load(up_tile).to(tl.float32) * vector
-                up_tile += DEPTH
-            tile += DEPTH
-            rest += DEPTH
-        total = ((total + tl.sum(wide, 1)) * scale)[:, None]
-        if GATED:
-            total_up = ((total_up + tl.sum(wide_up, 1)) * scale_up)[:, None]
+            total_up = (total_up * scale_up)[:, None]
     else:
         keep = (row < rows)[None, :]
         row_scale, inverse = 1.0, 1.0

@@ -160,6 +160,37 @@ def _take_tiles(
 
 
 @triton.jit
+def one_row(
+    x, tile, up_tile, first, first_up, inner, rest, part,
+    FIRST: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """One row's products [COLUMNS] with a tile by ordinary arithmetic, and if GATED those with up's: `part` deep.
+
+    The first FIRST of the depth, at `inner` in x, are in `first` and `first_up`; from `rest` on, the others are at
+    `tile` and `up_tile`.
+    """
+    first_x = tl.load(x + inner).to(tl.float32)[None, :]
+    total = tl.sum(first.to(tl.float32) * first_x, 1)
+    total_up = total
+    wide = tl.zeros([first.shape[0], DEPTH], tl.float32)
+    if GATED:
+        total_up = tl.sum(first_up.to(tl.float32) * first_x, 1)
+        wide_up = tl.zeros([first.shape[0], DEPTH], tl.float32)
+    for _ in tl.range(FIRST, part, DEPTH, num_stages=STAGES):
+        vector = tl.load(x + rest).to(tl.float32)[None, :]
+        wide += tl.load(tile).to(tl.float32) * vector
+        if GATED:
+            wide_up += tl.load(up_tile).to(tl.float32) * vector
+            up_tile += DEPTH
+        tile += DEPTH
+        rest += DEPTH
+    total += tl.sum(wide, 1)
+    if GATED:
+        total_up += tl.sum(wide_up, 1)
+    return total, total_up
+
+
+@triton.jit
 def _one_tile(
     x,
     weight,
@@ -186,6 +217,7 @@ def _one_tile(
     inner = split * part + tl.arange(0, FIRST)
     tile = weight + column[:, None].to(tl.int64) * depth + inner[None, :]
     first = tl.load(tile)
+    first_up = first
     if GATED:
         first_up = tl.load(tile + columns.to(tl.int64) * depth)
     if OVERLAPPED:
@@ -194,23 +226,8 @@ def _one_tile(
     tile = weight + column[:, None].to(tl.int64) * depth + rest[None, :]
     up_tile = tile + columns.to(tl.int64) * depth
     if ROWS == 1:
-        first_x = tl.load(x + inner).to(tl.float32)[None, :]
-        total = tl.sum(first.to(tl.float32) * first_x, 1)
-        wide = tl.zeros([COLUMNS, DEPTH], tl.float32)
-        if GATED:
-            total_up = tl.sum(first_up.to(tl.float32) * first_x, 1)
-            wide_up = tl.zeros([COLUMNS, DEPTH], tl.float32)
-        for _ in tl.range(FIRST, part, DEPTH, num_stages=STAGES):
-            vector = tl.load(x + rest).to(tl.float32)[None, :]
-            wide += tl.load(tile).to(tl.float32) * vector
-            if GATED:
-                wide_up += tl.load(up_tile).to(tl.float32) * vector
-                up_tile += DEPTH
-            tile += DEPTH
-            rest += DEPTH
-        total = (total + tl.sum(wide, 1))[:, None]
-        if GATED:
-            total_up = (total_up + tl.sum(wide_up, 1))[:, None]
+        total, total_up = one_row(x, tile, up_tile, first, first_up, inner, rest, part, FIRST, DEPTH, STAGES, GATED)
+        total, total_up = total[:, None], total_up[:, None]
     else:
         first_x = tl.load(x + row[None, :] * x_stride + inner[:, None], mask=(row < rows)[None, :], other=0.0)
         total = tl.dot(first, first_x)
