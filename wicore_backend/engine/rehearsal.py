@@ -48,15 +48,7 @@ def rehearse(
         Of a step.
     """
     try:
-        layout = pools.layout
-        one_of_each = KVLayout.of(
-            layout.groups,
-            block_size=layout.block_size,
-            kv_heads=layout.kv_heads,
-            head_dim=layout.head_dim,
-            window=layout.window,
-            bytes_per_value=layout.bytes_per_value,
-        )
+        layout, one_of_each = pools.layout, pools.layout.one_of_each
         blocks = dict.fromkeys(layout.groups, _BLOCK + 1)
         small = KVPools.allocate(one_of_each, blocks, device=executor.device, dtype=pools.dtype)
         attention = attention_over(small)

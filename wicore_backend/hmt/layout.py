@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -86,6 +86,11 @@ class KVLayout:
     def groups(self) -> tuple[LayerGroup, ...]:
         """The groups that have layers."""
         return tuple(group for group, count in self.layers_in.items() if count)
+
+    @cached_property
+    def one_of_each(self) -> KVLayout:
+        """The same with one layer of each group: what computes one of them has launched all that the others do."""
+        return replace(self, layers=tuple((group, 0) for group in self.groups))
 
     @cached_property
     def whole(self) -> Part:

@@ -37,16 +37,9 @@ def rehearse(pools: KVPools, make: Make, *, tiling: Tiling, dtype: torch.dtype) 
         Of queries.
     """
     layout, device = pools.layout, next(iter(pools.tensors.values())).device
-    of_two = KVLayout.of(
-        layout.groups,
-        block_size=layout.block_size,
-        kv_heads=layout.kv_heads,
-        head_dim=layout.head_dim,
-        window=layout.window,
-        bytes_per_value=layout.bytes_per_value,
-    )
-    blocks = -(-_KEYS // layout.block_size)
-    small = KVPools.allocate(of_two, dict.fromkeys(of_two.groups, blocks + 1), device=device, dtype=pools.dtype)
+    one_of_each = layout.one_of_each
+    blocks = dict.fromkeys(layout.groups, -(-_KEYS // layout.block_size) + 1)
+    small = KVPools.allocate(one_of_each, blocks, device=device, dtype=pools.dtype)
     heads = tiling.query_heads + 2 * layout.kv_heads
     tokens = _TILES * tiling.tile_tokens
     some = torch.zeros(tokens, heads, layout.head_dim, dtype=dtype, device=device)
@@ -56,9 +49,9 @@ def rehearse(pools: KVPools, make: Make, *, tiling: Tiling, dtype: torch.dtype) 
         at_once = (layout.kv_heads >> nth for nth in range(layout.kv_heads.bit_length()))
         steps += [(make(small, processors=1, widened_bytes=count * of_head), 0, tokens) for count in at_once]
     for attention, past, new in steps:
-        plan = attention.plan(_step(past, new, of_two))
+        plan = attention.plan(_step(past, new, one_of_each))
         q, k, v = torch.split(some[:new], [tiling.query_heads, layout.kv_heads, layout.kv_heads], 1)
-        for layer in range(len(of_two.layers)):
+        for layer in range(len(one_of_each.layers)):
             attention.attend(plan, layer, q, k, v)
 
 
