@@ -46,6 +46,9 @@ class Script(GRPCInferenceServiceServicer):  # type: ignore[misc] # gRPC's code 
         self.requests: list = []
         self.metadata: list = []
         self.cancelled = 0
+        self.closed = 0
+        self.closing_s = 0.0
+        """What it takes to close a stream after the last step; a cancel that comes meanwhile is too early."""
         self.sent = 0
 
     async def ModelStreamInfer(self, requests, context):  # noqa: N802
@@ -62,6 +65,8 @@ class Script(GRPCInferenceServiceServicer):  # type: ignore[misc] # gRPC's code 
                 else:
                     self.sent += 1
                     yield step
+            await asyncio.sleep(self.closing_s)
+            self.closed += 1
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -228,6 +233,48 @@ def test_closing_an_answer_or_cancelling_who_waits_for_it_cancels_the_call():
             await _until(lambda: script.cancelled == 2)
 
     asyncio.run(scenario())
+
+
+LEAVE = {
+    "when the answer is whole": lambda deltas: deltas.aclose(),
+    "when there is nothing more": lambda deltas: anext(deltas, None),
+}
+
+
+@pytest.mark.parametrize("leave", LEAVE.values(), ids=LEAVE)
+def test_the_server_closes_the_stream_after_an_answer_however_soon_its_reader_leaves(leave):
+    """Triton keeps a request, and so its model, whose stream is cancelled while it closes it."""
+
+    async def scenario() -> None:
+        script = Script(*WHOLE)
+        script.closing_s = 0.1
+        async with serving(script) as port, connected(port) as backend:
+            deltas = backend.generate(asked())
+            while (await anext(deltas)).usage is None:
+                pass
+            leaving = asyncio.create_task(leave(deltas))
+            await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            backend.end_requests()
+        assert (script.closed, script.cancelled) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        pb.ModelStreamInferResponse(error_message="[unavailable] full"),
+        answer(finish_reason="error", usage=USAGE, error_code="internal", error_message="out of luck"),
+    ],
+    ids=["before the first token", "after it"],
+)
+def test_the_server_closes_the_stream_after_an_error_too(last):
+    script = Script(WHOLE[0], last)
+    script.closing_s = 0.1
+    fails(script)
+    assert (script.closed, script.cancelled) == (1, 0)
 
 
 def test_requests_that_are_ended_from_inside_say_why():

@@ -33,7 +33,10 @@ _QUESTION_TIMEOUT_S = 3.0
 _SAY_AGAIN_S = 30.0
 """A trouble with the server that lasts is told again after so long: pages ask several things every two seconds."""
 
-_LAST_WORD_S = 2.0
+_END_S = 5.0
+"""How long the server may take to close a stream after the last response. It needs a millisecond or so, in which a
+cancel would find it half done: Triton 2.51 then keeps the request for ever, and its stop waits for it."""
+
 _FINGERPRINT_S = 30.0
 """For how long a fingerprint is believed to be right."""
 
@@ -64,6 +67,7 @@ class TritonBackend:
         self._service: Any = None
         self._http: httpx.AsyncClient | None = None
         self._calls: set[Any] = set()
+        self._closing: set[asyncio.Task[None]] = set()
         self._said = ""
         self._say_again = 0.0
 
@@ -75,6 +79,7 @@ class TritonBackend:
     async def close(self) -> None:
         if self._http is not None:
             await self._http.aclose()
+        await asyncio.gather(*self._closing, return_exceptions=True)
         if self._channel is not None:
             await self._channel.close()
 
@@ -83,10 +88,10 @@ class TritonBackend:
         call = self._service.ModelStreamInfer(iter([message]), metadata=request.metadata)
         answers = request.answers
         self._calls.add(call)
+        last_seen = False
         try:
             with Patience(self._patience_s, call.cancel) as patience:
-                ended = False
-                while not ended:
+                while not last_seen:
                     patience.begin()
                     response = await call.read()
                     patience.end()
@@ -95,13 +100,13 @@ class TritonBackend:
                             "the inference server ended the stream before the answer was whole",
                             code="backend_unavailable",
                         )
+                    last_seen = True  # An error is the last response too.
                     if response.error_message:
-                        await _end(call)
                         raise triton_wire.error_from_text(response.error_message)
-                    for delta in triton_wire.decode(response, answers=answers):
-                        ended = delta.usage is not None
+                    deltas = triton_wire.decode(response, answers=answers)
+                    last_seen = any(delta.usage is not None for delta in deltas)
+                    for delta in deltas:
                         yield delta
-            await _end(call)
         except grpc.RpcError as error:
             raise self._told(error) from None
         except asyncio.CancelledError:
@@ -114,11 +119,20 @@ class TritonBackend:
             raise UnavailableError("the gateway is shutting down; try again", code="draining") from None
         finally:
             self._calls.discard(call)
-            call.cancel()
+            if last_seen:
+                self._let_close(call)
+            else:
+                call.cancel()
 
     def end_requests(self) -> None:
         for call in self._calls:
             call.cancel()
+
+    def _let_close(self, call: Any) -> None:
+        """Have the server close a stream whose last response has come, whatever becomes of who asked."""
+        closing = asyncio.create_task(_end(call))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def readiness(self) -> Readiness:
         try:
@@ -198,12 +212,9 @@ class TritonBackend:
 
 
 async def _end(call: Any) -> None:
-    """Let the server close the stream, so that it is not told of a cancel after the last response."""
-    try:
-        async with asyncio.timeout(_LAST_WORD_S):
-            await call.read()
-    except (TimeoutError, grpc.RpcError):
-        pass
+    with suppress(TimeoutError, grpc.RpcError):
+        await asyncio.wait_for(call.read(), _END_S)
+    call.cancel()
 
 
 def _counts(entry: dict[str, Any]) -> dict[str, float]:
