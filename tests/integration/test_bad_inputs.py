@@ -196,7 +196,7 @@ def test_the_ensemble_names_what_is_wrong(server, said, fields):
 def test_the_model_itself_names_what_is_wrong(server, said, ids, parameters):
     stream = BareStream(server, ids, **parameters)
     stream.wait()
-    stream.cancel()
+    stream.close()
     assert not stream.results
     assert said in str(stream.errors[0])
 

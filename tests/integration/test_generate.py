@@ -108,7 +108,7 @@ def test_the_model_itself_streams_token_ids(server, engine):
     while not stream.ended:
         assert time.monotonic() < end
         time.sleep(0.01)
-    stream.cancel()
+    stream.close()
     assert [int(t) for r in stream.results for t in r.as_numpy("token_ids")] == expected.token_ids
 
 
@@ -136,7 +136,7 @@ def test_64_streams_at_once_get_their_own_answers(server, engine):
 
 def test_a_deadline_keeps_what_was_produced(server):
     with client(server) as c, pytest.raises(DeadlineExceeded) as caught:
-        c.generate("hello", max_tokens=3000, temperature=0.0, ignore_eos=True, deadline_ms=600)
+        c.generate("hello", max_tokens=15_000, temperature=0.0, ignore_eos=True, deadline_ms=2000)
     assert len(caught.value.partial_token_ids) > 5
     with client(server) as c, pytest.raises(DeadlineExceeded):
         c.generate("hello", max_tokens=3000, temperature=0.0, ignore_eos=True, deadline_ms=1)

@@ -106,3 +106,8 @@ class BareStream:
     def cancel(self) -> None:
         self._client.stop_stream(cancel_requests=True)
         self._client.close()
+
+    def close(self) -> None:
+        """After the last response: let the server close the stream, which a cancel would find half done."""
+        self._client.stop_stream()
+        self._client.close()
