@@ -13,6 +13,7 @@ from wicore_backend.executor.kernels.fp8_rows import Unscaled
 from wicore_backend.executor.kernels.products import MAX_ROWS, Tile
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
+from wicore_backend.executor.tile_choice import TileChoice
 from wicore_backend.quantization.fp8 import Fp8Matrix, Fp8Rows, MeasuredRows, Rows
 
 FP8_TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
@@ -85,15 +86,17 @@ class Fp8GpuMatrix:
         self._role = role
         self._weight = weight
         self._bias = bias
-        self._tiles = FP8_TILES[role] if tiles is None else tiles
         # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
         hopper = tiles is not None or overlaps(weight.values)
-        self._streamed = weight.dtype.itemsize == 2 and bias is None and hopper
-        narrowing = any(tile.narrows for of_rows in self._tiles.values() for tile in of_rows)
+        streamed = weight.dtype.itemsize == 2 and bias is None and hopper
+        tiles = FP8_TILES[role] if tiles is None else tiles
+        self._tile = TileChoice(
+            tiles if streamed else {}, lambda tile: tile.fits(weight.values, gated=role == "gate_up")
+        )
+        narrowing = any(tile.narrows for of_rows in tiles.values() for tile in of_rows)
         self._largest = torch.zeros(MAX_ROWS if narrowing else 0, device=weight.device)
         self._by_cublas = weight.dtype is torch.bfloat16 and _cublas_takes(weight)
         self._one = torch.ones((), device=weight.device)
-        self._choices: dict[int, Tile | None] = {}
 
     def takes_fp8(self, rows: int) -> bool:
         """Whether a product with so many rows is of rows in FP8, which this quantises unless they already are."""
@@ -179,18 +182,6 @@ class Fp8GpuMatrix:
             part = self._weight.rows(first, first + at_once).dequantized()
             torch.mm(x, part.T, out=product[:, first : first + len(part)])
         return product
-
-    def _tile(self, rows: int) -> Tile | None:
-        """How to cut a product of so many rows; None to leave it to cuBLAS."""
-        if not self._streamed:
-            return None
-        if rows not in self._choices:
-            at_most = min((most for most in self._tiles if rows <= most), default=0)
-            fits = (
-                t for t in self._tiles.get(at_most, ()) if t.fits(self._weight.values, gated=self._role == "gate_up")
-            )
-            self._choices[rows] = next(fits, None)
-        return self._choices[rows]
 
 
 def _cublas_takes(weight: Fp8Matrix) -> bool:

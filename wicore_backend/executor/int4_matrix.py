@@ -15,6 +15,7 @@ from wicore_backend.executor.kernels.int4_codes import dequantize, fp8_scale, ta
 from wicore_backend.executor.kernels.shared_tiles import COLUMNS, DEPTH
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
+from wicore_backend.executor.tile_choice import TileChoice
 from wicore_backend.quantization.fp8 import FP8, Rows
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
@@ -110,13 +111,15 @@ class Int4GpuMatrix:
         tiles: Mapping[int, Int4Tile] | None = None,
         prompts: Prompts = "plain",
     ) -> None:
-        self._tiles = INT4_TILES[role] if tiles is None else tiles
         self._role = role
         self._weight = weight
         self._bias = bias
         self._by_kernels = (tiles is not None or weight.codes.is_cuda) and takes(weight)
         # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
-        self._streamed = self._by_kernels and bias is None and (tiles is not None or overlaps(weight.codes))
+        streamed = self._by_kernels and bias is None and (tiles is not None or overlaps(weight.codes))
+        tiles = INT4_TILES[role] if tiles is None else tiles
+        of_rows = {most: (tile,) for most, tile in tiles.items()} if streamed else {}
+        self._tile = TileChoice(of_rows, lambda tile: tile.fits(weight))
 
         self._gated: Callable[..., Tensor] | None = None
         self._fp8_scale: Tensor | None = None
@@ -185,10 +188,3 @@ class Int4GpuMatrix:
             out_dtype=x.dtype,
             use_fast_accum=True,
         )
-
-    def _tile(self, rows: int) -> Int4Tile | None:
-        """How to cut a product of so many rows; None to leave it to cuBLAS."""
-        if not self._streamed:
-            return None
-        tile = self._tiles.get(min((most for most in self._tiles if rows <= most), default=0))
-        return tile if tile is not None and tile.fits(self._weight) else None

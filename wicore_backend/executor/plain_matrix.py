@@ -12,6 +12,7 @@ from wicore_backend.executor.kernels.products import MAX_ROWS, Tile, product
 from wicore_backend.executor.kernels.shared_tiles import parts_bytes
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
+from wicore_backend.executor.tile_choice import TileChoice
 from wicore_backend.quantization.fp8 import Rows
 
 TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
@@ -62,13 +63,13 @@ class PlainMatrix:
         self._role = role
         self._weight = weight
         self._bias = bias
-        self._tiles = TILES[role] if tiles is None else tiles
         # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
         hopper = overlaps(weight)
-        self._streamed = weight.dtype.itemsize == 2 and bias is None and (tiles is not None or hopper)
-        self._choices: dict[int, Tile | None] = {}
+        streamed = weight.dtype.itemsize == 2 and bias is None and (tiles is not None or hopper)
+        tiles = TILES[role] if tiles is None else tiles
+        self._tile = TileChoice(tiles if streamed else {}, lambda tile: tile.fits(weight, gated=role == "gate_up"))
         self._gated: Callable[[Tensor, Tensor], Tensor] | None = None
-        if self._streamed and hopper and role == "gate_up":
+        if streamed and hopper and role == "gate_up":
             # Imported where it is used: it is written in a language for such cards alone.
             from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
 
@@ -76,7 +77,7 @@ class PlainMatrix:
 
     def __call__(self, x: Rows) -> Tensor:
         assert isinstance(x, Tensor), "only an FP8 matrix is given rows in FP8"
-        tile = self._tile(len(x))
+        tile = self._tile(len(x)) if len(x) <= MAX_ROWS else None
         if tile is not None:
             result_type = torch.float32 if self._role == "head" else x.dtype
             return product(x, self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
@@ -86,14 +87,3 @@ class PlainMatrix:
         if self._role == "gate_up":
             return gated(whole)
         return whole.float() if self._role == "head" else whole
-
-    def _tile(self, rows: int) -> Tile | None:
-        """How to cut a product of so many rows; None to leave it to cuBLAS."""
-        if not self._streamed or rows > MAX_ROWS:
-            return None
-        if rows not in self._choices:
-            at_most = min((most for most in self._tiles if rows <= most), default=0)
-            tiles = self._tiles.get(at_most, ())
-            fitting = (tile for tile in tiles if tile.fits(self._weight, gated=self._role == "gate_up"))
-            self._choices[rows] = next(fitting, None)
-        return self._choices[rows]
