@@ -64,11 +64,7 @@ T __shfl_down_sync(u32, T value, int distance) {
 inline u32 address(const void* in_shared) { return (u32)((const char*)in_shared - shared); }
 
 template <class T>
-T load(const char* in_shared) {
-    T v;
-    twin::load(&v, in_shared, sizeof(T));
-    return v;
-}
+T load(const char* in_shared) { return twin::loaded<T>(in_shared); }
 
 inline uint4 load_if(bool asks, const char* in_shared) {
     return asks ? load<uint4>(in_shared) : uint4{~0u, ~0u, ~0u, ~0u};  // NaN, whatever its kind
@@ -109,29 +105,10 @@ inline void line_to_l2(const void* global) { twin::inside(global, 128, 4); }
 
 // ---- Global memory
 
-inline float constant(const float* at) {
-    float v;
-    twin::load_constant(&v, at, 4);
-    return v;
-}
-
-inline float4 constants(const float* at) {
-    float4 v;
-    twin::load_constant(&v, at, 16);
-    return v;
-}
-
-inline uint2 load_pairs(const char* at) {
-    uint2 v;
-    twin::load(&v, at, 8);
-    return v;
-}
-
-inline uint4 load_words(const void* at) {
-    uint4 v;
-    twin::load(&v, at, 16);
-    return v;
-}
+inline float constant(const float* at) { return twin::loaded_constant<float>(at); }
+inline float4 constants(const float* at) { return twin::loaded_constant<float4>(at); }
+inline uint2 load_pairs(const char* at) { return twin::loaded<uint2>(at); }
+inline uint4 load_words(const void* at) { return twin::loaded<uint4>(at); }
 
 inline void tell(u32* to, u32 word) { twin::tell(to, word); }
 inline u32 told(const u32* from) { return twin::told(from, twin::Order::relaxed); }

@@ -57,6 +57,21 @@ u32 take_next(u32* counter);
 u32 told(const u32* from, Order order);
 void load(void* to, const void* from, u32 bytes);  // Plainly, from wherever.
 void load_constant(void* to, const void* from, u32 bytes);
+
+template <class T>
+T loaded(const void* from) {
+    T v;
+    load(&v, from, sizeof(T));
+    return v;
+}
+
+template <class T>
+T loaded_constant(const void* from) {
+    T v;
+    load_constant(&v, from, sizeof(T));
+    return v;
+}
+
 void inside(const void* global, u64 bytes, u32 aligned);
 
 // ---- Kernels over each other
