@@ -3,9 +3,7 @@
 import json
 import re
 import threading
-import time
 from dataclasses import replace
-from pathlib import Path
 from queue import Queue
 
 import numpy as np
@@ -13,7 +11,8 @@ import pytest
 import torch
 from llguidance import LLExecutor
 
-from wicore_backend import Engine, EngineConfig, SamplingParams
+from tests.engine_kit import MODEL, assert_nothing_left, config
+from wicore_backend import Engine, SamplingParams
 from wicore_backend.engine.grammar import compiler as compiling
 from wicore_backend.engine.grammar import progress as progressing
 from wicore_backend.engine.grammar.compiler import GrammarCompiler
@@ -23,7 +22,6 @@ from wicore_backend.engine.sampler import SamplingRow, sample
 from wicore_backend.errors import InvalidArgumentError, WicoreError
 from wicore_backend.processor.tokenizer import Tokenizer
 
-MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
 QUESTION = "What is 12 + 7?"
 SCHEMA = {
     "type": "object",
@@ -37,16 +35,12 @@ SCHEMA = {
 }
 
 
-def config(**settings):
-    return EngineConfig(**{"model": MODEL, "device": "cpu", "dtype": "float32"} | settings)
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["", "tokens_read_a_step_late"])
 def engine(request):
     with Engine(config()) as engine:
         engine._model = replace(engine._model, overlaps=request.param)
         yield engine
-        assert_nothing_left(engine)
+        assert_nothing_left(engine, within_s=5)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +51,6 @@ def tokenizer():
 @pytest.fixture
 def compiler(tokenizer):
     return GrammarCompiler(tokenizer, vocab_size=2048, eos_token_ids={1, 6})
-
-
-def assert_nothing_left(engine):
-    end = time.monotonic() + 5
-    while engine.statistics().running or any(usage.active for usage in engine.statistics().blocks.values()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    engine._scheduler.check_integrity()
 
 
 def ask(engine, **params):
@@ -300,7 +286,7 @@ def test_cancels_and_deadlines_leave_nothing_behind(engine):
     while not isinstance(event := events.get(timeout=10), FinishedEvent):
         assert set(event.text) <= {"a"}
     assert event.reason is FinishReason.DEADLINE
-    assert_nothing_left(engine)
+    assert_nothing_left(engine, within_s=5)
 
 
 def test_a_grammar_that_grows_too_complex_ends_its_own_request_alone(engine):
