@@ -130,9 +130,10 @@ def test_a_disk_is_not_measured_while_it_is_written_to(tmp_path):
 def test_a_disk_that_is_written_to_for_long_is_measured_all_the_same_but_later(tmp_path):
     limits = replace(LIMITS, measure_s=0.5)
     with Bench(tmp_path, limits=limits, open_files=FaultyFiles) as bench:
+        at = time.monotonic()
         bench.spill_numbers(GLOBAL, range(8))
         wait_for_measurement(bench)
-        measured, at = bench.store.statistics().fetches[Outcome.DONE], time.monotonic()
+        measured = bench.store.statistics().fetches[Outcome.DONE]
         (files,) = bench.files
         files.blocked.add("write")
         bench.tier.spill([bench.put(GLOBAL, 9, 9)])
