@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,11 @@ def content(group: LayerGroup, number: int) -> torch.Tensor:
 
 def same(one: torch.Tensor, two: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.int16), two.contiguous().view(torch.int16))
+
+
+def slot_blocks(group: LayerGroup, numbers: Iterable[int]) -> list[SlotBlock]:
+    """The blocks of these numbers, each for the slot of its own number."""
+    return [SlotBlock(group, name(number), number) for number in numbers]
 
 
 class Bench:

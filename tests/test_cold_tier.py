@@ -19,6 +19,7 @@ from tests.cold_tier_bench import (
     content,
     name,
     same,
+    slot_blocks,
     wait_for_measurement,
 )
 from wicore_backend.errors import InvalidArgumentError
@@ -57,7 +58,7 @@ def test_exact_blocks_keep_every_bit_pattern(tmp_path):
         values = bench.slots[GLOBAL].numel()
         bench.slots[GLOBAL].view(-1)[:] = patterns.repeat(-(-values // len(patterns)))[:values]
         before = bench.slots[GLOBAL].clone()
-        blocks = [SlotBlock(GLOBAL, name(slot), slot) for slot in range(SLOTS)]
+        blocks = slot_blocks(GLOBAL, range(SLOTS))
         bench.spill(blocks)
         bench.slots[GLOBAL].zero_()
         assert set(bench.restore(blocks)) == {Outcome.DONE}

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from tests.cold_tier_bench import GLOBAL, LIMITS, LOCAL, SLOTS, Bench, name, wait_for_measurement
+from tests.cold_tier_bench import GLOBAL, LIMITS, LOCAL, SLOTS, Bench, name, slot_blocks, wait_for_measurement
 from tests.nvme_kit import FaultyFiles
 from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.nvme import Outcome
@@ -18,7 +18,7 @@ def test_a_cancelled_restore_ends_without_the_disk_and_touches_its_slots_no_more
         (files,) = bench.files
         files.blocked.add("read")
         bench.slots[GLOBAL].fill_(3)
-        restore = bench.tier.restore([SlotBlock(GLOBAL, name(number), number) for number in range(SLOTS)])
+        restore = bench.tier.restore(slot_blocks(GLOBAL, range(SLOTS)))
         assert files.entered.acquire(timeout=5)
         assert not restore.done
         restore.cancel()
@@ -32,7 +32,7 @@ def test_a_cancelled_restore_ends_without_the_disk_and_touches_its_slots_no_more
         time.sleep(0.05)
         assert (bench.slots[GLOBAL] == 3).all()
         bench.tier.check_integrity()
-        up = [SlotBlock(GLOBAL, name(number), number) for number in range(SLOTS)]
+        up = slot_blocks(GLOBAL, range(SLOTS))
         assert set(bench.restore(up)) == {Outcome.DONE}
 
 
@@ -52,7 +52,7 @@ def test_a_cancel_cuts_what_is_read_but_not_what_is_being_decoded(tmp_path, monk
 
         monkeypatch.setattr(bench.codecs[GLOBAL], "decode", held_up)
         bench.slots[GLOBAL].fill_(3)
-        restore = bench.tier.restore([SlotBlock(GLOBAL, name(number), number) for number in range(16)])
+        restore = bench.tier.restore(slot_blocks(GLOBAL, range(16)))
         assert entered.wait(10)
         end = time.monotonic() + 5
         while bench.store.statistics().fetches[Outcome.DONE] < 16:  # Both batches of 8 are read.
@@ -74,7 +74,7 @@ def test_a_cancel_concerns_its_own_restore_alone(tmp_path):
         wait_for_measurement(bench)
         (files,) = bench.files
         files.blocked.add("read")
-        up = [SlotBlock(GLOBAL, name(number), number) for number in range(SLOTS)]
+        up = slot_blocks(GLOBAL, range(SLOTS))
         one, two = bench.tier.restore(up[:10]), bench.tier.restore(up[10:])
         one.cancel()
         assert {done.restore for done in bench.wait(10)} == {one}
@@ -108,7 +108,7 @@ def test_closing_under_load_finishes_what_is_under_way_and_takes_no_more(tmp_pat
     with Bench(tmp_path) as bench:
         bench.spill_numbers(LOCAL, range(SLOTS))
         down = [bench.put(GLOBAL, slot, slot) for slot in range(SLOTS)]
-        up = [SlotBlock(LOCAL, name(slot), slot) for slot in range(SLOTS)]
+        up = slot_blocks(LOCAL, range(SLOTS))
         bench.tier.spill(down)
         restore = bench.tier.restore(up)
         bench.tier.close()
@@ -132,7 +132,7 @@ def test_closing_while_the_disk_hangs_cuts_what_is_under_way(tmp_path):
         (files,) = bench.files
         files.blocked |= {"read", "write"}
         bench.tier.spill([bench.put(GLOBAL, slot, slot) for slot in range(SLOTS)])
-        bench.tier.restore([SlotBlock(LOCAL, name(slot), slot) for slot in range(SLOTS)])
+        bench.tier.restore(slot_blocks(LOCAL, range(SLOTS)))
         started = time.perf_counter()
         bench.tier.close(timeout_s=0.1)
         assert time.perf_counter() - started < 4  # The disk has 5.

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cold_tier_bench import GLOBAL, LIMITS, SLOTS, Bench, name, wait_for_measurement
+from tests.cold_tier_bench import GLOBAL, LIMITS, SLOTS, Bench, slot_blocks, wait_for_measurement
 from tests.nvme_kit import FaultyFiles
 from wicore_backend.hmt.cold_tier import ColdTierLimits
 from wicore_backend.hmt.cold_tier.pace import Pace
-from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.nvme import Outcome
 
 
@@ -86,7 +85,7 @@ def test_what_is_under_way_comes_first_in_what_a_restore_would_take(tmp_path):
         one, both = (bench.tier.restore_seconds(size) for size in (1 << 20, (1 << 20) + SLOTS * 2048))
         (files,) = bench.files
         files.blocked.add("read")
-        restore = bench.tier.restore([SlotBlock(GLOBAL, name(number), number) for number in range(SLOTS)])
+        restore = bench.tier.restore(slot_blocks(GLOBAL, range(SLOTS)))
         assert one is not None
         assert both is not None
         assert bench.tier.restore_seconds(1 << 20) == both > one
@@ -164,12 +163,12 @@ def test_a_disk_that_was_slow_is_found_to_be_well_again(tmp_path):
         well = bench.tier.restore_seconds(1 << 14)
         (files,) = bench.files
         files.blocked.add("read")
-        assert set(bench.restore([SlotBlock(GLOBAL, name(number), number) for number in range(8)])) == {Outcome.LATE}
+        assert set(bench.restore(slot_blocks(GLOBAL, range(8)))) == {Outcome.LATE}
         slow = bench.tier.restore_seconds(1 << 14)
         assert well is not None
         assert slow is not None
         assert slow > 0.1
-        assert set(bench.restore([SlotBlock(GLOBAL, name(number), number) for number in range(8)])) == {Outcome.LATE}
+        assert set(bench.restore(slot_blocks(GLOBAL, range(8)))) == {Outcome.LATE}
         assert bench.tier.restore_seconds(1 << 14) == slow, "a store that gives up at once is not fast"
         files.blocked.clear()
         files.go.set()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cold_tier_bench import GLOBAL, LOCAL, SLOTS, Bench, name, wait_for_measurement
+from tests.cold_tier_bench import GLOBAL, LOCAL, SLOTS, Bench, name, slot_blocks, wait_for_measurement
 from tests.nvme_kit import FaultyFiles
 from wicore_backend.hmt.cold_tier import (
     worker,
@@ -86,7 +86,7 @@ def test_a_bug_amid_a_batch_loses_its_blocks_and_each_is_reported_once(tmp_path,
         if where == "spill":
             bench.tier.spill([bench.put(GLOBAL, number, number) for number in range(10, 16)])
         else:
-            bench.tier.restore([SlotBlock(GLOBAL, name(number), number) for number in range(6)])
+            bench.tier.restore(slot_blocks(GLOBAL, range(6)))
         reports = bench.wait(6)
         assert len({report.block for report in reports}) == 6
         assert step == "landing" or {report.outcome for report in reports} == {Outcome.FAILED}
@@ -113,7 +113,7 @@ def test_a_damaged_record_is_a_miss_once_and_then_unknown(tmp_path):
     damage(tmp_path)
     # The tier's own measurement at the opening may be the one that finds the damage.
     with Bench(tmp_path) as bench:
-        up = [SlotBlock(GLOBAL, name(number), number) for number in range(6)]
+        up = slot_blocks(GLOBAL, range(6))
         assert set(bench.restore(up)) <= {Outcome.CORRUPT, Outcome.MISSING}
         assert not any(bench.tier.holds(GLOBAL, name(number)) for number in range(6))
         assert set(bench.restore(up)) == {Outcome.MISSING}
@@ -151,7 +151,7 @@ def test_a_disk_that_takes_nothing_is_a_refusal_and_one_log_line(tmp_path, caplo
         assert set(outcomes) <= {Outcome.FAILED, Outcome.REFUSED}
         assert bench.tier.statistics().groups[GLOBAL].refused == 50
         assert bench.tier.statistics().held[GLOBAL] == 3
-        assert set(bench.restore([SlotBlock(GLOBAL, name(n), n) for n in range(3)])) == {Outcome.DONE}
+        assert set(bench.restore(slot_blocks(GLOBAL, range(3)))) == {Outcome.DONE}
         assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
         bench.tier.check_integrity()
 
@@ -161,7 +161,7 @@ def test_a_disk_that_gives_nothing_is_misses(tmp_path):
         bench.spill_numbers(GLOBAL, range(10))
         (files,) = bench.files
         files.errors["read"] = errno.EIO
-        up = [SlotBlock(GLOBAL, name(number), number) for number in range(10)]
+        up = slot_blocks(GLOBAL, range(10))
         assert set(bench.restore(up)) <= {Outcome.FAILED, Outcome.MISSING}
         files.errors.clear()
         assert set(bench.restore(up)) == {Outcome.MISSING}, "an unreadable record is not asked for again"
@@ -175,7 +175,7 @@ def test_deleted_files_are_misses(tmp_path):
         wait_for_measurement(bench)
         for file in tmp_path.iterdir():
             file.unlink()
-        up = [SlotBlock(GLOBAL, name(number), number) for number in range(4)]
+        up = slot_blocks(GLOBAL, range(4))
         assert set(bench.restore(up)) == {Outcome.MISSING}
         assert bench.spill([bench.put(GLOBAL, 7, 7)]) == [Outcome.REFUSED]
         assert bench.tier.statistics().groups[GLOBAL].restores == {Outcome.MISSING: 4}
@@ -189,7 +189,7 @@ def test_a_silent_disk_is_late_and_its_slots_come_back_untouched(tmp_path):
         (files,) = bench.files
         files.blocked.add("read")
         bench.slots[GLOBAL].fill_(3)
-        up = [SlotBlock(GLOBAL, name(number), number) for number in range(SLOTS)]
+        up = slot_blocks(GLOBAL, range(SLOTS))
         started = time.perf_counter()
         first = bench.tier.restore(up[:20], 1.5)
         second = bench.tier.restore(up[20:], 0.1)  # Finds no tray, and waits for its own deadline alone.
