@@ -288,14 +288,34 @@ def test_leaving_the_with_block_cancels(connect, server):
     assert list(stream) == []
 
 
+def once(condition, action) -> threading.Thread:
+    """A thread that acts a moment after a condition has become true, when whoever asks is waiting."""
+
+    def wait() -> None:
+        end = time.monotonic() + 20
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(0.2)
+        action()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
 def test_cancel_wakes_whoever_waits(connect, server):
-    for script, partial in ((silent, ""), (never, "one")):
+    for asked, (script, partial) in enumerate(((silent, ""), (never, "one")), start=1):
         server.script = script
         stream = connect().stream("Hi")
-        timer = threading.Timer(1.0, stream.cancel)
-        timer.start()
+        cancelling = once(
+            lambda stream=stream, asked=asked, partial=partial: (
+                len(server.requests) == asked and stream.text == partial
+            ),
+            stream.cancel,
+        )
         with pytest.raises(Cancelled, match="by the client") as caught:
             stream.completion()
+        cancelling.join()
         assert caught.value.partial_text == partial
         with pytest.raises(Cancelled):
             stream.completion()
@@ -305,10 +325,10 @@ def test_cancel_wakes_whoever_waits(connect, server):
 def test_cancel_by_request_id_ends_a_generate(connect, server):
     server.script = silent
     client = connect()
-    timer = threading.Timer(0.5, client.cancel, ["mine"])
-    timer.start()
+    cancelling = once(lambda: server.requests, lambda: client.cancel("mine"))
     with pytest.raises(Cancelled):
         client.generate("Hi", request_id="mine")
+    cancelling.join()
     assert server.wait_until_gone()
     assert not client.cancel("mine")
 
