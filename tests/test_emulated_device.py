@@ -1,5 +1,6 @@
 """An engine over an emulated device takes that device's time for a step, and works on the host meanwhile."""
 
+import statistics
 import time
 
 import pytest
@@ -23,12 +24,17 @@ def test_a_device_computes_one_step_after_the_other():
 def test_streams_get_a_token_a_step():
     settings = EngineConfig(model=DEMO_MODEL, device="cpu", dtype="float32", max_running=4, max_guessed_tokens=0)
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    paces = []
     with emulated(STEP_S), Engine(settings) as engine:
-        results = engine.generate([f"Say {n}." for n in range(4)], params)
-    assert all(len(result.token_ids) == 12 for result in results)
-    assert len({tuple(result.token_ids) for result in results}) > 1  # The device makes tokens up.
-    per_token = [result.usage.tpot_s or 0.0 for result in results]
-    assert all(0.95 * STEP_S < seconds < 2 * STEP_S for seconds in per_token)
+        for _ in range(5):
+            results = engine.generate([f"Say {n}." for n in range(4)], params)
+            assert all(len(result.token_ids) == 12 for result in results)
+            assert len({tuple(result.token_ids) for result in results}) > 1  # The device makes tokens up.
+            per_token = [result.usage.tpot_s or 0.0 for result in results]
+            assert min(per_token) > 0.95 * STEP_S
+            paces.append(max(per_token))
+    # A busy machine stops for longer than a step now and then.
+    assert statistics.median(paces) < 2 * STEP_S
 
 
 def test_nothing_is_emulated_afterwards():
