@@ -41,7 +41,7 @@ def test_lines_are_drawn_from_status_and_metrics(visit, gateway, latencies):
     # Of 400 prompt tokens more, the device had 150, the host 100, the disk 50.
     expect(chart(page, "Cache hits").locator(".legend")).to_have_text("Device37.5%Host memory25%Disk12.5%")
     speed = float(chart(page, "Tokens per second").locator(".legend strong").first.inner_text().split("/")[0])
-    assert 150 < speed < 350  # 600 tokens in one or two polls of two seconds
+    assert 60 <= speed < 350  # 600 tokens in one poll of two seconds or more, in the ten seconds that count
     expect(page.locator("#tiles")).to_contain_text("Running5")
     expect(page.locator("#models tr")).to_have_text("wicore1Ready · onnx")
     expect(page.get_by_title("executor = 'onnx'")).to_have_text("Ready · onnx")
@@ -66,11 +66,11 @@ def test_the_servers_words_are_in_the_persons_language(visit, gateway):
 def test_times_without_an_answer_are_gaps(visit, gateway):
     page = visit("/dashboard")
     lines = chart(page, "Requests").locator("path.line.series-1")
-    expect(lines).to_have_count(1, timeout=8000)
+    expect(lines).to_have_count(1)
     gateway.status = None
     expect(page.locator("#state")).to_have_text("No answer")
     gateway.status = status_page()
-    expect(lines).to_have_count(2, timeout=10_000)
+    expect(lines).to_have_count(2)
 
 
 def test_it_can_be_paused_and_goes_on(visit, gateway):
