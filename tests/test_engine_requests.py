@@ -85,13 +85,13 @@ def test_a_deadline_ends_a_request_with_what_it_has(engine):
             ended.set()
 
     prompt = engine.processor.process("hello")
-    engine.submit(prompt, greedy(20_000), sink=sink, deadlines=Deadlines(total_s=0.3))
-    assert ended.wait(5)
+    engine.submit(prompt, greedy(20_000), sink=sink, deadlines=Deadlines(total_s=1.0))
+    assert ended.wait(20)
     assert events[-1].reason is FinishReason.DEADLINE
     assert isinstance(events[-1].error, DeadlineExceededError)
-    assert "0.300 s" in str(events[-1].error)
+    assert "1.000 s" in str(events[-1].error)
     assert len(events) > 2
-    assert events[-1].usage.total_s < 1.0
+    assert 1.0 <= events[-1].usage.total_s < 3.0
 
 
 def test_a_request_that_cannot_be_in_time_is_refused_before_it_runs(engine):
@@ -100,12 +100,12 @@ def test_a_request_that_cannot_be_in_time_is_refused_before_it_runs(engine):
     engine.generate([2] * 3000, greedy(2))
     events: Queue = Queue()
     prompt = engine.processor.process([3] * 20_000)
-    engine.submit(prompt, greedy(2), sink=events.put, deadlines=Deadlines(first_token_s=0.05))
+    engine.submit(prompt, greedy(2), sink=events.put, deadlines=Deadlines(first_token_s=0.5))  # It takes seconds.
     last = events.get(timeout=10)
     assert isinstance(last, FinishedEvent)
     assert last.reason is FinishReason.REJECTED
     assert isinstance(last.error, DeadlineExceededError)
-    assert "due after 0.050 s" in str(last.error)
+    assert "due after 0.500 s" in str(last.error)
 
 
 @pytest.mark.parametrize(
