@@ -9,9 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -439,35 +438,26 @@ def test_the_27b_in_int4_is_planned_as_its_sizes_are():
     check_memory(planned, largest.memory_bytes)
 
 
-def test_builds_run_together_as_far_as_jobs_and_memory_allow():
-    at_once, most_memory, most_jobs = set[Part](), 0, 0
-    lock, step = threading.Lock(), threading.Event()
+def test_builds_run_together_as_far_as_jobs_and_memory_allow(monkeypatch):
+    under_way, together = dict[Future[str], Part](), list[list[Part]]()
 
-    def build(part: Part) -> str:
-        nonlocal most_memory, most_jobs
-        with lock:
-            at_once.add(part)
-            most_memory = max(most_memory, sum(each.memory_bytes for each in at_once))
-            most_jobs = max(most_jobs, len(at_once))
-        step.wait(0.05)
-        with lock:
-            at_once.discard(part)
-        return part.name
+    def submit(part: Part) -> Future[str]:
+        under_way[future := Future()] = part
+        return future
 
+    def first_ends(running, **options):
+        together.append(list(under_way.values()))
+        first = next(iter(under_way))
+        first.set_result(under_way.pop(first).name)
+        return wait(running, **options)
+
+    monkeypatch.setattr("scripts.engine_build.builder.wait", first_ends)
     some = [Part((Segment(SegmentKind.MID, i),), 1, size, 1.0) for i, size in enumerate((5, 6, 3, 3, 3, 9, 2, 1))]
-    with ThreadPoolExecutor(8) as pool:
-        done = list(
-            build_all(
-                [(part, part) for part in some],
-                Limits(jobs=3, memory=10),
-                lambda part: pool.submit(build, part),
-                lambda _: None,
-            )
-        )
+    done = list(build_all([(part, part) for part in some], Limits(jobs=3, memory=10), submit, lambda _: None))
     assert sorted(name for _, name in done) == sorted(part.name for part in some)
     assert all(part.name == name for part, name in done)
-    assert most_memory <= 10
-    assert most_jobs == 3
+    assert max(sum(part.memory_bytes for part in parts) for parts in together) <= 10
+    assert max(map(len, together)) == 3
 
 
 def test_memory_that_is_gone_when_building_begins_ends_it():
