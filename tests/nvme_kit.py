@@ -112,7 +112,7 @@ class FaultyFiles(StoreFiles):
 
 
 @contextmanager
-def faulty_store(directory: Path) -> Iterator[tuple[NvmeStore, FaultyFiles]]:
+def faulty_store(directory: Path, *, read_deadline_s: float = 1.0) -> Iterator[tuple[NvmeStore, FaultyFiles]]:
     """A store on faulty files, and the files."""
     opened = []
 
@@ -120,7 +120,7 @@ def faulty_store(directory: Path) -> Iterator[tuple[NvmeStore, FaultyFiles]]:
         opened.append(FaultyFiles(*args, **kwargs))
         return opened[-1]
 
-    shape = config(directory / "store", retry_s=3600.0, read_deadline_s=1.0, write_deadline_s=1.0)
+    shape = config(directory / "store", retry_s=3600.0, read_deadline_s=read_deadline_s, write_deadline_s=1.0)
     with NvmeStore(shape, open_files=open_files) as store:
         yield store, opened[0]
         opened[0].errors.clear()
