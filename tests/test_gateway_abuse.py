@@ -91,11 +91,12 @@ def page_of(port):
 
 @pytest.mark.parametrize("beginning", [b"", b"\r\n", b"POST /v1/chat", head()[:-2], head()[:-4] + b"\r\nX: y"])
 def test_who_does_not_finish_asking_is_closed(beginning):
-    with served_gateway(connections=QUICK) as port, closing(connect(port)) as silent:
-        silent.sendall(beginning)
+    with served_gateway(connections=QUICK) as port:
         began = time.monotonic()
-        assert read_all(silent) == b""
-        assert 0.3 <= time.monotonic() - began < 5
+        with closing(connect(port)) as silent:
+            silent.sendall(beginning)
+            assert read_all(silent) == b""
+        assert 0.9 * QUICK["header_timeout_s"] < time.monotonic() - began < 5
         assert is_well(port)
         assert metric(page_of(port), "wicore_gateway_connections_refused_total", reason="silent") == 1
 
@@ -128,13 +129,13 @@ def test_endless_headers_are_refused(header):
 
 def test_a_body_that_dribbles_gets_408():
     with served_gateway(connections=QUICK) as port, closing(connect(port)) as slow:
-        slow.sendall(head(Content_Length=1000) + b"{")
         began = time.monotonic()
+        slow.sendall(head(Content_Length=1000) + b"{")
         time.sleep(0.2)
         assert is_well(port)
         slow.sendall(b" ")
         answer = slow.recv(65536)
-        assert 0.4 <= time.monotonic() - began < 5
+        assert 0.9 * QUICK["body_timeout_s"] < time.monotonic() - began < 5
         assert status_of(answer) == 408
         assert error_of(answer)["code"] == "body_timeout"
         read_all(slow)
@@ -314,7 +315,7 @@ def fuzzed_port():
     quick = {"header_timeout_s": 0.3, "body_timeout_s": 0.3, "keep_alive_s": 1}
     with served_gateway(connections=quick) as port:
         yield port
-        assert is_well(port)
+        wait_until_well(port)  # A busy machine may be late with a request's headers, too.
 
 
 @pytest.fixture(scope="module")
