@@ -18,7 +18,7 @@ from wicore_client.interrupts import interrupts_held
 from wicore_client.requests import GenerateRequest
 from wicore_client.results import Health, ModelStatistics, Response
 
-_END_SECONDS = 1.0
+_END_SECONDS = 5.0
 """How long the server may take to end a stream after the last response. It needs a millisecond or so, in which a cancel
 would find it half done: Triton 2.51 then keeps the request, and so its model, until it is killed."""
 
