@@ -12,7 +12,7 @@ from torch import Tensor
 from wicore_backend.executor.kernels.fp8_rows import quantize_rows
 from wicore_backend.executor.kernels.int4 import Int4Tile, int4_product
 from wicore_backend.executor.kernels.int4_codes import dequantize, fp8_scale, takes
-from wicore_backend.executor.kernels.shared_tiles import COLUMNS, DEPTH
+from wicore_backend.executor.kernels.shared_tiles import COLUMNS
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
 from wicore_backend.executor.tile_choice import TileChoice
@@ -85,12 +85,6 @@ def _widened_tiles(columns: int) -> int:
     return max(1, _WIDENED_AT_ONCE // columns // TILE_ROWS)
 
 
-def _tiled_for_one_kernel(weight: Int4Matrix) -> bool:
-    """Whether gate and up have whole tiles of the kernel for both."""
-    rows, columns = weight.shape
-    return weight.dtype.itemsize == 2 and rows % (2 * COLUMNS) == 0 and columns % DEPTH == 0
-
-
 class Int4GpuMatrix:
     """`Matrix` of an `Int4Matrix`: few rows by kernels that read its codes, more by cuBLAS on what they stand for.
 
@@ -126,11 +120,11 @@ class Int4GpuMatrix:
         if self._by_kernels and bias is None and overlaps(weight.codes) and role != "head":
             if prompts == "fp8" and weight.dtype is torch.bfloat16:
                 self._fp8_scale = fp8_scale(weight)
-            elif prompts == "one kernel" and role == "gate_up" and _tiled_for_one_kernel(weight):
+            elif prompts == "one kernel" and role == "gate_up":
                 # Imported where it is used: it is written in a language for such cards alone.
-                from wicore_backend.executor.kernels.gated_hopper import gated_product
+                from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
 
-                self._gated = gated_product
+                self._gated = gated_product if fits(weight) else None
 
     def __call__(self, x: Rows) -> Tensor:
         assert isinstance(x, Tensor), "only an FP8 matrix is given rows in FP8"

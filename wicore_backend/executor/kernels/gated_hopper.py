@@ -31,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from wicore_backend.executor.kernels.shared_tiles import COLUMNS, DEPTH, ROWS, Shares, place, sum_parts
 from wicore_backend.executor.kernels.small import gelu, processors
+from wicore_backend.quantization.int4 import Int4Matrix
 
 STAGES = 4
 """Tiles in the ring."""
@@ -38,8 +39,8 @@ STAGES = 4
 _ROWS, _COLUMNS, _DEPTH, _STAGES = map(gl.constexpr, (ROWS, COLUMNS, DEPTH, STAGES))
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether `weight` [2 F, K], on Hopper, has a whole number of tiles."""
+def fits(weight: Tensor | Int4Matrix) -> bool:
+    """Whether `weight` [2 F, K], on Hopper, as it is or widened, has a whole number of tiles."""
     columns, depth = weight.shape
     return weight.dtype.itemsize == 2 and columns % (2 * COLUMNS) == 0 and depth % DEPTH == 0
 
