@@ -160,7 +160,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(server, capsys, arguments):
 
 def test_a_pipe_gets_the_text_alone(server):
     server.script = words("a\x1b[31m", "b")
-    done = subprocess.run([*COMMAND, "chat"], input="From a pipe\n", capture_output=True, text=True, timeout=20)
+    done = subprocess.run([*COMMAND, "chat"], input="From a pipe\n", capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "a\x1b[31mb\n", "")
     assert asked(server) == "From a pipe"
 
@@ -168,10 +168,10 @@ def test_a_pipe_gets_the_text_alone(server):
 def test_an_answer_that_cannot_be_shown_or_written_is_no_crash(server):
     server.script = words("红")
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([*COMMAND, "chat", "Hi"], capture_output=True, timeout=20, env=ascii_only)
+    done = subprocess.run([*COMMAND, "chat", "Hi"], capture_output=True, timeout=60, env=ascii_only)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"?\n", b"")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*COMMAND, "chat", "Hi"], stdout=full, stderr=subprocess.PIPE, timeout=20)
+        done = subprocess.run([*COMMAND, "chat", "Hi"], stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 1
     assert done.stderr == b"wicore: the answer cannot be written: No space left on device\n"
 
@@ -187,18 +187,25 @@ def test_a_reader_that_leaves_is_no_error(server):
     assert process.stderr is not None
     assert process.stdout.read(4) == b"more"
     process.stdout.close()
-    assert process.wait(10) == 141
+    assert process.wait(30) == 141
     assert process.stderr.read() == b""
     assert server.wait_until_gone()
 
 
+def heeds_ctrl_c() -> None:
+    """In a child, before its program: a shell's background jobs ignore SIGINT, and what they start does too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_cancels_a_single_question(server):
     server.script = endless
-    process = subprocess.Popen([*COMMAND, "chat", "Hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "chat", "Hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c
+    )
     assert process.stdout is not None
     assert process.stdout.read(4) == "some"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "\n", "")
     assert server.wait_until_gone()
 
@@ -209,11 +216,11 @@ class Typist:
     def __init__(self, *arguments: str) -> None:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would the child
+            heeds_ctrl_c()
             os.execv(COMMAND[0], [*COMMAND, *arguments])
         self.screen = ""
 
-    def sees(self, text: str, seconds: float = 10) -> str:
+    def sees(self, text: str, seconds: float = 30) -> str:
         """Wait for `text` to appear; returns what came with it, and looks no further back from now on."""
         end = time.monotonic() + seconds
         while text not in self.screen:
