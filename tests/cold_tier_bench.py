@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,3 +154,15 @@ def wait_for_measurement(bench: Bench) -> None:
     while bench.tier.restore_seconds(1) is None:
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+@contextmanager
+def silent_disk(directory: Path) -> Iterator[tuple[Bench, FaultyFiles]]:
+    """A tier with global blocks of numbers 0 to SLOTS - 1 on a disk that answers no reads any more, and its files."""
+    with Bench(directory, open_files=FaultyFiles) as bench:
+        bench.spill_numbers(GLOBAL, range(SLOTS))
+        wait_for_measurement(bench)
+        (files,) = bench.files
+        assert isinstance(files, FaultyFiles)
+        files.blocked.add("read")
+        yield bench, files

@@ -5,18 +5,24 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from tests.cold_tier_bench import GLOBAL, LIMITS, LOCAL, SLOTS, Bench, name, slot_blocks, wait_for_measurement
+from tests.cold_tier_bench import (
+    GLOBAL,
+    LIMITS,
+    LOCAL,
+    SLOTS,
+    Bench,
+    name,
+    silent_disk,
+    slot_blocks,
+    wait_for_measurement,
+)
 from tests.nvme_kit import FaultyFiles
 from wicore_backend.hmt.host_tier import SlotBlock
 from wicore_backend.hmt.nvme import Outcome
 
 
 def test_a_cancelled_restore_ends_without_the_disk_and_touches_its_slots_no_more(tmp_path):
-    with Bench(tmp_path, open_files=FaultyFiles) as bench:
-        bench.spill_numbers(GLOBAL, range(SLOTS))
-        wait_for_measurement(bench)
-        (files,) = bench.files
-        files.blocked.add("read")
+    with silent_disk(tmp_path) as (bench, files):
         bench.slots[GLOBAL].fill_(3)
         restore = bench.tier.restore(slot_blocks(GLOBAL, range(SLOTS)))
         assert files.entered.acquire(timeout=5)
@@ -69,11 +75,7 @@ def test_a_cancel_cuts_what_is_read_but_not_what_is_being_decoded(tmp_path, monk
 
 
 def test_a_cancel_concerns_its_own_restore_alone(tmp_path):
-    with Bench(tmp_path, open_files=FaultyFiles) as bench:
-        bench.spill_numbers(GLOBAL, range(SLOTS))
-        wait_for_measurement(bench)
-        (files,) = bench.files
-        files.blocked.add("read")
+    with silent_disk(tmp_path) as (bench, files):
         up = slot_blocks(GLOBAL, range(SLOTS))
         one, two = bench.tier.restore(up[:10]), bench.tier.restore(up[10:])
         one.cancel()

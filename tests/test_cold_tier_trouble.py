@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cold_tier_bench import GLOBAL, LOCAL, SLOTS, Bench, name, slot_blocks, wait_for_measurement
+from tests.cold_tier_bench import GLOBAL, LOCAL, SLOTS, Bench, name, silent_disk, slot_blocks, wait_for_measurement
 from tests.nvme_kit import FaultyFiles
 from wicore_backend.hmt.cold_tier import (
     worker,
@@ -183,11 +183,7 @@ def test_deleted_files_are_misses(tmp_path):
 
 
 def test_a_silent_disk_is_late_and_its_slots_come_back_untouched(tmp_path):
-    with Bench(tmp_path, open_files=FaultyFiles) as bench:
-        bench.spill_numbers(GLOBAL, range(SLOTS))
-        wait_for_measurement(bench)
-        (files,) = bench.files
-        files.blocked.add("read")
+    with silent_disk(tmp_path) as (bench, files):
         bench.slots[GLOBAL].fill_(3)
         up = slot_blocks(GLOBAL, range(SLOTS))
         started = time.perf_counter()
