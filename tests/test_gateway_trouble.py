@@ -10,6 +10,7 @@ import pytest
 from websockets.sync.client import connect
 
 from tests.gateway_kit import CHAT, ScriptedBackend, gateway, served_gateway
+from tests.waiting import wait_until
 from wicore_backend.gateway.backend import Delta, Usage
 from wicore_backend.gateway.caller import ANYBODY
 from wicore_backend.gateway.errors import ApiError, UnavailableError
@@ -29,13 +30,6 @@ def http(path: str, body: dict) -> bytes:
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
-
-
-def wait_until(condition, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not so after {seconds} s"
-        time.sleep(0.01)
 
 
 class Chatter(ScriptedBackend):
@@ -66,7 +60,7 @@ def test_a_client_that_leaves_cancels_its_request(path, stream, pause_s):
     with served_gateway(backend) as port:
         client = socket.create_connection(("127.0.0.1", port))
         client.sendall(http(path, PATHS[path] | ({"stream": True} if stream else {})))
-        wait_until(lambda: backend.running > 0, 5)
+        wait_until(lambda: backend.running > 0)
         if stream and pause_s < 1:
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
         client.close()
@@ -98,8 +92,8 @@ def test_a_client_that_reads_nothing_for_too_long_is_left():
         client = socket.create_connection(("127.0.0.1", port))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.sendall(http("/v1/chat/completions", CHAT | {"stream": True}))
-        wait_until(lambda: backend.said > 0, 5)
-        wait_until(lambda: backend.running == 0, 5)
+        wait_until(lambda: backend.said > 0)
+        wait_until(lambda: backend.running == 0)
         client.close()
 
 
@@ -132,7 +126,7 @@ def test_a_cancel_frame_cancels_one_request_and_not_the_other():
     with served_gateway(backend) as port, ws(port) as socket_:
         socket_.send(generate("a"))
         socket_.send(generate("b"))
-        wait_until(lambda: backend.running == 2, 5)
+        wait_until(lambda: backend.running == 2)
         socket_.send(json.dumps({"type": "cancel", "id": "a"}))
         wait_until(lambda: backend.running == 1)
         while (frame := json.loads(socket_.recv(timeout=5)))["type"] != "cancelled":

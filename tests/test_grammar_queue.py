@@ -3,10 +3,12 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
 from tests.test_pictures import DEMO_MODEL
+from tests.waiting import wait_until
 from wicore_backend.engine.grammar import compiler as compiling
 from wicore_backend.engine.grammar.compiler import GrammarCompiler
 from wicore_backend.engine.grammar.spec import Grammar
@@ -15,12 +17,7 @@ from wicore_backend.errors import InvalidArgumentError, OverloadedError
 from wicore_backend.processor.tokenizer import Tokenizer
 from wicore_backend.triton.grammar_queue import GrammarQueue, WaitingRequest
 
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "waited 30 s in vain"
-        time.sleep(0.002)
+wait_for = partial(wait_until, within_s=30)
 
 
 class Client:

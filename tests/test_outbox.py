@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.waiting import wait_until
 from wicore_backend.engine.request import FinishedEvent, FinishReason, TokensEvent, Usage
 from wicore_backend.errors import DeadlineExceededError, EngineError
 from wicore_backend.triton.outbox import Channel, Outbox, Reply
@@ -51,13 +52,6 @@ def outbox():
     box.close()
 
 
-def wait_for(condition) -> None:
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end, "waited 5 s in vain"
-        time.sleep(0.002)
-
-
 def opened(outbox: Outbox, wire: FakeWire, *, stream: bool, answers: int = 1, cancel=pytest.fail) -> Channel:
     channel = outbox.channel(wire, stream=stream, answers=answers, cancel=cancel)
     outbox.begin(channel)
@@ -80,10 +74,10 @@ def test_a_stream_sends_tokens_as_they_come_and_one_end(outbox):
     wire = FakeWire()
     channel = opened(outbox, wire, stream=True)
     channel.put(tokens(0))
-    wait_for(lambda: len(wire.sent) == 1)
+    wait_until(lambda: len(wire.sent) == 1)
     channel.put(tokens(1))
     channel.put(END)
-    wait_for(lambda: wire.sent[-1].reason is not None)
+    wait_until(lambda: wire.sent[-1].reason is not None)
     assert "".join(reply.text for reply in wire.sent) == "ab"
     assert [reply.reason for reply in wire.sent].count(None) == len(wire.sent) - 1
     assert wire.sent[-1].usage == USAGE
@@ -97,7 +91,7 @@ def test_tokens_that_come_while_the_wire_is_slow_leave_together(outbox):
         channel.put(tokens(token))
     channel.put(END)
     wire.slow.set()
-    wait_for(lambda: wire.sent and wire.sent[-1].reason is not None)
+    wait_until(lambda: wire.sent and wire.sent[-1].reason is not None)
     assert len(said(wire)) <= 3
     assert [token for reply in wire.sent for token in reply.token_ids] == list(range(20))
 
@@ -110,7 +104,7 @@ def test_without_streaming_there_is_exactly_one_response(outbox):
     assert wire.sent == []
     channel.put(tokens(1))
     channel.put(END)
-    wait_for(lambda: wire.sent)
+    wait_until(lambda: wire.sent)
     assert [(reply.text, reply.reason) for reply in wire.sent] == [("ab", FinishReason.STOP)]
 
 
@@ -120,9 +114,9 @@ def test_an_error_before_the_first_token_is_an_error_and_after_it_a_last_respons
     opened(outbox, early, stream=True).put(FinishedEvent(FinishReason.ERROR, USAGE, error))
     channel = opened(outbox, late, stream=True)
     channel.put(tokens(0))
-    wait_for(lambda: said(late))
+    wait_until(lambda: said(late))
     channel.put(FinishedEvent(FinishReason.ERROR, USAGE, error))
-    wait_for(lambda: early.sent and len(said(late)) == 2)
+    wait_until(lambda: early.sent and len(said(late)) == 2)
     assert said(early) == [error]
     assert (said(late)[1].reason, said(late)[1].error) == (FinishReason.ERROR, error)
 
@@ -132,7 +126,7 @@ def test_what_was_produced_before_a_deadline_is_kept_without_streaming_too(outbo
     channel = opened(outbox, wire, stream=False)
     channel.put(tokens(0))
     channel.put(FinishedEvent(FinishReason.DEADLINE, USAGE, DeadlineExceededError("late")))
-    wait_for(lambda: wire.sent)
+    wait_until(lambda: wire.sent)
     assert (wire.sent[0].text, wire.sent[0].reason) == ("a", FinishReason.DEADLINE)
 
 
@@ -140,9 +134,9 @@ def test_a_client_that_goes_away_is_noticed_once_also_without_tokens(outbox):
     wire = FakeWire()
     cancels: list[int] = []
     opened(outbox, wire, stream=False, cancel=lambda: cancels.append(1))
-    wait_for(lambda: wire.probes)
+    wait_until(lambda: wire.probes)
     wire.gone = True
-    wait_for(lambda: cancels)
+    wait_until(lambda: cancels)
     time.sleep(0.1)
     assert cancels == [1]
 
@@ -156,7 +150,7 @@ def test_a_broken_wire_cancels_its_request_and_leaves_the_others_alone(outbox):
     bad.put(tokens(0))
     good.put(tokens(0))
     good.put(END)
-    wait_for(lambda: cancels and sound.sent and sound.sent[-1].reason is not None)
+    wait_until(lambda: cancels and sound.sent and sound.sent[-1].reason is not None)
     bad.put(FinishedEvent(FinishReason.CANCELLED, USAGE))
     time.sleep(0.05)
     assert cancels == [1]
@@ -168,18 +162,18 @@ def test_a_response_that_cannot_be_made_still_ends_its_request_with_an_error(out
     cancels: list[int] = []
     channel = opened(outbox, wire, stream=True, cancel=lambda: cancels.append(1))
     channel.put(tokens(0))
-    wait_for(lambda: said(wire))
+    wait_until(lambda: said(wire))
     wire.accepting, wire.accepts_all_but_the_last = False, True
     channel.put(TokensEvent((1,), "unsayable"))
     if not with_the_end:
-        wait_for(lambda: cancels)
+        wait_until(lambda: cancels)
         channel.put(tokens(2))
     channel.put(FinishedEvent(FinishReason.CANCELLED, USAGE))
     time.sleep(0.05)
     assert len(said(wire)) == 1, "the end waits for its turn as any other"
     wire.accepting = True
     outbox.post(channel.flush)
-    wait_for(lambda: len(said(wire)) == 2)
+    wait_until(lambda: len(said(wire)) == 2)
     assert "could not be sent: the pipe is gone" in str(wire.sent[-1])
     assert cancels == [1]
     assert not channel.open
@@ -206,7 +200,7 @@ def test_whoever_is_told_of_the_ends_cannot_end_the_sending():
     for _ in range(2):
         wire = FakeWire()
         opened(box, wire, stream=True).put(END)
-        wait_for(lambda wire=wire: said(wire))
+        wait_until(lambda wire=wire: said(wire))
     box.close()
 
 
@@ -223,7 +217,7 @@ def test_no_event_is_lost_between_the_threads(outbox):
 
     thread = threading.Thread(target=put)
     thread.start()
-    wait_for(lambda: all(wire.sent and wire.sent[-1].reason is not None for wire in wires))
+    wait_until(lambda: all(wire.sent and wire.sent[-1].reason is not None for wire in wires))
     thread.join()
     for wire in wires:
         assert [token for reply in wire.sent for token in reply.token_ids] == list(range(500))
@@ -235,7 +229,7 @@ def test_what_the_wire_does_not_accept_yet_waits_and_leaves_whole(outbox):
     channel = opened(outbox, wire, stream=True)
     channel.put(tokens(0))
     channel.put(END)
-    wait_for(lambda: wire.probes)
+    wait_until(lambda: wire.probes)
     time.sleep(0.05)
     assert wire.sent == []
     probes = wire.probes
@@ -243,7 +237,7 @@ def test_what_the_wire_does_not_accept_yet_waits_and_leaves_whole(outbox):
     assert wire.probes == probes, "a request that is ending is not probed any more"
     wire.accepting = True
     outbox.post(channel.flush)
-    wait_for(lambda: wire.sent)
+    wait_until(lambda: wire.sent)
     assert [(reply.text, reply.reason) for reply in wire.sent] == [("a", FinishReason.STOP)]
 
 
@@ -252,14 +246,14 @@ def test_tokens_pass_while_only_the_end_has_to_wait(outbox):
     wire.accepting, wire.accepts_all_but_the_last = False, True
     channel = opened(outbox, wire, stream=True)
     channel.put(tokens(0))
-    wait_for(lambda: wire.sent)
+    wait_until(lambda: wire.sent)
     channel.put(tokens(1))
     channel.put(END)
     time.sleep(0.05)
     assert all(reply.reason is None for reply in wire.sent)
     wire.accepting = True
     outbox.post(channel.flush)
-    wait_for(lambda: wire.sent[-1].reason)
+    wait_until(lambda: wire.sent[-1].reason)
     assert "".join(reply.text for reply in wire.sent) == "ab"
 
 
@@ -280,7 +274,7 @@ def test_an_end_that_no_road_opens_for_is_sent_in_the_end():
     channel.put(tokens(0))
     began = time.monotonic()
     channel.put(END)
-    wait_for(lambda: wire.sent)
+    wait_until(lambda: wire.sent)
     assert time.monotonic() - began >= 0.2
     assert [(reply.text, reply.reason) for reply in wire.sent] == [("a", FinishReason.STOP)]
     box.close()
@@ -293,7 +287,7 @@ def test_events_that_come_before_the_channel_begins_are_sent_once(outbox):
     channel.put(tokens(0))
     channel.put(END)
     outbox.begin(channel)
-    wait_for(lambda: wire.sent and wire.sent[-1].reason)
+    wait_until(lambda: wire.sent and wire.sent[-1].reason)
     time.sleep(0.05)
     assert "".join(reply.text for reply in wire.sent) == "a"
 
@@ -305,10 +299,10 @@ def test_an_answer_that_ended_before_the_channel_begins_still_opens_its_road(out
     channel.put(tokens(0))
     channel.put(END)
     outbox.begin(channel)
-    wait_for(lambda: wire.probes)
+    wait_until(lambda: wire.probes)
     wire.accepting = True
     outbox.post(channel.flush)
-    wait_for(lambda: wire.sent)
+    wait_until(lambda: wire.sent)
     assert [(reply.text, reply.reason) for reply in wire.sent] == [("a", FinishReason.STOP)]
 
 
@@ -319,18 +313,18 @@ def test_an_action_that_fails_does_not_end_the_sending_of_others(outbox):
     wire = FakeWire()
     outbox.post(broken)
     opened(outbox, wire, stream=False).put(END)
-    wait_for(lambda: wire.sent)
+    wait_until(lambda: wire.sent)
 
 
 def test_a_stream_without_tokens_gets_empty_responses_and_may_still_fail_as_a_whole(outbox):
     wire, whole = FakeWire(), FakeWire()
     channel = opened(outbox, wire, stream=True)
     opened(outbox, whole, stream=False)
-    wait_for(lambda: len(wire.sent) >= 2)
+    wait_until(lambda: len(wire.sent) >= 2)
     assert all(reply == Reply() for reply in wire.sent)
     error = EngineError("broke")
     channel.put(FinishedEvent(FinishReason.ERROR, USAGE, error))
-    wait_for(lambda: wire.sent[-1] is error)
+    wait_until(lambda: wire.sent[-1] is error)
     assert whole.sent == []
 
 
@@ -351,7 +345,7 @@ def test_several_answers_in_a_stream_are_kept_apart_and_have_an_end_each(outbox)
     channel = opened(outbox, wire, stream=True, answers=2)
     several(channel)
     channel.put(END)
-    wait_for(lambda: wire.sent and wire.sent[-1].reason is not None)
+    wait_until(lambda: wire.sent and wire.sent[-1].reason is not None)
     parts = [reply for reply in said(wire) if reply.reason is None]
     for index, text, tokens_ in ((0, "abc", [0, 1, 2]), (1, "kl", [10, 11])):
         mine = [reply for reply in parts if reply.index == index]
@@ -370,7 +364,7 @@ def test_several_answers_without_streaming_come_in_one_response(outbox):
     channel = opened(outbox, wire, stream=False, answers=3)
     several(channel)
     channel.put(FinishedEvent(FinishReason.DEADLINE, USAGE, DeadlineExceededError("late")))
-    wait_for(lambda: wire.sent)
+    wait_until(lambda: wire.sent)
     (reply,) = wire.sent
     assert (reply.index, reply.text, reply.token_ids, reply.reason) == (None, "abc", (0, 1, 2), FinishReason.DEADLINE)
     assert [(a.index, a.text, a.token_ids, a.reason) for a in reply.answers] == [
@@ -384,5 +378,5 @@ def test_several_answers_that_never_began_fail_as_a_whole(outbox):
     wire = FakeWire()
     error = EngineError("broke")
     opened(outbox, wire, stream=False, answers=2).put(FinishedEvent(FinishReason.ERROR, USAGE, error))
-    wait_for(lambda: wire.sent)
+    wait_until(lambda: wire.sent)
     assert wire.sent == [error]

@@ -10,19 +10,13 @@ import time
 import pytest
 
 from scripts.serving.runs import DIRECTORY, MARKER, Run
+from tests.waiting import wait_until
 from wicore_backend.engine.health import Health
 from wicore_backend.triton.lifecycle import Lifecycle
 from wicore_backend.triton.readiness import Readiness
 from wicore_backend.triton.supervision import VARIABLE, Supervision
 
 WELL, ILL = Health(True), Health(False, 'a step failed ("CUDA error" in ../../x)')
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end, "waited 5 s in vain"
-        time.sleep(0.002)
 
 
 @pytest.fixture
@@ -138,7 +132,7 @@ class Served:
 @pytest.fixture
 def served(run):
     served = Served(run)
-    wait_for(served.presence.exists)
+    wait_until(served.presence.exists)
     yield served
     served.may_end.set()
     served.lifecycle.close()
@@ -146,12 +140,12 @@ def served(run):
 
 def test_the_engine_drains_when_it_is_asked_to_and_leaves_when_that_is_done(run, served):
     run.ask_to_drain(2.5)
-    wait_for(lambda: served.graces)
-    wait_for(lambda: list(run.markers.iterdir()))
+    wait_until(lambda: served.graces)
+    wait_until(lambda: list(run.markers.iterdir()))
     time.sleep(0.05)
     assert served.presence.exists()
     served.may_end.set()
-    wait_for(lambda: not served.presence.exists())
+    wait_until(lambda: not served.presence.exists())
     time.sleep(0.05)
     assert served.graces == [2.5]
     assert not served.presence.exists()
@@ -160,24 +154,24 @@ def test_the_engine_drains_when_it_is_asked_to_and_leaves_when_that_is_done(run,
 def test_an_engine_that_cannot_be_drained_does_not_hold_up_the_end(run, served):
     served.may_end.set()
     run.ask_to_drain(0)
-    wait_for(lambda: not served.presence.exists())
+    wait_until(lambda: not served.presence.exists())
 
 
 def test_health_is_told_and_goes_on_being_told_after_a_fault(served, caplog):
     assert json.loads(served.presence.read_text()) == {"healthy": True, "reason": ""}
     served.health = ILL
-    wait_for(lambda: json.loads(served.presence.read_text())["reason"] == ILL.reason)
+    wait_until(lambda: json.loads(served.presence.read_text())["reason"] == ILL.reason)
     served.health = None
-    wait_for(lambda: "could not be told" in caplog.text)
+    wait_until(lambda: "could not be told" in caplog.text)
     time.sleep(0.05)
     assert caplog.text.count("could not be told") == 1
     served.health = WELL
-    wait_for(lambda: json.loads(served.presence.read_text())["healthy"])
+    wait_until(lambda: json.loads(served.presence.read_text())["healthy"])
 
 
 def test_an_engine_that_goes_takes_its_trouble_along(run, served):
     served.health = ILL
-    wait_for(lambda: list(run.markers.iterdir()))
+    wait_until(lambda: list(run.markers.iterdir()))
     served.lifecycle.close()
     assert not served.presence.exists()
     assert all("ensemble" in (path / "config.pbtxt").read_text() for path in run.markers.iterdir())
