@@ -17,15 +17,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from wicore_backend.executor.kernels.int4_codes import high, low, lowered, scale_type
 from wicore_backend.executor.kernels.shared_tiles import (
-    FEW_PARTS,
-    Shares,
     at_step,
     last_to_arrive,
     place,
+    resident_launch,
     share_of,
     sum_of_parts,
 )
-from wicore_backend.executor.kernels.small import gelu, overlaps, processors
+from wicore_backend.executor.kernels.small import gelu, overlaps
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
 MAX_ROWS = 128
@@ -166,7 +165,7 @@ def _take_tiles(
 ):
     """Of a program that stays: all its tiles are one loop, so that the next one's are brought while one ends.
 
-    From `parts` on, what `Shares.scratch` gives.
+    From `parts` on, what `resident_launch` gives.
     """
     QUARTER: tl.constexpr = GROUP // 2
     WIDTH: tl.constexpr = COLUMNS // (1 + GATED)
@@ -374,10 +373,9 @@ def int4_product(
     grid: tuple[int, ...] = (tiles, tile.splits)
     scratch: tuple[Tensor | int | None, ...] = (None,) * 5
     if tile.resident:
-        places = tile.resident * processors(x.device)
-        shares = Shares.of(tiles * triton.cdiv(rows, tile_rows), steps=spans, programs=places, most_parts=FEW_PARTS)
-        grid = (min(places, shares.units),)
-        scratch = shares.scratch(tile.columns * tile_rows, x.device)
+        tiles *= triton.cdiv(rows, tile_rows)
+        values = tile.columns * tile_rows
+        grid, scratch = resident_launch(tiles, steps=spans, resident=tile.resident, values=values, device=x.device)
     _product[grid](
         *(x, weight.codes.view(torch.int16), weight.scales.view(torch.int32), zeros.view(torch.int32), out),
         *(rows, columns, spans, x.stride(0), *scratch),

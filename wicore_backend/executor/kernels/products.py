@@ -17,15 +17,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from wicore_backend.executor.kernels.shared_tiles import (
-    FEW_PARTS,
     LEAST_STEPS,
-    Shares,
     at_step,
     last_to_arrive,
+    resident_launch,
     share_of,
     sum_of_parts,
 )
-from wicore_backend.executor.kernels.small import gelu, overlaps, processors
+from wicore_backend.executor.kernels.small import gelu, overlaps
 
 MAX_ROWS = 64
 """Beyond these a product is bound by arithmetic and by reading its rows, and cuBLAS is faster."""
@@ -106,7 +105,7 @@ def _take_tiles(
 ):
     """Of a program that stays: all its tiles are one loop, so that the next one's are brought while one ends.
 
-    From `parts` on, what `Shares.scratch` gives.
+    From `parts` on, what `resident_launch` gives.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     steps = depth // DEPTH
@@ -311,10 +310,10 @@ def product(
     grid: tuple[int, ...] = (tiles, tile.splits)
     scratch: tuple[Tensor | int | None, ...] = (None,) * 5
     if tile.resident:
-        places = tile.resident * processors(x.device)
-        shares = Shares.of(tiles, steps=depth // tile.depth, programs=places, most_parts=FEW_PARTS)
-        grid = (min(places, shares.units),)
-        scratch = shares.scratch((1 + gated) * tile.columns * tile_rows, x.device)
+        values = (1 + gated) * tile.columns * tile_rows
+        grid, scratch = resident_launch(
+            tiles, steps=depth // tile.depth, resident=tile.resident, values=values, device=x.device
+        )
     _product[grid](
         *(x, weight, out, rows, columns, depth, x.stride(0), *scratch),
         ROWS=tile_rows,

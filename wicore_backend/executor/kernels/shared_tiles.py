@@ -54,14 +54,6 @@ class Shares:
         splits = min(programs // left, steps // LEAST_STEPS, most_parts or programs) if left else 1
         return cls(tiles, left, splits) if splits > 1 else cls(tiles, 0, 1)
 
-    def scratch(self, values: int, device: torch.device) -> tuple[Tensor, Tensor, int, int, int]:
-        """What kernels of programs that add parts themselves are given: memory for sums of so many values, and books.
-
-        The books are `arrivals`, and how many tiles are shared out, in how many parts each, and all units.
-        """
-        parts = torch.empty(self.shared * self.splits, values, dtype=torch.float32, device=device)
-        return parts, arrivals(device), self.shared, self.splits, self.units
-
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _MOST_SHARED = 4096
@@ -75,6 +67,20 @@ def arrivals(device: torch.device) -> Tensor:
     For all products of a device, so these have to be on one stream, or on streams that wait for each other.
     """
     return torch.zeros(_MOST_SHARED, dtype=torch.int32, device=device)
+
+
+def resident_launch(
+    tiles: int, *, steps: int, resident: int, values: int, device: torch.device
+) -> tuple[tuple[int], tuple[Tensor, Tensor, int, int, int]]:
+    """The grid of programs that stay and add parts themselves, `resident` a multiprocessor, and what they are given.
+
+    That is memory for the sums of parts, of so many `values` each; `arrivals`; and how many of the tiles, each of
+    `steps` tiles of the inner dimension, are shared out, in how many parts each, and all units.
+    """
+    programs = resident * processors(device)
+    shares = Shares.of(tiles, steps=steps, programs=programs, most_parts=FEW_PARTS)
+    parts = torch.empty(shares.shared * shares.splits, values, dtype=torch.float32, device=device)
+    return (min(programs, shares.units),), (parts, arrivals(device), shares.shared, shares.splits, shares.units)
 
 
 @triton.jit
