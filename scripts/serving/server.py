@@ -29,8 +29,9 @@ _PORT_ATTEMPTS = 5
 _POLL_SECONDS = 0.05
 _EXIT_SECONDS = 8
 """What the server itself gives requests in flight, and models to unload, when it is told to stop."""
-_STOP_SECONDS = 15.0
-"""After which it is killed: it looks only once a second how far it is."""
+_STOP_SECONDS = 30.0
+"""After which it is killed. It hears of its end once the model that it loads is there: one that failed it tries again
+every second, which takes a busy machine ten; and it looks only once a second how far it is."""
 
 
 class ServerStartError(Exception):
