@@ -40,6 +40,10 @@ _DRAIN_POLL_SECONDS = 0.05
 _DRAIN_MARGIN_SECONDS = 10.0
 """For an engine to notice the wish, to end what is left after the grace time, and to send the last responses."""
 
+_HURRIED_SECONDS = 12.0
+"""For the server to end in a hurry: its exit timeout of 8 s, for which it waits for answers in vain, and a moment. Past
+that timeout Triton 2.51 does not always come to its end: it corrupts its heap, and hangs."""
+
 _HOPELESS_SECONDS = 1.0
 
 
@@ -119,8 +123,9 @@ def main(directory: str) -> int:
         reasons = _Reasons(server, wake)
         reasons.wait()
         _drain(run, reasons, order["drain_seconds"])
+        seconds = min(_HURRIED_SECONDS, order["stop_seconds"]) if reasons.urgent else order["stop_seconds"]
         # Requests that a dead process had will not end, and the server would wait for them.
-        _stop(server, _HOPELESS_SECONDS if run.dead() else order["stop_seconds"])
+        _stop(server, _HOPELESS_SECONDS if run.dead() else seconds)
     finally:
         run.clear()
     _tell(f"ended {server.returncode}")
