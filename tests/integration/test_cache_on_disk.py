@@ -9,7 +9,7 @@ from scripts.serving import ServerOptions, TritonServer
 from scripts.serving.installation import ROOT
 from tests.integration.conftest import FREE_PORTS
 from tests.integration.test_server_lifecycle import wait_until
-from tests.integration.wire import generate, metric
+from tests.integration.wire import assert_stopped_by_itself, generate, metric
 
 SETTINGS = {
     "model": str(ROOT / "models" / "wicore-demo"),
@@ -47,7 +47,7 @@ def test_a_stopped_server_is_warm_when_it_is_back(installation, tmp_path):
     with serving(installation, tmp_path) as server:
         texts, cached, _ = ask(server)
         assert max(cached) < 64
-    assert server.exit_code == 0
+    assert_stopped_by_itself(server)
     with serving(installation, tmp_path) as server:
         again, cached, _ = ask(server)
         assert again == texts

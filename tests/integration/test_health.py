@@ -14,7 +14,7 @@ from scripts.serving import ServerOptions, TritonServer
 from scripts.serving.installation import ROOT
 from tests.integration.conftest import FREE_PORTS
 from tests.integration.test_server_lifecycle import is_clean, wait_until
-from tests.integration.wire import client, generate, metric, post
+from tests.integration.wire import assert_stopped_by_itself, client, generate, metric, post
 
 SETTINGS = {"model": str(ROOT / "models" / "wicore-demo"), "device": "cpu"}
 EXPLICIT = ("--model-control-mode=explicit", "--load-model=*")
@@ -73,7 +73,7 @@ def test_a_stop_lets_running_answers_end_and_refuses_new_ones(installation, tmp_
             answer.join(30)
             assert (answer.tokens, answer.reason, answer.error) == (900, "length", None)
         stopping.join(30)
-        assert server.exit_code == 0
+        assert_stopped_by_itself(server)
         assert is_clean(server.run)
 
 
@@ -94,7 +94,7 @@ def test_what_has_not_ended_by_then_gets_its_end_all_the_same(installation, tmp_
             assert "shutting down" in str(answer.error)
         asking.join(5)
         assert json.loads(whole[0][1])["finish_reason"] == "cancelled"
-        assert server.exit_code == 0
+        assert_stopped_by_itself(server)
         assert is_clean(server.run)
 
 
@@ -129,7 +129,7 @@ def test_an_engine_that_hangs_makes_the_server_not_ready_until_it_is_well_again(
         wait_until(lambda: ready(server))
         assert [engine.healthy for engine in server.engines()] == [True]
         assert json.loads(generate(server, text_input="hello", max_tokens=3)[1])["finish_reason"]
-    assert server.exit_code == 0
+    assert_stopped_by_itself(server)
     assert is_clean(server.run)
 
 
@@ -145,7 +145,7 @@ def test_an_unload_lets_running_answers_end_and_a_load_brings_the_model_back(ins
         wait_until(lambda: ready(server, "/v2/models/wicore/ready") and ready(server))
         with client(server, retry=None) as c:
             assert c.generate("What is 12 + 7?", temperature=0.0, max_tokens=10).text == "19"
-    assert server.exit_code == 0
+    assert_stopped_by_itself(server)
     assert is_clean(server.run)
 
 

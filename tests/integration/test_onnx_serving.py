@@ -13,7 +13,7 @@ from scripts.serving import ServerOptions, ServerStartError, TritonServer
 from scripts.serving.installation import ROOT
 from tests.integration.conftest import FREE_PORTS
 from tests.integration.test_cancel import FREED_WITHIN_S, freed_within, leave_grpc_bare, leave_grpc_ensemble, leave_http
-from tests.integration.wire import client, metric, post
+from tests.integration.wire import assert_stopped_by_itself, client, metric, post
 from wicore_backend import Engine, EngineConfig, SamplingParams
 
 DEMO = ROOT / "models" / "wicore-demo"
@@ -112,7 +112,7 @@ def test_graphs_are_found_again_and_broken_ones_are_a_clear_error(onnx_server, e
         assert urllib.request.urlopen(f"{server.urls.http}/v2/health/live", timeout=10).status == 200
     finally:
         server.stop()
-    assert server.exit_code == 0
+    assert_stopped_by_itself(server)
     with pytest.raises(ServerStartError, match=said), TritonServer(options_of(tmp_path / "engines"), installation):
         pass
 

@@ -17,6 +17,7 @@ from scripts.serving import ServerOptions, ServerStartError, TritonServer
 from scripts.serving.installation import ROOT
 from scripts.serving.runs import Run
 from tests.integration.conftest import FREE_PORTS
+from tests.integration.wire import assert_stopped_by_itself
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_five_starts_and_stops_leave_nothing_behind(make):
         with make() as server:
             assert ask(server.urls.http, "hello") == "hello from numpy 1.26.4"
             assert server.run.regions()
-        assert server.exit_code == 0
+        assert_stopped_by_itself(server)
         assert is_clean(server.run)
 
 

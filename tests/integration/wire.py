@@ -50,6 +50,11 @@ def metric(server, name: str, **labels: str) -> float:
     return sum(m.value for m in samples if m.name == name and labels.items() <= m.labels.items())
 
 
+def assert_stopped_by_itself(server) -> None:
+    """That nobody had to kill it; if somebody had, its log says how far its stop came."""
+    assert server.exit_code == 0, f"{server.ending}\n{server.log.read_text()[-4000:]}"
+
+
 def wait_idle(server, timeout: float) -> float:
     """Seconds until no request runs or waits and no block is used; fails after `timeout`."""
     names = ("wicore_running_requests", "wicore_waiting_requests", "wicore_kv_blocks_used")
