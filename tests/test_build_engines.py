@@ -442,7 +442,8 @@ def test_builds_run_together_as_far_as_jobs_and_memory_allow(monkeypatch):
     under_way, together = dict[Future[str], Part](), list[list[Part]]()
 
     def submit(part: Part) -> Future[str]:
-        under_way[future := Future()] = part
+        future = Future[str]()
+        under_way[future] = part
         return future
 
     def first_ends(running, **options):
