@@ -1,7 +1,9 @@
 """From events to responses: order kept, tokens grouped, one end each, lost clients noticed."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -81,6 +83,21 @@ def test_a_stream_sends_tokens_as_they_come_and_one_end(outbox):
     assert "".join(reply.text for reply in wire.sent) == "ab"
     assert [reply.reason for reply in wire.sent].count(None) == len(wire.sent) - 1
     assert wire.sent[-1].usage == USAGE
+
+
+def test_what_has_ended_is_freed_without_a_collection(outbox):
+    gc.disable()
+    try:
+        wire, leads_back = FakeWire(), []
+        leads_back.append(opened(outbox, wire, stream=True, cancel=leads_back.clear))
+        leads_back[0].put(END)
+        wait_until(lambda: said(wire))
+        freed = weakref.ref(wire)
+        del wire, leads_back
+        outbox.post(lambda: None)  # What the thread did last, it holds until there is something else.
+        wait_until(lambda: freed() is None)
+    finally:
+        gc.enable()
 
 
 def test_tokens_that_come_while_the_wire_is_slow_leave_together(outbox):

@@ -154,6 +154,9 @@ class Channel:
             self.open = False
             if self._fault is not None:
                 self._end_with(self._fault)
+            # It leads back here, so that the sender and all else of the request would wait for a full collection, of
+            # which a busy server has none.
+            self._cancel = _nothing
             self._on_end(end)
 
     def _replies(self, events: list[Event]) -> list[Reply]:
@@ -348,6 +351,10 @@ class Outbox:
             _attempt(partial(channel.patrol, self._patrol_s[0]))
         shortest, longest = self._patrol_s
         return min(longest, max(shortest, len(self._channels) / _CHANNELS_PER_S))
+
+
+def _nothing() -> None:
+    """What is left to cancel of a request that has ended."""
 
 
 def _attempt(action: Callable[[], None]) -> None:
