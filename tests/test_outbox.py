@@ -86,14 +86,16 @@ def test_a_stream_sends_tokens_as_they_come_and_one_end(outbox):
 
 
 def test_what_has_ended_is_freed_without_a_collection(outbox):
-    gc.disable()
-    try:
-        wire, leads_back = FakeWire(), []
+    def answered() -> weakref.ref[FakeWire]:
+        wire, leads_back = FakeWire(), list[Channel]()
         leads_back.append(opened(outbox, wire, stream=True, cancel=leads_back.clear))
         leads_back[0].put(END)
         wait_until(lambda: said(wire))
-        freed = weakref.ref(wire)
-        del wire, leads_back
+        return weakref.ref(wire)
+
+    gc.disable()
+    try:
+        freed = answered()
         outbox.post(lambda: None)  # What the thread did last, it holds until there is something else.
         wait_until(lambda: freed() is None)
     finally:
