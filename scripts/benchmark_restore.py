@@ -7,6 +7,12 @@ then all that is cached is sent down, to host memory and on to the disk, and it 
 first token, of one request alone. The disk's own speed is that of reading the store's files past the page cache, by as
 many threads as the store has. A decode step is timed with attention mass sampled and without.
 
+`host_rounds` and `disk_rounds` have each round's time to the first token and what it is made of, in seconds from the
+request's arrival: `asked_s`, when the copies from host memory were handed over; `issued_s`, how long that took;
+`up_end_s`, when the last of them was made; `rest_s`, from then to the first token. `up_gb` are their bytes, `down_gb`
+what went the other way meanwhile, and `from_disk_gb` what had to come from the disk before, for `disk_wait_s`. Where a
+round of host memory has any of that, host memory did not hold the whole prompt.
+
 Nothing is sent to the disk by an idle engine, at `nvme_write_behind_bytes_per_second`, unless --write-behind
 says so: the whole is sent at once, as an engine does that ends, and `disk_down_gb_s` says how fast that was.
 """
@@ -21,9 +27,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -34,13 +41,53 @@ import torch
 from scripts.benchmark_shape import QUANTIZE, device_memory, random_model
 from scripts.random_gemma3 import SHAPES
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine.job import Job
+from wicore_backend.engine.request import Usage
 from wicore_backend.engine.results import Result
+from wicore_backend.hmt.pool import KVPools, slot_bytes
+from wicore_backend.hmt.transfers import Route, Transfer
 
 _MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
 _PIECE = 4 << 20
 _MOST_READ = 4 << 30
 _PERSIST_S = 60.0
 _T = TypeVar("_T")
+
+
+@dataclass
+class _Copies:
+    """The copies between host memory and the device of one answer, by the engine's clock.
+
+    Attributes
+    ----------
+    arrival
+        Of the request.
+    began, issued, ended
+        When each list of copies was handed over, when that was done, and when its last copy was made.
+    bytes
+        That have been copied each way.
+    """
+
+    arrival: float = 0.0
+    began: list[float] = field(default_factory=list)
+    issued: list[float] = field(default_factory=list)
+    ended: list[Future[float]] = field(default_factory=list)
+    bytes: dict[Route, int] = field(default_factory=lambda: dict.fromkeys(Route, 0))
+
+    def told(self, usage: Usage) -> dict[str, float]:
+        """What a first token was waited for."""
+        ttft_s = usage.ttft_s or 0.0
+        told = {"ttft_s": round(ttft_s, 4), "disk_wait_s": round(usage.restore_s, 4)}
+        told["up_gb"] = round(self.bytes[Route.HOST_TO_DEVICE] / 1e9, 3)
+        told["down_gb"] = round(self.bytes[Route.DEVICE_TO_HOST] / 1e9, 3)
+        if self.began:
+            asked_s = self.began[0] - self.arrival
+            issued_s = sum(issued - began for began, issued in zip(self.began, self.issued, strict=True))
+            end_s = max(ended.result() for ended in self.ended) - self.arrival
+            told |= {"asked_s": round(asked_s, 4), "issued_s": round(issued_s, 4), "up_end_s": round(end_s, 4)}
+            told["rest_s"] = round(ttft_s - end_s, 4)
+            told["up_gb_s"] = round(self.bytes[Route.HOST_TO_DEVICE] / (end_s - asked_s) / 1e9, 2)
+        return told
 
 
 class Bench:
@@ -54,6 +101,38 @@ class Bench:
     def answer(self, length: int) -> Result:
         params = SamplingParams(max_tokens=self._new, temperature=0.0, ignore_eos=True)
         return self.engine.stream(self._tokens[:length], params).collect()
+
+    def restored(self, length: int) -> tuple[Result, dict[str, float]]:
+        """An answer whose prompt's beginning is on no device, and what its first token was waited for."""
+        noted, fetched = _Copies(), self._bytes_from_disk()
+        pools, apply, add = self.engine._model.pools, KVPools.apply, self.engine._add
+        sizes = slot_bytes(pools.layout, self.engine.config.host_cache_codec, pools.dtype)
+
+        def noting_arrival(job: Job) -> None:
+            noted.arrival = job.request.arrival
+            add(job)
+
+        def noting_copies(pools: KVPools, transfers: Iterable[Transfer]) -> Callable[[], None] | None:
+            transfers = list(transfers)
+            began = time.monotonic()
+            written = apply(pools, transfers)
+            issued = time.monotonic()
+            for transfer in transfers:
+                noted.bytes[transfer.route] += sizes[transfer.group]
+            if any(transfer.route is Route.HOST_TO_DEVICE for transfer in transfers):
+                noted.began.append(began)
+                noted.issued.append(issued)
+                noted.ended.append(waiting.submit(_moment_after, written, issued))
+            return written
+
+        with (
+            ThreadPoolExecutor(1) as waiting,
+            mock.patch.object(self.engine, "_add", noting_arrival),
+            mock.patch.object(KVPools, "apply", noting_copies),
+        ):
+            result = self.answer(length)
+        told = noted.told(result.usage) | {"from_disk_gb": round((self._bytes_from_disk() - fetched) / 1e9, 3)}
+        return result, told
 
     def send_down(self, *, to_disk: bool) -> None:
         """Have the device give up all it has cached, to host memory or on to the disk."""
@@ -79,6 +158,10 @@ class Bench:
         cold = self.engine._model.mover._cold
         return 0 if cold is None else cold.tier.statistics().store.bytes_written
 
+    def _bytes_from_disk(self) -> int:
+        cold = self.engine._model.mover._cold
+        return 0 if cold is None else cold.tier.statistics().restored_bytes
+
     def prefix_bytes(self, length: int) -> int:
         """Of the blocks that a prompt goes on from."""
         layout = self.engine._model.blocks.layout
@@ -96,6 +179,14 @@ class Bench:
 
         self.engine._inbox.put(do)
         return done.result(2 * _PERSIST_S)
+
+
+def _moment_after(written: Callable[[], None] | None, issued: float) -> float:
+    """When copies were made that were issued then."""
+    if written is None:
+        return issued
+    written()
+    return time.monotonic()
 
 
 @contextmanager
@@ -173,7 +264,7 @@ def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         rows.append(tell(row))
         # At once: the window at the end of this prompt is the first that a longer one lets go of.
         for place in places:
-            results = []
+            results, rounds = [], []
             for _ in range(args.rounds if place == "host" else 1):
                 began, stored = time.perf_counter(), bench.stored_bytes()
                 bench.send_down(to_disk=place == "disk")
@@ -181,10 +272,13 @@ def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
                 row[f"{place}_down_s"] = round(down_s, 2)
                 if place == "disk":
                     row["disk_down_gb_s"] = round((bench.stored_bytes() - stored) / down_s / 1e9, 2)
-                results.append(bench.answer(length))
+                result, told = bench.restored(length)
+                results.append(result)
+                rounds.append(told | {"down_s": round(down_s, 3)})
             seconds = statistics.median(result.usage.ttft_s or 0.0 for result in results)
             row[f"{place}_cached"] = min(result.usage.cached_tokens for result in results)
             row[f"{place}_ttft_s"] = round(seconds, 4)
+            row[f"{place}_rounds"] = rounds
             row[f"{place}_gb_s"] = round(row["prefix_bytes"] / seconds / 1e9, 2)
             if place == "disk":
                 nvme = bench.engine.config.nvme_cache_path

@@ -36,3 +36,7 @@ def test_each_prompt_comes_back_from_host_memory_and_from_a_disk(capsys, monkeyp
         assert row["host_cached"] == (length - 1) // 32 * 32
         assert row["disk_cached"] in (0, row["host_cached"])  # A busy disk may be slower than computing is.
         assert row["disk_alone_gb_s"] > 0
+        (round_,) = row["host_rounds"]
+        assert 0 < round_["asked_s"] <= round_["up_end_s"] <= round_["ttft_s"]
+        assert round_["up_gb"] == pytest.approx(row["prefix_bytes"] / 1e9, abs=0.001)
+        assert round_["from_disk_gb"] == 0
