@@ -66,16 +66,22 @@ class Exchange:
 
         They are to be loaded when all of the sequence's have been taken up: taking a block recycles others.
         """
-        missing: Missing = []
+        found: list[int] = []
+        blocks: list[int] = []
+        missing: list[int] = []
         for index in indices:
             block = pool.find(chain[index])
             if block is None:
-                assert self._host is not None, "a block that is nowhere was matched"
-                missing.append((index, self._host.pin(group, chain[index])))
+                missing.append(index)
             else:
                 pool.use(block)
-                table[index] = block
-        return missing
+                found.append(index)
+                blocks.append(block)
+        table[found] = blocks
+        if not missing:
+            return []
+        assert self._host is not None, "a block that is nowhere was matched"
+        return list(zip(missing, self._host.pin_all(group, [chain[index] for index in missing]), strict=True))
 
     def load(
         self, group: LayerGroup, pool: BlockPool, table: NDArray[np.int32], chain: Sequence[bytes], missing: Missing
@@ -84,13 +90,17 @@ class Exchange:
 
         Global blocks can be found there from then on; of local ones the caller keeps the window.
         """
-        for index, slot in missing:
-            (block,) = pool.take()
-            table[index] = block
-            self._transfers.append(Transfer(Route.HOST_TO_DEVICE, group, slot, block))
-        for index, _ in reversed(missing):  # Deepest first, as policies want it.
-            assert self._host is not None
-            self._host.unpin(group, chain[index])
-            self._host.loaded(group, 1)
-            if group is LayerGroup.GLOBAL:
-                pool.keep((chain[index],), (int(table[index]),))
+        if not missing:
+            return
+        assert self._host is not None
+        indices, slots = zip(*missing, strict=True)
+        blocks = pool.take(len(missing))
+        table[list(indices)] = blocks
+        self._transfers += [
+            Transfer(Route.HOST_TO_DEVICE, group, slot, block) for slot, block in zip(slots, blocks, strict=True)
+        ]
+        names = [chain[index] for index in indices]
+        self._host.unpin_all(group, reversed(names))  # Deepest first, as policies want it.
+        self._host.loaded(group, len(missing))
+        if group is LayerGroup.GLOBAL:
+            pool.keep(names, blocks)

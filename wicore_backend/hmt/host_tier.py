@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, TypeAlias
@@ -55,7 +55,7 @@ class _Shelf:
     free: list[int]
     policy: Policy
     slots: dict[bytes, int] = field(default_factory=dict)
-    pins: Counter[bytes] = field(default_factory=Counter)
+    pins: dict[bytes, int] = field(default_factory=dict)
     leaving: set[bytes] = field(default_factory=set)
     copied: set[bytes] = field(default_factory=set)
     arriving: dict[bytes, int] = field(default_factory=dict)
@@ -175,19 +175,36 @@ class HostTier:
 
     def pin(self, group: LayerGroup, name: bytes) -> int:
         """The slot of a block that is held, and stays until as many calls of `unpin`."""
+        (slot,) = self.pin_all(group, (name,))
+        return slot
+
+    def pin_all(self, group: LayerGroup, names: Sequence[bytes]) -> list[int]:
+        """`pin` each, which takes a third of the time."""
         shelf = self._shelves[group]
-        if shelf.idle(name):
-            shelf.policy.use(name)
-        shelf.pins[name] += 1
-        return shelf.slots[name]
+        pins, leaving, use = shelf.pins, shelf.leaving, shelf.policy.use
+        for name in names:
+            if name in pins:
+                pins[name] += 1
+                continue
+            if name not in leaving:
+                use(name)
+            pins[name] = 1
+        slots = shelf.slots
+        return [slots[name] for name in names]
 
     def unpin(self, group: LayerGroup, name: bytes) -> None:
+        self.unpin_all(group, (name,))
+
+    def unpin_all(self, group: LayerGroup, names: Iterable[bytes]) -> None:
+        """`unpin` each; what is named first is the first that policies have back."""
         shelf = self._shelves[group]
-        shelf.pins[name] -= 1
-        if not shelf.pins[name]:
-            del shelf.pins[name]
-            if name not in shelf.leaving:
-                shelf.policy.add(name)
+        pins, leaving, add = shelf.pins, shelf.leaving, shelf.policy.add
+        for name in names:
+            count = pins.pop(name) - 1
+            if count:
+                pins[name] = count
+            elif name not in leaving:
+                add(name)
 
     def pins(self) -> Counter[Key]:
         """How often each block is pinned."""

@@ -37,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from wicore_backend.hmt.layout import LayerGroup
 
@@ -49,8 +50,7 @@ class Route(Enum):
     HOST_TO_DEVICE = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):  # A prompt's beginning is thousands, and a dataclass takes five times as long to make.
     """One block's bytes, from a device block or a host slot to another, of the same group."""
 
     route: Route
