@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,14 +82,21 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each side takes, one after the other in each round; a first round warms up and is not counted."""
+def in_turns(
+    sides: Mapping[str, Callable[[], Any]], rounds: int, tell: Callable[[dict[str, list[float]]], None] | None = None
+) -> dict[str, list[float]]:
+    """Seconds that each side takes, one after the other in each round; a first round warms up and is not counted.
+
+    `tell` gets those so far after each round that counts.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):
         for name, run in sides.items():
             took = seconds(run)
             if round_:
                 times[name].append(took)
+        if round_ and tell is not None:
+            tell(times)
     return times
 
 
@@ -174,7 +183,10 @@ def tree(pid: int) -> list[int]:
 
 
 def benchmark_serving(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of concurrent streams, in process and over gRPC on the ensemble, and the CPU time between."""
+    """Tokens per second of concurrent streams, in process and over gRPC on the ensemble, and the CPU time between.
+
+    The figures of the rounds so far are told on standard error after each, as one JSON object a line.
+    """
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         if args.shape is not None:
             args.model = Path(directory)
@@ -206,10 +218,39 @@ def _compared(args: argparse.Namespace) -> dict[str, Any]:
             cpu["server"].append(cpu_seconds(pids) - began)
             cpu["clients"].append(clients.cpu_seconds() - by_clients)
 
+        def result(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+            return _figures(args, load, times, alone, streamed, cpu)
+
         try:
-            times = in_turns({"in process": in_process, "served": served}, args.rounds)
+            times = in_turns(
+                {"in process": in_process, "served": served},
+                args.rounds,
+                lambda times: print(json.dumps(result(times)), file=sys.stderr, flush=True),
+            )
         finally:
             clients.close()
+    return result(times)
+
+
+def _figures(
+    args: argparse.Namespace,
+    load: Questions,
+    times: Mapping[str, Sequence[float]],
+    alone: Sequence[Result],
+    streamed: Sequence[Streamed],
+    cpu: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """Of the rounds so far.
+
+    Parameters
+    ----------
+    times
+        Seconds of each side in each round that counts.
+    alone, streamed
+        The answers of the last round, in process and through the server.
+    cpu
+        Seconds of the processors in each round, that of the warm-up first.
+    """
     ratios = [p / s for p, s in zip(times["in process"], times["served"], strict=True)]
     cpu_us = {side: statistics.median(spent[1:]) / load.tokens * 1e6 for side, spent in cpu.items()}
     after_first = load.tokens - args.streams

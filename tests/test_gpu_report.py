@@ -139,6 +139,15 @@ def test_a_part_that_was_cut_off_gives_the_figures_that_it_had_told():
     assert figures["bf16 batch 16, ms a step"] is None
 
 
+def test_of_streams_through_a_server_the_rounds_before_the_cut_count():
+    [grpc] = PARTS["grpc"]
+    told = [{"served_over_in_process": 0.9, "served_tokens_per_s": 4000.0}, {"served_over_in_process": 0.95}]
+    report = Report("grpc", "", "cut off", result=grpc.lines(told))
+    figures = {goal.what: goal.figure({"grpc": report}) for goal in GOALS if goal.run == "grpc"}
+    assert figures == {"gRPC at 64 streams over in process": 0.95, "gRPC at 64 streams": None}
+    assert grpc.lines([{"other": 1}]) is None
+
+
 _READ = {
     "memory": lambda result: result["result"]["runs"][0]["step_ms"],
     "loading": lambda result: result["result"]["share"],

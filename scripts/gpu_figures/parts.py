@@ -27,6 +27,12 @@ def _told_rows(objects: list[Any]) -> Any:
     return {"rows": list(rows.values())} if rows else None
 
 
+def _told_rounds(objects: list[Any]) -> Any:
+    """Of `benchmark serving`, which tells the figures so far after each round."""
+    rounds = [told for told in objects if "served_over_in_process" in told]
+    return {"result": rounds[-1]} if rounds else None
+
+
 def _engine(name: str, arguments: str, *, limit_s: float, expected_s: float, tiny: str = "") -> Run:
     tiny = tiny or "--batch 1 3 --prompt 40 --new 16 --context 256"
     return Run(
@@ -123,6 +129,7 @@ PARTS: Mapping[str, tuple[Run, ...]] = {
             ),
             limit_s=160,
             expected_s=110,
+            lines=_told_rounds,
         ),
     ),
     "vision": (
