@@ -264,14 +264,13 @@ def decode_variants(kv_dtype: torch.dtype) -> Iterator[Launch]:
         for ahead in (1, 4):
             yield Launch(32, 1, 5, 8, ahead=ahead)
         return
-    for keys, warps, stages in ((32, 4, 5), (64, 4, 3), (32, 2, 3), (32, 2, 5), (32, 1, 5), (64, 2, 3)):
-        yield Launch(keys, warps, stages, 4)
-    for fill in (3, 5):
-        yield Launch(32, 2, 5, fill)
-    for stages, fill in ((3, 6), (5, 5), (5, 6)):
-        yield Launch(32, 1, stages, fill)
-    for ahead in (1, 2, 4):
-        yield Launch(32, 2, 5, 4, ahead=ahead)
+    for keys, warps, stages, fill in (
+        *((32, 2, 3, 4), (32, 2, 4, 4), (32, 2, 5, 3), (32, 2, 5, 4), (32, 1, 3, 6), (32, 1, 4, 4), (32, 1, 5, 3)),
+        *((32, 1, 5, 4), (32, 1, 6, 3), (32, 1, 6, 4), (32, 1, 7, 2), (16, 1, 8, 4), (16, 1, 12, 4), (64, 2, 3, 4)),
+    ):
+        yield Launch(keys, warps, stages, fill)
+    for ahead in (1, 2):
+        yield Launch(32, 1, 5, 4, ahead=ahead)
 
 
 def prefill_variants() -> Iterator[PrefillLaunch]:
@@ -329,16 +328,10 @@ def main() -> None:
         }
     )
     if "decode-variants" in arguments.what:
-        loads = [
-            of_kind(LayerGroup.GLOBAL, 575),
-            of_kind(LayerGroup.GLOBAL, 575, 64),
-            of_kind(LayerGroup.LOCAL, 8191, 16),
-        ]
-        loads += [
-            of_kind(LayerGroup.GLOBAL, 129_999),
-            of_kind(LayerGroup.GLOBAL, 32767, 16),
-            of_kind(LayerGroup.GLOBAL, 8191),
-        ]
+        of_keys = ((575, (1, 16, 32, 64, 128)), (8191, (1, 16)), (32767, (16,)), (129_999, (1,)))
+        loads = [of_kind(LayerGroup.GLOBAL, past, batch) for past, batches in of_keys for batch in batches]
+        loads += [of_kind(LayerGroup.LOCAL, 8191, batch) for batch in (1, 16, 64)]
+        report({"loads": [f"{load.group} {load.past + 1} x {load.batch}" for load in loads]})
         for launch in decode_variants(kv_dtype):
             us = [measure_decode(load, memory, limit, replace(chosen, decode=launch))["us"] for load in loads]
             report({"decode": str(launch), "us": us})
