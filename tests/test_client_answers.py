@@ -9,15 +9,11 @@ from wicore_client import Alternative, Client, ServerError
 from wicore_client.cli import main
 from wicore_client.results import Response
 
-from tests.fake_triton import USAGE, FakeTriton, words
+from tests.fake_triton import USAGE, words
+
+pytest_plugins = ["tests.client_fixtures"]
 
 ENTRY = {"token_id": 7, "token": "a", "logprob": -0.5, "top": []}
-
-
-@pytest.fixture
-def server():
-    with FakeTriton() as server:
-        yield server
 
 
 @pytest.fixture(params=["grpc", "http"])
