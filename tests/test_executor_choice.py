@@ -15,6 +15,7 @@ from tests import stand_in_tensorrt as stand_in
 from tests.gemma3_driver import Driver, Sequence
 from tests.gemma3_random import write_random_checkpoint
 from tests.model_parity import relative_error
+from tests.stand_in_engines import StandInCard, write_engines
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine import executor_loading, executors
 from wicore_backend.engine.executor_loading import load_executor
@@ -204,7 +205,7 @@ def test_where_no_engine_is_it_is_said_where_was_looked_and_what_builds_them(tmp
         find_engines(EngineConfig(model=tmp_path / "tiny"), config, CUDA)
 
 
-class Card(stand_in.StandInCard):
+class Card(StandInCard):
     def leave_default_stream(self):
         """A CPU has no other."""
 
@@ -230,7 +231,7 @@ def test_engines_that_fit_are_found_loaded_and_run(tmp_path, monkeypatch, wanted
     """From the settings to logits, all but the card; weights that engines have within are not read again."""
     write_random_checkpoint(tmp_path / "model", vision={})
     exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32, weights=weights)
-    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library())
+    write_engines(exported, tmp_path / "engines", library=stand_in.library())
     settings = EngineConfig(
         model=tmp_path / "model", engines=tmp_path / "engines", executor=wanted, max_running=8, max_batch_tokens=64
     )
@@ -262,7 +263,7 @@ def test_engines_that_fit_are_found_loaded_and_run(tmp_path, monkeypatch, wanted
 def test_engines_of_either_library_are_found_where_both_are(tmp_path, built_by_rtx):
     write_random_checkpoint(tmp_path / "model")
     exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
-    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=built_by_rtx))
+    write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=built_by_rtx))
     settings = EngineConfig(model=tmp_path / "model", engines=tmp_path / "engines", max_batch_tokens=64, max_running=8)
     found = find_engines(settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
     assert found.engines.key.library == ("tensorrt_rtx" if built_by_rtx else "tensorrt")
@@ -272,7 +273,7 @@ def test_engines_of_either_library_are_found_where_both_are(tmp_path, built_by_r
 def test_where_both_libraries_are_the_reason_of_each_is_said(tmp_path):
     write_random_checkpoint(tmp_path / "model")
     exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
-    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=False))
+    write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=False))
     settings = EngineConfig(model=tmp_path / "model", engines=tmp_path / "engines", max_batch_tokens=999, max_running=8)
     with pytest.raises(
         ExecutorError,
@@ -293,7 +294,7 @@ def test_a_library_that_does_not_load_is_said_whatever_is_chosen(tmp_path, monke
     monkeypatch.setattr(executors, "installed_libraries", lambda: one_of_two)
     write_random_checkpoint(tmp_path / "model")
     exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
-    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=built_by_rtx))
+    write_engines(exported, tmp_path / "engines", library=stand_in.library(rtx=built_by_rtx))
     settings = EngineConfig(model=tmp_path / "model", engines=tmp_path / "engines", max_batch_tokens=64, max_running=8)
     find = partial(find_engines, settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
     chosen = choose("auto", CUDA, find=find)
@@ -316,7 +317,7 @@ def test_where_no_library_loads_it_is_said_why_of_each(tmp_path, monkeypatch):
     monkeypatch.setattr(executors, "installed_libraries", library.installed_libraries)
     write_random_checkpoint(tmp_path / "model")
     exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
-    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library())
+    write_engines(exported, tmp_path / "engines", library=stand_in.library())
     settings = EngineConfig(model=tmp_path / "model", engines=tmp_path / "engines", max_batch_tokens=64, max_running=8)
     find = partial(find_engines, settings, Gemma3Config.from_checkpoint(settings.model), CUDA)
     each = "; ".join(
@@ -332,7 +333,7 @@ def test_where_no_library_loads_it_is_said_why_of_each(tmp_path, monkeypatch):
 def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
     write_random_checkpoint(tmp_path / "model")
     exported = export_segments(tmp_path / "model", tmp_path / "engines" / "fp32", Precision.FP32)
-    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library(), compute_capability="sm120")
+    write_engines(exported, tmp_path / "engines", library=stand_in.library(), compute_capability="sm120")
     config = Gemma3Config.from_checkpoint(tmp_path / "model")
 
     def find(**settings):
@@ -344,14 +345,14 @@ def test_engines_that_do_not_fit_are_passed_over_with_the_reason(tmp_path):
     assert "for sm120, and this card, Stand-in RTX, is sm89" in choice.reason
     with pytest.raises(ExecutorError, match=r"executor = 'tensorrt': .* for sm120, and this card.*build_engines"):
         choose("tensorrt", CUDA, find=find())
-    stand_in.write_engines(exported, tmp_path / "engines", library=stand_in.library())
+    write_engines(exported, tmp_path / "engines", library=stand_in.library())
     assert choose("auto", CUDA, find=find()).name is ExecutorName.TENSORRT
     with pytest.raises(
         ExecutorError, match=r"computing in float32, and dtype = 'bfloat16' \('auto' takes any\);.*--precision bf16"
     ):
         choose("tensorrt", CUDA, find=find(dtype="bfloat16"))
     halves = export_segments(tmp_path / "model", tmp_path / "engines" / "fp16", Precision.FP16)
-    stand_in.write_engines(halves, tmp_path / "engines", library=stand_in.library())
+    write_engines(halves, tmp_path / "engines", library=stand_in.library())
     assert find(dtype="float16")().engines.key.precision is Precision.FP16
     assert find()().engines.key.precision is Precision.FP32
     with pytest.raises(ExecutorError, match="in fp32 instead of int4"):

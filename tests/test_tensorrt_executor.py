@@ -14,7 +14,8 @@ import torch
 from tests import stand_in_tensorrt as stand_in
 from tests.gemma3_driver import Driver, Sequence
 from tests.gemma3_random import IMAGE_TOKEN, TOKENS_PER_IMAGE, write_random_checkpoint
-from tests.stand_in_tensorrt import STREAM, StandInCard, write_engines
+from tests.stand_in_engines import StandInCard, add, write_engines
+from tests.stand_in_tensorrt import STREAM
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine import loading
 from wicore_backend.engine.executors import Choice, ExecutorName
@@ -26,6 +27,7 @@ from wicore_backend.executor.segments.manifest import WeightsAs
 from wicore_backend.executor.tensorrt import card, library
 from wicore_backend.executor.tensorrt.executor import TensorRTExecutor
 from wicore_backend.executor.tensorrt.profiles import profiles_for
+from wicore_backend.executor.tensorrt.store import EngineFolder
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
@@ -550,10 +552,10 @@ def test_names_that_the_contract_does_not_have_are_refused(model, tmp_path):
         node.input[:] = ["hidden_in" if name == "hidden" else name for name in node.input]
     renamed = Path(plan["onnx"]).with_name("renamed.onnx")
     onnx.save(graph, renamed)
-    folder = stand_in.EngineFolder.open(tmp_path, engines.key)
+    folder = EngineFolder.open(tmp_path, engines.key)
     ranges = plan["ranges"] | {"hidden_in": plan["ranges"]["hidden"]}
     fields = plan | {"onnx": str(renamed), "ranges": ranges, "activation_bytes": tuple(plan["activation_bytes"])}
-    stand_in.add(folder, [FIRST], stand_in.Plan(**fields))
+    add(folder, [FIRST], stand_in.Plan(**fields))
     changed = {**engines.engines, FIRST: next(r for r in folder.records if "first" in r.segments)}
     with pytest.raises(
         ExecutorError, match=r"has an input 'hidden_in' that is not in the contract; .*no input 'hidden'"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import stand_in_tensorrt as stand_in
-from tests.stand_in_tensorrt import StandInCard, write_engines
+from tests.stand_in_engines import StandInCard, write_engines
 from tests.test_decode_graphs import (
     Model,
     Repeated,

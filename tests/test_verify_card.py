@@ -18,6 +18,7 @@ from scripts.card_check.segments import results, worst_errors
 from scripts.verify_card import DEMO, Outcome, Subject, agrees, table
 from tests import stand_in_tensorrt as stand_in
 from tests.gemma3_random import write_random_checkpoint
+from tests.stand_in_engines import StandInCard, write_engines
 from wicore_backend.errors import CheckpointError, WicoreError
 from wicore_backend.executor.embedding import Embedding
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind
@@ -71,8 +72,8 @@ def executors(tmp_path_factory):
     config = Gemma3Config.from_checkpoint(checkpoint)
     weights = load_weights(checkpoint, config, device=CPU, dtype=torch.float32)
     exported = export_segments(checkpoint, tmp_path_factory.mktemp("segments"), Precision.FP32)
-    library, card = stand_in.library(), stand_in.StandInCard()
-    engines = stand_in.write_engines(exported, tmp_path_factory.mktemp("engines"), library=library)
+    library, card = stand_in.library(), StandInCard()
+    engines = write_engines(exported, tmp_path_factory.mktemp("engines"), library=library)
     embed = Embedding(weights.text.embedding, device=CPU, residual=torch.float32)
     tensorrt = TensorRTExecutor.load(config, engines, library=library, card=card, embed=embed)
     return tensorrt, TorchExecutor(config, weights), config
