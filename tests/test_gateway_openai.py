@@ -81,11 +81,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-
-
 MESSAGES = st.lists(st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls", "x"]), JSON), max_size=3)
-
-
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/inference"]
 
 

@@ -39,8 +39,6 @@ HONOURED = {
     "retain_seconds": (10, {"retain_seconds": 10}),
     "session_end": (True, {"session_end": True}),
 }
-
-
 BESIDE = {
     "model",
     "messages",
@@ -51,11 +49,7 @@ BESIDE = {
     "tool_choice",
     "parallel_tool_calls",
 }
-
-
 BOOKKEEPING = {"user": "me", "safety_identifier": "me", "metadata": {"a": "b"}, "prompt_cache_key": "k"}
-
-
 REFUSED = {
     "store": True,
     "service_tier": "flex",
