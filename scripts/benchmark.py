@@ -179,6 +179,11 @@ def main() -> None:
     shape.add_argument("--head", action="store_true", help="in the type of --weights, too")
     shape.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at once, a run each")
     shape.add_argument("--prompt", type=int, default=512, help="tokens of each")
+    shape.add_argument(
+        "--prompts",
+        type=int,
+        help="for the time to the first token of one alone, each another one (default: what fits 2.5 s, at most 9)",
+    )
     shape.add_argument("--long", type=int, nargs="*", default=[], help="lengths of prompts to run alone, besides")
     shape.add_argument(
         "--warm-up",

@@ -2,8 +2,9 @@
 
 What is timed is the engine in this process, end to end: scheduling, block tables, sampling and telling tokens included.
 A step's time is the median time from one step of all decodes to the next, as the engine's loop launches them; time to
-first token is that of a batch whose prompts all arrive at once, its last one's. What a step's time is made of comes
-from PyTorch's profiler, in a run of its own.
+first token is that of a batch whose prompts all arrive at once, its last one's. A prompt alone is timed several times,
+each time another one that finds the engine idle, and the parts of that time are told. What a step's time is made of
+comes from PyTorch's profiler, in a run of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scripts.first_token import FirstTokenClock, Parts
 from scripts.random_gemma3 import random_weights, write_directory
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.runner import ModelRunner
@@ -35,6 +37,10 @@ from wicore_backend.quantization.fp8 import quantized_fp8
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
 _READ_BYTES = 4 * 2**30
+_PROMPTS_S, _MOST_PROMPTS = 2.5, 9
+"""As many prompts are timed alone as fit in this time, and at most so many."""
+_PAUSE_S = 0.02
+"""Before each, so that the engine sleeps as it does when nobody asks."""
 _PROFILED_STEPS, _NAMED_KERNELS = 16, 12
 _KINDS = {
     "matrices": ("_product", "gemm", "nvjet", "cutlass", "gemv", "splitk"),
@@ -76,8 +82,8 @@ def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
     runs = [(batch, args.prompt) for batch in args.batch] + [(1, length) for length in args.long]
     with tempfile.TemporaryDirectory() as directory, _engine(Path(directory), args, runs) as (engine, weight_bytes):
         results["weight_bytes"] = weight_bytes
-        steps = _record(engine)
-        results["runs"] = [_run(engine, steps, batch, prompt, args) for batch, prompt in runs]
+        steps, clock = _record(engine), FirstTokenClock(engine)
+        results["runs"] = [_run(engine, steps, clock, batch, prompt, args) for batch, prompt in runs]
         for run in results["runs"]:
             run["weights_tb_s"] = round(weight_bytes / run["step_ms"] / 1e9, 3)
         if args.profile and device.type == "cuda":
@@ -162,22 +168,36 @@ def _record(engine: Engine) -> _Steps:
     return steps
 
 
-def _run(engine: Engine, steps: _Steps, batch: int, prompt: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One warm-up and `args.rounds` rounds of `batch` prompts of `prompt` tokens."""
-    first_token, step = [], []
+def _run(
+    engine: Engine, steps: _Steps, clock: FirstTokenClock, batch: int, prompt: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One warm-up and `args.rounds` rounds of `batch` prompts of `prompt` tokens; of one alone more prompts."""
+    first_token: list[float] = []
+    parts: list[Parts] = []
+    step = []
+
+    def timed(round_: int, length: int, new: int) -> None:
+        time.sleep(_PAUSE_S)
+        ttft = _round(engine, batch, length, new, seed=round_, temperature=args.temperature, ask=clock.ask)
+        if round_:
+            first_token.append(ttft)
+            parts.append(clock.parts())
+
     for round_ in range(args.rounds + 1):
         for noted in (steps.decodes, steps.prefilled, steps.began):
             noted.clear()
-        length = prompt if round_ else min(prompt, args.warm_up)
-        ttft = _round(engine, batch, length, args.new, seed=round_, temperature=args.temperature)
+        timed(round_, prompt if round_ else min(prompt, args.warm_up), args.new)
         if round_:
-            first_token.append(ttft)
             if not (of_all := steps.seconds_of(batch)):
                 raise SystemExit(
                     f"of {batch} answers at most {max(steps.decodes)} were decoded at once: give --kv-bytes more, or "
                     "--batch-tokens less, which the KV cache keeps room for"
                 )
             step.append(statistics.median(of_all))
+    if batch == 1:
+        # Of two tokens, for with the first of more than one the device is given the step after it.
+        for round_ in range(args.rounds + 1, 1 + (args.prompts or _prompts(first_token[0]))):
+            timed(round_, prompt, 2)
     ttft, step_s = statistics.median(first_token), statistics.median(step)
     result = {
         "batch": batch,
@@ -188,16 +208,37 @@ def _run(engine: Engine, steps: _Steps, batch: int, prompt: int, args: argparse.
         "ttft_s": round(ttft, 4),
         "prefill_tokens_per_s": round(batch * prompt / ttft),
         "step_ms_of_rounds": [round(s * 1e3, 3) for s in step],
+        "ttft_s_of_rounds": [round(s, 4) for s in first_token],
     }
+    if batch == 1:
+        result["ttft_parts_ms"] = Parts.medians_ms(parts)
     print(json.dumps(result), file=sys.stderr, flush=True)  # So that a long run cut short was not for nothing.
     return result
 
 
-def _round(engine: Engine, batch: int, prompt: int, new: int, *, seed: int, temperature: float = 0.0) -> float:
-    """Seconds until the last of `batch` answers has its first token; all answers are awaited."""
+def _prompts(ttft_s: float) -> int:
+    """How many prompts to time alone, if one takes so long."""
+    return max(1, min(_MOST_PROMPTS, int(_PROMPTS_S / ttft_s)))
+
+
+def _round(
+    engine: Engine,
+    batch: int,
+    prompt: int,
+    new: int,
+    *,
+    seed: int,
+    temperature: float = 0.0,
+    ask: Callable[[], None] = lambda: None,
+) -> float:
+    """Seconds until the last of `batch` answers has its first token; all answers are awaited.
+
+    `ask` is called when the prompts are there, before the first is asked.
+    """
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(300, 2000, prompt).tolist() for _ in range(batch)]
     params = SamplingParams(max_tokens=new, temperature=temperature, ignore_eos=True)
+    ask()
     streams = [engine.stream(tokens, params) for tokens in prompts]
     results = [stream.collect() for stream in streams]
     assert all(len(result.token_ids) == new for result in results)

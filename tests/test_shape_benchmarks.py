@@ -1,11 +1,13 @@
 """The benchmarks at published shapes run from end to end, at a shape that any machine computes."""
 
 import json
+import statistics
 import sys
+from typing import Any
 
 import pytest
 
-from scripts import benchmark, benchmark_restore
+from scripts import benchmark, benchmark_restore, benchmark_shape
 
 
 def figures(capsys, monkeypatch, main, *args: str) -> dict:
@@ -24,6 +26,30 @@ def test_decode_steps_and_prompts_are_timed(capsys, monkeypatch, weights):
     runs = found["result"]["runs"]
     assert [run["batch"] for run in runs] == [1, 3]
     assert all(run["step_ms"] > 0 and run["prefill_tokens_per_s"] > 0 for run in runs)
+
+
+def test_a_prompt_alone_is_timed_several_times_and_its_parts_are_all_of_its_time(capsys, monkeypatch):
+    def runs(prompts: int) -> Any:
+        size = ["--batch", "1", "2", "--prompt", "40", "--new", "16", "--rounds", "1", "--context", "256", "--json"]
+        size += ["--batch-tokens", "256", "--kv-bytes", "100000000", "--prompts", str(prompts)]
+        return figures(capsys, monkeypatch, benchmark.main, "engine", "--shape", "tiny", *size)["result"]["runs"]
+
+    alone, together = runs(4)
+    assert (len(alone["ttft_s_of_rounds"]), len(together["ttft_s_of_rounds"])) == (4, 1)
+    assert alone["ttft_s"] == pytest.approx(statistics.median(alone["ttft_s_of_rounds"]), abs=1e-4)
+    assert alone["prefill_tokens_per_s"] == pytest.approx(40 / alone["ttft_s"], rel=0.02)
+    assert "ttft_parts_ms" not in together
+    [parts, ttft_s] = [runs(1)[0][key] for key in ("ttft_parts_ms", "ttft_s")]
+    assert all(ms >= 0 for ms in parts.values())
+    # By the caller's clock, which begins before the engine's and ends after it.
+    whole_ms = parts["to_device"] + parts["on_device"] + parts["to_caller"]
+    assert ttft_s * 1e3 - 0.1 <= whole_ms <= ttft_s * 1e3 + 100
+    assert parts["on_device"] > whole_ms / 2
+
+
+@pytest.mark.parametrize(("ttft_s", "prompts"), [(0.038, 9), (0.65, 3), (12.8, 1)])
+def test_short_prompts_are_timed_more_often_than_long_ones(ttft_s, prompts):
+    assert benchmark_shape._prompts(ttft_s) == prompts
 
 
 def test_each_prompt_comes_back_from_host_memory_and_from_a_disk(capsys, monkeypatch, tmp_path):
