@@ -45,38 +45,22 @@ _PATIENCE = 25.0
 _MATRICES = ("qkv", "out", "gate_up", "down")
 _SEVERAL = "several kernels"
 
-_COUNTER = Tuning(meeting="counter")
-_BOXES = Tuning(meeting="counter", tensor_maps=True)
+_KB = 1024
 WAYS: Mapping[Bits, Mapping[str, Tuning]] = {
     4: {
-        "as it is": MEASURED,
-        "counter": _COUNTER,
-        "counter, 70 KB on their way": replace(_COUNTER, in_flight=72 * 1024),
-        "counter, 94 KB": replace(_COUNTER, in_flight=96 * 1024),
-        "counter, 14 warps": replace(_COUNTER, warps=14, in_flight=60 * 1024),
-        "counter, 21 warps": replace(_COUNTER, warps=21, in_flight=90 * 1024),
-        "counter, L2 10 MB ahead": replace(_COUNTER, ahead=76_000),
-        "counter, 20 MB": replace(_COUNTER, ahead=152_000),
-        "counter, 40 MB": replace(_COUNTER, ahead=304_000),
-        "counter, 70 KB, 20 MB": replace(_COUNTER, in_flight=72 * 1024, ahead=152_000),
-        "counter, 2 pairs claimed": replace(_COUNTER, claimed=2),
-        "counter, 3 pairs claimed, 20 MB": replace(_COUNTER, claimed=3, ahead=152_000),
-        "hints": Tuning(meeting="hints"),
-        "hints, 70 KB": Tuning(meeting="hints", in_flight=72 * 1024),
-        "hints, 20 MB": Tuning(meeting="hints", ahead=152_000),
+        "as it is": MEASURED[4],
+        "36 KB on their way": replace(MEASURED[4], in_flight=36 * _KB),
+        "72 KB": replace(MEASURED[4], in_flight=72 * _KB),
+        "96 KB": replace(MEASURED[4], in_flight=96 * _KB),
+        "7 warps": replace(MEASURED[4], warps=7),
+        "14 warps, 60 KB": replace(MEASURED[4], warps=14, in_flight=60 * _KB),
     },
     8: {
-        "as it is": MEASURED,
-        "boxes": Tuning(tensor_maps=True),
-        "boxes, counter": _BOXES,
-        "boxes, counter, 58 KB on their way": replace(_BOXES, in_flight=58 * 1024),
-        "boxes, counter, 116 KB": replace(_BOXES, in_flight=116 * 1024),
-        "boxes, counter, 7 warps": replace(_BOXES, warps=7),
-        "boxes, counter, L2 20 MB ahead": replace(_BOXES, ahead=152_000),
-        "boxes, counter, 40 MB": replace(_BOXES, ahead=304_000),
-        "boxes, counter, 2 pairs claimed": replace(_BOXES, claimed=2),
-        "boxes, hints": Tuning(tensor_maps=True, meeting="hints"),
-        "boxes, hints, 20 MB": Tuning(tensor_maps=True, meeting="hints", ahead=152_000),
+        "as it is": MEASURED[8],
+        "row by row": replace(MEASURED[8], tensor_maps=False),
+        "58 KB on their way": replace(MEASURED[8], in_flight=58 * _KB),
+        "116 KB": replace(MEASURED[8], in_flight=116 * _KB),
+        "11 warps": replace(MEASURED[8], warps=11),
     },
 }
 
@@ -175,6 +159,7 @@ class Steps:
 
         all_layers()
         torch.cuda.synchronize()
+        self._step = step  # Whose memory the graph uses.
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._results = all_layers()
@@ -242,9 +227,7 @@ def dry(bits: Bits, ways: Mapping[str, Tuning]) -> Iterator[Found]:
 
     compiled: dict[Tuning, Found] = {}
     for name, tuning in ways.items():
-        small = replace(
-            tuning, ahead=min(tuning.ahead, 20_000), claimed=min(tuning.claimed, 1), warps=None, in_flight=None
-        )
+        small = replace(tuning, warps=None, in_flight=None)
         if small not in compiled:
             with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
                 layers = SmallLayers(Path(directory), "int4" if bits == 4 else "fp8", tuning=small)

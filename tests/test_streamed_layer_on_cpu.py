@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -11,18 +10,17 @@ import torch
 from scripts.benchmark_streamed_layer import Found, dry, table
 from tests import hopper_twin
 from tests.hopper_twin.small_layers import TEXTS, SmallLayers
-from wicore_backend.executor.streamed_layer import MEASURED, Tuning
+from wicore_backend.executor.streamed_layer import Tuning
 
 pytestmark = pytest.mark.skipif(hopper_twin.gxx() is None, reason="needs g++")
 
 WAYS = {
-    "fp8": ("fp8", MEASURED),
-    "fp8 in boxes": ("fp8", Tuning(tensor_maps=True, meeting="counter")),
-    "int4": ("int4", MEASURED),
-    "int4, blocks meet at counters": ("int4", Tuning(meeting="counter")),
-    "int4, one warp asks for all, and L2 for the next layer": ("int4", Tuning(meeting="hints", ahead=20_000)),
-    "fp8, the last tiles claimed": ("fp8", Tuning(claimed=1)),
-    "int4 with zero points": ("int4 with zero points", MEASURED),
+    "fp8": ("fp8", None),
+    "fp8 row by row": ("fp8", Tuning()),
+    "fp8 in stages of two spans": ("fp8", Tuning(tensor_maps=True, warps=2)),
+    "int4": ("int4", None),
+    "int4 in stages of a span": ("int4", Tuning(warps=1)),
+    "int4 with zero points": ("int4 with zero points", None),
 }
 
 
@@ -59,7 +57,7 @@ class Planted(NamedTuple):
     edits: tuple[tuple[str, str, str], ...]
     found: str
     kind: str = "int4"
-    tuning: Tuning = MEASURED
+    tuning: Tuning | None = None
 
 
 def planted(file, right, wrong, found):
@@ -77,22 +75,23 @@ PLANTED = {
         "race: a copy|arrival too many",
     ),
     "a lane speaks for others that it has not met": planted(
-        PRODUCTS, "            __syncwarp();\n", "", "race: a copy .* writes .* read"
+        PRODUCTS, "        __syncwarp();\n", "", "race: a copy .* writes .* read"
     ),
     "a phase's bit is the wrong one": planted(RING, "ring.parity ^ 1);", "ring.parity);", "nobody can go on"),
-    "a share is one tile long": planted(
-        RING, "begins[blockIdx.x + 1]}", "begins[blockIdx.x + 1] + 1}", "beyond|outside|race|wrong numbers"
+    "a share is too long": planted(
+        RING, "begins[blockIdx.x + 1]}", "begins[blockIdx.x + 1] + 2}", "beyond|outside|race|wrong numbers"
     ),
     "several lanes copy, of which one waits": Planted(
         (
             (LAYER, "else if (threadIdx.x == CONSUMERS)", "else if (threadIdx.x < CONSUMERS + TILE)"),
-            (RING, "        wait(ring.empty(),", "        if (threadIdx.x == CONSUMERS) wait(ring.empty(),"),
-            (RING, "        flight.take_off();", "        if (threadIdx.x == CONSUMERS) flight.take_off();"),
-            (RING, "        arrive_expecting(", "        if (threadIdx.x == CONSUMERS) arrive_expecting("),
+            (RING, "    wait(ring.empty(),", "    if (threadIdx.x == CONSUMERS) wait(ring.empty(),"),
+            (RING, "    flight.take_off();", "    if (threadIdx.x == CONSUMERS) flight.take_off();"),
+            (RING, "    arrive_expecting(", "    if (threadIdx.x == CONSUMERS) arrive_expecting("),
             (RING, "copy(to, from, spans", "if (threadIdx.x % WIDTH == row) copy(to, from, spans"),
         ),
         "race: a copy|arrival too many",
         "fp8",
+        Tuning(),
     ),
     "what the layer before gives is not waited for": planted(
         LAYER, "wait_for_kernel_before();", "", "race|wrong numbers"
@@ -106,7 +105,15 @@ PLANTED = {
             ),
         ),
         "race: .* reads told_",
-        tuning=Tuning(meeting="counter"),
+    ),
+    "another block's part of a tile is not waited for": planted(
+        PRODUCTS,
+        "while (((word = told(words + 2 * TILE + place)) ^ turn) & 1)",
+        "word = told(words + 2 * TILE + place); if (0)",
+        "wrong numbers",
+    ),
+    "a tile that another block began is given": planted(
+        PRODUCTS, "    if (begin % STEPS) {", "    if (0) {", "race|wrong numbers|nobody can go on"
     ),
 }
 
@@ -132,7 +139,7 @@ def test_a_mistake_is_found(mistake, tmp_path):
 
 
 def test_the_ways_to_compare_run_dry():
-    ways = {"as it is": MEASURED, "with less on its way": replace(MEASURED, in_flight=4096)}
+    ways = {"as it is": Tuning(), "with less on its way": Tuning(in_flight=4096)}
     found = list(dry(4, ways))
     assert [one.way for one in found] == list(ways)
     assert all(one.wrong is None and one.error < 1e-2 for one in found)

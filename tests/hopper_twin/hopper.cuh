@@ -100,7 +100,6 @@ inline void copy_box(const char* to, const TensorMap& map, int x, int y, u32 bar
     twin::copy_box(to, {map.at, map.rows, map.row_bytes, map.box_rows, map.box_bytes}, x * 8, y, barrier);
 }
 
-inline void bytes_to_l2(const char* global, u32 bytes) { twin::inside(global, bytes, 16); }
 inline void line_to_l2(const void* global) { twin::inside(global, 128, 4); }
 
 // ---- Global memory
@@ -113,12 +112,6 @@ inline uint4 load_words(const void* at) { return twin::loaded<uint4>(at); }
 inline void tell(u32* to, u32 word) { twin::tell(to, word); }
 inline u32 told(const u32* from) { return twin::told(from, twin::Order::relaxed); }
 
-inline uint2 told_two(const u32* from) {
-    twin::inside(from, 8, 8);
-    const u32 y = told(from + 1);  // in no order
-    return {told(from), y};
-}
-
 inline uint4 told_four(const u32* from) {
     twin::inside(from, 16, 16);
     const u32 w = told(from + 3), z = told(from + 2);
@@ -126,7 +119,6 @@ inline uint4 told_four(const u32* from) {
     return {x, told(from + 1), z, w};
 }
 
-inline u32 take_next(u32* counter) { return twin::take_next(counter); }
 inline void add_released(u32* to, u32 by) { twin::add(to, by, twin::Order::acquire_or_release); }
 inline u32 told_acquired(const u32* from) { return twin::told(from, twin::Order::acquire_or_release); }
 

@@ -124,7 +124,6 @@ void copy_box(const void* to, const Boxes& boxes, int first_byte, int first_row,
 }
 void tell(u32* to, u32 word) { machine->tell(to, word); }
 void add(u32* to, u32 by, Order order) { machine->add(to, by, order); }
-u32 take_next(u32* counter) { return machine->take_next(counter); }
 u32 told(const u32* from, Order order) { return machine->told(from, order); }
 
 void load(void* to, const void* from, u32 bytes) {

@@ -53,7 +53,6 @@ enum class Order { relaxed, acquire_or_release };
 
 void tell(u32* to, u32 word);
 void add(u32* to, u32 by, Order order);
-u32 take_next(u32* counter);
 u32 told(const u32* from, Order order);
 void load(void* to, const void* from, u32 bytes);  // Plainly, from wherever.
 void load_constant(void* to, const void* from, u32 bytes);

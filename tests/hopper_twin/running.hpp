@@ -264,14 +264,6 @@ class Machine {
         happened();
     }
 
-    u32 take_next(u32* counter) {
-        yield();
-        access(counter, 4, true, true);
-        land_all([&](const OnItsWay& other) { return other.to == counter; });
-        happened();
-        return (*counter)++;
-    }
-
     u32 told(const u32* from, Order order) {
         if (random_() % 4 == 0) yield();  // Each time would be slow: most of what runs asks.
         access(from, 4, false, true);

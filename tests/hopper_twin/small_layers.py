@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scripts.random_gemma3 import _COMMON, random_weights
 from tests import hopper_twin
-from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls, Tuning
+from wicore_backend.executor.streamed_layer import HEADERS, SOURCE, Form, LayerCalls, Tuning
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weights import Weight
@@ -25,13 +25,13 @@ QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {
     "int4": lambda matrix: quantized_int4(matrix, search=False),
     "int4 with zero points": lambda matrix: quantized_int4(matrix, symmetric=False, search=False),
 }
-BLOCKS = {"fp8": 6, "int4": 12, "int4 with zero points": 12}
-"""A thread of each has one output of each matrix."""
+_FEWEST_BLOCKS = 7
+"""With which tiles of each matrix are two blocks'."""
 MATRICES = ("qkv", "out", "gate_up", "down")
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 768,
-    "num_attention_heads": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "head_dim": 128,
     "vocab_size": 256,
@@ -45,18 +45,21 @@ class SmallLayers:
     """A model's layers, what one token brings, the plain twin, and the kernel for so many blocks."""
 
     def __init__(
-        self, directory: Path, kind: str, *, tuning: Tuning = MEASURED, texts: Mapping[str, str] = TEXTS
+        self, directory: Path, kind: str, *, tuning: Tuning | None = None, texts: Mapping[str, str] = TEXTS
     ) -> None:
         (directory / "config.json").write_text(json.dumps(_COMMON | SHAPE))
         model = Gemma3Config.from_checkpoint(directory)
         weights = random_weights(model, device=CPU, dtype=torch.bfloat16, quantize=QUANTIZE[kind])
         self.text, self.layers = model.text, weights.text.layers
-        self.blocks = BLOCKS[kind] * (3 if tuning.claimed else 2) // 2  # One may claim more than its share.
         form = Form.of(model.text, self.layers, tuning)
         assert form is not None, "the kernel is for such sizes"
-        self.form, self.shares = form, form.shares(self.blocks)
-        launch = form.launch(self.shares, most_stages=3)
-        assert launch is not None, "a thread of each block has one output"
+        launch = None
+        for self.blocks in range(_FEWEST_BLOCKS, 60, 2):  # Until a thread of each has at most one output of a matrix.
+            self.form, self.shares = form, form.shares(self.blocks)
+            launch = form.launch(self.shares, most_stages=3)
+            if launch is not None:
+                break
+        assert launch is not None
         self.launch = launch
         defines = form.defines(launch)
         self.kernel = hopper_twin.HostKernel(SOURCE, texts, defines, parameter="Layer")
@@ -86,7 +89,6 @@ class SmallLayers:
         ]
         mutable = {f"told_{name}": words for name, words in calls.told.items()} | {
             "launches": calls.launches,
-            "claims": calls.claims,
             "counters": calls.counters,
             "fed_tiles": calls.fed_tiles,
         }

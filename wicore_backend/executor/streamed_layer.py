@@ -40,8 +40,6 @@ _SHARED_BYTES = 227 * 1024
 """What a block may have on Hopper."""
 _FEWEST_STAGES = 3
 _MOST_WARPS = 14
-_MOST_EXTRA = 2
-
 _MOST_BLOCKS = 159
 _TENSOR_MAP_BYTES = 128
 
@@ -55,26 +53,14 @@ _LEAST_BYTES = 200_000_000
 wait for each other weighs more."""
 
 
-Meeting = Literal["words", "counter", "hints"]
-
-_MEETINGS: Mapping[Meeting, int] = {"words": 0, "counter": 1, "hints": 2}
-"""As `streamed_meeting.cuh` has them."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
     """Ways to do the same, of which a card says what is fastest. Those of `MEASURED` have been found so.
 
     Attributes
     ----------
-    meeting
-        How blocks hear what others have computed: see `streamed_meeting.cuh`.
     tensor_maps
         Whether FP8 is copied in boxes, one for a stage, and not row by row.
-    ahead
-        Bytes of the next layer's first matrices that a block asks into L2 when it has copied its own, at most.
-    claimed
-        Pairs of gate and up's tiles a block that go to whoever is there first.
     warps
         That multiply; None for as many, 14 at most, as a tile of `hidden` inputs is shared out among in few equal
         stages: with 21 a layer of 27B in INT4 takes 77 us in place of 73, with 7 it takes 85.
@@ -82,15 +68,13 @@ class Tuning:
         Bytes of weights on their way to a multiprocessor; None for what suits the weights' bits.
     """
 
-    meeting: Meeting = "words"
     tensor_maps: bool = False
-    ahead: int = 0
-    claimed: int = 0
     warps: int | None = None
     in_flight: int | None = None
 
 
-MEASURED = Tuning()
+MEASURED: Mapping[Bits, Tuning] = {4: Tuning(), 8: Tuning(tensor_maps=True)}
+"""By the bits of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +104,11 @@ class Form:
     bits: Bits
     half_scales: bool = False
     zeros: bool = False
-    tuning: Tuning = MEASURED
+    tuning: Tuning = Tuning()
 
     @classmethod
-    def of(cls, config: TextConfig, layers: Sequence[LayerWeights], tuning: Tuning = MEASURED) -> Form | None:
-        """The form for a model's layers; None if the kernel is not for such."""
+    def of(cls, config: TextConfig, layers: Sequence[LayerWeights], tuning: Tuning | None = None) -> Form | None:
+        """The form for a model's layers, by default as is fastest; None if the kernel is not for such."""
         if any(layer.qkv_bias is not None or layer.out_bias is not None for layer in layers):
             return None
         kinds = {_kind(weight) for layer in layers for weight in _matrices(layer)}
@@ -141,7 +125,7 @@ class Form:
             kind.bits,
             kind.half_scales,
             kind.zeros,
-            tuning,
+            tuning or MEASURED[kind.bits],
         )
         return form if form._fits() else None
 
@@ -152,8 +136,8 @@ class Form:
 
     @property
     def tiles(self) -> tuple[int, int, int, int]:
-        """What is shared out of each: tiles of outputs; of gate and up, pairs of tiles."""
-        return self.hidden // TILE_ROWS, self.fed // TILE_ROWS, self.hidden // TILE_ROWS, self.qkv // TILE_ROWS
+        """Of outputs of each, of 16."""
+        return self.hidden // TILE_ROWS, 2 * self.fed // TILE_ROWS, self.hidden // TILE_ROWS, self.qkv // TILE_ROWS
 
     @property
     def span(self) -> int:
@@ -169,38 +153,55 @@ class Form:
         return -(-spans // -(-spans // _MOST_WARPS))
 
     @property
+    def stages_of_tile(self) -> tuple[int, int, int, int]:
+        """Of each matrix."""
+        out, gate_up, down, qkv = (-(-depth // (self.span * self.warps)) for depth in self.depths)
+        return out, gate_up, down, qkv
+
+    @property
     def stage_spans(self) -> tuple[int, int, int, int]:
         """Spans of a stage of each matrix, but for a tile's last."""
-        spans = [depth // self.span for depth in self.depths]
-        out, gate_up, down, qkv = (-(-of_tile // -(-of_tile // self.warps)) for of_tile in spans)
+        out, gate_up, down, qkv = (
+            -(-(depth // self.span) // stages) for depth, stages in zip(self.depths, self.stages_of_tile, strict=True)
+        )
         return out, gate_up, down, qkv
 
     def shares(self, blocks: int) -> list[list[int]]:
-        """See `shared_out`; what is claimed is not shared out."""
-        out, gate_up, down, qkv = self.depths
-        tiles = list(self.tiles)
-        if self.tuning.claimed:
-            tiles[1] = blocks * max(0, tiles[1] // blocks - self.tuning.claimed)
-        return shared_out(tiles, (out, 2 * gate_up, down, qkv), blocks)
+        """Where each block's stages of each matrix begin, and where the last one's end: [matrices, blocks + 1]."""
+        return [
+            shared_out(tiles // together, together * stages, blocks)
+            for tiles, stages, together in zip(self.tiles, self.stages_of_tile, self._together, strict=True)
+        ]
+
+    @property
+    def _steps(self) -> tuple[int, int, int, int]:
+        """Stages of what is computed as one."""
+        out, gate_up, down, qkv = self.stages_of_tile
+        return out, 2 * gate_up, down, qkv
+
+    @property
+    def _together(self) -> tuple[int, int, int, int]:
+        """Tiles of each matrix that are computed as one: of gate and up, a pair."""
+        return 1, 2, 1, 1
 
     def launch(self, shares: Sequence[Sequence[int]], *, most_stages: int | None = None) -> Launch | None:
         """How to compile and launch it for blocks with such shares; None if there is no room in shared memory.
 
         The ring has as many stages as there is room for, or `most_stages`.
         """
-        parts = [max(after - first for first, after in pairwise(share)) for share in shares]
-        most_claimed = self.tuning.claimed and self.tuning.claimed + 2
-        parts[1] += most_claimed
-        most_tiles = max(parts)
-        parts[1] *= 2
+        parts, given = [], []
+        for share, steps, together in zip(shares, self._steps, self._together, strict=True):
+            ends = [-(-end // steps) for end in share]
+            parts.append(together * max(after - first // steps for first, after in zip(share, ends[1:], strict=False)))
+            given.append(max(after - first for first, after in pairwise(ends)))
         warps = self.warps
         # x, and each warp's part of each output.
         area = max(d * 2 + tiles * warps * TILE_ROWS * 4 for d, tiles in zip(self.depths, parts, strict=True))
         sums = max(self.depths) // _GROUP * 8 if self.bits == 4 else 0
-        beside = 4 * warps * 4 + 4 * most_claimed + sums + 144 + area
+        beside = 4 * warps * 4 + sums + 144 + area
         stage = warps * TILE_ROWS * (_ROW_BYTES + (4 * (1 + self.zeros) if self.bits == 4 else 0))
         stages = (_SHARED_BYTES - beside) // (stage + 16)
-        if stages < _FEWEST_STAGES or len(shares[0]) > _MOST_BLOCKS + 1 or most_tiles * TILE_ROWS > warps * _WIDTH:
+        if stages < _FEWEST_STAGES or len(shares[0]) > _MOST_BLOCKS + 1 or max(given) * TILE_ROWS > warps * _WIDTH:
             return None
         stages = min(stages, most_stages or stages)
         threads = (warps + 1) * _WIDTH
@@ -222,10 +223,7 @@ class Form:
             "WARPS": self.warps,
             "STAGES": launch.stages,
             "FLIGHT": launch.in_flight,
-            "MEETING": _MEETINGS[self.tuning.meeting],
             "TENSOR_MAPS": int(self.tuning.tensor_maps and self.bits == 8),
-            "AHEAD": self.tuning.ahead,
-            "CLAIMED": self.tuning.claimed,
         }
 
     def _fits(self) -> bool:
@@ -252,22 +250,15 @@ class Launch:
     shared_bytes: int
 
 
-def shared_out(tiles: Sequence[int], costs: Sequence[int], blocks: int) -> list[list[int]]:
-    """Where each block's tiles of each matrix begin, and where the last one's end: [matrices, blocks + 1].
+def shared_out(pieces: int, stages: int, blocks: int) -> list[int]:
+    """Where each block's part of `pieces` with so many `stages` each begins, and where the last one's ends, in stages.
 
-    All get as many of each matrix as divide evenly. What is left goes, the costliest first, to whoever has least so
-    far, up to two of a matrix: blocks wait for each other after each, and the ring makes up for so much.
+    Blocks wait for each other after each matrix, so that all get equally many stages, and a piece may be two blocks'.
+    It is never three's: where there are fewer pieces than blocks, each is one block's.
     """
-    loads = [0] * blocks
-    counts = [[of_matrix // blocks] * blocks for of_matrix in tiles]
-    for matrix in sorted(range(len(tiles)), key=lambda matrix: -costs[matrix]):
-        most = tiles[matrix] // blocks + _MOST_EXTRA
-        for _ in range(tiles[matrix] % blocks):
-            places = (block for block in range(blocks) if counts[matrix][block] < most)
-            block = min(places, key=lambda block: (loads[block], counts[matrix][block]))
-            counts[matrix][block] += 1
-            loads[block] += costs[matrix]
-    return [[sum(of_matrix[:block]) for block in range(blocks + 1)] for of_matrix in counts]
+    if pieces < blocks:
+        return [pieces * block // blocks * stages for block in range(blocks + 1)]
+    return [pieces * stages * block // blocks for block in range(blocks + 1)]
 
 
 class _Matrix(ctypes.Structure):
@@ -281,8 +272,8 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("post_attention", "pre_feedforward", "post_feedforward", "next_norm")),
         *((name, ctypes.c_void_p) for name in ("qk_norm", "attention", "hidden", "cos", "sin")),
         *((name, ctypes.c_void_p) for name in ("next_hidden", "heads", "launches")),
-        *((name, ctypes.c_void_p) for name in ("told_attended", "told_fed", "told_given", "told_heads")),
-        *((name, ctypes.c_void_p) for name in ("claims", "counters", "fed_tiles", "next_out", "next_gate_up")),
+        *((name, ctypes.c_void_p) for name in ("told_attended", "told_fed", "told_given", "told_heads", "told_parts")),
+        *((name, ctypes.c_void_p) for name in ("counters", "fed_tiles")),
         ("eps", ctypes.c_float),
         ("shares", ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4),
         ("rest", ctypes.c_ubyte * _TENSOR_MAP_BYTES),  # At least what aligns it as tensor maps are.
@@ -305,11 +296,12 @@ class LayerCalls:
     Attributes
     ----------
     told
-        The blocks' results as they tell each other, by name: of the launch before the first they are 0.
+        The blocks' results as they tell each other, and parts of them, by name: of the launch before the first they
+        are 0.
     launches
         The next one's number, the first's being 1.
-    claims, counters, fed_tiles
-        Pairs of tiles claimed; blocks that came to each meeting; sum and largest number of each tile of the MLP's row.
+    counters, fed_tiles
+        Blocks that came to each meeting; sum and largest number of each tile of the MLP's row.
 
     Parameters
     ----------
@@ -329,12 +321,12 @@ class LayerCalls:
         self._layers = layers  # Whose memory the parameters point to.
         self._form = form
         sizes = {"attended": form.hidden, "fed": form.fed // 2, "given": form.hidden, "heads": form.qkv}
+        sizes["parts"] = len(shares) * (len(shares[0]) - 1) * 2 * TILE_ROWS
         self.told = {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in sizes.items()}
         self.launches = torch.ones(1, dtype=torch.int32, device=device)
-        self.claims = torch.zeros(1, dtype=torch.int32, device=device)
         self.counters = torch.zeros(3, dtype=torch.int32, device=device)
         self.fed_tiles = torch.zeros(form.fed // TILE_ROWS, 2, device=device)
-        words = self.launches, *self.told.values(), self.claims, self.counters, self.fed_tiles
+        words = self.launches, *self.told.values(), self.counters, self.fed_tiles
         lasting = [memory.data_ptr() for memory in words]
         begins = (ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4)()
         for row, share in zip(begins, shares, strict=True):
@@ -350,8 +342,6 @@ class LayerCalls:
                 following.qk_norm.data_ptr(),
                 *(0, 0, 0, 0, 0, 0),
                 *lasting,
-                _matrix(following.out).values,
-                _matrix(following.gate_up).values,
                 eps,
                 begins,
             )

@@ -94,10 +94,6 @@ __device__ __forceinline__ void copy_box(const char* to, const TensorMap& map, i
 }
 
 // Into L2 only, and nobody is told.
-__device__ __forceinline__ void bytes_to_l2(const char* global, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 __device__ __forceinline__ void line_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // ---- Global memory
@@ -138,23 +134,11 @@ __device__ __forceinline__ u32 told(const u32* from) {
     return word;
 }
 
-__device__ __forceinline__ uint2 told_two(const u32* from) {
-    uint2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
-    return v;
-}
-
 __device__ __forceinline__ uint4 told_four(const u32* from) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
     return v;
-}
-
-__device__ __forceinline__ u32 take_next(u32* counter) {  // What it was; each finds another.
-    u32 found;
-    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(found) : "l"(counter) : "memory");
-    return found;
 }
 
 // What this thread did, and others that it has met, comes before what those do who find the word so. One may add and

@@ -21,9 +21,7 @@
 //
 // Given when it is compiled: HIDDEN, ATTENDED, FED, QKV, HEAD_DIM, QK_HEADS (sizes); BITS (of a weight: 4 or 8);
 // SCALE_HALF (INT4's scales are float16, not bfloat16); ZEROS (INT4 has zero points); WARPS (that multiply); STAGES (of
-// the ring); FLIGHT (of those, at most on their way); MEETING (see `streamed_meeting.cuh`); TENSOR_MAPS (FP8 is copied
-// by boxes, not row by row); AHEAD (bytes of the next layer that a block asks into L2 at its end); CLAIMED (pairs
-// of gate and up's tiles a block that are not shared out beforehand).
+// the ring); FLIGHT (of those, at most on their way); TENSOR_MAPS (FP8 is copied by boxes, not row by row).
 
 #include "streamed_meeting.cuh"
 
@@ -105,7 +103,7 @@ constexpr int VECTORS = Hidden::rounds;
 
 __device__ __forceinline__ float squares(const float4& v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
 
-// The residual stream after a part of the layer, whose last matrix's result the blocks tell each other in `words`, and
+// The residual stream after a part of the layer, whose last matrix's result is in `words` when the blocks have met, and
 // its norm in shared memory; what its products are to be multiplied by.
 __device__ __forceinline__ float add_norm(const Meetings& meetings, int matrix, const Hidden& row, const u32* words,
                                           const float* weight, const float* next, uint2 (&stream)[VECTORS]) {
@@ -117,8 +115,10 @@ __device__ __forceinline__ float add_norm(const Meetings& meetings, int matrix, 
             factor[i] = constants(weight + row.place(i) * 4);
             next_factor[i] = constants(next + row.place(i) * 4);
         }
-    meetings.hold(matrix, words, TILE, 0);
-    meetings.hear_row(row, value, words);
+    meetings.hold(matrix);
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i)
+        if (row.has(i)) value[i] = floats(load_words(words + row.place(i) * 4));
     float sum = 0.0f, most = 0.0f;
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i)
@@ -203,60 +203,49 @@ __device__ __forceinline__ void rotate_heads(const Layer& layer, u32 turn) {
                                                                                  pack<false>(v[i].z, v[i].w)};
 }
 
-// The MLP's row in shared memory; what its products are to be multiplied by.
-__device__ __forceinline__ float put_fed(const Meetings& meetings) {
-    const Layer& layer = meetings.layer;
-    if constexpr (MEETING != BY_COUNTER) {
-        const Row<FED / 4> row;
-        float4 v[row.rounds];
-        hear(row, v, [&](float4& four, int place) {
-            return ask_pairs(four, layer.told_fed + place * 2, meetings.turn());
-        });
-        return put_all(row, v);
-    } else {
-        constexpr int OF_GROUP = GROUP / TILE, GROUPS = (FED / GROUP + CONSUMERS - 1) / CONSUMERS;
-        const Row<FED / 8> row;
-        uint4 eights[row.rounds];
-        float2 tiles[GROUPS][OF_GROUP];
-        float most = 0.0f;
+// The MLP's row in shared memory, when the blocks have met; what its products are to be multiplied by.
+__device__ __forceinline__ float put_fed(const Layer& layer) {
+    constexpr int OF_GROUP = GROUP / TILE, GROUPS = (FED / GROUP + CONSUMERS - 1) / CONSUMERS;
+    const Row<FED / 8> row;
+    uint4 eights[row.rounds];
+    float2 tiles[GROUPS][OF_GROUP];
+    float most = 0.0f;
 #pragma unroll
-        for (int i = 0; i < row.rounds; ++i)
-            if (row.has(i)) eights[i] = load_words(layer.told_fed + row.place(i) * 4);
+    for (int i = 0; i < row.rounds; ++i)
+        if (row.has(i)) eights[i] = load_words(layer.told_fed + row.place(i) * 4);
 #pragma unroll
-        for (int i = 0; i < GROUPS; ++i)
-            if (const int group = i * CONSUMERS + threadIdx.x; group < FED / GROUP)
+    for (int i = 0; i < GROUPS; ++i)
+        if (const int group = i * CONSUMERS + threadIdx.x; group < FED / GROUP)
 #pragma unroll
-                for (int j = 0; j < OF_GROUP; j += 2) {
-                    const float4 two = floats(load_words(layer.fed_tiles + group * OF_GROUP + j));
-                    tiles[i][j] = {two.x, two.y}, tiles[i][j + 1] = {two.z, two.w};
-                    most = fmaxf(most, fmaxf(two.y, two.w));
-                }
-        const float2 scale = fitting(block_sum_and_max(0.0f, most, (float*)(shared + SCRATCH_AT)).y);
-#pragma unroll
-        for (int i = 0; i < GROUPS; ++i)
-            if (const int group = i * CONSUMERS + threadIdx.x; BITS == 4 && group < FED / GROUP) {
-                float halves[2] = {};
-#pragma unroll
-                for (int j = 0; j < OF_GROUP; ++j) halves[j / (OF_GROUP / 2)] += tiles[i][j].x;
-                put_sums(group, halves[0] * scale.x, halves[1] * scale.x * 0.0625f);
+            for (int j = 0; j < OF_GROUP; j += 2) {
+                const float4 two = floats(load_words(layer.fed_tiles + group * OF_GROUP + j));
+                tiles[i][j] = {two.x, two.y}, tiles[i][j + 1] = {two.z, two.w};
+                most = fmaxf(most, fmaxf(two.y, two.w));
             }
+    const float2 scale = fitting(block_sum_and_max(0.0f, most, (float*)(shared + SCRATCH_AT)).y);
 #pragma unroll
-        for (int i = 0; i < row.rounds; ++i)
-            if (row.has(i)) {
-                const int place = row.place(i);
-                const float by = is_sixteenth(place * 2) ? scale.x * 0.0625f : scale.x;
-                const float4 a = unpack(uint2{eights[i].x, eights[i].y}), b = unpack(uint2{eights[i].z, eights[i].w});
-                *(uint4*)(shared + X_AT + place * 16) = {
-                    pack<true>(a.x * by, a.y * by), pack<true>(a.z * by, a.w * by), pack<true>(b.x * by, b.y * by),
-                    pack<true>(b.z * by, b.w * by)};
-            }
-        consumers_meet();
-        return scale.y;
-    }
+    for (int i = 0; i < GROUPS; ++i)
+        if (const int group = i * CONSUMERS + threadIdx.x; BITS == 4 && group < FED / GROUP) {
+            float halves[2] = {};
+#pragma unroll
+            for (int j = 0; j < OF_GROUP; ++j) halves[j / (OF_GROUP / 2)] += tiles[i][j].x;
+            put_sums(group, halves[0] * scale.x, halves[1] * scale.x * 0.0625f);
+        }
+#pragma unroll
+    for (int i = 0; i < row.rounds; ++i)
+        if (row.has(i)) {
+            const int place = row.place(i);
+            const float by = is_sixteenth(place * 2) ? scale.x * 0.0625f : scale.x;
+            const float4 a = unpack(uint2{eights[i].x, eights[i].y}), b = unpack(uint2{eights[i].z, eights[i].w});
+            *(uint4*)(shared + X_AT + place * 16) = {
+                pack<true>(a.x * by, a.y * by), pack<true>(a.z * by, a.w * by), pack<true>(b.x * by, b.y * by),
+                pack<true>(b.z * by, b.w * by)};
+        }
+    consumers_meet();
+    return scale.y;
 }
 
 __device__ void compute(Ring ring, const Layer& layer) {
-    const Shares shares(layer);
     const Hidden row;
     uint2 stream[VECTORS];
     // The norms' weights are fetched by all blocks together, long before they are needed.
@@ -279,17 +268,19 @@ __device__ void compute(Ring ring, const Layer& layer) {
             if (row.has(i)) stream[i] = load_pairs(layer.hidden + row.place(i) * 8);
         scale = put_all(attended, attention);
     }
-    product<ATTENDED>(ring, layer.out, shares.out, scale,
-                      [&](int output, float value) { meetings.tell_result(layer.told_attended, output, value); });
+    const auto parts = [&](int matrix) { return Parts(layer, matrix, meetings.turn()); };
+    product<ATTENDED>(ring, layer.out, share_of(layer, OUT), scale, parts(OUT),
+                      [&](int output, float value) { layer.told_attended[output] = __float_as_uint(value); });
     scale = add_norm(meetings, OUT, row, layer.told_attended, layer.post_attention_norm, layer.pre_feedforward_norm,
                      stream);
-    gated_product(ring, layer.gate_up, shares.gate_up, scale, layer.fed_tiles,
-                  [&](int output, float value, float next) { meetings.tell_fed(output, value, next); });
-    meetings.hold(GATE_UP, layer.told_fed, TILE / 2, FREE_BIT);
-    scale = put_fed(meetings);
-    if (CLAIMED > 0 && blockIdx.x == 0 && threadIdx.x == 0) tell(layer.claims, 0);
-    product<FED>(ring, layer.down, shares.down, scale,
-                 [&](int output, float value) { meetings.tell_result(layer.told_given, output, value); });
+    gated_product(ring, layer.gate_up, share_of(layer, GATE_UP), scale, parts(GATE_UP), layer.fed_tiles,
+                  [&](int output, float value, float next) {
+                      layer.told_fed[output / 2] = pack<false>(value, next);
+                  });
+    meetings.hold(GATE_UP);
+    scale = put_fed(layer);
+    product<FED>(ring, layer.down, share_of(layer, DOWN), scale, parts(DOWN),
+                 [&](int output, float value) { layer.told_given[output] = __float_as_uint(value); });
     scale = add_norm(meetings, DOWN, row, layer.told_given, layer.post_feedforward_norm, layer.next_norm, stream);
     if (blockIdx.x == 0) {
         if (threadIdx.x == 0) tell(layer.launches, meetings.launch + 1);  // All have read it who told what has been heard.
@@ -297,7 +288,7 @@ __device__ void compute(Ring ring, const Layer& layer) {
         for (int i = 0; i < VECTORS; ++i)
             if (row.has(i)) *(uint2*)(layer.next_hidden + row.place(i) * 8) = stream[i];
     }
-    product<HIDDEN>(ring, layer.qkv, shares.qkv, scale,
+    product<HIDDEN>(ring, layer.qkv, share_of(layer, NEXT_QKV), scale, parts(NEXT_QKV),
                     [&](int output, float value) {
                         tell(layer.told_heads + output, __float_as_uint(value) & ~1u | meetings.turn());
                     });

@@ -94,31 +94,36 @@ __device__ __forceinline__ void add_span(float2& total, float (&sum)[2][4], cons
     }
 }
 
-// The next `tiles` tiles of the ring times x: each warp's part of each output into `parts` [tiles, WARPS, 16]. A tile
-// has `of_tile` spans, `each` in a stage. Gives the ring after them.
-__device__ __forceinline__ Ring multiply(Ring ring, int tiles, int of_tile, int each, float* parts) {
+// Stages `begin` up to `end` of a matrix, the next ones of the ring, times x: each warp's part of each output of the
+// tiles they are of into `parts` [tiles, WARPS, 16].
+template <int DEPTH>
+__device__ __forceinline__ Ring multiply(Ring ring, int begin, int end, float* parts) {
+    using C = Cut<DEPTH>;
     const int warp = threadIdx.x / WIDTH, lane = threadIdx.x % WIDTH;
     const Place place;
+    float2 total = {};
+    float sum[2][4] = {};
+    int stage = begin % C::stages;
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-        float2 total = {};
-        float sum[2][4] = {};
-#pragma unroll 1
-        for (int first = 0; first < of_tile; first += each, ring.next()) {
-            const int spans = min(each, of_tile - first), span = first + warp;
-            wait(ring.full(), ring.parity);
-            if (warp < spans)
-                add_span(total, sum, place, ring.memory(), warp, spans, each, shared + X_AT + span * SPAN_INPUTS * 2,
-                         shared + SUMS_AT + span * 16);
-            __syncwarp();
-            if (lane == 0) arrive(ring.empty());
-        }
+    for (int left = end - begin; left > 0; --left, ring.next()) {
+        const int first = stage * C::each, spans = min(C::each, C::spans - first), span = first + warp;
+        wait(ring.full(), ring.parity);
+        if (warp < spans)
+            add_span(total, sum, place, ring.memory(), warp, spans, C::each, shared + X_AT + span * SPAN_INPUTS * 2,
+                     shared + SUMS_AT + span * 16);
+        __syncwarp();
+        if (lane == 0) arrive(ring.empty());
+        if (++stage < C::stages && left > 1) continue;
         if (BITS != 4) total = place.pick(sum);
         if (lane % 4 == 0) {
-            float* part = parts + (tile * WARPS + warp) * TILE + lane / 4;
+            float* part = parts + warp * TILE + lane / 4;
             part[0] = total.x;
             part[8] = total.y;
         }
+        parts += WARPS * TILE;
+        stage = 0, total = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[0][i] = sum[1][i] = 0.0f;
     }
     return ring;
 }
@@ -140,32 +145,53 @@ __device__ __forceinline__ float scale_of(const Matrix& matrix, int output, bool
     return BITS == 8 && there ? constant((const float*)matrix.scales + output) : 1.0f;
 }
 
-// This block's outputs of a matrix whose DEPTH inputs are in shared memory: `give(output, value)` for each.
-template <int DEPTH, class Give>
-__device__ __forceinline__ void product(Ring& ring, const Matrix& matrix, const int2& share, float x_scale, Give give) {
-    float* parts = (float*)(shared + X_AT + DEPTH * 2);
-    const int tiles = share.y - share.x, output = share.x * TILE + threadIdx.x;
-    const bool there = threadIdx.x < tiles * TILE;
-    const float scale = x_scale * scale_of(matrix, output, there);
-    ring = multiply(ring, tiles, Cut<DEPTH>::spans, Cut<DEPTH>::each, parts);
-    consumers_meet();
-    if (there) give(output, whole(parts, threadIdx.x / TILE, threadIdx.x % TILE) * scale);
-}
-
-// As `multiply` of the pairs of tiles that the copying thread claims (see `copy_claimed`); how many they are.
-__device__ __forceinline__ int multiply_claimed(Ring& ring, float* parts) {
-    int pairs = 0;
-    while (pairs < MOST_CLAIMED) {
-        wait(ring.full(), ring.parity);
-        if (claimed_pairs()[pairs] == NO_PAIR) {
-            __syncwarp();
-            if (threadIdx.x % WIDTH == 0) arrive(ring.empty());
-            ring.next();
-            break;
-        }
-        ring = multiply(ring, 2, Cut<HIDDEN>::spans, Cut<HIDDEN>::each, parts + 2 * pairs++ * WARPS * TILE);
+// What a block tells the one before it: its part of a tile that the other began, as words whose lowest bit turns with
+// each launch. It is the first that it computes of a matrix, and the last that the other does, who so rarely waits.
+struct Parts {
+    u32* words;
+    u32 turn;
+    __device__ Parts(const Layer& layer, int matrix, u32 turn)
+        : words(layer.told_parts + (matrix * gridDim.x + blockIdx.x) * 2 * TILE), turn(turn) {}
+    __device__ void tell_part(int place, float value) const {
+        tell(words + place, __float_as_uint(value) & ~1u | turn);
     }
-    return pairs;
+    __device__ float of_next_block(int place) const {
+        u32 word;
+        while (((word = told(words + 2 * TILE + place)) ^ turn) & 1) __nanosleep(20);
+        return __uint_as_float(word & ~1u);
+    }
+};
+
+// This block's outputs of a matrix whose DEPTH inputs are in shared memory: `give(output, value)` for each. A tile whose
+// stages are two blocks' is given by the one that has the first.
+template <int DEPTH, class Give>
+__device__ __forceinline__ void product(Ring& ring, const Matrix& matrix, const int2& share, float x_scale,
+                                        const Parts& others, Give give) {
+    constexpr int STEPS = Cut<DEPTH>::stages;
+    const int row = threadIdx.x % TILE;
+    float* parts = (float*)(shared + X_AT + DEPTH * 2);
+    int begin = share.x;
+    if (begin % STEPS) {
+        const int tile = begin / STEPS;
+        const bool tells = threadIdx.x < TILE;
+        const float scale = x_scale * scale_of(matrix, tile * TILE + row, tells);
+        ring = multiply<DEPTH>(ring, begin, (tile + 1) * STEPS, parts);
+        consumers_meet();
+        if (tells) others.tell_part(row, whole(parts, 0, row) * scale);
+        begin = (tile + 1) * STEPS;
+        parts += WARPS * TILE;
+    }
+    const int first = begin / STEPS, tiles = (share.y + STEPS - 1) / STEPS - first, mine = threadIdx.x / TILE;
+    const int output = (first + mine) * TILE + row;
+    const bool there = mine < tiles;
+    const float scale = x_scale * scale_of(matrix, output, there);
+    ring = multiply<DEPTH>(ring, begin, share.y, parts);
+    consumers_meet();
+    if (there) {
+        float value = whole(parts, mine, row) * scale;
+        if (share.y % STEPS && mine == tiles - 1) value += others.of_next_block(row);
+        give(output, value);
+    }
 }
 
 // Sum and largest magnitude of a tile's 16 numbers, as bfloat16 has them, by half a warp.
@@ -184,34 +210,40 @@ __device__ __forceinline__ float2 of_tile(float value) {
 // `of_tiles` what `of_tile` is of each.
 template <class Give>
 __device__ __forceinline__ void gated_product(Ring& ring, const Matrix& matrix, const int2& share, float x_scale,
-                                              float2* of_tiles, Give give) {
+                                              const Parts& others, float2* of_tiles, Give give) {
+    constexpr int STEPS = Cut<HIDDEN>::stages, OF_PAIR = 2 * STEPS;
+    const int row = threadIdx.x % TILE, mine = threadIdx.x / TILE;
     float* parts = (float*)(shared + X_AT + HIDDEN * 2);
-    const int own = share.y - share.x;
-    int pairs = own, output = share.x * TILE + threadIdx.x;
-    bool there = threadIdx.x < pairs * TILE;
-    float scale = x_scale * scale_of(matrix, output, there);
-    float up_scale = x_scale * scale_of(matrix, output + FED, there);
-    ring = multiply(ring, 2 * pairs, Cut<HIDDEN>::spans, Cut<HIDDEN>::each, parts);
-    if constexpr (CLAIMED > 0) {
-        pairs += multiply_claimed(ring, parts + 2 * own * WARPS * TILE);
-        if (!there && threadIdx.x < pairs * TILE) {
-            there = true;
-            output = claimed_pairs()[threadIdx.x / TILE - own] * TILE + threadIdx.x % TILE;
-            scale = x_scale * scale_of(matrix, output, there);
-            up_scale = x_scale * scale_of(matrix, output + FED, there);
-        }
+    int begin = share.x;
+    if (begin % OF_PAIR) {
+        const int pair = begin / OF_PAIR, missing = begin / STEPS % 2;  // of the pair's tiles
+        const bool tells = threadIdx.x < 2 * TILE;
+        const float scale = x_scale * scale_of(matrix, pair * TILE + row + mine * FED, tells);
+        ring = multiply<HIDDEN>(ring, begin, (pair + 1) * OF_PAIR, parts);
+        consumers_meet();
+        if (tells) others.tell_part(threadIdx.x, mine < missing ? 0.0f : whole(parts, mine - missing, row) * scale);
+        begin = (pair + 1) * OF_PAIR;
+        parts += 2 * WARPS * TILE;
     }
+    const int first = begin / OF_PAIR, tiles = (share.y + STEPS - 1) / STEPS - 2 * first;
+    const int output = (first + mine) * TILE + row;
+    const bool there = 2 * mine < tiles;
+    const float scale = x_scale * scale_of(matrix, output, there);
+    const float up_scale = x_scale * scale_of(matrix, output + FED, there);
+    ring = multiply<HIDDEN>(ring, begin, share.y, parts);
     consumers_meet();
     float value = 0.0f;
     if (there) {
-        const int pair = threadIdx.x / TILE, row = threadIdx.x % TILE;
-        const float gate = whole(parts, 2 * pair, row) * scale, up = whole(parts, 2 * pair + 1, row) * up_scale;
+        float gate = whole(parts, 2 * mine, row) * scale;
+        float up = 2 * mine + 1 < tiles ? whole(parts, 2 * mine + 1, row) * up_scale : 0.0f;
+        if (share.y % OF_PAIR && 2 * mine + 2 >= tiles) {
+            gate += others.of_next_block(row);
+            up += others.of_next_block(TILE + row);
+        }
         value = __fdividef(gate, 1.0f + __expf(-1.5957691216057308f * (gate + 0.044715f * gate * gate * gate))) * up;
     }
     const float next = __shfl_down_sync(~0u, value, 1);
     if (there && threadIdx.x % 2 == 0) give(output, value, next);
-    if constexpr (MEETING == BY_COUNTER) {
-        const float2 of_this = of_tile(value);
-        if (there && threadIdx.x % TILE == 0) of_tiles[output / TILE] = of_this;
-    }
+    const float2 of_this = of_tile(value);
+    if (there && row == 0) of_tiles[output / TILE] = of_this;
 }
