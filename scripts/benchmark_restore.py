@@ -152,6 +152,7 @@ class Bench:
 
         self._on_the_loop(down)
         if torch.cuda.is_available():
+                lower.forget_all()  # What has been stored is in host memory as well, until others need the room.
             torch.cuda.synchronize()
 
     def stored_bytes(self) -> int:

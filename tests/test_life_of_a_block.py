@@ -42,7 +42,11 @@ class Life:
         block = pool.find(self.name)
         device = "free" if block is None else "active" if pool.is_active(block) else "cached"
         host = next(
-            (state for state in ("arriving", "leaving", "copied", "pins") if self.name in getattr(shelf, state)),
+            (
+                state
+                for state in ("arriving", "leaving", "stored", "copied", "pins")
+                if self.name in getattr(shelf, state)
+            ),
             "held" if self.name in shelf.slots else "free",
         )
         books, key = self.world.cold.tier._books, (G, self.name)
@@ -50,6 +54,15 @@ class Life:
         if key in books._held:
             cold = "pinned" if books._held[key] else "held"
         return device, "pinned" if host == "pins" else host, cold
+
+    def fill_host_memory(self) -> None:
+        """Have other blocks take all slots, and leave them again to nobody."""
+        host = self.world.lower.host
+        taken = [(group, b"%d" % n) for group in LAYOUT.groups for n in range(host.slots[group])]
+        for group, name in taken:
+            (_,) = host.reserve(group, [name])
+        for group, name in taken:
+            host.arrived(group, name, there=False)
 
     def end(self) -> None:
         """Let what is under way come to its end."""
@@ -89,6 +102,8 @@ def test_a_block_goes_down_to_the_disk_and_comes_up_again(life):
     assert life.where == ("free", "held", "held"), "it is in both places"
     lower.spill_all(life.hold)
     life.end()
+    assert life.where == ("free", "stored", "held")
+    life.fill_host_memory()
     assert life.where == ("free", "free", "held")
 
     restore = lower.restore([(G, life.name)])
@@ -121,6 +136,8 @@ def test_a_block_leaves_host_memory_while_it_is_written_and_the_disk_for_others(
     lower.spill_all(life.hold)
     assert life.where == ("free", "leaving", "spilling")
     life.end()
+    assert life.where == ("free", "stored", "held")
+    life.fill_host_memory()
     assert life.where == ("free", "free", "held")
     others = [key for key in life.world.cold.tier._books._held if key != (G, life.name)]
     assert life.world.cold.tier._books.make_room([(G, life.name), *others])

@@ -1,4 +1,6 @@
-"""Restores from the cold tier, by the books: who has room, what leaves for them, and what is cancelled with them."""
+"""What moves between host memory and the cold tier, by the books: what stays, what leaves, what is cancelled."""
+
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,8 @@ class World:
     """Ten slots of host memory, and a disk that has blocks 0 to 19."""
 
     def __init__(self) -> None:
-        self.disk = FakeColdTier({G: [None] * SLOTS}, capacity=100, backlog=100)
+        self.slots: dict[LayerGroup, list[Any]] = {G: [None] * SLOTS}
+        self.disk = FakeColdTier(self.slots, capacity=100, backlog=100)
         self.disk.records |= {key: key for key in keys(*range(20))}
         self.host = HostTier({G: SLOTS}, LRU)
         self.lower = LowerTiers(self.host, self.disk)
@@ -31,6 +34,23 @@ class World:
         self.lower.collect()
         self.lower.submit(None)
         self.lower.check_integrity()
+
+    def spill(self, *numbers: int) -> list[bool]:
+        """The device gives blocks up; for each whether it has to be copied."""
+        copied = []
+        for key in keys(*numbers):
+            slot = self.host.spill(*key)
+            copied.append(slot is not None)
+            if slot is not None:
+                self.slots[G][slot] = key
+        return copied
+
+    @property
+    def held(self) -> list[int]:
+        """Of blocks 0 to 199, those that are found in host memory, each of which is what it was."""
+        slots = self.host._shelves[G].slots
+        assert all(self.slots[G][slot] == (G, name) for name, slot in slots.items())
+        return [n for n, key in enumerate(keys(*range(200))) if self.host.holds(*key)]
 
     @property
     def under_way(self) -> dict[bytes, bool]:
@@ -104,3 +124,86 @@ def test_a_restore_that_ends_leaves_nothing_pinned_whenever_it_does(when):
     assert not world.lower.restoring
     assert not world.host.pins()
     assert world.host.used(G) == (2 if when == "when it has come" else 0)
+
+
+def test_what_has_been_stored_is_found_in_host_memory_until_its_slot_is_needed():
+    world = World()
+    world.spill(*range(100, 110))
+    world.step()
+    assert [block.key for block, _ in world.disk._under_way] == keys(100), "above nine tenths"
+    world.step(moved=1)
+    assert world.held == list(range(100, 110))
+    assert world.host.used(G) == 9
+    assert world.host.free(G) == 1
+    assert world.host.counts(G).evicted == 0
+    assert world.spill(110) == [True]
+    world.lower.check_integrity()
+    assert world.held == list(range(101, 111))
+    assert world.host.counts(G).evicted == 1
+    assert world.disk.holds(*keys(100)[0])
+
+
+def test_of_what_has_been_stored_the_first_gives_its_slot_first_before_anything_is_lost():
+    world = World()
+    world.spill(*range(100, 110))
+    world.lower.spill_all(None)
+    world.step(moved=10)
+    assert world.host.used(G) == 0
+    world.spill(*range(110, 114))
+    assert world.held == list(range(104, 114))
+    world.spill(*range(114, 120))
+    assert world.held == list(range(110, 120))
+    world.lower.check_integrity()
+
+
+def test_a_stored_block_that_is_used_again_stays_before_those_that_are_not():
+    world = World()
+    world.spill(*range(100, 110))
+    world.lower.spill_all(None)
+    world.step(moved=10)
+    restore = world.lower.restore(keys(100, 101))
+    assert restore is not None
+    assert restore.done, "they are there"
+    world.lower.check_integrity()
+    world.lower.end(restore)
+    assert world.spill(102) == [False], "it is there, and needs no copying"
+    world.lower.check_integrity()
+    world.spill(*range(110, 117))
+    assert world.held == [100, 101, 102, *range(110, 117)]
+
+
+def test_a_restore_takes_the_slots_of_what_has_been_stored_and_waits_for_nothing_that_leaves():
+    world = World()
+    world.spill(*range(100, 110))
+    world.lower.spill_all(None)
+    world.step(moved=10)
+    restore = world.lower.restore(keys(0, 1, 2, 3))
+    assert restore is not None
+    world.step()
+    assert len(world.under_way) == 4
+    world.step(moved=4)
+    assert restore.done
+    assert world.held == [0, 1, 2, 3, *range(104, 110)]
+
+
+def test_a_block_that_could_not_be_stored_gives_its_slot_at_once():
+    world = World()
+    world.spill(100, 101)
+    world.lower.spill_all(None)
+    world.disk.move(2, failing=True)
+    world.lower.collect()
+    world.lower.check_integrity()
+    assert world.held == []
+    assert world.host.free(G) == SLOTS
+
+
+def test_what_has_been_stored_is_forgotten_with_all_the_rest():
+    world = World()
+    world.spill(*range(100, 104))
+    world.lower.spill_all(None)
+    world.step(moved=4)
+    world.spill(105)
+    world.lower.forget_all()
+    world.lower.check_integrity()
+    assert world.held == []
+    assert world.host.free(G) == SLOTS

@@ -10,7 +10,8 @@ so a block is the same one wherever it lies, and may lie in several places at on
 In each place it is in one state, which the docstring of the class there defines and its `check_integrity` proves:
 
 - on the device, a block of a pool (`block_pool.BlockPool`): *free*, *active*, *cached*;
-- in host memory, a slot (`host_tier.HostTier`): *free*, *held*, *pinned*, *leaving*, *copied*, *arriving*;
+- in host memory, a slot (`host_tier.HostTier`): *free*, *held*, *pinned*, *leaving*, *stored*, *copied*,
+  *arriving*;
 - for the cold tier, a block (`cold_tier.books.ColdBooks`): *unknown*, *spilling*, *held*, *pinned*;
 - on the disk, slots of a file (`nvme.index.Index`): *free*, *arriving*, *held*, *leaving*, *retired*.
 
@@ -24,8 +25,9 @@ What happens to it, and who decides:
    spilled on the way: in host memory free -> held (`exchange.Exchange.spilling`). Blocks of a window go together, even
    one that is still in use (`window_pool`).
 5. Host memory fills: what its policy would miss least leaves for the disk (`lower_tiers.LowerTiers.submit`), held ->
-   leaving, in the cold tier unknown -> spilling, on the disk free -> arriving. Stored, it is held there and its slot in
-   host memory free. An idle engine stores what it holds in both places (`write_behind`): held -> copied -> held.
+   leaving, in the cold tier unknown -> spilling, on the disk free -> arriving. Once it is held there, its slot in host
+   memory is as good as free, and keeps it until another block needs a slot: stored. An idle engine stores what it
+   holds in both places (`write_behind`): held -> copied -> held.
 6. The disk fills: what the cold tier's policy would miss least is deleted, held -> unknown, and has left the cache.
 7. A prompt comes that goes on from it. In host memory: held -> pinned, until a free block of the device is active with
    its bytes (`exchange.Exchange.load`). On the disk: pinned there, and a slot arriving for it in host memory

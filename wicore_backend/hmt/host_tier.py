@@ -57,6 +57,8 @@ class _Shelf:
     slots: dict[bytes, int] = field(default_factory=dict)
     pins: dict[bytes, int] = field(default_factory=dict)
     leaving: set[bytes] = field(default_factory=set)
+    stored: dict[bytes, None] = field(default_factory=dict)
+    """In the order in which they came to be that."""
     copied: set[bytes] = field(default_factory=set)
     arriving: dict[bytes, int] = field(default_factory=dict)
     counts: TierCounts = field(default_factory=TierCounts)
@@ -73,7 +75,21 @@ class _Shelf:
 
     def idle(self, name: bytes) -> bool:
         """Whether the policy may choose a block that is held."""
-        return name not in self.pins and name not in self.leaving
+        return name not in self.pins and name not in self.leaving and name not in self.stored
+
+    @property
+    def at_hand(self) -> int:
+        """Slots that another block can have, and nothing is lost."""
+        return len(self.free) + len(self.stored)
+
+    def take_free(self) -> int:
+        """One of them."""
+        if not self.free:
+            name = next(iter(self.stored))
+            del self.stored[name]
+            self.free.append(self.slots.pop(name))
+            self.counts.evicted += 1
+        return self.free.pop()
 
 
 class HostTier:
@@ -84,8 +100,11 @@ class HostTier:
     - *free*;
     - *held*: it has a block, which can be found, and which the policy may choose to give up;
     - *pinned*: the same, but somebody is about to use it, so that it stays;
-    - *leaving*: the same, but it is on its way to a colder tier; when it is there the slot is free, unless somebody has
-      pinned the block meanwhile;
+    - *leaving*: the same, but it is on its way to a colder tier; when it is there the block is stored, unless somebody
+      has pinned it meanwhile;
+    - *stored*: the colder tier has the block as well, so that the slot is as good as free: it is given to another block
+      when no other is free, the one that has been stored longest first. Until then the block can be found as ever, and
+      is held again when it is used;
     - *copied*: held or pinned, and being read on its way to a colder tier, where it will be as well; if the policy
       gives it up meanwhile, it is leaving;
     - *arriving*: it is reserved for a block that comes from a colder tier, and which cannot be found before that.
@@ -115,9 +134,9 @@ class HostTier:
         return shelf is not None and name in shelf.slots
 
     def used(self, group: LayerGroup) -> int:
-        """Slots that are not free."""
+        """Slots that are neither free nor stored."""
         shelf = self._shelves.get(group)
-        return 0 if shelf is None else len(shelf.slots) + len(shelf.arriving)
+        return 0 if shelf is None else len(shelf.slots) + len(shelf.arriving) - len(shelf.stored)
 
     def counts(self, group: LayerGroup) -> TierCounts:
         shelf = self._shelves.get(group)
@@ -161,14 +180,17 @@ class HostTier:
         if shelf is None:
             return None
         if name in shelf.slots:
-            if shelf.idle(name):  # It has been of use on the device until now.
+            if name in shelf.stored:
+                del shelf.stored[name]
+                shelf.policy.add(name)
+            elif shelf.idle(name):  # It has been of use on the device until now.
                 shelf.policy.use(name)
                 shelf.policy.add(name)
             return None
-        if name in shelf.arriving or (not shelf.free and not shelf.policy.admit(name)) or not _make_room(shelf):
+        if name in shelf.arriving or (not shelf.at_hand and not shelf.policy.admit(name)) or not _make_room(shelf):
             shelf.counts.refused += 1
             return None
-        slot = shelf.slots[name] = shelf.free.pop()
+        slot = shelf.slots[name] = shelf.take_free()
         shelf.policy.add(name)
         shelf.counts.spilled += 1
         return slot
@@ -181,12 +203,14 @@ class HostTier:
     def pin_all(self, group: LayerGroup, names: Sequence[bytes]) -> list[int]:
         """`pin` each, which takes a third of the time."""
         shelf = self._shelves[group]
-        pins, leaving, use = shelf.pins, shelf.leaving, shelf.policy.use
+        pins, leaving, stored, use = shelf.pins, shelf.leaving, shelf.stored, shelf.policy.use
         for name in names:
             if name in pins:
                 pins[name] += 1
                 continue
-            if name not in leaving:
+            if name in stored:
+                del stored[name]
+            elif name not in leaving:
                 use(name)
             pins[name] = 1
         slots = shelf.slots
@@ -248,7 +272,11 @@ class HostTier:
             shelf.counts.written_behind += there
             return
         shelf.leaving.remove(name)
-        if name not in shelf.pins:
+        if name in shelf.pins:
+            return
+        if there:
+            shelf.stored[name] = None
+        else:
             shelf.free.append(shelf.slots.pop(name))
             shelf.counts.evicted += 1
 
@@ -260,16 +288,16 @@ class HostTier:
             shelf.policy.add(name)
 
     def free(self, group: LayerGroup) -> int:
-        """Slots that are free."""
+        """Slots that are free, or stored."""
         shelf = self._shelves.get(group)
-        return 0 if shelf is None else len(shelf.free)
+        return 0 if shelf is None else shelf.at_hand
 
     def reserve(self, group: LayerGroup, names: Sequence[bytes]) -> list[SlotBlock]:
-        """Free slots for blocks that are neither held nor arriving. They are arriving."""
+        """As many of those slots, for blocks that can not be found here and are not arriving. They are arriving."""
         reserved = []
         for name in names:
             shelf = self._shelves[group]
-            slot = shelf.arriving[name] = shelf.free.pop()
+            slot = shelf.arriving[name] = shelf.take_free()
             reserved.append(SlotBlock(group, name, slot))
         return reserved
 
@@ -290,6 +318,7 @@ class HostTier:
                 shelf.policy.discard(name)
             shelf.leaving |= shelf.copied
             shelf.copied.clear()
+            shelf.stored.clear()
             for name in [name for name in shelf.slots if name not in shelf.leaving]:
                 shelf.policy.discard(name)
                 shelf.free.append(shelf.slots.pop(name))
@@ -301,8 +330,9 @@ class HostTier:
             if sorted([*shelf.free, *shelf.slots.values(), *shelf.arriving.values()]) != list(range(self.slots[group])):
                 raise BlockAccountingError(f"free and used {group} slots of the host tier do not partition it")
             if (
-                not shelf.pins.keys() | shelf.leaving | shelf.copied <= shelf.slots.keys()
+                not shelf.pins.keys() | shelf.leaving | shelf.copied | shelf.stored.keys() <= shelf.slots.keys()
                 or shelf.leaving & shelf.copied
+                or shelf.stored.keys() & (shelf.pins.keys() | shelf.leaving | shelf.copied)
                 or shelf.slots.keys() & shelf.arriving.keys()
             ):
                 raise BlockAccountingError(f"a {group} block of the host tier is used or on its way and not there")
@@ -311,13 +341,13 @@ class HostTier:
 
 
 def _make_room(shelf: _Shelf) -> bool:
-    """Have a free slot, if that can be."""
-    while not shelf.free and len(shelf.policy):
+    """Have a slot at hand, if that can be."""
+    while not shelf.at_hand and len(shelf.policy):
         name = _victim(shelf)
         if not _leaves_as_copied(shelf, name):
             shelf.free.append(shelf.slots.pop(name))
             shelf.counts.evicted += 1
-    return bool(shelf.free)
+    return bool(shelf.at_hand)
 
 
 def _leaves_as_copied(shelf: _Shelf, name: bytes) -> bool:

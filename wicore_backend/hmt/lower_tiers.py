@@ -4,7 +4,8 @@ The device spills into host slots and loads from them; both are transfers, made 
 Between the host tier and the cold tier blocks move beside the steps, on threads of the cold tier, from the moment
 `submit` hands them over:
 
-1. What is above the host tier's threshold is *leaving*: it can be found and used until it is stored, and then goes.
+1. What is above the host tier's threshold is *leaving*, and then *stored*: it can be found and used until its slot is
+   given to another block.
 2. A *restore* brings blocks up for one sequence, which waits for it in nobody's way. Its blocks are *asked* for until
    there are free slots, for which others leave; nothing is thrown away for them. Then each is *arriving* in a slot of
    its own. Two restores that want the same block share it.
@@ -107,8 +108,8 @@ class LowerTiers:
     threshold
         Share of the host tier's slots above which blocks leave for the cold tier, ...
     burst
-        ... or sooner, so that as many slots of each group are free, up to half of them: what the device may give up in
-        a step. What finds no free slot takes that of a block which is then in no tier.
+        ... or sooner, so that as many slots of each group are free or stored, up to half of them: what the device may
+        give up in a step. What finds no such slot takes that of a block which is then in no tier.
     restore_deadline_s
         After which a block that is not there yet counts as missing.
     """
