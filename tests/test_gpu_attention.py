@@ -5,12 +5,8 @@ Where there is no GPU, the kernels run on the CPU under OpenAI Triton's interpre
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tests.kernel_kit import run_alone
 from tests.paged_steps import DECODES, LAYERS, PREFILLS, SCALE, Part, Shape, bits, step_of, store
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu import hopper
@@ -38,7 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpre
 
 NAN = 0x7F
 """Of e4m3."""
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = Tuning(Launch(16, 4, 2, 1), PrefillLaunch(16, 4, 1, 1, rows=16, least_keys=16))
 """Small tiles, so that short sequences have several."""
 
@@ -256,6 +252,14 @@ def test_kernels_for_hopper_are_taken_where_the_tiles_of_every_group_fit(monkeyp
     assert not fits()
 
 
+def test_many_short_programs_take_less_memory_each() -> None:
+    tuning = Tuning.of(128, torch.bfloat16)
+    stages = {group: [tuning.decode_stages(group, count) for count in (1, 31, 32, 128)] for group in LayerGroup}
+    assert stages[LayerGroup.LOCAL] == [5, 5, 3, 3]
+    assert stages[LayerGroup.GLOBAL] == [5, 5, 5, 5]
+    assert Tuning.of(128, torch.bfloat16, FP8).decode_stages(LayerGroup.LOCAL, 128) == 5
+
+
 WIDE = KVLayout.of([LayerGroup.GLOBAL], block_size=32, kv_heads=16, head_dim=128, window=1024, bytes_per_value=1)
 
 
@@ -411,19 +415,9 @@ def test_what_no_bucket_launches_is_rehearsed_over_pools_of_its_own(stored, wide
     assert not any(bits(pool).any() for pool in bench.pools.tensors.values())
 
 
-def compiled_alone(program: str) -> list[str]:
-    """What a program prints that compiles kernels for cards that need not be here."""
-    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", program], env=alone, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
-
-
 def test_the_kernels_for_hopper_compile_without_one():
     # Two warpgroups, each with a first tile, those after it and the last: products in steps of 16.
-    assert compiled_alone("tests.compile_hopper_prefill") == [
+    assert run_alone("tests.compile_hopper_prefill").splitlines() == [
         "64 4 products 64 copies 8 widened 0",
         "128 2 products 96 copies 16 widened 0",
         "64 4 products 64 copies 12 widened 64",
@@ -432,7 +426,7 @@ def test_the_kernels_for_hopper_compile_without_one():
 
 
 def test_the_kernels_fit_the_shared_memory_of_smaller_cards():
-    cards = dict(line.split(": ") for line in compiled_alone("tests.compile_attention"))
+    cards = dict(line.split(": ") for line in run_alone("tests.compile_attention").splitlines())
     assert len(cards) == 4
     for card, sizes in cards.items():
         taken, limit = map(int, sizes.split())

@@ -22,7 +22,8 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class KernelOptions:
-    """Of each kernel: `write_kernel`, `decode_kernel`, `prefill_kernel` by group, and `prefill_mass_kernel`."""
+    """Of each kernel: `write_kernel`, `decode_kernel` but for its stages, which depend on the step, `prefill_kernel` by
+    group, and `prefill_mass_kernel`."""
 
     write: Options
     decode: Options
@@ -75,7 +76,6 @@ class KernelOptions:
                 "AT_ONCE": max(1, _COMBINED_AT_ONCE // (tiling.group_rows * dims)),
                 "num_warps": tuning.decode.warps,
                 "launch_pdl": overlapped,
-                "num_stages": tuning.decode.stages,
             },
             prefill={
                 group: scoring

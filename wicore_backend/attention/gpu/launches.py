@@ -14,7 +14,7 @@ from wicore_backend.attention.gpu.kernel_options import KernelOptions
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill_mass_kernel, write_kernel
 from wicore_backend.attention.gpu.plans import Plan, Scratch
-from wicore_backend.attention.gpu.tuning import MASS_KEYS
+from wicore_backend.attention.gpu.tuning import MASS_KEYS, Tuning
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 
 
@@ -46,10 +46,12 @@ class Launches:
         layout: KVLayout,
         pools: Mapping[LayerGroup, Tensor],
         options: KernelOptions,
+        tuning: Tuning,
         hopper: HopperPrefill | None,
     ) -> None:
         self._kv_heads = layout.kv_heads
         self._options = options
+        self._tuning = tuning
         self._hopper = hopper
         self._layers = []
         for group, index in layout.layers:
@@ -100,6 +102,7 @@ class Launches:
             **of_layer.where,
             **self._options.decode,
             MEASURE=mass is not None,
+            num_stages=self._tuning.decode_stages(of_layer.group, plan.num_decodes),
         )
 
     def _write(self, plan: Plan, layer: int, k: Tensor, v: Tensor) -> None:

@@ -94,7 +94,7 @@ class GpuPagedAttention:
         self._planner = StepPlanner(
             tiling, self._scheduler, device=device, widened_bytes=0 if prefill is None else prefill.widened_bytes
         )
-        self._launches = Launches(layout, held, options, prefill)
+        self._launches = Launches(layout, held, options, tuning, prefill)
         self._masses = SharedMasses(query_heads, device)
         self._device = device
 

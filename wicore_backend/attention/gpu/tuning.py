@@ -20,6 +20,9 @@ _ADA_SHARED_BYTES = 101_376
 MASS_KEYS = 64
 """Of a tile of `prefill_mass_kernel`."""
 
+CROWDED = 32
+"""Decodes from which on `Tuning.crowded_stages` is taken."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -75,11 +78,20 @@ class Tuning:
     ----------
     local_prefill
         That of local layers, with tiles of as many rows, if it is another.
+    crowded_stages
+        Of the decode kernel in local layers with `CROWDED` sequences or more, if it is another number: so many short
+        programs hide each other's waits, and with less memory for each more of them run at once.
     """
 
     decode: Launch
     prefill: PrefillLaunch
     local_prefill: PrefillLaunch | None = None
+    crowded_stages: int | None = None
+
+    def decode_stages(self, group: LayerGroup, sequences: int) -> int:
+        """The decode kernel's in the layers of a group, for so many sequences."""
+        crowded = group is LayerGroup.LOCAL and sequences >= CROWDED
+        return self.crowded_stages or self.decode.stages if crowded else self.decode.stages
 
     def prefill_of(self, group: LayerGroup) -> PrefillLaunch:
         """The prefill kernel's in the layers of a group."""
@@ -111,7 +123,8 @@ class Tuning:
             if pool == FP8:
                 return cls(Launch(32, 1, 5, 8), prefill)
             # A window's edges lie in tiles of keys that not all tokens see: smaller ones waste less.
-            return cls(Launch(32, 2, 5, 4), prefill, PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))
+            local_prefill = PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4)
+            return cls(Launch(32, 2, 5, 4), prefill, local_prefill, crowded_stages=3)
         return cls(Launch(32, 2, 5, 4), PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4))
 
 
