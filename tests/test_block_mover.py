@@ -123,3 +123,28 @@ def test_few_slots_for_windows_do_not_hold_up_all_other_blocks(tmp_path, monkeyp
     world.cold.close()
     assert len(right) >= 50
     assert all(right)
+
+
+def test_a_prompt_as_large_as_host_memory_comes_back_without_the_disk(tmp_path):
+    world = World(tmp_path, device=24, host=24)
+    names, blocks = world.compute(0, 96)
+    world.books.close(blocks)
+    world.books.give_up(24)
+    world.mover.move()
+    while world.cold.tier.busy:
+        world.lower.collect()
+        time.sleep(0.0005)
+    assert any(world.cold.tier.holds(G, name) for name in names.first(24)), "host memory was above its threshold"
+    world.books.check_integrity()
+    match = world.books.match(names, 24)
+    assert match.resume == 24
+    assert not world.books.restorable(names, 24, match)[1]
+    for pool in world.pools.tensors.values():
+        pool.fill_(-1.0)
+    again = world.books.open(names, match, max_tokens=100, expected_tokens=100)
+    world.mover.move()
+    for n, block in enumerate(again.tables[G][:24].tolist()):
+        assert bool((world.pools.tensors[G][block] == float(n)).all())
+    world.books.close(again)
+    world.books.check_integrity()
+    world.cold.close()
