@@ -153,10 +153,6 @@ def greedy(logits: Tensor) -> Tensor:
     return logits[:, FIRST_TEXT_TOKEN:].argmax(-1) + FIRST_TEXT_TOKEN
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
 def pass_on_the_softcap(monkeypatch: Any, softcap: float | None) -> None:
     eager = modeling_gemma3.eager_attention_forward
 

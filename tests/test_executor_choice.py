@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests import stand_in_tensorrt as stand_in
+from tests.accuracy import relative_error
 from tests.gemma3_driver import Driver, Sequence
 from tests.gemma3_random import write_random_checkpoint
-from tests.model_parity import relative_error
 from tests.stand_in_engines import StandInCard, write_engines
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine import executor_loading, executors

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.accuracy import relative_error
 from tests.gemma3_random import write_random_checkpoint
 from wicore_backend.errors import CheckpointError
 from wicore_backend.executor.linear import Linear
@@ -31,10 +32,6 @@ CONFIG: dict[str, Any] = {
     },
     "ignore": ["lm_head"],
 }
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.accuracy import relative_error
 from tests.gemma3_random import write_random_checkpoint
+from tests.kernel_kit import EPS, HOPPER_SHARED_MEMORY, SHAPES_OF_27B, every_dtype, rms_norm, run_alone, segments
 from tests.peak_memory import peak_bytes
 from tests.test_fp8 import quantize
-from tests.test_gpu_kernels import EPS, HOPPER_SHARED_MEMORY, every_dtype, relative_error, rms_norm, segments
 from wicore_backend.executor import fp8_matrix, matrix
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.fp8_matrix import FP8_TILES, Fp8GpuMatrix
@@ -29,14 +26,6 @@ from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.quantization.fp8 import FP8, Fp8Matrix, MeasuredRows, quantized_fp8, quantized_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPES_OF_27B = {
-    "qkv": (8192, 5376),
-    "out": (5376, 4096),
-    "gate_up": (43008, 5376),
-    "down": (5376, 21504),
-    "head": (262_208, 5376),
-}
 ROUNDING = 1e-2
 """Of rows quantised from values that differ in their last bits: now and then one comes out a step of FP8 away."""
 
@@ -268,11 +257,7 @@ def test_every_tiling_fits_the_matrices_of_the_27b_model(role):
 
 
 def test_every_tiling_compiles_for_hopper_and_loads_its_first_tile_before_it_waits():
-    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_fp8_products"]
-    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = [line.split() for line in run_alone("tests.compile_fp8_products").splitlines()]
     assert len(lines) == sum(len(tiles) for by_rows in FP8_TILES.values() for tiles in by_rows.values())
     for shared, early_loads, *tiling in lines:
         assert int(shared) <= HOPPER_SHARED_MEMORY, tiling

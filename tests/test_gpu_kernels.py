@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.accuracy import relative_error
 from tests.gemma3_random import write_random_checkpoint
+from tests.kernel_kit import (
+    EPS,
+    HOPPER_SHARED_MEMORY,
+    SHAPES_OF_27B,
+    TOLERANCE,
+    every_dtype,
+    rms_norm,
+    run_alone,
+    segments,
+)
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.kernels import small
 from wicore_backend.executor.kernels.products import Tile, product
@@ -21,30 +27,6 @@ from wicore_backend.executor.plain_matrix import TILES, PlainMatrix
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
-
-ROOT = Path(__file__).resolve().parent.parent
-HOPPER_SHARED_MEMORY = 227 * 1024  # a program's, at most
-EPS = 1e-6
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-def run_alone(program):
-    """What a program prints that must not run in the interpreter's session."""
-    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", program]
-    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
-def relative_error(ours, theirs):
-    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
-
-
-def rms_norm(x, weight):
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
 
 
 @every_dtype
@@ -220,23 +202,13 @@ def test_the_parts_of_tiles_are_added_before_gelu(rows, kernel_device):
 
 
 def test_gate_and_up_compile_for_hopper_with_its_widest_product():
-    done = run_alone("tests.compile_gated_product")
-    for line in done.stdout.splitlines():
+    for line in run_alone("tests.compile_gated_product").splitlines():
         shared, products, widest, _ = line.split()
         assert int(shared) <= HOPPER_SHARED_MEMORY
         assert int(products) == int(widest) > 0
 
 
-@pytest.mark.parametrize(
-    ("role", "shape"),
-    [
-        ("qkv", (8192, 5376)),
-        ("out", (5376, 4096)),
-        ("gate_up", (43008, 5376)),
-        ("down", (5376, 21504)),
-        ("head", (262_208, 5376)),
-    ],
-)
+@pytest.mark.parametrize(("role", "shape"), SHAPES_OF_27B.items())
 def test_every_tiling_fits_the_matrices_of_the_27b_model(role, shape):
     weight = torch.empty(shape, device="meta", dtype=torch.bfloat16)
     for tiles in TILES[role].values():
@@ -244,8 +216,7 @@ def test_every_tiling_fits_the_matrices_of_the_27b_model(role, shape):
 
 
 def test_every_tiling_compiles_for_hopper_and_loads_its_first_tile_before_it_waits():
-    done = run_alone("tests.compile_products")
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = [line.split() for line in run_alone("tests.compile_products").splitlines()]
     assert len(lines) == sum(len(tiles) for by_rows in TILES.values() for tiles in by_rows.values())
     for shared, early_loads, *tiling in lines:
         assert int(shared) <= HOPPER_SHARED_MEMORY, tiling
@@ -263,26 +234,3 @@ def test_the_executor_computes_what_its_plain_twin_does(text, rows, tmp_path, ke
     ours, theirs = (segments(executor(config, weights), rows, config) for executor in (CudaExecutor, TorchExecutor))
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) < 1e-5
-
-
-@torch.inference_mode()
-def segments(executor, rows, config):
-    """All that the segments of `executor` give, on the same inputs; attention is some function of q, k, v."""
-    torch.manual_seed(1)
-    device, text = executor.device, config.text
-    angles = torch.randn(rows, text.head_dim // 2).repeat(1, 2).to(device)
-    soft = torch.randn(1, text.hidden_size).to(device) if rows > 1 else None
-    hidden = executor.embed(
-        torch.randint(text.vocab_size, (rows,)).to(device), soft, None if soft is None else torch.tensor([2]).to(device)
-    )
-    seen = [hidden]
-    q, k, v = executor.first(hidden, angles.cos(), angles.sin())
-    for layer in range(text.num_layers):
-        seen += [q.clone(), k.clone(), v.clone()]
-        groups = text.num_heads // text.num_kv_heads
-        attention = (q + k.repeat_interleave(groups, 1) * v.repeat_interleave(groups, 1)).flatten(1)
-        if layer == text.num_layers - 1:
-            return [*seen, executor.last(hidden, attention, torch.tensor([rows - 1, 0], device=device))]
-        hidden, (q, k, v) = executor.mid(layer, hidden, attention, angles.cos(), angles.sin())
-        seen.append(hidden)
-    raise AssertionError("a model has layers")

@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.accuracy import relative_error
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
 
 
 def random_parts(

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.accuracy import relative_error
 from tests.gemma3_random import write_random_checkpoint
 from tests.test_fp8 import FILE, edit_config, load
-from tests.test_int4 import relative_error
 from wicore_backend.errors import CheckpointError
 from wicore_backend.executor.linear import Linear
 from wicore_backend.quantization.int4 import Int4Matrix

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.accuracy import relative_error
 from tests.gemma3_random import write_random_checkpoint
-from tests.test_gpu_kernels import HOPPER_SHARED_MEMORY, segments
-from tests.test_int4 import random_matrix, relative_error
+from tests.kernel_kit import HOPPER_SHARED_MEMORY, SHAPES_OF_27B, run_alone, segments
+from tests.test_int4 import random_matrix
 from wicore_backend.executor import int4_matrix
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.int4_matrix import INT4_TILES, Int4GpuMatrix
@@ -28,14 +25,6 @@ from wicore_backend.quantization.fp8 import FP8
 from wicore_backend.quantization.int4 import Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPES_OF_27B = {
-    "qkv": (8192, 5376),
-    "out": (5376, 4096),
-    "gate_up": (43008, 5376),
-    "down": (5376, 21504),
-    "head": (262_208, 5376),
-}
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 TILES = [
     Int4Tile(16, 3),
@@ -221,11 +210,7 @@ def test_every_tiling_fits_the_matrices_of_the_27b_model(role):
 
 
 def test_every_tiling_compiles_for_hopper():
-    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_int4_products"]
-    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = [line.split() for line in run_alone("tests.compile_int4_products").splitlines()]
     assert len(lines) == sum(1 + (most == 8) for by_rows in INT4_TILES.values() for most in by_rows)
     for shared, early, early_loads, products, *tiling in lines:
         assert int(shared) <= HOPPER_SHARED_MEMORY, tiling

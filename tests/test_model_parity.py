@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.accuracy import relative_error
 from tests.gemma3_driver import Driver
 from tests.gemma3_random import FIRST_TEXT_TOKEN, IMAGE_TOKEN, VISION, write_random_checkpoint
 from tests.model_parity import (
@@ -22,7 +23,6 @@ from tests.model_parity import (
     greedy,
     pass_on_the_softcap,
     reference_logits,
-    relative_error,
     sequence_of,
 )
 

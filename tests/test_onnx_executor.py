@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scripts import quantize
+from tests.accuracy import relative_error
 from tests.gemma3_driver import Driver
 from tests.gemma3_random import VISION, write_random_checkpoint
 from tests.model_parity import (
@@ -32,7 +33,6 @@ from tests.model_parity import (
     greedy,
     pass_on_the_softcap,
     reference_logits,
-    relative_error,
     sequence_of,
 )
 from wicore_backend import Engine, EngineConfig, SamplingParams

@@ -15,9 +15,9 @@ from scripts import quantize as script
 from scripts.benchmark_shape import QUANTIZE
 from scripts.quantize import Scheme, fp8, int4, quantize
 from scripts.random_gemma3 import published_config, random_weights
+from tests.accuracy import relative_error
 from tests.gemma3_random import write_random_checkpoint
 from tests.test_checkpoint import load, shard
-from tests.test_fp8 import relative_error
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.errors import CheckpointError
 from wicore_backend.models.gemma3.fingerprint import checkpoint_fingerprint

@@ -9,7 +9,7 @@ import torch
 
 from scripts import benchmark_tiles
 from scripts.benchmark_tiles import CARD, OPTIONS
-from tests.test_gpu_kernels import HOPPER_SHARED_MEMORY, run_alone
+from tests.kernel_kit import HOPPER_SHARED_MEMORY, run_alone
 from wicore_backend.quantization.int4 import Int4Matrix
 
 
@@ -32,7 +32,7 @@ def test_every_option_fits_the_matrices_of_the_27b_model():
 
 def test_options_of_each_kind_compile_for_hopper_and_bring_tiles_ahead():
     """A loop that is not pipelined, as one with a barrier in it, has no asynchronous copies."""
-    lines = [line.split(maxsplit=3) for line in run_alone("tests.compile_tile_options").stdout.splitlines()]
+    lines = [line.split(maxsplit=3) for line in run_alone("tests.compile_tile_options").splitlines()]
     assert {name.split(":")[0] for *_, name in lines} == set(OPTIONS)
     for shared, products, copies, name in lines:
         assert int(shared) <= HOPPER_SHARED_MEMORY, name
