@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-import triton
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 
-from tests.compile_products import HOPPER
+from tests.compile_products import compiled_product, tell
 from wicore_backend.executor.fp8_matrix import FP8_TILES
 from wicore_backend.executor.kernels.fp8_products import _fp8_product
 from wicore_backend.executor.kernels.products import Tile
@@ -53,23 +51,8 @@ def compiled(tile: Tile, rows: int, *, gated: bool, measures: bool = False, meas
         constants |= {"parts": None, "arrived": None}
     if tile.narrows:
         types["x"] = "*bf16"
-    names = [parameter.name for parameter in _fp8_product.params]
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name != "rows" and signature[name] != "constexpr"
-    }
-    values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(_fp8_product, signature, values, aligned)
-    return triton.compile(source, target=HOPPER, options={"num_warps": tile.warps, "launch_pdl": True})
+    return compiled_product(_fp8_product, constants, types, warps=tile.warps)
 
 
 if __name__ == "__main__":
-    for role, by_rows in FP8_TILES.items():
-        for rows, tiles in by_rows.items():
-            for tile in tiles:
-                kernel = compiled(tile, rows, gated=role == "gate_up")
-                before_wait, wait, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
-                loads = len(re.findall(r"ld\.global[\w.]*\.v4", before_wait)) if wait else 0
-                print(kernel.metadata.shared, loads, role, rows)
+    tell(FP8_TILES, compiled)

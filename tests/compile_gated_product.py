@@ -8,15 +8,13 @@ from __future__ import annotations
 import re
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
+from tests.compile_products import HOPPER
 from wicore_backend.executor.kernels.gated_hopper import gated_kernel
 from wicore_backend.executor.kernels.shared_tiles import COLUMNS, DEPTH, ROWS
-
-HOPPER = GPUTarget("cuda", 90, 32)
 
 
 def compiled(dtype: str, *, strided: bool = False) -> CompiledKernel:

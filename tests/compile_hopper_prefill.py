@@ -9,15 +9,14 @@ import re
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
+from tests.compile_products import HOPPER
 from wicore_backend.attention.gpu.kernels.prefill_hopper import hopper_prefill_kernel
 from wicore_backend.attention.gpu.kernels.prefill_hopper_fp8 import hopper_fp8_prefill_kernel
 from wicore_backend.attention.gpu.tuning import HOPPER_SHARED_BYTES
 
-HOPPER = GPUTarget("cuda", 90, 32)
 SHAPE = {"KV_HEADS": 16, "GROUP": 2, "GROUP_ROWS": 2, "HEAD_DIM": 128, "BLOCK_SIZE": 32, "SOFTCAP": False}
 TYPES = {"q": "*bf16", "out": "*bf16", "log_totals": "*fp32", "scale": "fp32", "softcap": "fp32"}
 TYPES |= dict.fromkeys(("tiles", "tables", "lowers", "uppers"), "*i32")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import triton
 import triton.language as tl
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 
-from tests.compile_products import ANY_NUMBER, HOPPER, SCRATCH
+from tests.compile_products import SCRATCH, compiled_product, early_loads
 from wicore_backend.executor.int4_matrix import INT4_TILES
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, _product
 from wicore_backend.quantization.int4 import TILE_ROWS
@@ -45,16 +44,7 @@ def compiled(tile: Int4Tile, rows: int, *, gated: bool) -> CompiledKernel:
     } | SCRATCH
     if not tile.resident:
         constants |= dict.fromkeys(SCRATCH)
-    names = [parameter.name for parameter in _product.params]
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name not in (*ANY_NUMBER, "spans") and signature[name] != "constexpr"
-    }
-    values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(_product, signature, values, aligned)
-    return triton.compile(source, target=HOPPER, options={"num_warps": tile.warps, "launch_pdl": True})
+    return compiled_product(_product, constants, types, warps=tile.warps)
 
 
 if __name__ == "__main__":
@@ -62,7 +52,6 @@ if __name__ == "__main__":
         for most, tile in by_rows.items():
             for rows in (1, 8) if most == 8 else (most,):
                 kernel = compiled(tile, rows, gated=role == "gate_up")
-                before_wait, _, after_wait = kernel.asm["ptx"].partition("griddepcontrol.wait")
-                early = len(re.findall(r"ld\.global[\w.]*\.v4", before_wait)) if after_wait else 0
+                after_wait = kernel.asm["ptx"].partition("griddepcontrol.wait")[2]
                 products = len(re.findall(r"wgmma\.mma_async\.sync|mma\.sync", after_wait))
-                print(kernel.metadata.shared, int(tile.early), early, products, role, rows)
+                print(kernel.metadata.shared, int(tile.early), early_loads(kernel), products, role, rows)

@@ -8,6 +8,7 @@ To be run as a program of its own, without TRITON_INTERPRET: the interpreter's s
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import triton
@@ -16,11 +17,12 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from wicore_backend.executor.kernels.products import Tile, _product
 from wicore_backend.executor.plain_matrix import TILES
+from wicore_backend.executor.roles import Role
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SCRATCH = {"parts": "*fp32", "arrived": "*i32", "shared": "i32", "shares": "i32", "units": "i32"}
 """What programs that stay are given besides."""
-ANY_NUMBER = ("rows", "shared", "shares", "units")
+ANY_NUMBER = ("rows", "spans", "shared", "shares", "units")
 """Numbers that the kernels are not compiled for."""
 
 
@@ -40,22 +42,38 @@ def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
     types = {"x": "*bf16", "weight": "*bf16", "out": "*fp32" if tile.splits > 1 else "*bf16"} | SCRATCH
     if not tile.resident:
         constants |= dict.fromkeys(SCRATCH)
-    names = [parameter.name for parameter in _product.params]
+    return compiled_product(_product, constants, types, warps=tile.warps)
+
+
+def compiled_product(
+    kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str], *, warps: int
+) -> CompiledKernel:
+    """A product for Hopper whose programs start early; what has no type among `types` is a whole number."""
+    names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
         if name not in ANY_NUMBER and signature[name] != "constexpr"
     }
-    source = ASTSource(_product, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    return triton.compile(source, target=HOPPER, options={"num_warps": tile.warps, "launch_pdl": True})
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    return triton.compile(source, target=HOPPER, options={"num_warps": warps, "launch_pdl": True})
 
 
-if __name__ == "__main__":
-    for role, by_rows in TILES.items():
+def early_loads(kernel: CompiledKernel) -> int:
+    """How many wide loads come before the kernel waits for its input."""
+    before_wait, wait, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
+    return len(re.findall(r"ld\.global[\w.]*\.v4", before_wait)) if wait else 0
+
+
+def tell(tilings: Mapping[Role, Mapping[int, Iterable[Tile]]], compiled: Callable[..., CompiledKernel]) -> None:
+    """Print a line for each tiling, by role and rows."""
+    for role, by_rows in tilings.items():
         for rows, tiles in by_rows.items():
             for tile in tiles:
                 kernel = compiled(tile, rows, gated=role == "gate_up")
-                before_wait, wait, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
-                loads = len(re.findall(r"ld\.global[\w.]*\.v4", before_wait)) if wait else 0
-                print(kernel.metadata.shared, loads, role, rows)
+                print(kernel.metadata.shared, early_loads(kernel), role, rows)
+
+
+if __name__ == "__main__":
+    tell(TILES, compiled)
