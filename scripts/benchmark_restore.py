@@ -149,10 +149,10 @@ class Bench:
                 cold = model.mover._cold
                 assert cold is not None
                 model.mover._persist(cold.tier, time.monotonic() + _PERSIST_S)
+                lower.forget_all()  # What has been stored is in host memory as well, until others need the room.
 
         self._on_the_loop(down)
         if torch.cuda.is_available():
-                lower.forget_all()  # What has been stored is in host memory as well, until others need the room.
             torch.cuda.synchronize()
 
     def stored_bytes(self) -> int:
