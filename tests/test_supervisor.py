@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ import pytest
 from scripts.serving import Installation, ServerOptions, ServerStartError, TritonServer, cli, server
 from scripts.serving.installation import ROOT
 from scripts.serving.runs import Run, open_run, sweep
+from tests import waiting
 
 FREE = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+wait_until = partial(waiting.wait_until, within_s=10, every_s=0.02)
 
 
 @pytest.fixture
@@ -51,13 +54,6 @@ def make(repository, installation, tmp_path):
 
 def is_clean(run: Run) -> bool:
     return not run.processes() and not run.regions() and not run.directory.exists()
-
-
-def wait_until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def test_a_server_starts_answers_and_stops_without_a_trace(make):

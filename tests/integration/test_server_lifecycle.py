@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -16,8 +17,11 @@ import pytest
 from scripts.serving import ServerOptions, ServerStartError, TritonServer
 from scripts.serving.installation import ROOT
 from scripts.serving.runs import Run
+from tests import waiting
 from tests.integration.conftest import FREE_PORTS
 from tests.integration.wire import assert_stopped_by_itself
+
+wait_until = partial(waiting.wait_until, within_s=15, every_s=0.05)
 
 
 @pytest.fixture
@@ -37,13 +41,6 @@ def ask(url, text, timeout=10):
 
 def is_clean(run: Run) -> bool:
     return not run.processes() and not run.regions() and not run.directory.exists()
-
-
-def wait_until(condition, seconds=15.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_five_starts_and_stops_leave_nothing_behind(make):
@@ -157,11 +154,11 @@ def test_serve_keeps_a_gateway_beside_the_server_and_ends_it_with_itself(serve):
     port = urlparse(process.told["OpenAI"]).port
     first = gateway_of(port)
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: gateway_of(port) not in (None, first), 20)
+    wait_until(lambda: gateway_of(port) not in (None, first), within_s=20)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=20) as answer:
         assert answer.status == 200
     process.kill()
-    wait_until(lambda: gateway_of(port) is None, 20)
+    wait_until(lambda: gateway_of(port) is None, within_s=20)
 
 
 def test_serve_starts_triton_alone_when_asked_to(serve):
