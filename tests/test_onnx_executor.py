@@ -49,16 +49,10 @@ from wicore_backend.models.gemma3.checkpoint import CheckpointReader, load_weigh
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.layers import embedding_scale
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 DEMO = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def executor_of(checkpoint, directory, *, precision=Precision.FP32, weights="embedded"):
