@@ -10,17 +10,16 @@ import torch
 from scripts.benchmark_streamed_layer import Found, dry, table
 from tests import hopper_twin
 from tests.hopper_twin.small_layers import TEXTS, SmallLayers
-from wicore_backend.executor.streamed_layer import Tuning
+from wicore_backend.executor.streamed_layer import MEASURED, Tuning
 
 pytestmark = pytest.mark.skipif(hopper_twin.gxx() is None, reason="needs g++")
 
 WAYS = {
-    "fp8": ("fp8", None),
-    "fp8 row by row": ("fp8", Tuning()),
-    "fp8 in stages of two spans": ("fp8", Tuning(tensor_maps=True, warps=2)),
-    "int4": ("int4", None),
+    "fp8": ("fp8", MEASURED),
+    "fp8 in stages of two spans": ("fp8", Tuning(warps=2)),
+    "int4": ("int4", MEASURED),
     "int4 in stages of a span": ("int4", Tuning(warps=1)),
-    "int4 with zero points": ("int4 with zero points", None),
+    "int4 with zero points": ("int4 with zero points", MEASURED),
 }
 
 
@@ -57,7 +56,7 @@ class Planted(NamedTuple):
     edits: tuple[tuple[str, str, str], ...]
     found: str
     kind: str = "int4"
-    tuning: Tuning | None = None
+    tuning: Tuning = MEASURED
 
 
 def planted(file, right, wrong, found):
@@ -91,7 +90,6 @@ PLANTED = {
         ),
         "race: a copy|arrival too many",
         "fp8",
-        Tuning(),
     ),
     "what the layer before gives is not waited for": planted(
         LAYER, "wait_for_kernel_before();", "", "race|wrong numbers"
@@ -139,7 +137,7 @@ def test_a_mistake_is_found(mistake, tmp_path):
 
 
 def test_the_ways_to_compare_run_dry():
-    ways = {"as it is": Tuning(), "with less on its way": Tuning(in_flight=4096)}
+    ways = {"as it is": MEASURED, "with less on its way": Tuning(in_flight=4096)}
     found = list(dry(4, ways))
     assert [one.way for one in found] == list(ways)
     assert all(one.wrong is None and one.error < 1e-2 for one in found)

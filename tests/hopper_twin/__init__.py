@@ -7,7 +7,6 @@ import functools
 import hashlib
 import os
 import shutil
-import struct
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-
-from wicore_backend.executor.streamed_layer import Boxes
-from wicore_backend.quantization.int4 import TILE_ROWS
 
 _HERE = Path(__file__).parent
 _OPTIONS = ("-std=c++17", "-fPIC", "-Wno-unknown-pragmas", "-ffp-contract=off", "-I", str(_HERE))
@@ -103,12 +99,6 @@ class HostKernel:
         ).decode()
         if fault:
             raise KernelError(f"{fault}, with seed {seed}")
-
-
-def tensor_map(boxes: Boxes) -> bytes:
-    """As the twin's `TensorMap` is."""
-    found = struct.pack("5Q", boxes.address, boxes.rows, boxes.row_bytes, TILE_ROWS, boxes.box_bytes)
-    return found.ljust(128, b"\0")
 
 
 def gxx() -> str | None:

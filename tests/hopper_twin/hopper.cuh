@@ -89,17 +89,6 @@ inline Policy evict_first() { return 0; }
 inline void copy(const char* to, const char* from, u32 bytes, u32 barrier, Policy) {
     twin::copy(to, from, bytes, barrier);
 }
-// Describes boxes of a matrix of bytes [rows, row_bytes]; columns are counted in eights of bytes.
-struct TensorMap {
-    const char* at;
-    u64 rows, row_bytes, box_rows, box_bytes, rest[11];
-};
-
-inline void fetch_map(const TensorMap&) {}
-inline void copy_box(const char* to, const TensorMap& map, int x, int y, u32 barrier, Policy) {
-    twin::copy_box(to, {map.at, map.rows, map.row_bytes, map.box_rows, map.box_bytes}, x * 8, y, barrier);
-}
-
 inline void line_to_l2(const void* global) { twin::inside(global, 128, 4); }
 
 // ---- Global memory

@@ -119,9 +119,6 @@ void barrier_init(u32 barrier, u32 arrivals) { machine->barrier_init(barrier, ar
 void arrive(u32 barrier, u32 announced_bytes) { machine->arrive(barrier, announced_bytes); }
 void wait(u32 barrier, u32 parity) { machine->wait(barrier, parity); }
 void copy(const void* to, const void* from, u32 bytes, u32 barrier) { machine->copy(to, from, bytes, barrier); }
-void copy_box(const void* to, const Boxes& boxes, int first_byte, int first_row, u32 barrier) {
-    machine->copy_box(to, boxes, first_byte, first_row, barrier);
-}
 void tell(u32* to, u32 word) { machine->tell(to, word); }
 void add(u32* to, u32 by, Order order) { machine->add(to, by, order); }
 u32 told(const u32* from, Order order) { return machine->told(from, order); }

@@ -41,12 +41,6 @@ void arrive(u32 barrier, u32 announced_bytes);
 void wait(u32 barrier, u32 parity);
 void copy(const void* to, const void* from, u32 bytes, u32 barrier);
 
-struct Boxes {  // of a matrix of bytes [rows, row_bytes]
-    const char* at;
-    u64 rows, row_bytes, box_rows, box_bytes;
-};
-void copy_box(const void* to, const Boxes& boxes, int first_byte, int first_row, u32 barrier);
-
 // ---- Memory
 
 enum class Order { relaxed, acquire_or_release };

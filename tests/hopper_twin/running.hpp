@@ -193,31 +193,12 @@ class Machine {
     }
 
     void copy(const void* to, const void* from, u32 bytes, u32 at) {
-        if ((u64)from % 16) stop("a bulk copy is not of whole 16 bytes");
-        region_of(from, bytes);
-        copy(to, bytes, at, [to, from, bytes] { std::memcpy((void*)to, from, bytes); });
-    }
-
-    void copy_box(const void* to, const Boxes& boxes, int x, int y, u32 at) {
-        const u64 width = boxes.box_bytes, bytes = boxes.box_rows * width;
-        if (width > 256 * 8 || x % 16 || boxes.row_bytes % 16) stop("boxes cannot be so");
-        if (x >= (int)boxes.row_bytes || y + boxes.box_rows > boxes.rows) stop("a box begins or ends outside of its matrix");
-        region_of(boxes.at, boxes.rows * boxes.row_bytes);
-        copy(to, bytes, at, [=] {
-            const u64 inside = std::min(width, boxes.row_bytes - x);
-            std::memset((void*)to, 0, bytes);
-            for (u64 row = 0; row < boxes.box_rows; ++row)
-                std::memcpy((char*)to + row * width, boxes.at + (y + row) * boxes.row_bytes + x, inside);
-        });
-    }
-
-    // Of `bytes` into shared memory, done by `move`.
-    void copy(const void* to, u32 bytes, u32 at, std::function<void()> move) {
         yield();
         Barrier& barrier = barrier_at(at);
         const u64 place = (const char*)to - shared;
-        if (bytes == 0 || bytes % 16 || place % 16) stop("a bulk copy is not of whole 16 bytes");
+        if (bytes == 0 || bytes % 16 || place % 16 || (u64)from % 16) stop("a bulk copy is not of whole 16 bytes");
         if (place >= shared_bytes_ || place + bytes > shared_bytes_) stop("a bulk copy ends outside of shared memory");
+        region_of(from, bytes);
         for (u64 word = place / 4; word < (place + bytes) / 4; ++word)
             check(words_here()[word], {barrier.id, barrier.copies, false}, past(), true, (char*)to + (word * 4 - place));
         Past issued(size_);
@@ -227,8 +208,8 @@ class Machine {
         Block* block = self().block;
         ++block->copies;
         const Access access{self().id, counts_[self().id], false};
-        auto land = [this, block, &barrier, bytes, move = std::move(move), issued = std::move(issued)] {
-            move();
+        auto land = [this, block, &barrier, bytes, to, from, issued = std::move(issued)] {
+            std::memcpy((void*)to, from, bytes);
             --block->copies;
             barrier.bytes -= bytes;
             barrier.coming.add(issued);

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scripts.random_gemma3 import _COMMON, random_weights
 from tests import hopper_twin
-from wicore_backend.executor.streamed_layer import HEADERS, SOURCE, Form, LayerCalls, Tuning
+from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls, Tuning
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weights import Weight
@@ -45,7 +45,7 @@ class SmallLayers:
     """A model's layers, what one token brings, the plain twin, and the kernel for so many blocks."""
 
     def __init__(
-        self, directory: Path, kind: str, *, tuning: Tuning | None = None, texts: Mapping[str, str] = TEXTS
+        self, directory: Path, kind: str, *, tuning: Tuning = MEASURED, texts: Mapping[str, str] = TEXTS
     ) -> None:
         (directory / "config.json").write_text(json.dumps(_COMMON | SHAPE))
         model = Gemma3Config.from_checkpoint(directory)
@@ -80,7 +80,7 @@ class SmallLayers:
 
     def run(self, hidden: Tensor, attention: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
         """Two layers one after the other, whose attention gives what the queries are: what each leaves."""
-        calls = LayerCalls(self.form, self.text.rms_norm_eps, self.layers, self.shares, hopper_twin.tensor_map)
+        calls = LayerCalls(self.form, self.text.rms_norm_eps, self.layers, self.shares)
         results = [calls.results(hidden), calls.results(hidden)]
         attended = self.text.num_heads * self.text.head_dim
         launches = [

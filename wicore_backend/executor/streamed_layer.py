@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -41,7 +41,6 @@ _SHARED_BYTES = 227 * 1024
 _FEWEST_STAGES = 3
 _MOST_WARPS = 14
 _MOST_BLOCKS = 159
-_TENSOR_MAP_BYTES = 128
 
 Bits = Literal[4, 8]
 
@@ -59,8 +58,6 @@ class Tuning:
 
     Attributes
     ----------
-    tensor_maps
-        Whether FP8 is copied in boxes, one for a stage, and not row by row.
     warps
         That multiply; None for as many, 14 at most, as a tile of `hidden` inputs is shared out among in few equal
         stages: with 21 a layer of 27B in INT4 takes 77 us in place of 73, with 7 it takes 85.
@@ -68,13 +65,11 @@ class Tuning:
         Bytes of weights on their way to a multiprocessor; None for what suits the weights' bits.
     """
 
-    tensor_maps: bool = False
     warps: int | None = None
     in_flight: int | None = None
 
 
-MEASURED: Mapping[Bits, Tuning] = {4: Tuning(), 8: Tuning(tensor_maps=True)}
-"""By the bits of a weight."""
+MEASURED = Tuning()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +99,11 @@ class Form:
     bits: Bits
     half_scales: bool = False
     zeros: bool = False
-    tuning: Tuning = Tuning()
+    tuning: Tuning = MEASURED
 
     @classmethod
-    def of(cls, config: TextConfig, layers: Sequence[LayerWeights], tuning: Tuning | None = None) -> Form | None:
-        """The form for a model's layers, by default as is fastest; None if the kernel is not for such."""
+    def of(cls, config: TextConfig, layers: Sequence[LayerWeights], tuning: Tuning = MEASURED) -> Form | None:
+        """The form for a model's layers; None if the kernel is not for such."""
         if any(layer.qkv_bias is not None or layer.out_bias is not None for layer in layers):
             return None
         kinds = {_kind(weight) for layer in layers for weight in _matrices(layer)}
@@ -125,7 +120,7 @@ class Form:
             kind.bits,
             kind.half_scales,
             kind.zeros,
-            tuning or MEASURED[kind.bits],
+            tuning,
         )
         return form if form._fits() else None
 
@@ -223,7 +218,6 @@ class Form:
             "WARPS": self.warps,
             "STAGES": launch.stages,
             "FLIGHT": launch.in_flight,
-            "TENSOR_MAPS": int(self.tuning.tensor_maps and self.bits == 8),
         }
 
     def _fits(self) -> bool:
@@ -267,7 +261,6 @@ class _Matrix(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        ("maps", ctypes.c_ubyte * (4 * _TENSOR_MAP_BYTES)),
         *((name, _Matrix) for name in ("out", "gate_up", "down", "qkv")),
         *((name, ctypes.c_void_p) for name in ("post_attention", "pre_feedforward", "post_feedforward", "next_norm")),
         *((name, ctypes.c_void_p) for name in ("qk_norm", "attention", "hidden", "cos", "sin")),
@@ -276,18 +269,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("counters", "fed_tiles")),
         ("eps", ctypes.c_float),
         ("shares", ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4),
-        ("rest", ctypes.c_ubyte * _TENSOR_MAP_BYTES),  # At least what aligns it as tensor maps are.
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Boxes:
-    """A matrix of bytes [rows, row_bytes] at `address`, from which boxes [TILE_ROWS, box_bytes] are copied."""
-
-    address: int
-    rows: int
-    row_bytes: int
-    box_bytes: int
 
 
 class LayerCalls:
@@ -302,11 +284,6 @@ class LayerCalls:
         The next one's number, the first's being 1.
     counters, fed_tiles
         Blocks that came to each meeting; sum and largest number of each tile of the MLP's row.
-
-    Parameters
-    ----------
-    tensor_map
-        Describes boxes to the device, in 128 bytes.
     """
 
     def __init__(
@@ -315,7 +292,6 @@ class LayerCalls:
         eps: float,
         layers: Sequence[LayerWeights],
         shares: Sequence[Sequence[int]],
-        tensor_map: Callable[[Boxes], bytes],
     ) -> None:
         device = layers[0].input_norm.device
         self._layers = layers  # Whose memory the parameters point to.
@@ -333,7 +309,6 @@ class LayerCalls:
             row[: len(share)] = share
         self._parameters = [
             _Layer(
-                self._maps((layer.out, layer.gate_up, layer.down, following.qkv), tensor_map),
                 *map(_matrix, (layer.out, layer.gate_up, layer.down, following.qkv)),
                 layer.post_attention_norm.data_ptr(),
                 layer.pre_feedforward_norm.data_ptr(),
@@ -347,16 +322,6 @@ class LayerCalls:
             )
             for layer, following in pairwise(layers)
         ]
-
-    def _maps(self, matrices: Sequence[Weight], tensor_map: Callable[[Boxes], bytes]) -> ctypes.Array[ctypes.c_ubyte]:
-        maps = (ctypes.c_ubyte * (4 * _TENSOR_MAP_BYTES))()
-        if self._form.tuning.tensor_maps and self._form.bits == 8:
-            for place, (matrix, spans) in enumerate(zip(matrices, self._form.stage_spans, strict=True)):
-                rows, row_bytes = matrix.shape
-                boxes = Boxes(_matrix(matrix).values, rows, row_bytes, spans * _ROW_BYTES)
-                first = place * _TENSOR_MAP_BYTES
-                maps[first : first + _TENSOR_MAP_BYTES] = list(tensor_map(boxes))
-        return maps
 
     def results(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for a call's results, where `hidden` is."""
@@ -388,7 +353,7 @@ class StreamedLayers:
 
     def __init__(self, form: Form, eps: float, layers: Sequence[LayerWeights], device: torch.device) -> None:
         # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
-        from wicore_backend.executor.kernels.nvrtc import Kernel, compiled, tensor_map
+        from wicore_backend.executor.kernels.nvrtc import Kernel, compiled
 
         self._form = form
         self._device = device
@@ -399,9 +364,7 @@ class StreamedLayers:
             raise RuntimeError(f"a layer of {form} does not fit {self._blocks} multiprocessors")
         code = compiled(SOURCE, HEADERS, form.defines(launch), architecture=ARCHITECTURE)
         self._kernel: Kernel = Kernel(code, SOURCE.stem, threads=launch.threads, shared_bytes=launch.shared_bytes)
-        self._calls = LayerCalls(
-            form, eps, layers, shares, lambda boxes: tensor_map(**asdict(boxes), box_rows=TILE_ROWS)
-        )
+        self._calls = LayerCalls(form, eps, layers, shares)
         self._try_out()
 
     def __call__(

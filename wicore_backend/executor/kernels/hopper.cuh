@@ -75,24 +75,6 @@ __device__ __forceinline__ void copy(const char* to, const char* from, u32 bytes
         ::"r"(address(to)), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
-// A box of a matrix as the driver has described it (cuTensorMapEncodeTiled), whose corner is column `x` of row `y`: its
-// rows lie together in shared memory. What of it is outside of the matrix is zero, and counts as bytes too.
-struct alignas(64) TensorMap {
-    char opaque[128];
-};
-
-__device__ __forceinline__ void fetch_map(const TensorMap& map) {  // long before it is used
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-__device__ __forceinline__ void copy_box(const char* to, const TensorMap& map, int x, int y, u32 barrier,
-                                         Policy policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(address(to)), "l"(&map), "r"(x), "r"(y), "r"(barrier), "l"(policy) : "memory");
-}
-
 // Into L2 only, and nobody is told.
 __device__ __forceinline__ void line_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 

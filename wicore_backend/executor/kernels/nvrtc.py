@@ -20,8 +20,6 @@ from cuda.bindings import driver, nvrtc
 
 _log = logging.getLogger(__name__)
 
-_TENSOR_MAP_BYTES = 128
-
 
 def compiled(source: Path, headers: Sequence[Path], defines: Mapping[str, int], *, architecture: str) -> bytes:
     """Machine code of `source`, which may include `headers` by their names, for `architecture`: sm_90a.
@@ -85,43 +83,6 @@ class Kernel:
         config.attrs, config.numAttrs = self._attributes, len(self._attributes)
         places = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(places), 0))
-
-
-def tensor_map(*, address: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int) -> bytes:
-    """A matrix of bytes [rows, row_bytes] at `address` as bulk copies of boxes [box_rows, box_bytes] want it described.
-
-    Its columns are counted in eights of bytes, since a box has 256 of them at most; what of a box is outside is zero.
-
-    Raises
-    ------
-    RuntimeError
-        If the driver does not take it.
-    """
-    # Not by the bindings, whose own memory for the description need not lie at a multiple of 64, as the driver wants.
-    memory = (ctypes.c_ubyte * (2 * _TENSOR_MAP_BYTES))()
-    at = -(-ctypes.addressof(memory) // 64) * 64
-    wide, narrow = ctypes.c_uint64, ctypes.c_uint32
-    status = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at),
-        _driver_value("CUtensorMapDataType", "DATA_TYPE_UINT64"),
-        narrow(2),
-        ctypes.c_void_p(address),
-        (wide * 2)(row_bytes // 8, rows),
-        (wide * 1)(row_bytes),
-        (narrow * 2)(box_bytes // 8, box_rows),
-        (narrow * 2)(1, 1),
-        _driver_value("CUtensorMapInterleave", "INTERLEAVE_NONE"),
-        _driver_value("CUtensorMapSwizzle", "SWIZZLE_NONE"),
-        _driver_value("CUtensorMapL2promotion", "L2_PROMOTION_L2_256B"),
-        _driver_value("CUtensorMapFloatOOBfill", "FLOAT_OOB_FILL_NONE"),
-    )
-    if status != 0:
-        raise RuntimeError(f"CUDA refuses boxes of {box_rows} x {box_bytes} bytes of {rows} x {row_bytes}: {status}")
-    return ctypes.string_at(at, _TENSOR_MAP_BYTES)
-
-
-def _driver_value(kind: str, name: str) -> int:
-    return int(getattr(getattr(driver, kind), f"CU_TENSOR_MAP_{name}"))
 
 
 def _attribute(name: str, value: str) -> Any:

@@ -21,7 +21,7 @@
 //
 // Given when it is compiled: HIDDEN, ATTENDED, FED, QKV, HEAD_DIM, QK_HEADS (sizes); BITS (of a weight: 4 or 8);
 // SCALE_HALF (INT4's scales are float16, not bfloat16); ZEROS (INT4 has zero points); WARPS (that multiply); STAGES (of
-// the ring); FLIGHT (of those, at most on their way); TENSOR_MAPS (FP8 is copied by boxes, not row by row).
+// the ring); FLIGHT (of those, at most on their way).
 
 #include "streamed_meeting.cuh"
 
@@ -304,7 +304,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH, 1) streamed_laye
         }
         barriers_ready();
     }
-    if (TENSOR_MAPS && threadIdx.x < 4) fetch_map(layer.maps[threadIdx.x]);
     __syncthreads();
     let_next_begin();
     if (threadIdx.x < CONSUMERS) {

@@ -43,10 +43,9 @@ __device__ __forceinline__ uint4 load_x(const char* at) { return load_if(threadI
 __device__ __forceinline__ void add_span(float2& total, float (&sum)[2][4], const Place& place, const char* stage,
                                          int span, int spans, int each, const char* x, const char* sums) {
     const int row = threadIdx.x % WIDTH / 4;
-    const int pitch = TENSOR_MAPS ? each : spans;  // of a row in the stage, FP8
-    const int row_at = BITS == 4 ? span * SPAN_BYTES + row * ROW_BYTES : (row * pitch + span) * ROW_BYTES;
+    const int row_at = BITS == 4 ? span * SPAN_BYTES + row * ROW_BYTES : (row * spans + span) * ROW_BYTES;
     const char* weights = stage + place.of_weights + row_at;
-    const int to_high = 8 * ROW_BYTES * (BITS == 4 ? 1 : pitch);
+    const int to_high = 8 * ROW_BYTES * (BITS == 4 ? 1 : spans);
     constexpr int LOADS = SPAN_INPUTS / 64;  // of x, in each half
     uint4 low[2], high[2], v[2][LOADS];
 #pragma unroll

@@ -14,7 +14,6 @@ constexpr int MOST_BLOCKS = 159;
 constexpr int OUT = 0, GATE_UP = 1, DOWN = 2, NEXT_QKV = 3;  // the layer's matrices, in the order of their use
 
 struct Layer {
-    TensorMap maps[4];  // TENSOR_MAPS: boxes of a stage's spans of a tile
     Matrix out, gate_up, down, qkv;
     const float *post_attention_norm, *pre_feedforward_norm, *post_feedforward_norm, *next_norm;  // [HIDDEN]
     const float* qk_norm;                        // [QK_HEADS, HEAD_DIM]
@@ -30,7 +29,6 @@ struct Layer {
 };
 
 constexpr int WIDTH = 32, TILE = 16, ROW_BYTES = 128, GROUP = 128;
-constexpr int BOX_NUMBER_BYTES = 8;  // of what boxes are counted in: a box has 256 in a row at most
 constexpr int CONSUMERS = WARPS * WIDTH;
 constexpr int SPAN_INPUTS = ROW_BYTES * 8 / BITS;
 constexpr int SPAN_BYTES = TILE * ROW_BYTES;
@@ -88,14 +86,13 @@ struct Flight {
 
 // Spans of a tile from the `span`-th on, a stage of them, into the ring.
 template <int DEPTH>
-__device__ __forceinline__ void copy_stage(const Ring& ring, Flight& flight, const Matrix& matrix, const TensorMap& map,
-                                           int tile, int span, Policy policy) {
+__device__ __forceinline__ void copy_stage(const Ring& ring, Flight& flight, const Matrix& matrix, int tile, int span,
+                                           Policy policy) {
     using C = Cut<DEPTH>;
     const int spans = min(C::each, C::spans - span);
     wait(ring.empty(), ring.parity ^ 1);
     flight.take_off();
-    const int bytes = (TENSOR_MAPS ? C::each : spans) * (SPAN_BYTES + SCALE_BYTES * (1 + ZEROS));
-    arrive_expecting(ring.full(), bytes);
+    arrive_expecting(ring.full(), spans * (SPAN_BYTES + SCALE_BYTES * (1 + ZEROS)));
     char* to = ring.memory();
     if constexpr (BITS == 4) {
         const long place = (long)tile * C::spans + span;
@@ -104,8 +101,6 @@ __device__ __forceinline__ void copy_stage(const Ring& ring, Flight& flight, con
         copy(to, matrix.scales + place * SCALE_BYTES, spans * SCALE_BYTES, ring.full(), policy);
         to += C::each * SCALE_BYTES;
         if (ZEROS) copy(to, matrix.zeros + place * SCALE_BYTES, spans * SCALE_BYTES, ring.full(), policy);
-    } else if constexpr (TENSOR_MAPS) {
-        copy_box(to, map, span * (ROW_BYTES / BOX_NUMBER_BYTES), tile * TILE, ring.full(), policy);
     } else {
         const char* from = matrix.values + ((long)tile * TILE * C::spans + span) * ROW_BYTES;
 #pragma unroll
@@ -130,7 +125,7 @@ __device__ __forceinline__ void copy_share(Ring& ring, Flight& flight, const Lay
 #pragma unroll 1
     for (int left = share.y - share.x; left > 0; --left, ring.next()) {
         const int of_matrix = which == GATE_UP ? tile / 2 + tile % 2 * (FED / TILE) : tile;
-        copy_stage<DEPTH>(ring, flight, matrix, layer.maps[which], of_matrix, stage * Cut<DEPTH>::each, policy);
+        copy_stage<DEPTH>(ring, flight, matrix, of_matrix, stage * Cut<DEPTH>::each, policy);
         if (++stage == Cut<DEPTH>::stages) stage = 0, ++tile;
     }
 }
