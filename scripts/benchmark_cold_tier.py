@@ -5,15 +5,16 @@
 The blocks that a prompt of gemma-3-27b goes on from, with random bytes, are spilled from slots of host memory through
 `hmt/cold_tier`, as the engine does it, and restored into other slots. In each round, one after the other:
 
-- *own*: the disk's own speed, plain direct I/O of 4 MiB at a time by as many threads as the store has; reads are of the
-  store's own file, before the tier's and once more after them, writes to a file beside it;
+- *own*: the disk's own speed, plain direct I/O of 4 MiB at a time by that number of threads, of several, which is
+  fastest; reads are of the store's own file, before the tier's and once more after them, writes to a file beside it;
 - *store*: records between the disk and memory, checked, without the tier;
 - *tier*: blocks between slots and the disk.
 
 Shares are of *own* in the same round, of the mean of both where there are two, and medians. What a disk contradicts
 itself by from one reading to the next is told beside them. The last lines are what a thread does alone, in memory.
 
-With `--pace` the disk is a model: each read waits its turn for so many GB/s, whoever asks. On `/dev/shm` that leaves
+With `--pace` the disk is a model: calls take their turns at so many GB/s, whoever asks, and each takes its own time
+(`--pace-stream`, `--pace-latency-ms`), so that only several at once reach what the disk can. On `/dev/shm` that leaves
 nothing of the disk in the figures, and shows up to which disk the tier keeps pace on the CPUs there are.
 """
 
@@ -29,12 +30,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from math import inf
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from wicore_backend.hmt.codecs import make_codec
@@ -51,7 +54,10 @@ from wicore_backend.hmt.policy.lru import LRU
 
 G, L = LayerGroup.GLOBAL, LayerGroup.LOCAL
 PIECE = 4 << 20
-THREADS = 4
+PLAIN_THREADS = (4, 8, 16)
+"""Of plain I/O: the fastest is the disk's own speed, so that nobody is compared with a shorter queue than its own."""
+_OWN_BYTES = 1 << 30
+"""That so many threads move, at most."""
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
@@ -61,55 +67,113 @@ def layout_of(dtype: torch.dtype) -> KVLayout:
     return KVLayout.of(groups, block_size=32, kv_heads=16, head_dim=128, window=1024, bytes_per_value=dtype.itemsize)
 
 
-class Clock:
-    """Turns at a disk that moves `bytes_per_second`, whoever asks."""
+class Pace:
+    """When what is moved one way would have been moved by a disk of such a speed.
 
-    def __init__(self, bytes_per_second: float) -> None:
+    Parameters
+    ----------
+    bytes_per_second
+        Of all calls together.
+    stream_bytes_per_second
+        Of one call, however few others there are.
+    latency_s
+        Of each call, beside what its bytes take.
+    """
+
+    def __init__(self, bytes_per_second: float, *, stream_bytes_per_second: float, latency_s: float) -> None:
         self._bytes_per_second = bytes_per_second
+        self._stream_bytes_per_second = stream_bytes_per_second
+        self._latency_s = latency_s
         self._lock = threading.Lock()
         self._free_at = 0.0
 
-    def wait(self, size: int) -> None:
-        """Wait until so many bytes would have come."""
+    @contextmanager
+    def moving(self, size: int) -> Iterator[None]:
+        """Take as long as so many bytes do, what is done within included."""
         with self._lock:
-            self._free_at = max(time.monotonic(), self._free_at) + size / self._bytes_per_second
-            at = self._free_at
+            began = time.monotonic()
+            self._free_at = max(began, self._free_at) + size / self._bytes_per_second
+            at = max(self._free_at, began + self._latency_s + size / self._stream_bytes_per_second)
+        yield
         time.sleep(max(0.0, at - time.monotonic()))
 
 
-class PacedFiles(StoreFiles):
-    """A store's files on a modelled disk: reads take their turns."""
+class ModelledDisk(NamedTuple):
+    """How fast each way is; None is as fast as it is."""
 
-    def __init__(self, *args: Any, clock: Clock, **shape: Any) -> None:
+    reads: Pace | None
+    writes: Pace | None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> ModelledDisk:
+        """The disk that the options of `add_modelled_disk` describe."""
+
+        def pace(speed: float | None) -> Pace | None:
+            if speed is None:
+                return None
+            return Pace(
+                1e9 * speed, stream_bytes_per_second=1e9 * args.pace_stream, latency_s=args.pace_latency_ms / 1e3
+            )
+
+        return cls(pace(args.pace), pace(args.pace_write))
+
+
+def add_modelled_disk(parser: argparse.ArgumentParser) -> None:
+    """Options that describe a disk."""
+    parser.add_argument("--pace", type=float, help="GB/s of a modelled disk, for reads")
+    parser.add_argument("--pace-write", type=float, help="the same for writes")
+    parser.add_argument("--pace-stream", type=float, default=inf, help="GB/s of one call of it")
+    parser.add_argument("--pace-latency-ms", type=float, default=0.0, help="of each call of it, beside that")
+
+
+class PacedFiles(StoreFiles):
+    """A store's files on a modelled disk."""
+
+    def __init__(self, *args: Any, disk: ModelledDisk, **shape: Any) -> None:
         super().__init__(*args, **shape)
-        self._clock = clock
+        self._disk = disk
 
     def read(self, run: Run, into: memoryview) -> None:
         """See StoreFiles."""
-        self._clock.wait(len(into))
-        super().read(run, into)
+        with _moving(self._disk.reads, len(into)):
+            super().read(run, into)
+
+    def write(self, run: Run, pieces: list[memoryview]) -> None:
+        """See StoreFiles."""
+        with _moving(self._disk.writes, sum(map(len, pieces))):
+            super().write(run, pieces)
+
+
+def _moving(pace: Pace | None, size: int) -> AbstractContextManager[None]:
+    return nullcontext() if pace is None else pace.moving(size)
 
 
 def plain(
-    path: Path, size: int, call: Callable[[int, list[mmap.mmap], int], int], flags: int, clock: Clock | None = None
+    path: Path,
+    size: int,
+    call: Callable[[int, list[mmap.mmap], int], int],
+    flags: int,
+    *,
+    threads: int,
+    pace: Pace | None,
 ) -> float:
     """Bytes a second of plain I/O past the page cache, whole pieces of the file's first `size` bytes."""
     handle = os.open(path, flags | os.O_DIRECT)
     size = size // PIECE * PIECE
-    rooms = [mmap.mmap(-1, PIECE) for _ in range(THREADS)]
+    rooms = [mmap.mmap(-1, PIECE) for _ in range(threads)]
+    content = random.Random(0).randbytes(PIECE)
     for room in rooms:
-        room.write(random.Random(0).randbytes(PIECE))
+        room.write(content)
 
     def move(first: int) -> None:
-        for at in range(first * PIECE, size, THREADS * PIECE):
-            if clock is not None:
-                clock.wait(PIECE)
-            call(handle, [rooms[first]], at)
+        for at in range(first * PIECE, size, threads * PIECE):
+            with _moving(pace, PIECE):
+                call(handle, [rooms[first]], at)
 
     try:
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             began = time.perf_counter()
-            list(pool.map(move, range(THREADS)))
+            list(pool.map(move, range(threads)))
             return size / (time.perf_counter() - began)
     finally:
         os.close(handle)
@@ -122,8 +186,11 @@ class Bench:
         dtype = DTYPES[args.kv_dtype]
         layout = layout_of(dtype)
         self.counts = {group: layout.blocks_held(group, args.tokens, 1) for group in layout.groups}
+        rng = np.random.default_rng(0)
         self.slots = {
-            group: torch.randint(0, 256, (count, layout.block_bytes(group)), dtype=torch.uint8)
+            group: torch.from_numpy(
+                rng.integers(0, 1 << 64, count * layout.block_bytes(group) // 8, np.uint64).view(np.uint8)
+            )
             .view(dtype)
             .view(count, *layout.block_shape(group))
             for group, count in self.counts.items()
@@ -135,7 +202,7 @@ class Bench:
         self.bytes = sum(count * layout.block_bytes(group) for group, count in self.counts.items())
         self.record_bytes = sum(count * self.codecs[group].encoded_bytes for group, count in self.counts.items())
         self.directory = directory
-        self.clock = None if args.pace is None else Clock(1e9 * args.pace)
+        self.disk = ModelledDisk.of(args)
         self.store = NvmeStore(
             store_config(
                 directory,
@@ -145,7 +212,7 @@ class Bench:
                 read_deadline_s=30.0,
                 write_deadline_s=60.0,
             ),
-            open_files=StoreFiles if self.clock is None else partial(PacedFiles, clock=self.clock),
+            open_files=partial(PacedFiles, disk=self.disk),
         )
         self.tier = ColdTier(
             self.store,
@@ -240,17 +307,26 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
 def run(bench: Bench, rounds: int) -> dict[str, Any]:
     """GB/s as medians, and shares of the disk's own speed."""
     beside = bench.directory / "plain"
-    size = min(bench.record_bytes, 1 << 30)
+    size = min(bench.record_bytes, _OWN_BYTES)
     speeds: dict[str, list[float]] = {}
     cpu_seconds: list[float] = []
     handle = os.open(beside, os.O_RDWR | os.O_CREAT)
     os.posix_fallocate(handle, 0, size)
     os.close(handle)
-    plain(beside, size, os.pwritev, os.O_WRONLY)
+    plain(beside, size, os.pwritev, os.O_WRONLY, threads=PLAIN_THREADS[0], pace=None)
     bench.spill()  # On space that was never written to.
 
+    def own(way: str, path: Path, call: Callable[..., int], flags: int, pace: Pace | None) -> float:
+        by_threads = [plain(path, size, call, flags, threads=threads, pace=pace) for threads in PLAIN_THREADS]
+        for threads, speed in zip(PLAIN_THREADS, by_threads, strict=True):
+            speeds.setdefault(f"own_{way}_{threads}_threads", []).append(speed)
+        return max(by_threads)
+
     def own_read() -> float:
-        return plain(bench.directory / "slots", bench.record_bytes, os.preadv, os.O_RDONLY, bench.clock)
+        return own("read", bench.directory / "slots", os.preadv, os.O_RDONLY, bench.disk.reads)
+
+    def own_write() -> float:
+        return own("write", beside, os.pwritev, os.O_WRONLY, bench.disk.writes)
 
     def up() -> tuple[float, float]:
         cpu = time.process_time()
@@ -258,10 +334,10 @@ def run(bench: Bench, rounds: int) -> dict[str, Any]:
         return speed, (time.process_time() - cpu) / bench.record_bytes
 
     for _ in range(rounds):
-        own_write, tier_down = plain(beside, size, os.pwritev, os.O_WRONLY), bench.spill()
+        writes, tier_down = own_write(), bench.spill()
         before, (tier_up, cpu_up), after = own_read(), up(), own_read()
         measured = {
-            "own_write": own_write,
+            "own_write": writes,
             "tier_down": tier_down,
             "own_read": 2 / (1 / before + 1 / after),
             "own_read_again": after,
@@ -307,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--codec", choices=["exact", "q8", "q4"], default="exact", help="of the disk; lossy: bf16 alone"
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pace", type=float, help="GB/s of a modelled disk, for reads")
+    add_modelled_disk(parser)
     parser.add_argument("--limits", type=_limit, nargs="*", default=[], help="of the tier, such as trays=8")
     args = parser.parse_args(arguments)
     with opened(args) as bench:

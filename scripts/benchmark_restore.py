@@ -4,8 +4,8 @@
 
 The whole engine with random weights: of one random prompt ever longer beginnings are answered, each computed at first;
 then all that is cached is sent down, to host memory and on to the disk, and it is answered again. Times are to the
-first token, of one request alone. The disk's own speed is that of reading the store's files past the page cache, by as
-many threads as the store has. A decode step is timed with attention mass sampled and without.
+first token, of one request alone. The disk's own speed is that of reading the store's files past the page cache, by
+that number of threads, of several, which is fastest. A decode step is timed with attention mass sampled and without.
 
 `host_rounds` and `disk_rounds` have each round's time to the first token and what it is made of, in seconds from the
 request's arrival: `asked_s`, when the copies from host memory were handed over; `issued_s`, how long that took;
@@ -15,6 +15,10 @@ round of host memory has any of that, host memory did not hold the whole prompt.
 
 Nothing is sent to the disk by an idle engine, at `nvme_write_behind_bytes_per_second`, unless --write-behind
 says so: the whole is sent at once, as an engine does that ends, and `disk_down_gb_s` says how fast that was.
+
+With `--emulated-step-ms` nothing is computed and nothing copied to or from the device (`scripts/emulated_device.py`), so
+that a shape of one layer's worth of weights, `gemma-3-27b-kv`, shows what the disk's way takes of a prompt of any
+length; `--pace` and its like model the disk, as in `scripts/benchmark_cold_tier.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +26,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import mmap
 import os
 import statistics
 import sys
@@ -32,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -39,18 +43,21 @@ from unittest import mock
 import numpy as np
 import torch
 
+from scripts.benchmark_cold_tier import PLAIN_THREADS, ModelledDisk, Pace, PacedFiles, add_modelled_disk, plain
 from scripts.benchmark_shape import QUANTIZE, device_memory, random_model
+from scripts.emulated_device import emulated
 from scripts.random_gemma3 import SHAPES
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.engine.expectations import Expectations
 from wicore_backend.engine.job import Job
 from wicore_backend.engine.request import Usage
 from wicore_backend.engine.results import Result
+from wicore_backend.hmt.nvme import NvmeStore
 from wicore_backend.hmt.pool import KVPools, slot_bytes
 from wicore_backend.hmt.transfers import Route, Transfer
 
 _MODEL = Path(__file__).resolve().parent.parent / "models" / "wicore-demo"
-_PIECE = 4 << 20
-_MOST_READ = 4 << 30
+_MOST_READ = 2 << 30
 _PERSIST_S = 60.0
 _T = TypeVar("_T")
 
@@ -208,6 +215,13 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(random_model(args.shape, args.weights, directory, like=_MODEL))
+        if args.emulated_step_ms is not None:
+            stack.enter_context(emulated(args.emulated_step_ms / 1e3))
+            stack.enter_context(mock.patch.object(KVPools, "apply", return_value=None))
+            # By its own steps, to compute is quicker than any disk.
+            stack.enter_context(mock.patch.object(Expectations, "prefill_seconds", lambda _, to, since: to - since))
+        paced = partial(NvmeStore, open_files=partial(PacedFiles, disk=ModelledDisk.of(args)))
+        stack.enter_context(mock.patch("wicore_backend.engine.tiers.NvmeStore", paced))
         settings: dict[str, Any] = {}
         if args.disk is not None:
             settings["nvme_cache_path"] = stack.enter_context(tempfile.TemporaryDirectory(dir=args.disk))
@@ -227,29 +241,19 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
             )
         )
         stack.enter_context(engine)
+        if args.emulated_step_ms is not None:
+            for slots in engine._model.pools.host.values():
+                slots.view(torch.uint8).numpy().fill(1)  # A card's are in memory from the beginning.
         stack.enter_context(_no_full_collections())
         tokens = np.random.default_rng(0).integers(300, 2000, max(args.lengths)).tolist()
         yield Bench(engine, tokens, args.new)
 
 
-def disk_speed(directory: Path, threads: int = 4) -> float:
-    """Bytes a second of reading the largest file there past the page cache."""
+def disk_speed(directory: Path, pace: Pace | None = None) -> dict[int, float]:
+    """Bytes a second of reading the largest file there past the page cache, by so many threads."""
     path = max(directory.rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
-    size = min(path.stat().st_size, _MOST_READ) // _PIECE * _PIECE
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
-
-    def read(first: int) -> None:
-        room = mmap.mmap(-1, _PIECE)
-        for at in range(first * _PIECE, size, threads * _PIECE):
-            os.preadv(handle, [room], at)
-
-    try:
-        began = time.perf_counter()
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(read, range(threads)))
-        return size / (time.perf_counter() - began)
-    finally:
-        os.close(handle)
+    size = min(path.stat().st_size, _MOST_READ)
+    return {threads: plain(path, size, os.preadv, os.O_RDONLY, threads=threads, pace=pace) for threads in PLAIN_THREADS}
 
 
 def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
@@ -298,7 +302,9 @@ def run(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
             if place == "disk":
                 nvme = bench.engine.config.nvme_cache_path
                 assert nvme is not None
-                row["disk_alone_gb_s"] = round(disk_speed(nvme) / 1e9, 2)
+                alone = disk_speed(nvme, ModelledDisk.of(args).reads)
+                row["disk_alone_gb_s_by_threads"] = {by: round(speed / 1e9, 2) for by, speed in alone.items()}
+                row["disk_alone_gb_s"] = round(max(alone.values()) / 1e9, 2)
                 row["disk_share"] = round(row["disk_gb_s"] / row["disk_alone_gb_s"], 3)
             tell(row)
     return {"shape": args.shape, "weights": args.weights, "kv": args.kv_dtype, "rows": rows}
@@ -320,6 +326,12 @@ def main() -> None:
     parser.add_argument(
         "--write-behind", type=int, default=0, help="bytes a second that an idle engine stores; 0: none"
     )
+    parser.add_argument(
+        "--emulated-step-ms",
+        type=float,
+        help="what a step takes of an emulated device, in place of computing; see above",
+    )
+    add_modelled_disk(parser)
     args = parser.parse_args()
     with opened(args) as bench:
         print(json.dumps(run(args, bench)))

@@ -54,6 +54,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 256,
         "query_pre_attn_scalar": 256,
     },
+    "gemma-3-27b-kv": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 168,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -65,7 +74,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
-"""The decoders, as their config.json has them; and one that any machine runs, to try things with."""
+"""The decoders, as their config.json has them; one with the keys and values of the largest and hardly a weight, for
+devices that are emulated; and one that any machine runs, to try things with."""
 
 _VISION = {
     "model_type": "siglip_vision_model",

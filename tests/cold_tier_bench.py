@@ -150,8 +150,9 @@ class Bench:
 
 
 def wait_for_measurement(bench: Bench) -> None:
+    """Wait until the tier has measured the disk, and rests: what it reads meanwhile makes room only later."""
     end = time.monotonic() + 5
-    while bench.tier.restore_seconds(1) is None:
+    while bench.tier.restore_seconds(1) is None or bench.tier._up._under_way or bench.tier._up._queue:
         assert time.monotonic() < end
         time.sleep(0.001)
 

@@ -173,6 +173,23 @@ def test_several_batches_are_decoded_at_once_into_scattered_slots(tmp_path, monk
         assert all("decode" in thread for thread in threads), "the thread that fetches has others to fetch for"
 
 
+def test_a_batch_is_complete_once_it_has_what_a_tray_is_for_however_much_room_the_tray_has(tmp_path, monkeypatch):
+    with Bench(tmp_path, limits=replace(LIMITS, tray_bytes=3000)) as bench:
+        bench.spill_numbers(LOCAL, range(3))
+        bench.spill_numbers(GLOBAL, range(7))
+        wait_for_measurement(bench)
+        sizes, fetch = [], bench.store.fetch
+
+        def noted(names, *args, **kwargs):
+            sizes.append(len(names))
+            return fetch(names, *args, **kwargs)
+
+        monkeypatch.setattr(bench.store, "fetch", noted)
+        blocks = [*slot_blocks(LOCAL, range(3)), *slot_blocks(GLOBAL, range(7))]
+        assert set(bench.restore(blocks)) == {Outcome.DONE}
+        assert sizes == [1, 1, 1, 2, 2, 2, 1]
+
+
 # Mistakes of the caller.
 
 

@@ -63,6 +63,22 @@ def test_the_tier_measures_itself_before_anything_is_restored_and_after_a_restar
         assert 0 < one <= many
 
 
+def test_a_measurement_keeps_all_threads_of_the_store_reading(tmp_path):
+    with Bench(tmp_path) as bench:
+        bench.spill_numbers(GLOBAL, range(SLOTS))
+
+    def silent(*args, **kwargs):
+        files = FaultyFiles(*args, **kwargs)
+        files.blocked.add("read")
+        return files
+
+    with Bench(tmp_path, open_files=silent) as bench:
+        (files,) = bench.files
+        assert isinstance(files, FaultyFiles)
+        for _ in range(bench.store.config.read_threads):
+            assert files.entered.acquire(timeout=5.0)
+
+
 @pytest.mark.parametrize("codec", ["exact", "q8"])
 def test_the_tiers_own_measurements_touch_no_slot(tmp_path, codec):
     with Bench(tmp_path, codec) as bench:

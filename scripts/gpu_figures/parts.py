@@ -154,7 +154,7 @@ PARTS: Mapping[str, tuple[Run, ...]] = {
     "cold-tier": (
         Run(
             "cold-tier",
-            _words("scripts.benchmark_cold_tier --directory {scratch} --tokens 131072 --kv-dtype fp8 --rounds 3"),
+            _words("scripts.benchmark_cold_tier --directory {scratch} --tokens 131072 --kv-dtype fp8 --rounds 2"),
             _words("scripts.benchmark_cold_tier --directory {scratch} --tokens 256 --rounds 1"),
             limit_s=80,
             expected_s=45,

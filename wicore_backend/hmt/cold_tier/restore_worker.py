@@ -25,14 +25,18 @@ _log = logging.getLogger(__name__)
 _QUIET_S = 0.05
 """After the last store, before the disk is measured: others may follow at once."""
 
+_MOST_MEASURED = 2 * MOST_BLOCKS
+"""Blocks that the disk is measured by."""
+
 
 class RestoreWorker(Worker[RestoreBatch]):
     """Fetches records and has them decoded into slots.
 
     A batch is the worker's, but while it is decoded, between `_landed` and `_decoded`.
 
-    With nothing to do it measures, at first and then every `measure_s`: it restores up to two trays of held records to
-    nowhere. So there is a pace before anybody has to rely on it, and a disk that was slow is found to be well again.
+    With nothing to do it measures, at first and then every `measure_s`: it restores a few held records to nowhere, as
+    many as keep all of the store's threads reading, since a disk may give one of them but a part of its speed. So there
+    is a pace before anybody has to rely on it, and a disk that was slow is found to be well again.
     While the disk is written to it would look slower than it is: the first measurement waits for the end of that, and
     others for `measure_s` more at most.
 
@@ -51,8 +55,6 @@ class RestoreWorker(Worker[RestoreBatch]):
         self._stores_until = stores_until
         self._measure_s = measure_s
         self._measured_at = -inf
-        largest = max(stage.codec.encoded_bytes for stage in desk.stages.values())
-        self._measured_blocks = 2 * min(self._most_blocks, desk.trays[0].size // largest)
 
     def restore(self, restore: Restore, blocks: Sequence[SlotBlock], after: Callable[[], None] | None) -> None:
         """Bring up the restore's pinned blocks, once `after` has returned. Safe on any thread."""
@@ -100,14 +102,25 @@ class RestoreWorker(Worker[RestoreBatch]):
         self._drop_useless()
         now = time.monotonic()
         idle = not self._queue and not self._under_way and not self._stopping
-        if idle and self._measure_due <= now and (some := self._books.newest(self._measured_blocks)):
+        if idle and self._measure_due <= now and (some := self._sample()):
             self._measured_at = now
-            self._queue.append(RestoreJob(deque(SlotBlock(*key, slot=0) for key in some), inf, None))
+            self._queue.append(RestoreJob(some, inf, None))
         while self._queue and self._free:
             job = self._queue[0]
             self._start(job, self._free.pop())
             if not job.waiting:
                 self._queue.popleft()
+
+    def _sample(self) -> deque[SlotBlock]:
+        """Held blocks to measure the disk by."""
+        missing = self._store.config.read_threads * self._enough
+        sample: deque[SlotBlock] = deque()
+        for group, name in self._books.newest(_MOST_MEASURED):
+            if missing <= 0:
+                break
+            missing -= self._stages[group].codec.encoded_bytes
+            sample.append(SlotBlock(group, name, slot=0))
+        return sample
 
     def _drop_useless(self) -> None:
         now = time.monotonic()

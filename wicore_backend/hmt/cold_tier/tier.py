@@ -43,8 +43,10 @@ class ColdTierLimits:
     backlog_bytes
         Of slots that are being spilled; beyond, `spill` takes no more.
     tray_bytes, trays
-        Memory for records under way, for each direction; a tray has room for the largest record in any case. Where
-        blocks are decoded, another one for each thread that does it.
+        A batch is about so many bytes of records, and so many batches are under way each way: two for each of the
+        store's threads, so that none waits for a batch's last record. A tray has room for the largest record in any
+        case; its memory is taken as it is used first, which is never for records that are slots. Where blocks are
+        decoded there is another one for each thread that does it.
     decode_threads
         Batches that are decoded at once: by default half of the CPUs that the process may use, but 2 to 4.
     measure_s
@@ -55,7 +57,7 @@ class ColdTierLimits:
 
     backlog_bytes: int = 256 << 20
     tray_bytes: int = 4 << 20
-    trays: int = 4
+    trays: int = 16
     decode_threads: int = field(default_factory=lambda: max(2, min(4, len(os.sched_getaffinity(0)) // 2)))
     measure_s: float = 60.0
     behind_bytes_per_second: float = 200e6
@@ -127,7 +129,9 @@ class ColdTier:
 
         def desk(trays: int, report: Callable[[Sequence[Finished]], None]) -> Desk:
             made = [Tray(tray_bytes) for _ in range(trays)]
-            return Desk(store=store, books=self._books, stages=stages, trays=made, report=report)
+            return Desk(
+                store=store, books=self._books, stages=stages, trays=made, enough=limits.tray_bytes, report=report
+            )
 
         self._decoders = Decoders(stages.values(), threads=limits.decode_threads)
         self._down = SpillWorker(desk(limits.trays, self._report_spilled))

@@ -42,6 +42,8 @@ class Desk:
     ----------
     trays
         Batches that can be under way at once.
+    enough
+        Bytes of records with which a batch is complete: trays that have room for the largest have room for many small.
     report
         Called with the blocks that have ended.
     """
@@ -50,6 +52,7 @@ class Desk:
     books: ColdBooks
     stages: Mapping[LayerGroup, Stage]
     trays: Sequence[Tray]
+    enough: int
     report: Callable[[Sequence[Finished]], None]
 
 
@@ -67,6 +70,7 @@ class Worker(ABC, Generic[B]):
 
     def __init__(self, name: str, desk: Desk, *, most_blocks: int) -> None:
         self.pace = Pace()
+        self._enough = desk.enough
         self._store = desk.store
         self._books = desk.books
         self._stages = desk.stages
@@ -173,11 +177,11 @@ class Worker(ABC, Generic[B]):
 
     def _fill(self, queue: deque[SlotBlock], tray: Tray) -> list[SlotBlock]:
         """Take from the queue what goes on a tray; by group, else in order, since policies make something of that."""
-        room = tray.size
+        size = 0
         taken: list[SlotBlock] = []
-        while queue and len(taken) < self._most_blocks:
-            room -= self._stages[queue[0].group].codec.encoded_bytes
-            if room < 0:
+        while queue and size < self._enough and len(taken) < self._most_blocks:
+            size += self._stages[queue[0].group].codec.encoded_bytes
+            if size > tray.size:
                 break
             taken.append(queue.popleft())
         return sorted(taken, key=lambda block: block.group)

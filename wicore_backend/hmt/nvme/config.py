@@ -33,8 +33,9 @@ class NvmeConfig:
         Everything that changes what the bytes mean: model weights, dtype, block size, RoPE, codec. Records of another
         fingerprint do not exist.
     read_threads, write_threads
-        Reads and writes in flight; reads never wait behind writes. Each thread has a buffer of
-        `max_payload_bytes`, but at least 4 MiB.
+        Reads and writes at once; reads never wait behind writes. More than the disk needs to be busy: while a thread
+        checks what it has read, others have to be reading. Each has a buffer of `max_payload_bytes`, but at least
+        4 MiB, whose memory is taken as it is used first.
     read_deadline_s, write_deadline_s
         For one record, from when a thread takes it.
     store_limit
@@ -51,8 +52,8 @@ class NvmeConfig:
     slot_bytes: int
     max_payload_bytes: int
     fingerprint: bytes
-    read_threads: int = 4
-    write_threads: int = 4
+    read_threads: int = 8
+    write_threads: int = 8
     read_deadline_s: float = 1.0
     write_deadline_s: float = 5.0
     store_limit: int = 256

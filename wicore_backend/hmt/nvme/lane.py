@@ -101,7 +101,9 @@ class Lane(Generic[J]):
         The blocking part of some jobs, done together: their outcomes. Raises nothing but bugs.
     buffers
         One for each thread, handed to `work`. Jobs that wait are worked on together as long as they fit it and leave
-        enough for the other threads.
+        enough for the other threads, ...
+    enough
+        ... until they have that weight together: while a thread is busy with what it has read, the next read waits.
     work_deadline_s
         For one call of `work`.
     """
@@ -112,9 +114,11 @@ class Lane(Generic[J]):
         work: Callable[[Sequence[J], memoryview], list[Outcome]],
         buffers: Sequence[memoryview],
         *,
+        enough: int,
         work_deadline_s: float,
     ) -> None:
         self._work = work
+        self._enough = enough
         self._work_deadline_s = work_deadline_s
         self._lock = threading.Lock()
         self._jobs_wait = threading.Condition(self._lock)
@@ -226,10 +230,12 @@ class Lane(Generic[J]):
                 self._jobs_wait.wait()
             share = -(-len(self._queue) // len(self._threads))
             group = _Group([self._start()])
-            room -= group.jobs[0].weight
-            while self._queue and len(group.jobs) < min(share, _MOST_JOBS) and next(iter(self._queue)).weight <= room:
+            weight = group.jobs[0].weight
+            while self._queue and weight < self._enough and len(group.jobs) < min(share, _MOST_JOBS):
+                weight += next(iter(self._queue)).weight
+                if weight > room:
+                    break
                 group.jobs.append(self._start())
-                room -= group.jobs[-1].weight
             self._set_alarm(self._work_deadline_s, group)
             return group
 

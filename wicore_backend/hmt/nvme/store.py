@@ -59,12 +59,17 @@ class NvmeStore:
         self._ledger = Ledger(index, troubles, retry_s=config.retry_s)
         self._mover = Mover(self._files, self._ledger, fingerprint)
         self._reads = Lane(
-            "nvme-read", self._mover.read, _buffers(config, config.read_threads), work_deadline_s=config.read_deadline_s
+            "nvme-read",
+            self._mover.read,
+            _buffers(config, config.read_threads),
+            enough=_IO_BYTES,
+            work_deadline_s=config.read_deadline_s,
         )
         self._writes = Lane(
             "nvme-write",
             self._mover.write,
             _buffers(config, config.write_threads),
+            enough=_IO_BYTES,
             work_deadline_s=config.write_deadline_s,
         )
 

@@ -15,16 +15,17 @@ from wicore_backend.hmt.nvme.files import PAGE, StoreFiles
 from wicore_backend.hmt.nvme.record import Record, slots_for
 from wicore_backend.hmt.nvme.space import Run
 
-_CACHED_BYTES = 1 << 17  # What stays in the caches of a core between its checksum and its copy.
+_CACHED_BYTES = 1 << 20  # What stays in the caches of a core between its checksum and its copy.
 
 
 def read_records(files: StoreFiles, records: Sequence[Record], buffer: memoryview) -> list[memoryview]:
     """Read the records' payloads, unchecked, into `buffer`; each one's part of it."""
     reads: list[tuple[Run, int, int]] = []
-    payloads = []
+    payloads = [buffer[:0]] * len(records)
     at = 0
-    for record in records:
-        payloads.append(buffer[at : at + record.payload_bytes])
+    for index in _by_place(records):
+        record = records[index]
+        payloads[index] = buffer[at : at + record.payload_bytes]
         end = at + whole_pages(record.payload_bytes)
         for run in record.runs:
             stop = at + run.length * files.slot_bytes
@@ -45,7 +46,8 @@ def write_records(
     """Write payloads to the slots of their records, from where they lie if that is aligned, else by way of `buffer`."""
     writes: list[tuple[Run, list[memoryview]]] = []
     at = 0
-    for record, payload in zip(records, payloads, strict=True):
+    for index in _by_place(records):
+        record, payload = records[index], payloads[index]
         size = slots_for(len(payload), files.slot_bytes) * files.slot_bytes
         for run, pieces in _pieces(record.runs, files.slot_bytes, payload, buffer[at : at + size]):
             last, before = writes[-1] if writes else (run, [])
@@ -62,7 +64,8 @@ def write_records(
 def write_headers(files: StoreFiles, records: Sequence[Record], fingerprint: bytes) -> None:
     """Write the headers of records."""
     writes: list[tuple[Run, bytes]] = []
-    for record in records:
+    for index in _by_place(records):
+        record = records[index]
         for run, headers in zip(record.runs, record.headers(fingerprint), strict=True):
             last, before = writes[-1] if writes else (run, b"")
             if writes and last.stop == run.start:
@@ -91,6 +94,11 @@ def copy(into: memoryview, source: memoryview) -> None:
 def whole_pages(size: int) -> int:
     """`size` bytes rounded up to whole pages."""
     return -(-size // PAGE) * PAGE
+
+
+def _by_place(records: Sequence[Record]) -> list[int]:
+    """The records' indices by where they begin: neighbours are also asked for the last one first, as they left."""
+    return sorted(range(len(records)), key=lambda index: records[index].runs[0].start)
 
 
 def _pieces(
