@@ -16,9 +16,9 @@ round of host memory has any of that, host memory did not hold the whole prompt.
 Nothing is sent to the disk by an idle engine, at `nvme_write_behind_bytes_per_second`, unless --write-behind
 says so: the whole is sent at once, as an engine does that ends, and `disk_down_gb_s` says how fast that was.
 
-With `--emulated-step-ms` nothing is computed and nothing copied to or from the device (`scripts/emulated_device.py`), so
-that a shape of one layer's worth of weights, `gemma-3-27b-kv`, shows what the disk's way takes of a prompt of any
-length; `--pace` and its like model the disk, as in `scripts/benchmark_cold_tier.py`.
+With `--emulated-step-ms` nothing is computed and nothing copied to or from the device (`scripts/emulated_device.py`):
+with `gemma-3-27b-kv`, which has the keys and values of the largest and hardly a weight, that shows on any machine what
+the disk's way takes of a long prompt. `--pace` and its like model the disk, as in `scripts/benchmark_cold_tier.py`.
 """
 
 from __future__ import annotations
