@@ -12,16 +12,8 @@ from wicore_backend.executor.kernels.fp8_products import _fp8_product
 from wicore_backend.executor.kernels.products import Tile
 
 
-def compiled(tile: Tile, rows: int, *, gated: bool, measures: bool = False, measured: bool = False) -> CompiledKernel:
-    """The kernel of `fp8_product` in bf16 on a card that starts kernels early.
-
-    Parameters
-    ----------
-    measures
-        Whether it finds the largest magnitudes of its result.
-    measured
-        Whether those of its rows are known.
-    """
+def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
+    """The kernel of `fp8_product` in bf16 on a card that starts kernels early."""
     constants: dict[str, Any] = {
         "ROWS": max(16, rows) if tile.dot else 1,
         "COLUMNS": tile.columns,
@@ -31,8 +23,6 @@ def compiled(tile: Tile, rows: int, *, gated: bool, measures: bool = False, meas
         "SPLITS": tile.splits,
         "GATED": gated,
         "OVERLAPPED": True,
-        "NARROWS": tile.narrows,
-        "MEASURED": 1024 if tile.narrows and not measured else 0,
     }
     types = {
         "x": "*fp8e4nv" if tile.dot else "*bf16",
@@ -41,16 +31,6 @@ def compiled(tile: Tile, rows: int, *, gated: bool, measures: bool = False, meas
         "weight_scale": "*fp32",
         "out": "*fp32" if tile.splits > 1 else "*bf16",
     }
-    if measures:
-        types["largest"] = "*i32"
-    else:
-        constants["largest"] = None
-    if tile.summed:
-        types |= {"parts": "*fp32", "arrived": "*i32", "out": "*bf16"}
-    else:
-        constants |= {"parts": None, "arrived": None}
-    if tile.narrows:
-        types["x"] = "*bf16"
     return compiled_product(_fp8_product, constants, types, warps=tile.warps)
 
 

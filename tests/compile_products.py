@@ -36,12 +36,9 @@ def compiled(tile: Tile, rows: int, *, gated: bool) -> CompiledKernel:
         "STAGES": tile.stages,
         "SPLITS": tile.splits,
         "GATED": gated,
-        "RESIDENT": tile.resident > 0,
         "OVERLAPPED": True,
     }
-    types = {"x": "*bf16", "weight": "*bf16", "out": "*fp32" if tile.splits > 1 else "*bf16"} | SCRATCH
-    if not tile.resident:
-        constants |= dict.fromkeys(SCRATCH)
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*fp32" if tile.splits > 1 else "*bf16"}
     return compiled_product(_product, constants, types, warps=tile.warps)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,18 +11,17 @@ from tests.gemma3_random import write_random_checkpoint
 from tests.kernel_kit import EPS, HOPPER_SHARED_MEMORY, SHAPES_OF_27B, every_dtype, rms_norm, run_alone, segments
 from tests.peak_memory import peak_bytes
 from tests.test_fp8 import quantize
-from wicore_backend.executor import fp8_matrix, matrix
+from wicore_backend.executor import fp8_matrix
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.fp8_matrix import FP8_TILES, Fp8GpuMatrix
-from wicore_backend.executor.kernels import fp8_products, fp8_rows
+from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_products import fp8_product
 from wicore_backend.executor.kernels.fp8_rows import Unscaled, add_norm, gated, quantize_rows
 from wicore_backend.executor.kernels.products import Tile
-from wicore_backend.executor.kernels.shared_tiles import arrivals
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.quantization.fp8 import FP8, Fp8Matrix, MeasuredRows, quantized_fp8, quantized_rows
+from wicore_backend.quantization.fp8 import FP8, Fp8Matrix, quantized_fp8, quantized_rows
 
 ROUNDING = 1e-2
 """Of rows quantised from values that differ in their last bits: now and then one comes out a step of FP8 away."""
@@ -122,82 +119,6 @@ def test_products_of_few_rows(dtype, rows, splits, kernel_device):
         assert fp8_product(of, weight, tile, result_type=torch.float32).dtype == torch.float32
         gate, up = exact.chunk(2, -1)
         assert relative_error(fp8_product(of, weight, tile, gated=True), F.gelu(gate, approximate="tanh") * up) < 1e-2
-
-
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("rows", [3, 17])
-def test_rows_are_quantised_where_they_are_multiplied(rows, splits, kernel_device, monkeypatch):
-    """By their largest values, which are known, or by those of each part, which loses no more."""
-    monkeypatch.setattr(fp8_products, "_MEASURED", 32)
-    weight = quantized_fp8(torch.randn(64, 128, device=kernel_device).half())
-    x = torch.randn(rows, 160, device=kernel_device).half()[:, :128] * torch.linspace(0.1, 30, rows).half()[:, None]
-    tile = Tile(16, 32, 3, 32, splits=splits, narrows=True)
-    wide = weight.dequantized(torch.float32)
-    ours = fp8_product(MeasuredRows(x, x.float().abs().amax(1)), weight, tile)
-    theirs = fp8_product(quantized_rows(x), weight, replace(tile, narrows=False))
-    assert torch.equal(ours, theirs)
-    parts = zip(x.float().chunk(splits, 1), wide.chunk(splits, 1), strict=True)
-    exact = sum(quantized_rows(part).dequantized() @ of.T for part, of in parts)
-    ours = fp8_product(x, weight, tile)
-    assert relative_error(ours.sum(0) if splits > 1 else ours, exact) < 1e-3
-
-
-def test_whoever_ends_last_adds_the_parts(kernel_device):
-    weight = quantized_fp8(torch.randn(64, 128, device=kernel_device).half())
-    x = quantized_rows(torch.randn(5, 128, device=kernel_device).half())
-    tile = Tile(16, 32, 3, 32, splits=4)
-    for _ in range(2):
-        whole = fp8_product(x, weight, replace(tile, summed=True))
-        assert whole.dtype == torch.float16
-        assert relative_error(whole, fp8_product(x, weight, tile).sum(0)) < 1e-3
-    assert not arrivals(kernel_device).any()
-
-
-def test_gate_and_up_leave_the_largest_values_of_their_rows(kernel_device):
-    weight = quantized_fp8(torch.randn(64, 128, device=kernel_device).half())
-    x, largest = torch.randn(3, 128, device=kernel_device).half(), torch.zeros(5, device=kernel_device)
-    fed = fp8_product(quantized_rows(x), weight, Tile(16, 32, 3, 32), gated=True, largest=largest)
-    assert torch.equal(largest[:3], fed.float().abs().amax(1))
-    assert not largest[3:].any()
-
-
-@pytest.mark.parametrize("quantizes", [False, True])
-def test_a_norm_clears_what_was_measured(quantizes, kernel_device):
-    x, weight, largest = (torch.randn(3, 48, device=kernel_device) for _ in range(3))
-    largest = largest[:, 0].contiguous()
-    same = {"quantizes": quantizes}
-    _, ours = add_norm(x, x, weight[0].contiguous(), weight[0].contiguous(), EPS, cleared=largest, **same)
-    _, theirs = add_norm(x, x, weight[0].contiguous(), weight[0].contiguous(), EPS, **same)
-    assert not largest.any()
-    assert torch.equal(*(rows.dequantized() if quantizes else rows for rows in (ours, theirs)))
-
-
-def test_a_layers_end_with_rows_quantised_by_products_is_that_with_rows_quantised_before(kernel_device):
-    """Twice, so that what the first left behind would show."""
-    tile = Tile(16, 32, 3, 32)
-    weights = {"out": (32, 64), "gate_up": (192, 32), "down": (32, 96)}
-    weights = {
-        role: quantized_fp8(torch.randn(shape, device=kernel_device).mul_(0.2).half())
-        for role, shape in weights.items()
-    }
-    norm = torch.rand(32, device=kernel_device) + 0.5
-
-    def hidden(narrows):
-        torch.manual_seed(2)
-        hidden = torch.randn(3, 32, device=kernel_device).half()
-        out, gate_up, down = (
-            Fp8GpuMatrix(role, weight, tiles={16: (replace(tile, narrows=narrows and role != "gate_up"),)})
-            for role, weight in weights.items()
-        )
-        for _ in range(2):
-            attention = torch.randn(3, 64, device=kernel_device).half()
-            hidden, normed = matrix.add_norm(out, attention, hidden, norm, norm, EPS, reader=gate_up)
-            fed = matrix.gated(gate_up, normed, reader=down)
-            assert isinstance(fed, MeasuredRows) == narrows
-            hidden, _ = matrix.add_norm(down, fed, hidden, norm, norm, EPS, reader=gate_up)
-        return hidden
-
-    assert relative_error(hidden(True), hidden(False)) < ROUNDING
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -46,7 +46,7 @@ def test_options_are_checked_and_timed_in_turns(tmp_path, capsys):
     written = tmp_path / "tiles.json"
     benchmark_tiles.main(["bf16:16", "fp8:16", "int4:16", "--dry", "--json", str(written)])
     rows = json.loads(written.read_text())
-    assert [row["option"] for row in rows if row["kind"] == "fp8"][:3] == ["in use", "quantise", "summed"]
+    assert [row["option"] for row in rows if row["kind"] == "fp8"][:3] == ["in use", "in parts", "narrow"]
     assert all(row["us"] > 0 and not row.get("wrong") for row in rows)
     assert all(0 < error < 0.1 for row in rows for error in row.get("errors", {}).values())
     assert "int4" in capsys.readouterr().out

@@ -10,11 +10,11 @@ from torch import Tensor
 from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_products import fp8_product
 from wicore_backend.executor.kernels.fp8_rows import Unscaled
-from wicore_backend.executor.kernels.products import MAX_ROWS, Tile
+from wicore_backend.executor.kernels.products import Tile
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
 from wicore_backend.executor.tile_choice import TileChoice
-from wicore_backend.quantization.fp8 import Fp8Matrix, Fp8Rows, MeasuredRows, Rows
+from wicore_backend.quantization.fp8 import Fp8Matrix, Fp8Rows, Rows
 
 FP8_TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
     "qkv": {
@@ -93,20 +93,13 @@ class Fp8GpuMatrix:
         self._tile = TileChoice(
             tiles if streamed else {}, lambda tile: tile.fits(weight.values, gated=role == "gate_up")
         )
-        narrowing = any(tile.narrows for of_rows in tiles.values() for tile in of_rows)
-        self._largest = torch.zeros(MAX_ROWS if narrowing else 0, device=weight.device)
         self._by_cublas = weight.dtype is torch.bfloat16 and _cublas_takes(weight)
         self._one = torch.ones((), device=weight.device)
 
     def takes_fp8(self, rows: int) -> bool:
         """Whether a product with so many rows is of rows in FP8, which this quantises unless they already are."""
         tile = self._tile(rows)
-        return self._by_cublas if tile is None else tile.dot and not tile.narrows
-
-    def narrows(self, rows: int) -> bool:
-        """Whether a product with so many rows quantises them as it reads them."""
-        tile = self._tile(rows)
-        return tile is not None and tile.narrows
+        return self._by_cublas if tile is None else tile.dot
 
     def __call__(self, x: Rows) -> Tensor:
         if self._role == "gate_up":
@@ -117,12 +110,9 @@ class Fp8GpuMatrix:
         return whole.float() if self._role == "head" else whole
 
     def gated(self, x: Rows, *, reader: Fp8GpuMatrix) -> Rows:
-        """What a call gives, gate and up; in FP8 or measured if that costs nothing and is what `reader` takes."""
+        """What a call gives, gate and up; in FP8 if that costs nothing and is what `reader` takes."""
         rows = len(x)
-        tile = self._tile(rows)
-        if tile is not None and tile.dot and reader.narrows(rows):
-            return MeasuredRows(self._streamed_product(x, largest=reader._largest), reader._largest)
-        if tile is None and self._by_cublas and reader.takes_fp8(rows):
+        if self._tile(rows) is None and self._by_cublas and reader.takes_fp8(rows):
             return fp8_rows.gated(self.unscaled(x))
         return self(x)
 
@@ -147,20 +137,14 @@ class Fp8GpuMatrix:
     def _read(self, x: Rows) -> Rows:
         return fp8_rows.quantize_rows(x) if isinstance(x, Tensor) and self.takes_fp8(len(x)) else x
 
-    def _streamed_product(self, x: Rows, *, largest: Tensor | None = None) -> Tensor:
+    def _streamed_product(self, x: Rows) -> Tensor:
         tile = self._tile(len(x))
         assert tile is not None
         result_type = torch.float32 if self._role == "head" else None
-        return fp8_product(
-            *(self._read(x), self._weight, tile),
-            gated=self._role == "gate_up",
-            result_type=result_type,
-            largest=largest,
-        )
+        return fp8_product(self._read(x), self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
 
     def _scaled(self, x: Rows) -> Tensor:
         weight = self._weight
-        assert not isinstance(x, MeasuredRows), "only a tiling that narrows is given measured rows"
         if isinstance(x, Tensor):
             product = self._widened(x)
         else:

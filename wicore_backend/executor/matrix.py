@@ -13,7 +13,7 @@ from wicore_backend.executor.kernels import fp8_rows, small
 from wicore_backend.executor.plain_matrix import PlainMatrix
 from wicore_backend.executor.roles import Role
 from wicore_backend.models.gemma3.weights import Weight
-from wicore_backend.quantization.fp8 import Fp8Matrix, MeasuredRows, Rows
+from wicore_backend.quantization.fp8 import Fp8Matrix, Rows
 from wicore_backend.quantization.int4 import Int4Matrix
 
 
@@ -53,9 +53,8 @@ def add_norm(
     """`small.add_norm` of `matrix` times `x`; its second result is in the form that `reader`, which reads it, takes."""
     product = matrix.unscaled(x) if isinstance(matrix, Fp8GpuMatrix) else matrix(x)
     quantizes = isinstance(reader, Fp8GpuMatrix) and reader.takes_fp8(len(residual))
-    measured = x.largest if isinstance(x, MeasuredRows) else None
-    if quantizes or measured is not None or not isinstance(product, Tensor):
-        return fp8_rows.add_norm(product, residual, weight, next_weight, eps, quantizes=quantizes, cleared=measured)
+    if quantizes or not isinstance(product, Tensor):
+        return fp8_rows.add_norm(product, residual, weight, next_weight, eps, quantizes=quantizes)
     return small.add_norm(product, residual, weight, next_weight, eps)
 
 

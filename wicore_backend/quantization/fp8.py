@@ -73,20 +73,7 @@ class Fp8Rows:
         return self.values.float().mul_(self.scale[:, None])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MeasuredRows:
-    """Rows, one a token, of which the largest magnitudes are known: what reads them may quantise them as it does."""
-
-    values: Tensor
-    """[T, K]"""
-    largest: Tensor
-    """float32 [T or more]"""
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-Rows = Tensor | Fp8Rows | MeasuredRows
+Rows = Tensor | Fp8Rows
 """What a matrix multiplies, [T, K]; only an FP8 matrix is given other rows than a tensor's."""
 
 

@@ -25,7 +25,7 @@ _MANY_ROWS = 256
 
 
 @triton.jit
-def row_scale_of(largest, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+def _row_scale_of(largest, LARGEST: tl.constexpr, LEAST: tl.constexpr):
     """A row's scale, and its inverse."""
     scale = tl.where(largest > 0, tl.maximum(largest * (1.0 / LARGEST), LEAST), 1.0)
     return scale, tl.div_rn(1.0, scale)
@@ -34,7 +34,7 @@ def row_scale_of(largest, LARGEST: tl.constexpr, LEAST: tl.constexpr):
 @triton.jit
 def _store_row(value, more, out, scales, row, size, column, rest, within, LARGEST: tl.constexpr, LEAST: tl.constexpr):
     """The two pieces of a row in FP8, and its scale."""
-    scale, inverse = row_scale_of(tl.maximum(tl.max(tl.abs(value)), tl.max(tl.abs(more))), LARGEST, LEAST)
+    scale, inverse = _row_scale_of(tl.maximum(tl.max(tl.abs(value)), tl.max(tl.abs(more))), LARGEST, LEAST)
     tl.store(scales + row, scale)
     tl.store(out + row * size + column, e4m3_of(value * inverse))
     tl.store(out + row * size + rest, e4m3_of(more * inverse), mask=within)
@@ -130,7 +130,6 @@ def _add_norm(
     LARGEST: tl.constexpr,
     LEAST: tl.constexpr,
     OVERLAPPED: tl.constexpr,
-    cleared=None,
 ):
     column = tl.arange(0, FIRST)
     rest = FIRST + tl.arange(0, REST)
@@ -146,8 +145,6 @@ def _add_norm(
     follow(OVERLAPPED)
     for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         start = row * size
-        if cleared is not None:
-            tl.store(cleared + row, 0.0)
         value = _added(x + start + column, all_within, rows * size, PARTS)
         more = _added(x + start + rest, within, rows * size, PARTS)
         if SCALES:
@@ -164,7 +161,7 @@ def _add_norm(
         more *= rest_next_factor
         if QUANTIZES:
             largest = tl.maximum(tl.max(tl.abs(value)), tl.max(tl.abs(more)))
-            of_row, inverse = row_scale_of(largest * root, LARGEST, LEAST)
+            of_row, inverse = _row_scale_of(largest * root, LARGEST, LEAST)
             tl.store(scales + row, of_row)
             tl.store(out + start + column, e4m3_of(value * (root * inverse)))
             tl.store(out + start + rest, e4m3_of(more * (root * inverse)), mask=within)
@@ -181,12 +178,8 @@ def add_norm(
     eps: float,
     *,
     quantizes: bool,
-    cleared: Tensor | None = None,
 ) -> tuple[Tensor, Rows]:
-    """`small.add_norm` of a product that may be unscaled; if it `quantizes`, its second result is in FP8.
-
-    `cleared`, float32 [T or more], is zero after it: the largest magnitudes of what the product has read.
-    """
+    """`small.add_norm` of a product that may be unscaled; if it `quantizes`, its second result is in FP8."""
     rows, size = residual.shape
     summed = torch.empty_like(residual)
     normed = _empty(rows, size, residual) if quantizes else torch.empty_like(residual)
@@ -200,7 +193,6 @@ def add_norm(
         SCALES=isinstance(x, Unscaled),
         PARTS=1 if values.dim() == 2 else len(values),
         QUANTIZES=quantizes,
-        cleared=cleared,
         FIRST=first,
         REST=rest,
         LARGEST=FP8_MAX,

@@ -16,14 +16,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from wicore_backend.executor.kernels.shared_tiles import (
-    LEAST_STEPS,
-    at_step,
-    last_to_arrive,
-    resident_launch,
-    share_of,
-    sum_of_parts,
-)
 from wicore_backend.executor.kernels.small import gelu, overlaps
 
 MAX_ROWS = 64
@@ -46,13 +38,6 @@ class Tile:
         Programs that share the inner dimension, each giving a part of the sum.
     dot
         Whether tensor cores multiply; if not, and only for one row, the ordinary units do.
-    resident
-        Programs of a multiprocessor that take tile after tile, as `shared_tiles` shares them out; 0 for a program each
-        tile. Of tensor cores, and without splits.
-    summed
-        Of an FP8 matrix: whether the splits' parts are added by whichever program ends last, not by what reads them.
-    narrows
-        Of an FP8 matrix and tensor cores: whether rows of 16 bits are quantised where they are multiplied, not before.
     """
 
     columns: int
@@ -62,100 +47,13 @@ class Tile:
     warps: int = 4
     splits: int = 1
     dot: bool = True
-    resident: int = 0
-    summed: bool = False
-    narrows: bool = False
 
     def fits(self, weight: Tensor, *, gated: bool = False) -> bool:
         """Whether `weight` [N, K], or [2 N, K] if `gated`, has a whole number of tiles."""
         columns, depth = weight.shape
         after_first = depth // self.splits - self.first
         whole_columns = columns // (1 + gated) % self.columns == 0
-        if self.resident and (self.splits > 1 or not self.dot or self.first % self.depth or not self.has_step_after):
-            return False
         return whole_columns and depth % self.splits == 0 and after_first >= 0 and after_first % self.depth == 0
-
-    @property
-    def has_step_after(self) -> bool:
-        """Whether a part of a tile, where they are shared out, is longer than what is loaded first."""
-        return self.first < LEAST_STEPS * self.depth
-
-
-@triton.jit
-def _take_tiles(
-    x,
-    weight,
-    out,
-    rows,
-    columns,
-    depth,
-    x_stride,
-    parts,
-    arrived,
-    shared,
-    shares,
-    units,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIRST: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-    GATED: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-):
-    """Of a program that stays: all its tiles are one loop, so that the next one's are brought while one ends.
-
-    From `parts` on, what `resident_launch` gives.
-    """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    steps = depth // DEPTH
-    start, part_steps, in_all = share_of(program, programs, shared, shares, units, steps)
-    lane, row = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    keep = (row < rows)[None, :]
-    SIZE: tl.constexpr = (1 + GATED) * COLUMNS * ROWS
-    to_up = columns.to(tl.int64) * depth
-    tile, step, in_part, ends = at_step(0, program, programs, shared, shares, start, part_steps, steps)
-    # The first steps' are on their way before what this kernel follows has ended: weights do not change.
-    early = tl.arange(0, FIRST)
-    first_at = weight + (tile.to(tl.int64) * COLUMNS * depth + step * DEPTH) + (lane[:, None] * depth + early[None, :])
-    first = tl.load(first_at)
-    if GATED:
-        first_up = tl.load(first_at + to_up)
-    if OVERLAPPED:
-        gdc_wait()
-    first_x = tl.load(x + row[None, :] * x_stride + (step * DEPTH + early)[:, None], mask=keep, other=0.0)
-    total = tl.dot(first, first_x)
-    total_up = total
-    if GATED:
-        total_up = tl.dot(first_up, first_x)
-    inner = tl.arange(0, DEPTH)
-    for nth in tl.range(FIRST // DEPTH, in_all, num_stages=STAGES):
-        tile, step, in_part, ends = at_step(nth, program, programs, shared, shares, start, part_steps, steps)
-        at = weight + (tile.to(tl.int64) * COLUMNS * depth + step * DEPTH) + (lane[:, None] * depth + inner[None, :])
-        x_tile = tl.load(x + row[None, :] * x_stride + (step * DEPTH + inner)[:, None], mask=keep, other=0.0)
-        total = tl.dot(tl.load(at), x_tile, total)
-        if GATED:
-            total_up = tl.dot(tl.load(at + to_up), x_tile, total_up)
-        if ends:
-            whole = nth >= part_steps
-            if in_part:
-                of_sum = lane[:, None] * ROWS + row[None, :]
-                mine = parts + program * SIZE + of_sum
-                tl.store(mine, total)
-                if GATED:
-                    tl.store(mine + COLUMNS * ROWS, total_up)
-                whole = last_to_arrive(arrived, tile, shares)
-                if whole:
-                    theirs = parts + tile * shares * SIZE + of_sum
-                    total = sum_of_parts(theirs, SIZE, shares, total)
-                    if GATED:
-                        total_up = sum_of_parts(theirs + COLUMNS * ROWS, SIZE, shares, total_up)
-            if whole:
-                result = gelu(total) * total_up if GATED else total
-                place = out + row[None, :] * columns + (tile * COLUMNS + lane)[:, None]
-                tl.store(place, result.to(out.dtype.element_ty), mask=keep)
-            total = tl.zeros_like(total)
-            total_up = tl.zeros_like(total_up)
 
 
 @triton.jit
@@ -189,8 +87,8 @@ def one_row(
     return total, total_up
 
 
-@triton.jit
-def _one_tile(
+@triton.jit(do_not_specialize=["rows"])
+def _product(
     x,
     weight,
     out,
@@ -207,7 +105,8 @@ def _one_tile(
     GATED: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    """Of a program that has one tile, or a part of its depth."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     split = tl.program_id(1)
@@ -246,44 +145,6 @@ def _one_tile(
     tl.store(at, total.to(out.dtype.element_ty), mask=(row < rows)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "shared", "shares", "units"])
-def _product(
-    x,
-    weight,
-    out,
-    rows,
-    columns,
-    depth,
-    x_stride,
-    parts,
-    arrived,
-    shared,
-    shares,
-    units,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIRST: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    GATED: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-):
-    if OVERLAPPED:
-        gdc_launch_dependents()
-    if RESIDENT:
-        _take_tiles(
-            x, weight, out, rows, columns, depth, x_stride, parts, arrived, shared, shares, units,
-            ROWS, COLUMNS, FIRST, DEPTH, STAGES, GATED, OVERLAPPED,
-        )  # fmt: skip
-    else:
-        _one_tile(
-            x, weight, out, rows, columns, depth, x_stride,
-            ROWS, COLUMNS, FIRST, DEPTH, STAGES, SPLITS, GATED, OVERLAPPED,
-        )  # fmt: skip
-
-
 def product(
     x: Tensor, weight: Tensor, tile: Tile, *, gated: bool = False, result_type: torch.dtype | None = None
 ) -> Tensor:
@@ -306,16 +167,8 @@ def product(
         out = x.new_empty(rows, columns, dtype=result_type or x.dtype)
     overlapped = overlaps(x)
     tile_rows = max(16, int(triton.next_power_of_2(rows))) if tile.dot else 1
-    tiles = columns // tile.columns
-    grid: tuple[int, ...] = (tiles, tile.splits)
-    scratch: tuple[Tensor | int | None, ...] = (None,) * 5
-    if tile.resident:
-        values = (1 + gated) * tile.columns * tile_rows
-        grid, scratch = resident_launch(
-            tiles, steps=depth // tile.depth, resident=tile.resident, values=values, device=x.device
-        )
-    _product[grid](
-        *(x, weight, out, rows, columns, depth, x.stride(0), *scratch),
+    _product[(columns // tile.columns, tile.splits)](
+        *(x, weight, out, rows, columns, depth, x.stride(0)),
         ROWS=tile_rows,
         COLUMNS=tile.columns,
         FIRST=tile.first,
@@ -323,7 +176,6 @@ def product(
         STAGES=tile.stages,
         SPLITS=tile.splits,
         GATED=gated,
-        RESIDENT=tile.resident > 0,
         OVERLAPPED=overlapped,
         num_warps=tile.warps,
         launch_pdl=overlapped,
