@@ -1,6 +1,7 @@
 """Speed of paged attention on a GPU, for the layers of Gemma-3-27B: 32 query and 16 KV heads of 128, blocks of 32.
 
     python -m scripts.benchmark_attention_gpu decode      a layer's decode: us, and keys' and values' bytes a second
+    python -m scripts.benchmark_attention_gpu pool        the same, of a layer by itself and in a pool of ten
     python -m scripts.benchmark_attention_gpu mass        what attention mass costs a decode
     python -m scripts.benchmark_attention_gpu prefill     a layer's prefill of a chunk after a prefix: TFLOP/s
     python -m scripts.benchmark_attention_gpu yardsticks  PyTorch's attention over contiguous keys and values
@@ -261,24 +262,18 @@ def decode_variants(kv_dtype: torch.dtype) -> Iterator[Launch]:
             *((64, 2, 4, 5), (64, 2, 5, 5), (64, 1, 4, 7), (64, 1, 5, 6)),
         ):
             yield Launch(keys, warps, stages, fill)
-        for ahead in (1, 4):
-            yield Launch(32, 1, 5, 8, ahead=ahead)
         return
     for keys, warps, stages, fill in (
         *((32, 2, 3, 4), (32, 2, 4, 4), (32, 2, 5, 3), (32, 2, 5, 4), (32, 1, 3, 6), (32, 1, 4, 4), (32, 1, 5, 3)),
         *((32, 1, 5, 4), (32, 1, 6, 3), (32, 1, 6, 4), (32, 1, 7, 2), (16, 1, 8, 4), (16, 1, 12, 4), (64, 2, 3, 4)),
     ):
         yield Launch(keys, warps, stages, fill)
-    for ahead in (1, 2):
-        yield Launch(32, 1, 5, 4, ahead=ahead)
 
 
 def prefill_variants() -> Iterator[PrefillLaunch]:
     for rows, keys, warps, stages in ((128, 128, 8, 2), (128, 64, 8, 5)):
         yield PrefillLaunch(keys, warps, stages, 1, rows=rows)
     yield PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2)
-    yield PrefillLaunch(128, 8, 2, 1, rows=128, hopper_stages=2, hopper_in_turns=True)
-    yield PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4, hopper_in_turns=True)
     yield PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=3)
     yield PrefillLaunch(64, 8, 5, 1, rows=128, hopper_stages=4)
 

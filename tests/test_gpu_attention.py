@@ -461,30 +461,18 @@ class TestOnTheDevice:
         device = torch.device("cuda")
         check(shape, [*self.PARTS], device, measured, head_dim=head_dim, tuning=None, processors=None, layers=layers)
 
-    @pytest.mark.parametrize("kv_dtype", [None, FP8])
-    @pytest.mark.parametrize("block_size", [16, 32])
-    def test_decodes_that_ask_for_their_keys_early(self, block_size, kv_dtype):
-        shape, device = Shape(block_size, 16, 2, 1024, dtype=torch.bfloat16, kv_dtype=kv_dtype), torch.device("cuda")
-        tuning = replace(Tuning.of(128, torch.bfloat16, kv_dtype), decode=Launch(32, 2, 4, 4, ahead=4))
-        parts = [Part(past, 1) for past in (0, 5, 575, 1023, 8191)]
-        layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
-        check(shape, parts, device, head_dim=128, tuning=tuning, processors=None, layers=layers)
-
     @pytest.mark.parametrize(("kv_dtype", "widened_bytes"), [(None, 0), (FP8, 0), (FP8, 2**28), (FP8, 9 * 2**20)])
-    @pytest.mark.parametrize(
-        ("keys", "stages", "in_turns"),
-        [(64, None, False), (64, 4, False), (128, 2, False), (64, 4, True), (128, 2, True)],
-    )
+    @pytest.mark.parametrize(("keys", "stages"), [(64, None), (64, 4), (128, 2)])
     @pytest.mark.parametrize(
         ("block_size", "heads", "softcap"), [(16, (2, 4), None), (64, (1, 3), 0.8), (32, (16, 2), None)]
     )
-    def test_prefills_by_each_kernel(self, block_size, heads, softcap, keys, stages, in_turns, kv_dtype, widened_bytes):
+    def test_prefills_by_each_kernel(self, block_size, heads, softcap, keys, stages, kv_dtype, widened_bytes):
         shape = Shape(block_size, *heads, 600, softcap, torch.bfloat16, kv_dtype)
         device = torch.device("cuda")
         # By 9 MiB, 4 of 16 heads' keys and values are widened at a time.
         parts = [Part(0, 1), Part(0, 1000), Part(1900, 1111, image=(700, 256)), Part(3, 4), Part(0, 64)]
         layers = (LayerGroup.LOCAL, LayerGroup.GLOBAL)
-        launch = PrefillLaunch(keys, 8, 2, 1, rows=128, hopper_stages=stages, hopper_in_turns=in_turns)
+        launch = PrefillLaunch(keys, 8, 2, 1, rows=128, hopper_stages=stages)
         tuning = replace(Tuning.of(128, torch.bfloat16), prefill=launch, local_prefill=None)
         options = {"tuning": tuning, "processors": 8, "layers": layers, "widened_bytes": widened_bytes}
         check(shape, parts, device, head_dim=128, **options)

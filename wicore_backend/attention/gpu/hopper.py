@@ -119,7 +119,6 @@ class HopperPrefill:
             | {"STAGES": tuning.prefill_of(group).hopper_stages, "num_warps": 4}
             for group, of_group in options.items()
         }
-        self._in_turns = {group: tuning.prefill_of(group).hopper_in_turns for group in options}
         self.widened_bytes = widened_bytes if self._from_bytes else 0
         self._wide = torch.empty(self.widened_bytes // 2, dtype=torch.float16, device=some_pool.device)
 
@@ -135,7 +134,6 @@ class HopperPrefill:
     ) -> None:
         """Attend in the group's layer number `index`; `plan` are the kernel's tiles, tables, lowers and uppers."""
         kernel = self._kernel_of_bytes if self._from_bytes else self._kernel
-        in_turns = {} if self._from_bytes else {"IN_TURNS": self._in_turns[group]}
         rows = 2 * self._layout.block_size
         kernel[self._layout.kv_heads, num_items](
             *(q, self._boxes[group], out, log_totals, *plan),
@@ -143,7 +141,6 @@ class HopperPrefill:
             rows_in_block=self._layout.layers_in[group] * rows,
             q_token=q.stride(0),
             q_head=q.stride(1),
-            **in_turns,
             **self._options[group],
         )
 
@@ -196,7 +193,6 @@ class HopperPrefill:
                 rows_in_block=2 * size,
                 q_token=q.stride(0),
                 q_head=q.stride(1),
-                IN_TURNS=self._in_turns[group],
                 **self._options[group],
             )
 

@@ -71,7 +71,6 @@ class KernelOptions:
                 "OVERLAPPED": overlapped,
                 "ROWS": max(16, tiling.group_rows),
                 "KEYS": tuning.decode.keys,
-                "AHEAD": tuning.decode.ahead,
                 "CELL": tiling.cell,
                 "AT_ONCE": max(1, _COMBINED_AT_ONCE // (tiling.group_rows * dims)),
                 "num_warps": tuning.decode.warps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -36,16 +36,12 @@ class Launch:
         Of OpenAI Triton: warps of a program, and tiles of keys that are loaded ahead.
     fill
         Programs for each multiprocessor, so far as there is work for them.
-    ahead
-        Of a decode kernel on Hopper: tiles of keys and values that the second-level cache is asked for before the
-        step's own are there, a power of two or 0.
     """
 
     keys: int
     warps: int
     stages: int
     fill: int
-    ahead: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +56,11 @@ class PrefillLaunch(Launch):
         Of a program, where a tile's keys are shared out among several.
     hopper_stages
         Tiles that the kernel for Hopper loads ahead, on such a card; None leaves all to the one for every card.
-    hopper_in_turns
-        Whether that kernel's warpgroups give the tensor cores their products in turns.
     """
 
     rows: int
     least_keys: int = 512
     hopper_stages: int | None = None
-    hopper_in_turns: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from wicore_backend.attention.gpu.kernels.tiles import (
     add_weighted,
     as_numbers,
     as_stored,
-    ask_for,
     capped,
     load_pairs,
     load_tile,
@@ -41,23 +40,6 @@ def _as_kept(numbers, element: tl.constexpr):
     return as_numbers(as_stored(numbers, element), tl.float32)
 
 
-@triton.jit
-def _ask_for_tokens(
-    keys_at, table, start, lowest, last, block_stride,
-    TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Have keys and values from position `start` on brought to the second-level cache."""
-    ROW: tl.constexpr = KV_HEADS * HEAD_DIM
-    BYTES: tl.constexpr = HEAD_DIM * keys_at.dtype.element_ty.primitive_bitwidth // 8
-    tl.static_assert(BYTES % 16 == 0)
-    positions = start + tl.arange(0, TOKENS)
-    there = (positions >= lowest) & (positions < last)
-    blocks = tl.load(table + positions // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-    tokens = keys_at + blocks * block_stride + (positions % BLOCK_SIZE) * ROW
-    ask_for(tokens, there, BYTES)
-    ask_for(tokens + BLOCK_SIZE * ROW, there, BYTES)
-
-
 @triton.jit(do_not_specialize=["mass_row", "sequences"])
 def decode_kernel(
     q, k, v, pool, out, items, tables, mass_at, mass, partial, stats, arrived,
@@ -66,7 +48,7 @@ def decode_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, CELL: tl.constexpr,
     AT_ONCE: tl.constexpr, SOFTCAP: tl.constexpr, MEASURE: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAPPED: tl.constexpr, AHEAD: tl.constexpr = 0,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one layer for all decodes of a step. Grid: KV heads, work items.
 
@@ -91,9 +73,6 @@ def decode_kernel(
     OVERLAPPED
         The kernel may start before the one before it ends (programmatic dependent launch), and so may the next. What
         the step's plan says has been there since before the step's first kernel.
-    AHEAD
-        If OVERLAPPED: tiles of keys that the second-level cache is asked for before the kernel before ends. They are
-        those of steps before; and if any were not, they are read from there when they are.
     """
     if OVERLAPPED:
         gdc_launch_dependents()
@@ -105,12 +84,6 @@ def decode_kernel(
     table = tables + tl.load(record + 5)
     first_item, count = tl.load(record + 6), tl.load(record + 7)
     if OVERLAPPED:
-        if AHEAD:
-            last = tl.where(sequence < 0, 0, tl.minimum(end, new))
-            _ask_for_tokens(
-                pool + layer_at + head * HEAD_DIM, table, start, lowest, last, block_stride,
-                AHEAD * KEYS, KV_HEADS, HEAD_DIM, BLOCK_SIZE,
-            )  # fmt: skip
         gdc_wait()
     if sequence < 0:
         return

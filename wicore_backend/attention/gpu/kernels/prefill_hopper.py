@@ -113,13 +113,8 @@ def attend_rows(
     keys, values, keys_there, values_there, keys_free, values_free, queries,
     WARPGROUP: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_ROWS: gl.constexpr,
     HEAD_DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
-    IN_TURNS: gl.constexpr = False,
 ):  # fmt: skip
-    """A warpgroup's rows of the tile of queries; products are of the type of `keys` and `values`, 16-bit panels.
-
-    If IN_TURNS, the warpgroups give the tensor cores their products in turns: one's are all given before the other's,
-    which is at its softmax meanwhile. Behind the barriers of `keys_free` there is one for each warpgroup then.
-    """
+    """A warpgroup's rows of the tile of queries; products are of the type of `keys` and `values`, 16-bit panels."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     of_result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     of_weights: gl.constexpr = gl.DotOperandLayout(0, of_result, 2)
@@ -163,14 +158,10 @@ def attend_rows(
         before = (nth - 1) % STAGES
         phase_before = ((nth - 1) // STAGES) & 1
         mbarrier.wait(keys_there.index(stage), phase)
-        if IN_TURNS:  # The first warpgroup's first is at once.
-            mbarrier.wait(keys_free.index(STAGES + WARPGROUP), (nth + WARPGROUP) & 1)
         begun = _products(queries, keys, stage, WARPGROUP, KEYS, of_scores)
         mbarrier.wait(values_there.index(before), phase_before)
         left_begun = warpgroup_mma(weights16, values.index(before * 2), left, is_async=True)
         right_begun = warpgroup_mma(weights16, values.index(before * 2 + 1), right, is_async=True)
-        if IN_TURNS:
-            mbarrier.arrive(keys_free.index(STAGES + 1 - WARPGROUP))
         scores = warpgroup_mma_wait(2, deps=[begun])
         tl.debug_barrier()
         mbarrier.arrive(keys_free.index(stage))
@@ -209,7 +200,6 @@ def hopper_prefill_kernel(
     q, pool, out, log_totals, tiles, tables, lowers, uppers, scale, softcap, layer_row, rows_in_block, q_token, q_head,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
-    IN_TURNS: gl.constexpr = False,
 ):  # fmt: skip
     """What `prefill_kernel` is with ROWS = 128, HEAD_DIM = 128, 16-bit values and nothing shared out. Grid: the same.
 
@@ -220,8 +210,6 @@ def hopper_prefill_kernel(
         [BLOCK_SIZE, 64].
     layer_row, rows_in_block
         The layer's first row in a block, and the rows of a block.
-    IN_TURNS
-        See `attend_rows`.
     """
     head, item = gl.program_id(0), gl.program_id(1)
     record = tiles + item * _TILE
@@ -236,16 +224,13 @@ def hopper_prefill_kernel(
     values = gl.allocate_shared_memory(pool.dtype, [2 * STAGES, KEYS, 64], shared)
     keys_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES + 2 * IN_TURNS, 1], mbarrier.MBarrierLayout())
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(keys_there.index(stage), count=1)
         mbarrier.init(values_there.index(stage), count=1)
         mbarrier.init(keys_free.index(stage), count=2)
         mbarrier.init(values_free.index(stage), count=2)
-    if IN_TURNS:
-        for warpgroup in gl.static_range(2):
-            mbarrier.init(keys_free.index(STAGES + warpgroup), count=1)
     fence_async_shared()
     # Written out, since constants that are put into a variable are constants no longer.
     gl.warp_specialize(
@@ -256,7 +241,7 @@ def hopper_prefill_kernel(
                     q, out, log_totals, lowers, uppers, first_token, num_tokens, start, end, full_from, full_to, head,
                     scale, softcap, q_token, q_head,
                     keys, values, keys_there, values_there, keys_free, values_free, queries,
-                    gl.constexpr(0), KV_HEADS, GROUP, GROUP_ROWS, HEAD_DIM, KEYS, STAGES, SOFTCAP, IN_TURNS,
+                    gl.constexpr(0), KV_HEADS, GROUP, GROUP_ROWS, HEAD_DIM, KEYS, STAGES, SOFTCAP,
                 ),
             ),
             (
@@ -265,7 +250,7 @@ def hopper_prefill_kernel(
                     q, out, log_totals, lowers, uppers, first_token, num_tokens, start, end, full_from, full_to, head,
                     scale, softcap, q_token, q_head,
                     keys, values, keys_there, values_there, keys_free, values_free, queries,
-                    gl.constexpr(1), KV_HEADS, GROUP, GROUP_ROWS, HEAD_DIM, KEYS, STAGES, SOFTCAP, IN_TURNS,
+                    gl.constexpr(1), KV_HEADS, GROUP, GROUP_ROWS, HEAD_DIM, KEYS, STAGES, SOFTCAP,
                 ),
             ),
             (

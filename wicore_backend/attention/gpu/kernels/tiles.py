@@ -39,26 +39,6 @@ def token_rows(
     return rows
 
 
-@triton.constexpr_function
-def _asking(size):
-    """PTX that asks the second-level cache for so many bytes from an address on, if a number is not 0."""
-    return f"""{{
-        .reg .pred wanted;
-        setp.ne.b32 wanted, $2, 0;
-        @wanted cp.async.bulk.prefetch.L2.global [$1], {size};
-        mov.b32 $0, 0;
-    }}"""
-
-
-@triton.jit
-def ask_for(rows, there, BYTES: tl.constexpr):
-    """Have the second-level cache bring what lies from `rows` on, where `there`: on Hopper, and of no consequence."""
-    asm: tl.constexpr = _asking(BYTES)
-    tl.inline_asm_elementwise(
-        asm, "=r,l,r", [rows.to(tl.int64), there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit
 def as_stored(numbers, element: tl.constexpr):
     """Keys or values as elements of a pool."""
