@@ -196,6 +196,9 @@ def main() -> None:
     shape.add_argument("--batch-tokens", type=int, default=8192, help="of one step")
     shape.add_argument("--kv-bytes", type=int, help="of the KV cache")
     shape.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto", help="of the KV cache")
+    shape.add_argument(
+        "--prefill-dtype", choices=["auto", "fp8"], default="auto", help="of prompts' products with INT4 weights"
+    )
     shape.add_argument("--host-bytes", type=int, default=0, help="of host memory for what the KV cache gives up")
     shape.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     shape.add_argument("--json", action="store_true", help="on one line")

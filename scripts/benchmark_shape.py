@@ -74,6 +74,8 @@ def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
     """Decode step times and prefill rates of `args.shape`, by batch and by length of context."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {"shape": args.shape, "weights": args.weights, "kv": args.kv_dtype}
+    if args.weights == "int4":
+        results["prefill"] = args.prefill_dtype
     results["head"] = args.weights if args.head else "bf16"
     if device.type == "cuda":
         results["device"] = torch.cuda.get_device_name(device)
@@ -143,6 +145,7 @@ def _engine(directory: Path, args: argparse.Namespace, runs: list[tuple[int, int
         host_cache_bytes=args.host_bytes,
         kv_cache_bytes=args.kv_bytes,
         kv_cache_dtype=args.kv_dtype,
+        int4_prefill_dtype=args.prefill_dtype,
     )
     with (
         random_model(args.shape, args.weights, directory, like=args.model, head=args.head) as weight_bytes,

@@ -8,7 +8,7 @@ from typing import Any
 import triton.language as tl
 from triton.compiler import CompiledKernel
 
-from tests.compile_products import SCRATCH, compiled_product, early_loads
+from tests.compile_products import compiled_product, early_loads
 from wicore_backend.executor.int4_matrix import INT4_TILES
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, _product
 from wicore_backend.quantization.int4 import TILE_ROWS
@@ -31,7 +31,6 @@ def compiled(tile: Int4Tile, rows: int, *, gated: bool) -> CompiledKernel:
         "HAS_ZEROS": True,
         "SCALED": tile.scaled,
         "GATED": gated,
-        "RESIDENT": tile.resident > 0,
         "OVERLAPPED": True,
         "PACKED": True,
     }
@@ -41,9 +40,7 @@ def compiled(tile: Int4Tile, rows: int, *, gated: bool) -> CompiledKernel:
         "scales": "*i32",
         "zeros": "*i32",
         "out": "*fp32" if tile.splits > 1 else "*bf16",
-    } | SCRATCH
-    if not tile.resident:
-        constants |= dict.fromkeys(SCRATCH)
+    }
     return compiled_product(_product, constants, types, warps=tile.warps)
 
 

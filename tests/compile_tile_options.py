@@ -17,15 +17,10 @@ from typing import cast
 from triton.compiler import CompiledKernel
 
 from scripts.benchmark_tiles import OPTIONS
-from tests import compile_fp8_products, compile_int4_products, compile_products
-from wicore_backend.executor.kernels.int4 import Int4Tile
+from tests import compile_fp8_products, compile_products
 from wicore_backend.executor.kernels.products import Tile
 
-SOME = (
-    "gate-up: 256 first",
-    "down: 3 parts",
-    "gate-up: 256 columns stay, 2 stages",
-)
+SOME = ("gate-up: 256 first", "down: 3 parts")
 
 
 def kernels(names: set[str]) -> Iterator[tuple[str, CompiledKernel]]:
@@ -36,9 +31,7 @@ def kernels(names: set[str]) -> Iterator[tuple[str, CompiledKernel]]:
                     if isinstance(tile, str) or (names and name not in names):
                         continue
                     compiled = partial(compile_products.compiled, cast(Tile, tile))
-                    if kind == "int4":
-                        compiled = partial(compile_int4_products.compiled, cast(Int4Tile, tile))
-                    elif kind == "fp8":
+                    if kind == "fp8":
                         compiled = partial(compile_fp8_products.compiled, cast(Tile, tile))
                     yield f"{kind}:{rows} {role} {name}", compiled(rows, gated=role == "gate_up")
 

@@ -392,7 +392,7 @@ def test_keys_and_values_of_rows_that_kernels_round_have_a_name_of_their_own(of_
     layer = SimpleNamespace(qkv=plain, out=plain, gate_up=plain, down=quantized_fp8(plain) if of_fp8 else plain)
     weights = SimpleNamespace(text=SimpleNamespace(layers=[layer], head=plain))
     monkeypatch.setattr(executor_loading, "_weights", lambda *_: weights)
-    monkeypatch.setattr(cuda_executor, "CudaExecutor", lambda *_: SimpleNamespace(dtype=torch.bfloat16))
+    monkeypatch.setattr(cuda_executor, "CudaExecutor", lambda *_, **__: SimpleNamespace(dtype=torch.bfloat16))
     given = {"device": CUDA, "dtype": torch.bfloat16, "reserved_bytes": lambda: 0}
     loaded = load_executor(Choice(ExecutorName.TORCH, "tried"), EngineConfig(model=Path("model")), None, **given)
     assert _computed_in(loaded) == name

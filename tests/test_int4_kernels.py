@@ -7,21 +7,24 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.accuracy import relative_error
 from tests.gemma3_random import write_random_checkpoint
-from tests.kernel_kit import HOPPER_SHARED_MEMORY, SHAPES_OF_27B, run_alone, segments
+from tests.kernel_kit import EPS, HOPPER_SHARED_MEMORY, SHAPES_OF_27B, run_alone, segments
+from tests.peak_memory import peak_bytes
 from tests.test_int4 import random_matrix
-from wicore_backend.executor import int4_matrix
+from wicore_backend.executor import int4_matrix, matrix
 from wicore_backend.executor.cuda_executor import CudaExecutor
-from wicore_backend.executor.int4_matrix import INT4_TILES, Int4GpuMatrix
+from wicore_backend.executor.int4_matrix import INT4_TILES, Int4GpuMatrix, widened_bytes
+from wicore_backend.executor.kernels import fp8_rows
+from wicore_backend.executor.kernels.fp8_rows import Unscaled
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
 from wicore_backend.executor.kernels.int4_codes import dequantize, fp8_scale, takes
-from wicore_backend.executor.kernels.shared_tiles import arrivals
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.quantization.fp8 import FP8
+from wicore_backend.quantization.fp8 import FP8, Fp8Matrix, Fp8Rows, quantized_rows
 from wicore_backend.quantization.int4 import Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
@@ -65,29 +68,6 @@ def test_products_of_few_rows(zeros, rows, tile, dtype, kernel_device):
         gated = int4_product(x, weight, tile, gated=True)
         assert gated.dtype == dtype
         assert relative_error(gated, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("programs", [1, 4, 7])
-@pytest.mark.parametrize("rows", [1, 5, 200])
-def test_programs_that_stay_share_out_the_tiles(rows, programs, dtype, kernel_device):
-    """Three tiles of columns, and of two heights of rows, nine spans deep."""
-    weight = on(kernel_device, random_matrix(96, 9 * 64, 32, zeros=True, dtype=dtype))
-    x = torch.randn(rows, 700, device=kernel_device).mul_(0.1).to(dtype)[:, : 9 * 64]
-    tile = Int4Tile(32, 3, scaled=True, resident=programs)
-    assert tile.fits(weight)
-    theirs = x.float() @ weight.dequantized(torch.float32).T
-    assert relative_error(int4_product(x, weight, tile, result_type=torch.float32), theirs) < TOLERANCE[dtype]
-    gate, up = theirs.chunk(2, -1)
-    gated = int4_product(x, weight, tile, gated=True)
-    assert relative_error(gated, F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
-    assert not arrivals(x.device).any()
-
-
-def test_what_programs_that_stay_cannot_take_fits_no_matrix():
-    weight = random_matrix(96, 320, 32, dtype=torch.float16)
-    assert Int4Tile(32, 3, resident=1).fits(weight)
-    for other in ({"splits": 2}, {"parts": 4}, {"early": True}, {"columns": 48}):
-        assert not replace(Int4Tile(32, 3, resident=1), **other).fits(weight)
 
 
 @pytest.mark.parametrize("group", [64, 128])
@@ -144,13 +124,114 @@ def test_gate_and_up_are_widened_some_columns_of_both_at_a_time(monkeypatch, dty
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper card"
 )
 @pytest.mark.parametrize("rows", [511, 512, 3000])
-@pytest.mark.parametrize(("prompts", "most"), [("plain", 1e-2), ("one kernel", 1e-2), ("fp8", 5e-2)])
-def test_prompts_in_every_way(prompts, most, rows):
+@pytest.mark.parametrize(("fp8_prefill", "most"), [(False, 1e-2), (True, 6e-2)])
+def test_prompts_in_every_way(fp8_prefill, most, rows):
     weight = quantized_int4(torch.randn(43008, 1024, device="cuda").bfloat16())
     x = torch.randn(rows, 1024, device="cuda").bfloat16()
     gate, up = (x.float() @ weight.dequantized(torch.float32).T).chunk(2, -1)
-    ours = Int4GpuMatrix("gate_up", weight, prompts=prompts)(x)
+    ours = Int4GpuMatrix("gate_up", weight, fp8_prefill=fp8_prefill)(x)
     assert relative_error(ours, F.gelu(gate, approximate="tanh") * up) < most
+
+
+@pytest.fixture
+def anywhere_in_fp8(monkeypatch):
+    """As on a card that multiplies FP8: PyTorch does on a CPU, too."""
+    monkeypatch.setattr(int4_matrix, "multiplies_in_fp8", takes)
+
+
+def in_fp8(weight: Int4Matrix) -> Tensor:
+    """float32 [N, K]: what a matrix stands for that is rounded to FP8 as a whole, the plain twin."""
+    scale = fp8_scale(weight)
+    return Fp8Matrix(
+        (weight.dequantized(torch.float32) * scale.reciprocal()[:, None]).to(FP8), scale, torch.bfloat16
+    ).dequantized(torch.float32)
+
+
+@pytest.mark.usefixtures("anywhere_in_fp8")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("role", ["qkv", "out", "gate_up", "down"])
+def test_prompts_in_fp8_are_products_of_rows_and_weights_in_fp8(role, bias, kernel_device):
+    """Rows that are quantised here, and rows that already were; with scales, and with scales left to who reads it."""
+    weight = on(kernel_device, random_matrix(64, 320, 32, zeros=True, dtype=torch.bfloat16))
+    added = torch.randn(64, device=kernel_device).bfloat16() if bias else None
+    matrix = Int4GpuMatrix(role, weight, added, fp8_prefill=True)
+    x = torch.randn(MAX_ROWS + 1, 320, device=kernel_device).bfloat16()
+    rows = quantized_rows(x)
+    exact = rows.dequantized() @ in_fp8(weight).T + (0 if added is None else added.float())
+    unscaled = matrix.unscaled(x)
+    assert isinstance(unscaled, Unscaled) == (role != "qkv" and not bias)
+    if isinstance(unscaled, Unscaled):
+        unscaled = unscaled.scaled()
+    assert relative_error(unscaled, exact) < 1e-2
+    if role == "gate_up":
+        gate, up = exact.chunk(2, -1)
+        exact = F.gelu(gate, approximate="tanh") * up
+    for given in (x, rows):
+        assert matrix(given).dtype == torch.bfloat16
+        assert relative_error(matrix(given), exact) < 1e-2
+
+
+@pytest.mark.usefixtures("anywhere_in_fp8")
+@pytest.mark.parametrize("role", INT4_TILES)
+@pytest.mark.parametrize("rows", [1, 17, MAX_ROWS])
+def test_few_rows_and_the_head_are_not_multiplied_in_fp8(role, rows, kernel_device):
+    weight = on(kernel_device, random_matrix(64, 320, 32, dtype=torch.bfloat16))
+    plain, narrow = Int4GpuMatrix(role, weight), Int4GpuMatrix(role, weight, fp8_prefill=True)
+    x = torch.randn(rows, 320, device=kernel_device).bfloat16()
+    assert torch.equal(narrow(x), plain(x))
+    assert not narrow.takes_fp8(rows)
+    assert narrow.takes_fp8(MAX_ROWS + 1) == (role != "head")
+
+
+@pytest.mark.usefixtures("anywhere_in_fp8")
+def test_a_layer_hands_its_rows_on_in_fp8(kernel_device):
+    """From each norm and from GELU to the product that reads them; with what none of them takes, as it was."""
+    down_by_up = {"out": (64, 64), "gate_up": (128, 64), "down": (64, 64)}
+    weights = {
+        role: on(kernel_device, random_matrix(*shape, 32, dtype=torch.bfloat16)) for role, shape in down_by_up.items()
+    }
+    norm = torch.ones(64, device=kernel_device)
+    x, residual = (torch.randn(MAX_ROWS + 2, 64, device=kernel_device).bfloat16() for _ in range(2))
+
+    def layer(*, fp8_prefill: bool) -> tuple[list[type], Tensor]:
+        of = {role: Int4GpuMatrix(role, weight, fp8_prefill=fp8_prefill) for role, weight in weights.items()}
+        hidden, normed = matrix.add_norm(of["out"], x, residual, norm, norm, EPS, reader=of["gate_up"])
+        fed = matrix.gated(of["gate_up"], normed, reader=of["down"])
+        hidden, last = matrix.add_norm(of["down"], fed, hidden, norm, norm, EPS, reader=of["out"])
+        return [type(rows) for rows in (normed, fed, last)], hidden
+
+    kinds, hidden = layer(fp8_prefill=True)
+    assert kinds == [Fp8Rows] * 3
+    exact_kinds, exact = layer(fp8_prefill=False)
+    assert exact_kinds == [Tensor] * 3
+    assert 1e-3 < relative_error(hidden, exact) < 6e-2
+
+
+@pytest.mark.usefixtures("anywhere_in_fp8")
+@pytest.mark.parametrize("fp8_prefill", [False, True])
+@pytest.mark.parametrize(("role", "shape"), [("gate_up", (256, 128)), ("down", (128, 128))])
+def test_what_widening_takes_is_what_is_stated(role, shape, fp8_prefill, monkeypatch):
+    """Of the memory around kernels, which take none, where a CPU's operators have more."""
+    monkeypatch.setattr(int4_matrix, "_WIDENED_AT_ONCE", 16 * 128)
+    monkeypatch.setattr(int4_matrix, "dequantize", lambda *_, **__: None)
+    monkeypatch.setattr(int4_matrix, "gated", lambda whole: whole.new_empty(len(whole), whole.shape[1] // 2))
+    monkeypatch.setattr(
+        fp8_rows, "quantize_rows", lambda x: Fp8Rows(torch.empty(x.shape, dtype=FP8), torch.empty(len(x)))
+    )
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda x, y, *, out_dtype, **_: x.new_empty(len(x), y.shape[1], dtype=out_dtype)
+    )
+    monkeypatch.setattr(torch, "mm", lambda *_, **__: None)
+    rows, (outputs, inputs) = MAX_ROWS + 2, shape
+    weight = random_matrix(outputs, inputs, 32, dtype=torch.bfloat16)
+    matrix = Int4GpuMatrix(role, weight, tiles={}, fp8_prefill=fp8_prefill)
+    x = torch.zeros(rows, inputs).bfloat16()
+    stated = widened_bytes(weight, fp8_prefill=fp8_prefill)
+    assert stated == (outputs * inputs if fp8_prefill else 2 * 16 * inputs)
+    results = 2 * rows * (outputs * 3 // 2 if role == "gate_up" else outputs)
+    operand = rows * inputs if fp8_prefill and role == "down" else 0  # Those in 16 bits are GELU's, which are gone.
+    taken = peak_bytes(lambda: matrix(x))
+    assert stated + 2 * rows * outputs <= taken <= stated + results + operand + 4096
 
 
 def test_scales_of_another_type_than_the_rows(dtype, kernel_device):

@@ -1,4 +1,4 @@
-"""The tilings that are still to be timed: each fits, compiles for Hopper, and goes the way that times it."""
+"""The tilings that are compared with those in use: each fits, compiles for Hopper, and goes the way that times it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from scripts import benchmark_tiles
 from scripts.benchmark_tiles import CARD, OPTIONS
 from tests.kernel_kit import HOPPER_SHARED_MEMORY, run_alone
-from wicore_backend.quantization.int4 import Int4Matrix
 
 
 def test_every_option_fits_the_matrices_of_the_27b_model():
@@ -19,12 +18,8 @@ def test_every_option_fits_the_matrices_of_the_27b_model():
             for name, tiles in options.items():
                 for role, tile in tiles.items():
                     rows, columns = CARD.of(role)
-                    if isinstance(tile, str):
-                        continue
-                    if kind == "int4":
-                        codes = torch.empty(rows // 16, columns // 256, 16, 32, dtype=torch.int32, device="meta")
-                        scales = torch.empty(rows // 16, columns // 256, 16, 2, dtype=torch.bfloat16, device="meta")
-                        assert tile.fits(Int4Matrix(codes, scales, None, torch.bfloat16)), name
+                    if tile == "fp8":
+                        assert kind == "int4", name
                     else:
                         weight = torch.empty(rows, columns, device="meta")
                         assert tile.fits(weight, gated=role == "gate_up"), name
@@ -33,7 +28,7 @@ def test_every_option_fits_the_matrices_of_the_27b_model():
 def test_options_of_each_kind_compile_for_hopper_and_bring_tiles_ahead():
     """A loop that is not pipelined, as one with a barrier in it, has no asynchronous copies."""
     lines = [line.split(maxsplit=3) for line in run_alone("tests.compile_tile_options").splitlines()]
-    assert {name.split(":")[0] for *_, name in lines} == set(OPTIONS)
+    assert {name.split(":")[0] for *_, name in lines} == {"bf16", "fp8"}, "INT4 has none but tilings in use"
     for shared, products, copies, name in lines:
         assert int(shared) <= HOPPER_SHARED_MEMORY, name
         assert int(products) > 0, name
@@ -44,7 +39,7 @@ def test_options_are_checked_and_timed_in_turns(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("the kernels are compiled here; the dry way is that of the interpreter")
     written = tmp_path / "tiles.json"
-    benchmark_tiles.main(["bf16:16", "fp8:16", "int4:16", "--dry", "--json", str(written)])
+    benchmark_tiles.main(["bf16:16", "fp8:16", "int4:512", "--dry", "--json", str(written)])
     rows = json.loads(written.read_text())
     assert [row["option"] for row in rows if row["kind"] == "fp8"][:3] == ["in use", "in parts", "narrow"]
     assert all(row["us"] > 0 and not row.get("wrong") for row in rows)

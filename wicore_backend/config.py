@@ -73,6 +73,12 @@ class EngineConfig(Settings):
     reads and copies, each number rounded to 4 significant bits. Blocks then go to host memory and disk as they are, so
     that `host_cache_codec` and `nvme_codec` have to be exact."""
 
+    int4_prefill_dtype: Literal["auto", "fp8"] = "auto"
+    """In what a prompt's tokens are multiplied by a checkpoint's INT4 weights, with the executor torch on CUDA; auto is
+    `dtype`. fp8 (e4m3) is LOSSY: in steps of more than 128 tokens weights are rounded once more and activations, too,
+    each row by a scale of its own, and tensor cores multiply them at twice the rate. It takes bfloat16 and a card from
+    Ada on; elsewhere it stays at auto, with a warning. Steps of fewer tokens, as of most decodes, are as with auto."""
+
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of one operator; None is PyTorch's choice, and in a server one less than the CPUs."""
 

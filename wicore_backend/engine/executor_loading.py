@@ -27,6 +27,7 @@ from wicore_backend.models.gemma3.weight_format import weight_format
 from wicore_backend.models.gemma3.weights import Gemma3Weights
 from wicore_backend.observability.progress import ByteProgress
 from wicore_backend.quantization.fp8 import Fp8Matrix
+from wicore_backend.quantization.int4 import Int4Matrix
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +86,10 @@ def load_executor(
     CheckpointError, SegmentError, ExecutorError
         If what it is made of is missing, broken, or another model's.
     """
+    if settings.int4_prefill_dtype == "fp8" and (choice.name is not ExecutorName.TORCH or device.type != "cuda"):
+        _log.warning(
+            "int4_prefill_dtype = 'fp8' is for the executor torch on CUDA, not for %s on %s", choice.name, device
+        )
     match choice.name:
         case ExecutorName.TORCH:
             return _torch(settings, config, device, dtype)
@@ -109,23 +114,39 @@ def _torch(settings: EngineConfig, config: Gemma3Config, device: torch.device, d
         )
     weights = _weights(settings, config, device, dtype)
     if device.type == "cuda" and find_spec("triton") is not None:
-        # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
-        from wicore_backend.executor.cuda_executor import CudaExecutor
-        from wicore_backend.executor.matrix import widened_bytes
-
-        matrices = [m for layer in weights.text.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        return LoadedExecutor(
-            CudaExecutor(config, weights),
-            # One row is multiplied as it is, which engines do not do.
-            multiplies="fp8 beyond one row" if any(isinstance(m, Fp8Matrix) for m in matrices) else "",
-            widened_matrix=max(map(widened_bytes, matrices)),
-            widened_head=widened_bytes(weights.text.head),
-        )
+        return _by_kernels(settings, config, weights)
     if device.type == "cuda":
         _log.warning(
             "no OpenAI Triton (pip install triton): computing by PyTorch's own kernels, at a fraction of speed"
         )
     return LoadedExecutor(TorchExecutor(config, weights))
+
+
+def _by_kernels(settings: EngineConfig, config: Gemma3Config, weights: Gemma3Weights) -> LoadedExecutor:
+    # Imported where they are used: OpenAI Triton takes a second, and has no business on a machine without a GPU.
+    from wicore_backend.executor.cuda_executor import CudaExecutor
+    from wicore_backend.executor.int4_matrix import multiplies_in_fp8
+    from wicore_backend.executor.kernels.int4 import MAX_ROWS
+    from wicore_backend.executor.matrix import widened_bytes
+
+    matrices = [m for layer in weights.text.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    fp8_prefill = settings.int4_prefill_dtype == "fp8"
+    if fp8_prefill and not any(isinstance(m, Int4Matrix) and multiplies_in_fp8(m) for m in matrices):
+        _log.warning(
+            "int4_prefill_dtype = 'fp8' is for INT4 weights in bfloat16 on cards from Ada on: %s has none here, and is "
+            "multiplied in %s",
+            *(settings.model.name, weights.text.embedding.dtype),
+        )
+        fp8_prefill = False
+    # Fewer rows are multiplied as they are, which engines do not do.
+    narrow = ["fp8 beyond one row"] if any(isinstance(m, Fp8Matrix) for m in matrices) else []
+    narrow += [f"int4 in fp8 beyond {MAX_ROWS} rows"] if fp8_prefill else []
+    return LoadedExecutor(
+        CudaExecutor(config, weights, fp8_prefill=fp8_prefill),
+        multiplies=", ".join(narrow),
+        widened_matrix=max(widened_bytes(matrix, fp8_prefill=fp8_prefill) for matrix in matrices),
+        widened_head=widened_bytes(weights.text.head),
+    )
 
 
 def _onnx(settings: EngineConfig, config: Gemma3Config, device: torch.device) -> LoadedExecutor:

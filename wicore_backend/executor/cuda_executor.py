@@ -8,6 +8,8 @@ For one token on Hopper, a layer's end and the next one's beginning are one kern
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,15 @@ from wicore_backend.quantization.fp8 import Rows
 
 
 class CudaExecutor:
-    """`Executor` on a GPU, in the type of `weights`. To be used under `torch.inference_mode()`."""
+    """`Executor` on a GPU, in the type of `weights`. To be used under `torch.inference_mode()`.
 
-    def __init__(self, config: Gemma3Config, weights: Gemma3Weights) -> None:
+    Parameters
+    ----------
+    fp8_prefill
+        Whether layers' INT4 matrices multiply many rows in FP8, where they can.
+    """
+
+    def __init__(self, config: Gemma3Config, weights: Gemma3Weights, *, fp8_prefill: bool = False) -> None:
         text = weights.text
         self.device = text.embedding.device
         self.dtype = self.residual = text.embedding.dtype
@@ -34,7 +42,7 @@ class CudaExecutor:
         self._vision = weights.vision
         self._embedding = text.embedding
         self._embedding_scale = embedding_scale(config.text.hidden_size, self.dtype)
-        self._layers = tuple(_Layer(config, layer) for layer in text.layers)
+        self._layers = tuple(_Layer(config, layer, fp8_prefill=fp8_prefill) for layer in text.layers)
         self._norm = text.norm
         self._eps = config.text.rms_norm_eps
         self._head = matrix_of("head", text.head)
@@ -76,17 +84,18 @@ class CudaExecutor:
 class _Layer:
     """One decoder layer, cut at its attention."""
 
-    def __init__(self, config: Gemma3Config, weights: LayerWeights) -> None:
+    def __init__(self, config: Gemma3Config, weights: LayerWeights, *, fp8_prefill: bool = False) -> None:
         text = config.text
+        of = partial(matrix_of, fp8_prefill=fp8_prefill)
         self._heads_shape = (-1, text.qkv_heads, text.head_dim)
         self._heads = [text.num_heads, text.num_kv_heads, text.num_kv_heads]
         self._eps = text.rms_norm_eps
         self._weights = weights
         self.input_norm = weights.input_norm
-        self.qkv = matrix_of("qkv", weights.qkv, weights.qkv_bias)
-        self._out = matrix_of("out", weights.out, weights.out_bias)
-        self._gate_up = matrix_of("gate_up", weights.gate_up)
-        self._down = matrix_of("down", weights.down)
+        self.qkv = of("qkv", weights.qkv, weights.qkv_bias)
+        self._out = of("out", weights.out, weights.out_bias)
+        self._gate_up = of("gate_up", weights.gate_up)
+        self._down = of("down", weights.down)
 
     def before_attention(self, normed: Rows, cos: Tensor, sin: Tensor) -> QKV:
         """`normed` is the layer's input after its norm."""

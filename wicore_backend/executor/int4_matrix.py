@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wicore_backend.executor.kernels.fp8_rows import quantize_rows
-from wicore_backend.executor.kernels.int4 import Int4Tile, int4_product
+from wicore_backend.executor.fp8_matrix import UNSCALED_ROWS
+from wicore_backend.executor.kernels import fp8_rows
+from wicore_backend.executor.kernels.fp8_rows import Unscaled
+from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
 from wicore_backend.executor.kernels.int4_codes import dequantize, fp8_scale, takes
-from wicore_backend.executor.kernels.shared_tiles import COLUMNS
+from wicore_backend.executor.kernels.shared_tiles import COLUMNS, parts_bytes
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
 from wicore_backend.executor.tile_choice import TileChoice
-from wicore_backend.quantization.fp8 import FP8, Rows
+from wicore_backend.quantization.fp8 import FP8, Fp8Rows, Rows
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
 INT4_TILES: Mapping[Role, Mapping[int, Int4Tile]] = {
@@ -54,30 +55,36 @@ Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/int4.md); `scr
 them again.
 """
 
-Prompts = Literal["plain", "one kernel", "fp8"]
-"""How more rows than the kernels take are multiplied by a matrix that is widened first.
-
-In 16 bits by cuBLAS; likewise, but gate and up in one kernel with GELU, as 16-bit weights are (`gated_hopper.py`); or
-in FP8, rows, too: twice the tensor cores' rate, and each weight is rounded once more, by 2.6% on average beside the 10%
-that it lost when it became INT4.
-"""
-
 _WIDENED_AT_ONCE = 2**27
 """Elements of a matrix that are widened for cuBLAS at a time, at most: 256 MiB in 16 bits."""
 
 _ONE_KERNEL_ROWS = 512
-"""From as many on, four tiles of rows, `gated_hopper` fills the card with half of the columns at a time, too."""
+"""From as many on, four tiles of rows, `gated_hopper` fills the card with half of the columns at a time, too, and is
+quicker than cuBLAS with GELU after it: measured as the tilings were."""
 
 _PLAIN_WIDENING_BYTES = 16
 """For each element of a matrix that the kernels do not take, at most, while it is widened by PyTorch's operators."""
 
 
-def widened_bytes(weight: Int4Matrix) -> int:
-    """Memory that a product of more rows than the kernels take has besides its operands and its result."""
+def multiplies_in_fp8(weight: Int4Matrix) -> bool:
+    """Whether cuBLAS multiplies what `weight` is widened to in FP8: in bfloat16, on Ada and later cards."""
+    on_card = weight.dtype is torch.bfloat16 and weight.codes.is_cuda and takes(weight)
+    return on_card and torch.cuda.get_device_capability(weight.device) >= (8, 9)
+
+
+def widened_bytes(weight: Int4Matrix, *, fp8_prefill: bool = False) -> int:
+    """Memory that a product of more rows than the kernels take has besides its operands and its result.
+
+    In FP8, with `fp8_prefill`, a matrix is widened whole. Its rows take no more than the result of GELU, which is not
+    there yet, or its operand in 16 bits, which is not there any more.
+    """
     rows, columns = weight.shape
     if not takes(weight):
         return rows * columns * _PLAIN_WIDENING_BYTES
-    return min(rows, _widened_tiles(columns) * TILE_ROWS) * columns * weight.dtype.itemsize
+    in_parts = min(rows, _widened_tiles(columns) * TILE_ROWS) * columns * weight.dtype.itemsize
+    if overlaps(weight.codes):
+        in_parts += parts_bytes(weight.device)  # Of the kernel for gate and up.
+    return max(in_parts, rows * columns * FP8.itemsize) if fp8_prefill else in_parts
 
 
 def _widened_tiles(columns: int) -> int:
@@ -86,14 +93,17 @@ def _widened_tiles(columns: int) -> int:
 
 
 class Int4GpuMatrix:
-    """`Matrix` of an `Int4Matrix`: few rows by kernels that read its codes, more by cuBLAS on what they stand for.
+    """`Matrix` of an `Int4Matrix`: few rows by kernels that read its codes, more by what they stand for, widened.
+
+    That is multiplied in 16 bits by cuBLAS, part by part; gate and up of many rows on Hopper in one kernel with GELU.
 
     Parameters
     ----------
     tiles
         By the largest number of rows, the tiling to take on any card; by default, on Hopper, those of `INT4_TILES`.
-    prompts
-        For more rows than that.
+    fp8_prefill
+        Of more rows than `MAX_ROWS`, if it `multiplies_in_fp8` and is not the head, both are multiplied in FP8, each
+        with a scale of its row: at twice the rate, each weight rounded once more, by 2.6% beside INT4's 10%.
     """
 
     def __init__(
@@ -103,7 +113,7 @@ class Int4GpuMatrix:
         bias: Tensor | None = None,
         *,
         tiles: Mapping[int, Int4Tile] | None = None,
-        prompts: Prompts = "plain",
+        fp8_prefill: bool = False,
     ) -> None:
         self._role = role
         self._weight = weight
@@ -115,29 +125,53 @@ class Int4GpuMatrix:
         of_rows = {most: (tile,) for most, tile in tiles.items()} if streamed else {}
         self._tile = TileChoice(of_rows, lambda tile: tile.fits(weight))
 
-        self._gated: Callable[..., Tensor] | None = None
         self._fp8_scale: Tensor | None = None
-        if self._by_kernels and bias is None and overlaps(weight.codes) and role != "head":
-            if prompts == "fp8" and weight.dtype is torch.bfloat16:
-                self._fp8_scale = fp8_scale(weight)
-            elif prompts == "one kernel" and role == "gate_up":
-                # Imported where it is used: it is written in a language for such cards alone.
-                from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
+        self._one = torch.ones((), device=weight.device)
+        if fp8_prefill and role != "head" and multiplies_in_fp8(weight):
+            self._fp8_scale = fp8_scale(weight)
+        self._gated: Callable[..., Tensor] | None = None
+        if self._by_kernels and bias is None and role == "gate_up" and overlaps(weight.codes):
+            # Imported where it is used: it is written in a language for such cards alone.
+            from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
 
-                self._gated = gated_product if fits(weight) else None
+            self._gated = gated_product if fits(weight) else None
+
+    def takes_fp8(self, rows: int) -> bool:
+        """Whether a product with so many rows is of rows in FP8, which this quantises unless they already are."""
+        return self._fp8_scale is not None and rows > MAX_ROWS
 
     def __call__(self, x: Rows) -> Tensor:
-        assert isinstance(x, Tensor), "only an FP8 matrix is given rows in FP8"
+        if self._fp8_scale is not None and self.takes_fp8(len(x)):
+            product = self._scaled(self._read(x), self._fp8_scale)
+            return gated(product) if self._role == "gate_up" else product
+        assert isinstance(x, Tensor), "only a product in FP8 is given rows in FP8"
         tile = self._tile(len(x))
         if tile is not None:
             result_type = torch.float32 if self._role == "head" else x.dtype
             return int4_product(x, self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
         if self._gated is not None and len(x) >= _ONE_KERNEL_ROWS:
             return self._gated_in_parts(x, self._gated)
-        whole = self._whole(x) if self._fp8_scale is None else self._whole_in_fp8(x, self._fp8_scale)
+        whole = self._whole(x)
         if self._role == "gate_up":
             return gated(whole)
         return whole.float() if self._role == "head" else whole
+
+    def gated(self, x: Rows, *, reader: Int4GpuMatrix) -> Rows:
+        """What a call gives, gate and up; in FP8 if that is what both it and `reader` take."""
+        if self.takes_fp8(len(x)) and reader.takes_fp8(len(x)):
+            return fp8_rows.gated(self.unscaled(x))
+        return self(x)
+
+    def unscaled(self, x: Rows) -> Tensor | Unscaled:
+        """What a call gives but for GELU in FP8, then without its scales where that is quicker."""
+        scale = self._fp8_scale
+        if scale is None or not self.takes_fp8(len(x)):
+            return self(x)
+        rows = self._read(x)
+        if self._bias is not None or len(rows) > UNSCALED_ROWS.get(self._role, 0):
+            return self._scaled(rows, scale)
+        product = self._in_fp8(rows, scale, of_rows=self._one, of_columns=self._one)
+        return Unscaled(product, rows.scale, scale)
 
     def _whole(self, x: Tensor) -> Tensor:
         """x W^T + b, [T, N], of the widened matrix."""
@@ -170,15 +204,22 @@ class Int4GpuMatrix:
             gated_product(x, both, out=out[:, first:last])
         return out
 
-    def _whole_in_fp8(self, x: Tensor, scale: Tensor) -> Tensor:
-        """x W^T, [T, N], of rows and a matrix in FP8: of the layers', the largest is 231 MB."""
-        values = torch.empty(self._weight.shape, dtype=torch.uint8, device=x.device)
+    def _read(self, x: Rows) -> Fp8Rows:
+        return fp8_rows.quantize_rows(x) if isinstance(x, Tensor) else x
+
+    def _scaled(self, rows: Fp8Rows, scale: Tensor) -> Tensor:
+        """x W^T + b, [T, N], of rows and a matrix in FP8."""
+        product = self._in_fp8(rows, scale, of_rows=rows.scale[:, None], of_columns=scale[None, :])
+        return product if self._bias is None else product.add_(self._bias)
+
+    def _in_fp8(self, rows: Fp8Rows, scale: Tensor, *, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+        """The product with the matrix, widened under `scale`, times what is `of_rows` and `of_columns`."""
+        values = torch.empty(self._weight.shape, dtype=torch.uint8, device=scale.device)
         dequantize(self._weight, values, scale=scale)
-        rows = quantize_rows(x)
         return torch._scaled_mm(
             *(rows.values, values.view(FP8).T),
-            scale_a=rows.scale[:, None],
-            scale_b=scale[None, :],
-            out_dtype=x.dtype,
+            scale_a=of_rows,
+            scale_b=of_columns,
+            out_dtype=self._weight.dtype,
             use_fast_accum=True,
         )

@@ -16,14 +16,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from wicore_backend.executor.kernels.int4_codes import high, low, lowered, scale_type
-from wicore_backend.executor.kernels.shared_tiles import (
-    at_step,
-    last_to_arrive,
-    place,
-    resident_launch,
-    share_of,
-    sum_of_parts,
-)
 from wicore_backend.executor.kernels.small import gelu, overlaps
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
@@ -49,9 +41,6 @@ class Int4Tile:
         Whether the first span is loaded into registers before the kernel's input is there.
     scaled
         Whether codes are scaled before they are multiplied: rounded once more.
-    resident
-        Programs of a multiprocessor that take tile after tile, as `shared_tiles` shares them out; 0 for a program each
-        tile. Without parts, splits and what is early. They take any number of rows, `MAX_ROWS` in a tile.
     """
 
     columns: int
@@ -61,13 +50,10 @@ class Int4Tile:
     splits: int = 1
     early: bool = False
     scaled: bool = False
-    resident: int = 0
 
     def fits(self, weight: Int4Matrix) -> bool:
         """Whether `weight` has a whole number of tiles."""
-        apart = self.parts > 1 or self.splits > 1 or self.early
-        whole = weight.shape[0] % self.columns == 0
-        return whole and not (self.resident and (apart or self.columns % (2 * TILE_ROWS)))
+        return weight.shape[0] % self.columns == 0
 
 
 @triton.jit
@@ -135,86 +121,8 @@ def load_span(codes, scales, zeros, there, UNEVEN: tl.constexpr, HAS_ZEROS: tl.c
     return loaded[0], loaded[1], zero
 
 
-@triton.jit
-def _take_tiles(
-    x,
-    codes,
-    scales,
-    zeros,
-    out,
-    rows,
-    columns,
-    spans,
-    x_stride,
-    parts,
-    arrived,
-    shared,
-    shares,
-    units,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    SCALE: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATED: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Of a program that stays: all its tiles are one loop, so that the next one's are brought while one ends.
-
-    From `parts` on, what `resident_launch` gives.
-    """
-    QUARTER: tl.constexpr = GROUP // 2
-    WIDTH: tl.constexpr = COLUMNS // (1 + GATED)
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    start, part_steps, in_all = share_of(program, programs, shared, shares, units, spans)
-    row_tiles, column_tiles = tl.cdiv(rows, ROWS), columns // WIDTH
-    lane, row, inner = tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, QUARTER)
-    if GATED:  # Eight of gate's, eight of up's: a thread has the sums of rows that are eight apart.
-        column, half = lane // 16 * 8 + lane % 8, lane // 8 % 2
-    else:
-        column, half = lane, lane * 0
-    group_rows = column // TILE_ROWS + half * (columns // TILE_ROWS)
-    line = (group_rows * (spans * TILE_ROWS) + column % TILE_ROWS)[:, None]
-    if OVERLAPPED:
-        gdc_wait()
-    total = tl.zeros([COLUMNS, ROWS], tl.float32)
-    for nth in tl.range(0, in_all, num_stages=STAGES):
-        tile, span, in_part, ends = at_step(nth, program, programs, shared, shares, start, part_steps, spans)
-        tile_row, tile_column = place(tile, row_tiles, column_tiles)
-        first_line = (tile_column * (WIDTH // TILE_ROWS) * spans + span) * TILE_ROWS
-        code_at = codes + first_line.to(tl.int64) * QUARTER + (line * QUARTER + inner[None, :])
-        loaded = load_span(code_at, scales + first_line + line, zeros + first_line + line, True, False, HAS_ZEROS)
-        of_rows = tile_row * ROWS + row
-        keep = (of_rows < rows)[None, :]
-        x_here = x + of_rows.to(tl.int64)[None, :] * x_stride + (span * (4 * QUARTER) + inner)[:, None]
-        total = add_span(total, loaded, x_here, keep, QUARTER, SCALE, HAS_ZEROS, SCALED, PACKED)
-        if ends:
-            whole = nth >= part_steps
-            if in_part:
-                of_sum = lane[:, None] * ROWS + row[None, :]
-                tl.store(parts + program * (COLUMNS * ROWS) + of_sum, total)
-                whole = last_to_arrive(arrived, tile, shares)
-                if whole:
-                    theirs = parts + tile * shares * (COLUMNS * ROWS) + of_sum
-                    total = sum_of_parts(theirs, COLUMNS * ROWS, shares, total)
-            if whole:
-                result = total
-                if GATED:
-                    pairs = tl.permute(tl.reshape(total, [COLUMNS // 16, 2, 8, ROWS]), [0, 2, 3, 1])
-                    gate, up = tl.split(pairs)
-                    result = tl.reshape(gelu(gate) * up, [WIDTH, ROWS])
-                of_width = tile_column * WIDTH + tl.arange(0, WIDTH)
-                at = out + of_rows.to(tl.int64)[None, :] * columns + of_width[:, None]
-                tl.store(at, result.to(out.dtype.element_ty), mask=keep)
-            total = tl.zeros_like(total)
-
-
-@triton.jit
-def _one_tile(
+@triton.jit(do_not_specialize=["rows"])
+def _product(
     x,
     codes,
     scales,
@@ -241,7 +149,8 @@ def _one_tile(
     OVERLAPPED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Of a program that has one tile, or a part of its depth."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
     QUARTER: tl.constexpr = GROUP // 2
     lane = tl.arange(0, COLUMNS)
     if GATED:
@@ -294,61 +203,12 @@ def _one_tile(
     tl.store(at, total.to(out.dtype.element_ty), mask=(row < rows)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "shared", "shares", "units"])
-def _product(
-    x,
-    codes,
-    scales,
-    zeros,
-    out,
-    rows,
-    columns,
-    spans,
-    x_stride,
-    parts,
-    arrived,
-    shared,
-    shares,
-    units,
-    ROWS: tl.constexpr,
-    ONE_ROW: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
-    STAGES: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    UNEVEN: tl.constexpr,
-    SCALE: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATED: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    if OVERLAPPED:
-        gdc_launch_dependents()
-    if RESIDENT:
-        _take_tiles(
-            x, codes, scales, zeros, out, rows, columns, spans, x_stride, parts, arrived, shared, shares, units,
-            ROWS, COLUMNS, GROUP, TILE_ROWS, STAGES, SCALE, HAS_ZEROS, SCALED, GATED, OVERLAPPED, PACKED,
-        )  # fmt: skip
-    else:
-        _one_tile(
-            x, codes, scales, zeros, out, rows, columns, spans, x_stride,
-            ROWS, ONE_ROW, COLUMNS, GROUP, TILE_ROWS, EARLY, STAGES, PARTS, SPLITS, UNEVEN,
-            SCALE, HAS_ZEROS, SCALED, GATED, OVERLAPPED, PACKED,
-        )  # fmt: skip
-
-
 def int4_product(
     x: Tensor, weight: Int4Matrix, tile: Int4Tile, *, gated: bool = False, result_type: torch.dtype | None = None
 ) -> Tensor:
     """x W^T of `x` [T, K] and `weight` [N, K]: [T, N], or its parts, float32 [tile.splits, T, N].
 
-    T is `MAX_ROWS` at most, but for programs that stay.
+    T is `MAX_ROWS` at most.
 
     Parameters
     ----------
@@ -368,18 +228,10 @@ def int4_product(
         out = x.new_empty(rows, columns, dtype=result_type or x.dtype)
     overlapped = overlaps(x)
     zeros = weight.scales if weight.zeros is None else weight.zeros
-    tile_rows = max(8, int(triton.next_power_of_2(min(rows, MAX_ROWS))))
-    tiles = columns * (1 + gated) // tile.columns
-    grid: tuple[int, ...] = (tiles, tile.splits)
-    scratch: tuple[Tensor | int | None, ...] = (None,) * 5
-    if tile.resident:
-        tiles *= triton.cdiv(rows, tile_rows)
-        values = tile.columns * tile_rows
-        grid, scratch = resident_launch(tiles, steps=spans, resident=tile.resident, values=values, device=x.device)
-    _product[grid](
+    _product[(columns * (1 + gated) // tile.columns, tile.splits)](
         *(x, weight.codes.view(torch.int16), weight.scales.view(torch.int32), zeros.view(torch.int32), out),
-        *(rows, columns, spans, x.stride(0), *scratch),
-        ROWS=tile_rows,
+        *(rows, columns, spans, x.stride(0)),
+        ROWS=max(8, int(triton.next_power_of_2(rows))),
         ONE_ROW=rows == 1,
         COLUMNS=tile.columns,
         GROUP=weight.group,
@@ -393,7 +245,6 @@ def int4_product(
         HAS_ZEROS=weight.zeros is not None,
         SCALED=tile.scaled,
         GATED=gated,
-        RESIDENT=tile.resident > 0,
         OVERLAPPED=overlapped,
         PACKED=x.is_cuda,
         num_warps=tile.warps,

@@ -108,7 +108,7 @@ def _dequantize(
     TILE_ROWS: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
-    inverses=None,
+    narrow_scales=None,
 ):
     QUARTER: tl.constexpr = GROUP // 2
     span = tl.program_id(0)
@@ -128,10 +128,10 @@ def _dequantize(
         value = (value - (zero_0 if quarter < 2 else zero_1)) * (
             low(scale, SCALE) if quarter < 2 else high(scale, SCALE)
         )
-        if inverses is None:
+        if narrow_scales is None:
             tl.store(at + quarter * QUARTER, value.to(out.dtype.element_ty))
         else:
-            inverse = tl.load(inverses + tl.program_id(1) * TILE_ROWS + row)
+            inverse = tl.div_rn(1.0, tl.load(narrow_scales + tl.program_id(1) * TILE_ROWS + row))
             tl.store(at + quarter * QUARTER, e4m3_of(value * inverse))
 
 
@@ -156,6 +156,6 @@ def dequantize(weight: Int4Matrix, out: Tensor, *, scale: Tensor | None = None) 
         TILE_ROWS=TILE_ROWS,
         SCALE=scale_type(weight),
         HAS_ZEROS=weight.zeros is not None,
-        inverses=None if scale is None else scale.reciprocal(),
+        narrow_scales=scale,
         num_warps=4,
     )
