@@ -102,7 +102,7 @@ class Launches:
             **of_layer.where,
             **self._options.decode,
             MEASURE=mass is not None,
-            num_stages=self._tuning.decode_stages(of_layer.group, plan.num_decodes),
+            num_stages=self._tuning.decode_stages(plan.num_decodes),
         )
 
     def _write(self, plan: Plan, layer: int, k: Tensor, v: Tensor) -> None:

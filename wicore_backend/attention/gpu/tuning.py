@@ -72,8 +72,8 @@ class Tuning:
     local_prefill
         That of local layers, with tiles of as many rows, if it is another.
     crowded_stages
-        Of the decode kernel in local layers with `CROWDED` sequences or more, if it is another number: so many short
-        programs hide each other's waits, and with less memory for each more of them run at once.
+        Of the decode kernel with `CROWDED` sequences or more, if it is another number: so many programs hide each
+        other's waits, and with less memory for each more of them run at once.
     """
 
     decode: Launch
@@ -81,10 +81,10 @@ class Tuning:
     local_prefill: PrefillLaunch | None = None
     crowded_stages: int | None = None
 
-    def decode_stages(self, group: LayerGroup, sequences: int) -> int:
-        """The decode kernel's in the layers of a group, for so many sequences."""
-        crowded = group is LayerGroup.LOCAL and sequences >= CROWDED
-        return self.crowded_stages or self.decode.stages if crowded else self.decode.stages
+    def decode_stages(self, sequences: int) -> int:
+        """The decode kernel's for so many sequences."""
+        crowded = self.crowded_stages if sequences >= CROWDED else None
+        return crowded or self.decode.stages
 
     def prefill_of(self, group: LayerGroup) -> PrefillLaunch:
         """The prefill kernel's in the layers of a group."""
