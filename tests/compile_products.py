@@ -20,9 +20,7 @@ from wicore_backend.executor.plain_matrix import TILES
 from wicore_backend.executor.roles import Role
 
 HOPPER = GPUTarget("cuda", 90, 32)
-SCRATCH = {"parts": "*fp32", "arrived": "*i32", "shared": "i32", "shares": "i32", "units": "i32"}
-"""What programs that stay are given besides."""
-ANY_NUMBER = ("rows", "spans", "shared", "shares", "units")
+ANY_NUMBER = ("rows", "spans")
 """Numbers that the kernels are not compiled for."""
 
 

@@ -154,11 +154,6 @@ def test_the_tiles_that_are_left_over_are_shared_out(tiles, programs):
     assert most - (shares.shared > 0) == tiles // programs or not shares.shared
 
 
-def test_there_are_no_more_parts_of_a_tile_than_may_be():
-    assert Shares.of(135, steps=84, programs=132).splits == 21
-    assert Shares.of(135, steps=84, programs=132, most_parts=4) == Shares(135, 3, 4)
-
-
 @pytest.mark.parametrize("rows", [256, 200])
 def test_the_parts_of_tiles_are_added_before_gelu(rows, kernel_device):
     """Of 2 x 3 tiles, the first 4 of which were shared out; the others are not touched."""

@@ -3,14 +3,12 @@
 Programs that stay on their multiprocessor take tile after tile. Those that are left over when all have as many as each
 other would keep a few busy and the others waiting: 12 of 672 tiles on 132 multiprocessors would make it six turns in
 place of five. So their depth is shared out: each program multiplies a part of such a tile, first of all, and leaves its
-sum. The parts of a tile are added in their order, so that a product is the same each time: of many rows by a kernel,
-when all is done; of few by whichever of a tile's programs ends its part last.
+sum. When all is done a kernel adds the parts of each tile in their order, so that a product is the same each time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -24,11 +22,8 @@ ROWS, COLUMNS, DEPTH = 128, 128, 64
 
 _ROW_TILES = tl.constexpr(16)
 """That are taken one after the other with the same columns: what programs read at the same time stays in the cache."""
-FEW_PARTS = 4
-"""Of a tile, at most, where a program adds them: written out, since a loop with another in it is not pipelined."""
-LEAST_STEPS = 4
+_LEAST_STEPS = 4
 """Of the inner dimension, in a part of a tile: what it costs to leave a sum and to add it has to be worth it."""
-_FEW_PARTS = tl.constexpr(FEW_PARTS)
 _SUMMED_ROWS = 8  # of a tile, that a program adds
 
 
@@ -48,93 +43,11 @@ class Shares:
         return self.shared * self.splits + self.tiles - self.shared
 
     @classmethod
-    def of(cls, tiles: int, *, steps: int, programs: int, most_parts: int | None = None) -> Shares:
+    def of(cls, tiles: int, *, steps: int, programs: int) -> Shares:
         """Of so many tiles, each of `steps` tiles of the inner dimension, among `programs`."""
         left = tiles % programs
-        splits = min(programs // left, steps // LEAST_STEPS, most_parts or programs) if left else 1
+        splits = min(programs // left, steps // _LEAST_STEPS) if left else 1
         return cls(tiles, left, splits) if splits > 1 else cls(tiles, 0, 1)
-
-
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_MOST_SHARED = 4096
-"""Tiles that may be shared out at once: more than a card has programs at a time."""
-
-
-@cache
-def arrivals(device: torch.device) -> Tensor:
-    """int32, zero before and after each kernel: for each tile that is shared out, how many of its parts are done.
-
-    For all products of a device, so these have to be on one stream, or on streams that wait for each other.
-    """
-    return torch.zeros(_MOST_SHARED, dtype=torch.int32, device=device)
-
-
-def resident_launch(
-    tiles: int, *, steps: int, resident: int, values: int, device: torch.device
-) -> tuple[tuple[int], tuple[Tensor, Tensor, int, int, int]]:
-    """The grid of programs that stay and add parts themselves, `resident` a multiprocessor, and what they are given.
-
-    That is memory for the sums of parts, of so many `values` each; `arrivals`; and how many of the tiles, each of
-    `steps` tiles of the inner dimension, are shared out, in how many parts each, and all units.
-    """
-    programs = resident * processors(device)
-    shares = Shares.of(tiles, steps=steps, programs=programs, most_parts=FEW_PARTS)
-    parts = torch.empty(shares.shared * shares.splits, values, dtype=torch.float32, device=device)
-    return (min(programs, shares.units),), (parts, arrivals(device), shares.shared, shares.splits, shares.units)
-
-
-@triton.jit
-def share_of(program, programs, shared, splits, units, steps):
-    """What a program has of the units: the first step of its part of a tile, how many such steps, and all its steps.
-
-    A program that has no part has 0 of the second. `steps` are those of a whole tile.
-    """
-    has_part = program < shared * splits
-    part = program % splits
-    start = tl.where(has_part, steps * part // splits, 0)
-    end = tl.where(has_part, steps * (part + 1) // splits, 0)
-    wholes = (units - program + programs - 1) // programs - has_part.to(tl.int32)
-    return start, end - start, end - start + wholes * steps
-
-
-@triton.jit
-def at_step(nth, program, programs, shared, splits, start, part_steps, steps):
-    """Where a program is at its `nth` step: the tile, the step in it, whether in a part, whether at the unit's end."""
-    in_part = nth < part_steps
-    after = nth - part_steps
-    number = program + (after // steps + (part_steps > 0).to(tl.int32)) * programs
-    tile = tl.where(in_part, program // splits, number - shared * (splits - 1))
-    step = tl.where(in_part, start + nth, after % steps)
-    return tile, step, in_part, tl.where(in_part, nth + 1 == part_steps, (after + 1) % steps == 0)
-
-
-@triton.jit
-def _all_threads_are_here(number):
-    """A barrier among a program's threads. With the language's own, a loop around it is not pipelined."""
-    if not _INTERPRETED:
-        tl.inline_asm_elementwise(
-            "bar.sync 0; mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def last_to_arrive(arrived, tile, splits):
-    """Whether all other parts of a tile had been stored when this program's, which has just been, was."""
-    _all_threads_are_here(splits)  # All threads' sums go before the one thread's arrival.
-    last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1
-    if last:
-        tl.store(arrived + tile, 0)
-    return last
-
-
-@triton.jit
-def sum_of_parts(at, size, splits, like):
-    """The sum of a tile's parts, `size` apart and FEW_PARTS at most, in the shape of `like`."""
-    total = tl.zeros_like(like)
-    for part in tl.static_range(_FEW_PARTS):
-        # Not through the first-level cache, which knows nothing of other multiprocessors' writes.
-        total += tl.load(at + part * size, mask=part < splits, other=0.0, cache_modifier=".cg")
-    return total
 
 
 def parts_bytes(device: torch.device) -> int:
