@@ -20,12 +20,12 @@ from wicore_backend.executor.int4_matrix import INT4_TILES, Int4GpuMatrix, widen
 from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_rows import Unscaled
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
-from wicore_backend.executor.kernels.int4_codes import dequantize, fp8_scale, takes
+from wicore_backend.executor.kernels.int4_codes import dequantize, takes
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.quantization.fp8 import FP8, Fp8Matrix, Fp8Rows, quantized_rows
-from wicore_backend.quantization.int4 import Int4Matrix
+from wicore_backend.quantization.fp8 import FP8, Fp8Rows, quantized_rows
+from wicore_backend.quantization.int4 import Int4Matrix, in_fp8
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -90,13 +90,12 @@ def test_widening_is_exact(zeros, scale_type, kernel_device):
 @pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
 def test_widening_to_fp8_rounds_each_number_once(zeros, kernel_device):
     weight = on(kernel_device, random_matrix(48, 320, 32, zeros=zeros, dtype=torch.float16))
-    scale, exact = fp8_scale(weight), weight.dequantized(torch.float32)
+    theirs, exact = in_fp8(weight), weight.dequantized(torch.float32)
     out = torch.full(weight.shape, 0x7F, dtype=torch.uint8, device=kernel_device)
-    dequantize(weight, out, scale=scale)
-    ours = out.view(FP8).float()
-    assert torch.equal(ours, (exact * scale.reciprocal()[:, None]).to(FP8).float())
-    assert relative_error(ours * scale[:, None], exact) < 4e-2
-    assert ours.abs().max() <= 448
+    dequantize(weight, out, scale=theirs.scale)
+    assert torch.equal(out.view(FP8).float(), theirs.values.float())
+    assert relative_error(theirs.dequantized(torch.float32), exact) < 4e-2
+    assert theirs.values.float().abs().max() <= 448
 
 
 def test_gate_and_up_are_widened_some_columns_of_both_at_a_time(monkeypatch, dtype, kernel_device):
@@ -139,14 +138,6 @@ def anywhere_in_fp8(monkeypatch):
     monkeypatch.setattr(int4_matrix, "multiplies_in_fp8", takes)
 
 
-def in_fp8(weight: Int4Matrix) -> Tensor:
-    """float32 [N, K]: what a matrix stands for that is rounded to FP8 as a whole, the plain twin."""
-    scale = fp8_scale(weight)
-    return Fp8Matrix(
-        (weight.dequantized(torch.float32) * scale.reciprocal()[:, None]).to(FP8), scale, torch.bfloat16
-    ).dequantized(torch.float32)
-
-
 @pytest.mark.usefixtures("anywhere_in_fp8")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("role", ["qkv", "out", "gate_up", "down"])
@@ -157,7 +148,7 @@ def test_prompts_in_fp8_are_products_of_rows_and_weights_in_fp8(role, bias, kern
     matrix = Int4GpuMatrix(role, weight, added, fp8_prefill=True)
     x = torch.randn(MAX_ROWS + 1, 320, device=kernel_device).bfloat16()
     rows = quantized_rows(x)
-    exact = rows.dequantized() @ in_fp8(weight).T + (0 if added is None else added.float())
+    exact = rows.dequantized() @ in_fp8(weight).dequantized(torch.float32).T + (0 if added is None else added.float())
     unscaled = matrix.unscaled(x)
     assert isinstance(unscaled, Unscaled) == (role != "qkv" and not bias)
     if isinstance(unscaled, Unscaled):

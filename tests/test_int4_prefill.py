@@ -10,20 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from scripts.eval_int4_prefill import narrow
 from tests.accuracy import relative_error
 from tests.gemma3_random import write_random_checkpoint
+from tests.kernel_kit import SHAPES_OF_27B
 from wicore_backend.config import EngineConfig
 from wicore_backend.engine import executor_loading
 from wicore_backend.engine.executor_loading import LoadedExecutor, load_executor
 from wicore_backend.engine.executors import Choice, ExecutorName
 from wicore_backend.engine.loading import _computed_in
 from wicore_backend.errors import InvalidArgumentError
-from wicore_backend.executor import int4_matrix
+from wicore_backend.executor import int4_matrix, torch_executor
 from wicore_backend.executor.base import Executor
 from wicore_backend.executor.kernels.int4 import MAX_ROWS
 from wicore_backend.executor.kernels.int4_codes import takes
+from wicore_backend.executor.linear import Linear
 from wicore_backend.models.gemma3.checkpoint import load_weights
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.quantization.fp8 import quantized_rows
+from wicore_backend.quantization.int4 import Int4Matrix, in_fp8
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
 MATRICES = ("qkv", "out", "gate_up", "down")
@@ -95,6 +100,16 @@ def test_its_memory_is_counted_and_its_keys_are_nobody_elses(loaded, caplog, mon
     assert _computed_in(narrow) == f"torch.bfloat16 int4 in fp8 beyond {MAX_ROWS} rows"
 
 
+@pytest.mark.parametrize("role", ["qkv", "out", "gate_up", "down"])
+def test_a_matrix_of_the_27b_model_is_widened_whole_in_no_more_than_parts_take_in_16_bits(role):
+    rows, columns = SHAPES_OF_27B[role]
+    codes = torch.empty(rows // 16, columns // 256, 16, 32, dtype=torch.int32, device="meta")
+    scales = torch.empty(rows // 16, columns // 256, 16, 2, dtype=torch.bfloat16, device="meta")
+    weight = Int4Matrix(codes, scales, None, torch.bfloat16)
+    exact, narrow = (int4_matrix.widened_bytes(weight, fp8_prefill=fp8) for fp8 in (False, True))
+    assert rows * columns < exact == narrow <= 2**28
+
+
 @pytest.mark.usefixtures("anywhere_in_fp8")
 @pytest.mark.parametrize("rows", [3, MAX_ROWS + 1])
 @torch.inference_mode()
@@ -113,3 +128,17 @@ def test_a_prompts_layers_differ_by_its_rounding_and_a_decodes_do_not(loaded, ro
         assert a.shape == b.shape
         assert torch.equal(a, b) == (rows <= MAX_ROWS)
         assert relative_error(b, a) < 0.15
+
+
+def test_the_evaluation_on_a_cpu_rounds_what_kernels_do():
+    """Rows and weights of products of more rows than it is told, and nothing else."""
+    weight = quantized_int4(torch.randn(48, 128), 32)
+    with narrow(2) as counted:
+        linear, plain = torch_executor.Linear(weight), torch_executor.Linear(torch.eye(4))
+    assert isinstance(plain, Linear)
+    few, many = torch.randn(2, 128), torch.randn(3, 128)
+    assert torch.equal(linear(few), Linear(weight)(few))
+    twin = quantized_rows(many).dequantized() @ in_fp8(weight).dequantized(torch.float32).T
+    assert relative_error(linear(many), twin) < 1e-5
+    assert 1e-2 < relative_error(linear(many), many @ weight.dequantized(torch.float32).T) < 6e-2
+    assert (counted.all, counted.narrow) == (8, 6)

@@ -12,13 +12,13 @@ from wicore_backend.executor.fp8_matrix import UNSCALED_ROWS
 from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_rows import Unscaled
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
-from wicore_backend.executor.kernels.int4_codes import dequantize, fp8_scale, takes
+from wicore_backend.executor.kernels.int4_codes import dequantize, takes
 from wicore_backend.executor.kernels.shared_tiles import COLUMNS, parts_bytes
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
 from wicore_backend.executor.tile_choice import TileChoice
 from wicore_backend.quantization.fp8 import FP8, Fp8Rows, Rows
-from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
+from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix, fp8_scale
 
 INT4_TILES: Mapping[Role, Mapping[int, Int4Tile]] = {
     "qkv": {

@@ -16,6 +16,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from wicore_backend.quantization.fp8 import FP8, FP8_MAX, LEAST_SCALE, Fp8Matrix
+
 LEVELS = 16
 SYMMETRIC_ZERO = 8
 """The code of zero in a matrix without zero points."""
@@ -111,3 +113,17 @@ class Int4Matrix:
 
     def _by_row(self, values: Tensor) -> Tensor:
         return values.transpose(1, 2).reshape(self.shape[0], -1)
+
+
+def fp8_scale(weight: Int4Matrix) -> Tensor:
+    """float32 [N]: of each row, what makes 448 of the largest number that its codes could stand for."""
+    zeros = SYMMETRIC_ZERO if weight.zeros is None else weight.zeros.float()
+    below = torch.as_tensor(zeros, device=weight.device)
+    largest = (weight.scales.float().abs() * torch.maximum(below, LEVELS - 1 - below)).amax((1, 3))
+    return largest.flatten().mul_(1.0 / FP8_MAX).clamp_(min=LEAST_SCALE)
+
+
+def in_fp8(weight: Int4Matrix) -> Fp8Matrix:
+    """`weight` with each number rounded to FP8 under `fp8_scale`: what kernels multiply many rows by in FP8."""
+    scale = fp8_scale(weight)
+    return Fp8Matrix((weight.dequantized(torch.float32) * scale.reciprocal()[:, None]).to(FP8), scale, weight.dtype)

@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wicore_backend.hmt.codecs.kernels.arithmetic import e4m3_of
-from wicore_backend.quantization.fp8 import FP8_MAX, LEAST_SCALE
-from wicore_backend.quantization.int4 import LEVELS, SYMMETRIC_ZERO, TILE_ROWS, Int4Matrix
+from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
 
 def takes(weight: Int4Matrix) -> bool:
@@ -135,18 +134,10 @@ def _dequantize(
             tl.store(at + quarter * QUARTER, e4m3_of(value * inverse))
 
 
-def fp8_scale(weight: Int4Matrix) -> Tensor:
-    """float32 [N]: of each row, what makes 448 of the largest number that its codes could stand for."""
-    zeros = SYMMETRIC_ZERO if weight.zeros is None else weight.zeros.float()
-    below = torch.as_tensor(zeros, device=weight.device)
-    largest = (weight.scales.float().abs() * torch.maximum(below, LEVELS - 1 - below)).amax((1, 3))
-    return largest.flatten().mul_(1.0 / FP8_MAX).clamp_(min=LEAST_SCALE)
-
-
 def dequantize(weight: Int4Matrix, out: Tensor, *, scale: Tensor | None = None) -> None:
     """Write the matrix into `out` [N, K], contiguous.
 
-    If there is a `scale` float32 [N], which is left out of the numbers, these are in FP8, and `out` of bytes.
+    With a `scale`, `fp8_scale`'s, the numbers are in FP8, as `in_fp8` rounds them, and `out` is of bytes.
     """
     tiles, spans = weight.codes.shape[:2]
     zeros = weight.scales if weight.zeros is None else weight.zeros
