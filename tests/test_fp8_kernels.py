@@ -166,7 +166,9 @@ def test_what_cublas_cannot_multiply_is_widened_a_part_at_a_time(role, monkeypat
     assert relative_error(in_parts(x), whole) < 1e-3
     if kernel_device.type == "cpu":
         results = 2 * x.new_empty(20, 120).nbytes * (2 if role == "head" else 1)
-        assert peak_bytes(lambda: in_parts(x)) <= results + 6 * 7 * 64
+        part = x.new_empty(7, 64)
+        inside = peak_bytes(lambda: F.linear(x, part))  # Some CPUs' own product in float16 takes memory beside it.
+        assert peak_bytes(lambda: in_parts(x)) <= results + 6 * 7 * 64 + inside
 
 
 @pytest.mark.parametrize("role", FP8_TILES)
