@@ -75,8 +75,8 @@ def multiplies_in_fp8(weight: Int4Matrix) -> bool:
 def widened_bytes(weight: Int4Matrix, *, fp8_prefill: bool = False) -> int:
     """Memory that a product of more rows than the kernels take has besides its operands and its result.
 
-    In FP8, with `fp8_prefill`, a matrix is widened whole. Its rows take no more than the result of GELU, which is not
-    there yet, or its operand in 16 bits, which is not there any more.
+    In FP8, with `fp8_prefill`, a matrix is widened whole. The rows that are quantised for it have room in what
+    `needs.activation_bytes` counts, where GELU's result is not there yet or gate's and up's product not any more.
     """
     rows, columns = weight.shape
     if not takes(weight):

@@ -122,6 +122,8 @@ def _dequantize(
     else:
         zero_0, zero_1 = 8.0, 8.0
     at = out + ((tl.program_id(1) * TILE_ROWS + row).to(tl.int64) * spans + span) * (4 * QUARTER) + inner
+    if narrow_scales is not None:
+        inverse = tl.div_rn(1.0, tl.load(narrow_scales + tl.program_id(1) * TILE_ROWS + row))
     for quarter in tl.static_range(4):
         value = ((code >> 4 * quarter) & 15).to(tl.float32)
         value = (value - (zero_0 if quarter < 2 else zero_1)) * (
@@ -130,7 +132,6 @@ def _dequantize(
         if narrow_scales is None:
             tl.store(at + quarter * QUARTER, value.to(out.dtype.element_ty))
         else:
-            inverse = tl.div_rn(1.0, tl.load(narrow_scales + tl.program_id(1) * TILE_ROWS + row))
             tl.store(at + quarter * QUARTER, e4m3_of(value * inverse))
 
 
