@@ -184,7 +184,7 @@ def _run(
         ttft = _round(engine, batch, length, new, seed=round_, temperature=args.temperature, ask=clock.ask)
         if round_:
             first_token.append(ttft)
-            parts.append(clock.parts())
+            parts.append(clock.parts(ttft))
 
     for round_ in range(args.rounds + 1):
         for noted in (steps.decodes, steps.prefilled, steps.began):

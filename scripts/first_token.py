@@ -27,7 +27,7 @@ class Parts:
     on_device
         From there until the device has chosen the token, by its own clock.
     to_caller
-        From there until the caller's sink has the token.
+        What is left: from there until the token has been told.
     launching
         Beside the device: from its first work until it has been given the last.
     """
@@ -51,35 +51,31 @@ class FirstTokenClock:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._asked = self._told = 0.0
+        self._asked = 0.0
         self._began: tuple[float, Any] | None = None
         self._chosen: tuple[float, Any] | None = None
         runner, emitter = engine._model.runner, engine._emitter
         assert isinstance(runner, ModelRunner)
         self._cuda = runner._executor.device.type == "cuda"
-        for owner, name, after in (
-            (runner, "_pack", self._packed),
-            (emitter, "choose", self._chose),
-            (emitter, "tell", self._has_told),
-        ):
+        for owner, name, after in ((runner, "_pack", self._packed), (emitter, "choose", self._chose)):
             mock.patch.object(owner, name, _followed(getattr(owner, name), after)).start()
 
     def ask(self) -> None:
         """A prompt is asked now."""
         self._began = self._chosen = None
-        self._told = 0.0
         if self._cuda:
             torch.cuda.synchronize()  # What ended the answer before may still be computed in vain.
         self._asked = time.perf_counter()
 
-    def parts(self) -> Parts:
-        """Of the prompt asked last, whose answer has come."""
+    def parts(self, ttft_s: float) -> Parts:
+        """Of the prompt asked last, whose first token came after so many seconds."""
         assert self._began is not None
         assert self._chosen is not None
         (began, first), (chosen, last) = self._began, self._chosen
         on_device = first.elapsed_time(last) / 1e3 if self._cuda else chosen - began
         # The device was idle, and so began at once.
-        return Parts(began - self._asked, on_device, self._told - began - on_device, chosen - began)
+        to_device = began - self._asked
+        return Parts(to_device, on_device, ttft_s - to_device - on_device, chosen - began)
 
     def _packed(self) -> None:
         if self._began is None:
@@ -88,10 +84,6 @@ class FirstTokenClock:
     def _chose(self) -> None:
         if self._chosen is None:
             self._chosen = self._now()
-
-    def _has_told(self) -> None:
-        if self._chosen is not None and not self._told:
-            self._told = time.perf_counter()
 
     def _now(self) -> tuple[float, Any]:
         """The host's time, and an event that the device meets when it has done what it was given before."""

@@ -39,12 +39,11 @@ def test_a_prompt_alone_is_timed_several_times_and_its_parts_are_all_of_its_time
     assert alone["ttft_s"] == pytest.approx(statistics.median(alone["ttft_s_of_rounds"]), abs=1e-4)
     assert alone["prefill_tokens_per_s"] == pytest.approx(40 / alone["ttft_s"], rel=0.02)
     assert "ttft_parts_ms" not in together
-    [parts, ttft_s] = [runs(1)[0][key] for key in ("ttft_parts_ms", "ttft_s")]
-    assert all(ms >= 0 for ms in parts.values())
-    # By the caller's clock, which begins before the engine's and ends after it.
+    once = runs(1)[0]
+    parts, ttft_s = once["ttft_parts_ms"], once["ttft_s"]
     whole_ms = parts["to_device"] + parts["on_device"] + parts["to_caller"]
-    assert ttft_s * 1e3 - 0.1 <= whole_ms <= ttft_s * 1e3 + 100
-    assert parts["on_device"] > whole_ms / 2
+    assert whole_ms == pytest.approx(ttft_s * 1e3, abs=0.06)
+    assert min(parts["to_device"], parts["on_device"], parts["launching"]) > 0
 
 
 @pytest.mark.parametrize(("ttft_s", "prompts"), [(0.038, 9), (0.65, 3), (12.8, 1)])
