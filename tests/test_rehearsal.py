@@ -123,7 +123,7 @@ def test_steps_of_all_sizes_of_graphs_are_computed_and_the_models_own_pools_stay
     rehearse(model.executor, watched, model.pools, model.rotary, max_sequences=9, max_tokens=40)
     measured = False, True
     assert seen == [
-        *((count, count, measured[count == 1]) for count in (9, 8, 4, 2, 1)),
+        *((count, count, measured[count in (1, 9)]) for count in (9, 8, 4, 2, 1)),
         *((0, count, measured[count == 40]) for count in (40, 32, 16)),
     ]
     for group, keys in model.keys.items():

@@ -59,9 +59,11 @@ def rehearse(
 
 
 def rehearsed_steps(layout: KVLayout, *, max_sequences: int, max_tokens: int) -> Iterator[PackedStep]:
-    """Decodes of every number that a graph would have been recorded for, and prompts; one of each kind is measured."""
-    for count in reversed(bucket_sizes(max_sequences)):
-        yield _step(layout, decodes=count, measured=count == 1)
+    """Decodes of every number that a graph would have been recorded for, and prompts; the fewest and the most decodes,
+    whose kernels may differ, and the longest prompt are measured."""
+    counts = bucket_sizes(max_sequences)
+    for count in reversed(counts):
+        yield _step(layout, decodes=count, measured=count in (counts[0], counts[-1]))
     for count in sorted({*token_counts(max_tokens), max_tokens}, reverse=True):
         yield _step(layout, tokens=count, measured=count == max_tokens)
 
