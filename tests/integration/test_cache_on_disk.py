@@ -59,7 +59,8 @@ def test_a_server_that_is_killed_while_idle_is_warm_when_it_is_back(installation
     with serving(installation, tmp_path) as server:
         texts, _, tokens = ask(server)
         blocks = sum(count // SETTINGS["block_size"] for count in tokens)
-        wait_until(lambda: metric(server, "wicore_tier_blocks_used", tier="nvme", group="global") >= blocks, 60)
+        stored = {"tier": "nvme", "group": "global"}
+        wait_until(lambda: metric(server, "wicore_tier_blocks_used", **stored) >= blocks, within_s=60)
         os.kill(server.process_id, signal.SIGKILL)
         server.wait(10)
     with serving(installation, tmp_path) as server:
