@@ -62,6 +62,36 @@ def _widened_rows(columns: int) -> int:
     return max(1, _WIDENED_AT_ONCE // columns)
 
 
+class CublasProducts:
+    """x W^T + b of rows and a matrix in FP8, each with a scale of its row, by cuBLAS: what a role's matrices share."""
+
+    def __init__(self, role: Role, bias: Tensor | None, device: torch.device) -> None:
+        self._bias = bias
+        self._one = torch.ones((), device=device)
+        self._most_unscaled = UNSCALED_ROWS.get(role, 0) if bias is None else 0
+
+    def scaled(self, rows: Fp8Rows, weight: Fp8Matrix) -> Tensor:
+        """[T, N]."""
+        product = _scaled_mm(rows, weight, rows.scale[:, None], weight.scale[None, :])
+        return product if self._bias is None else product.add_(self._bias)
+
+    def unscaled(self, rows: Fp8Rows, weight: Fp8Matrix) -> Tensor | Unscaled:
+        """The same, without its scales where it is quicker so."""
+        if len(rows) > self._most_unscaled:
+            return self.scaled(rows, weight)
+        return Unscaled(_scaled_mm(rows, weight, self._one, self._one), rows.scale, weight.scale)
+
+
+def _scaled_mm(rows: Fp8Rows, weight: Fp8Matrix, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    return torch._scaled_mm(
+        *(rows.values, weight.values.T),
+        scale_a=of_rows,
+        scale_b=of_columns,
+        out_dtype=weight.dtype,
+        use_fast_accum=True,
+    )
+
+
 class Fp8GpuMatrix:
     """`Matrix` of an `Fp8Matrix`.
 
@@ -94,7 +124,7 @@ class Fp8GpuMatrix:
             tiles if streamed else {}, lambda tile: tile.fits(weight.values, gated=role == "gate_up")
         )
         self._by_cublas = weight.dtype is torch.bfloat16 and _cublas_takes(weight)
-        self._one = torch.ones((), device=weight.device)
+        self._products = CublasProducts(role, bias, weight.device)
 
     def takes_fp8(self, rows: int) -> bool:
         """Whether a product with so many rows is of rows in FP8, which this quantises unless they already are."""
@@ -118,21 +148,10 @@ class Fp8GpuMatrix:
 
     def unscaled(self, x: Rows) -> Tensor | Unscaled:
         """What a call gives but for GELU, without its scales where it is quicker so."""
-        rows = len(x)
-        if self._tile(rows) is not None:
+        if self._tile(len(x)) is not None:
             return self._streamed_product(x)
         x = self._read(x)
-        if not isinstance(x, Fp8Rows) or self._bias is not None or rows > UNSCALED_ROWS.get(self._role, 0):
-            return self._scaled(x)
-        one = self._one
-        product = torch._scaled_mm(
-            *(x.values, self._weight.values.T),
-            scale_a=one,
-            scale_b=one,
-            out_dtype=self._weight.dtype,
-            use_fast_accum=True,
-        )
-        return Unscaled(product, x.scale, self._weight.scale)
+        return self._products.unscaled(x, self._weight) if isinstance(x, Fp8Rows) else self._widened(x)
 
     def _read(self, x: Rows) -> Rows:
         return fp8_rows.quantize_rows(x) if isinstance(x, Tensor) and self.takes_fp8(len(x)) else x
@@ -144,28 +163,17 @@ class Fp8GpuMatrix:
         return fp8_product(self._read(x), self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
 
     def _scaled(self, x: Rows) -> Tensor:
-        weight = self._weight
-        if isinstance(x, Tensor):
-            product = self._widened(x)
-        else:
-            product = torch._scaled_mm(
-                *(x.values, weight.values.T),
-                scale_a=x.scale[:, None],
-                scale_b=weight.scale[None, :],
-                out_dtype=weight.dtype,
-                use_fast_accum=True,
-            )
-        return product if self._bias is None else product.add_(self._bias)
+        return self._widened(x) if isinstance(x, Tensor) else self._products.scaled(x, self._weight)
 
     def _widened(self, x: Tensor) -> Tensor:
-        """x W^T, [T, N], of the widened matrix."""
+        """x W^T + b, [T, N], of the widened matrix."""
         rows, columns = self._weight.shape
         at_once = _widened_rows(columns)
         product = x.new_empty(len(x), rows)
         for first in range(0, rows, at_once):
             part = self._weight.rows(first, first + at_once).dequantized()
             torch.mm(x, part.T, out=product[:, first : first + len(part)])
-        return product
+        return product if self._bias is None else product.add_(self._bias)
 
 
 def _cublas_takes(weight: Fp8Matrix) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wicore_backend.executor.fp8_matrix import UNSCALED_ROWS
+from wicore_backend.executor.fp8_matrix import CublasProducts
 from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_rows import Unscaled
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
@@ -17,7 +17,7 @@ from wicore_backend.executor.kernels.shared_tiles import COLUMNS, parts_bytes
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
 from wicore_backend.executor.tile_choice import TileChoice
-from wicore_backend.quantization.fp8 import FP8, Fp8Rows, Rows
+from wicore_backend.quantization.fp8 import FP8, Fp8Matrix, Fp8Rows, Rows
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix, fp8_scale
 
 INT4_TILES: Mapping[Role, Mapping[int, Int4Tile]] = {
@@ -126,7 +126,7 @@ class Int4GpuMatrix:
         self._tile = TileChoice(of_rows, lambda tile: tile.fits(weight))
 
         self._fp8_scale: Tensor | None = None
-        self._one = torch.ones((), device=weight.device)
+        self._products = CublasProducts(role, bias, weight.device)
         if fp8_prefill and role != "head" and multiplies_in_fp8(weight):
             self._fp8_scale = fp8_scale(weight)
         self._gated: Callable[..., Tensor] | None = None
@@ -142,7 +142,7 @@ class Int4GpuMatrix:
 
     def __call__(self, x: Rows) -> Tensor:
         if self._fp8_scale is not None and self.takes_fp8(len(x)):
-            product = self._scaled(self._read(x), self._fp8_scale)
+            product = self._products.scaled(self._read(x), self._in_fp8(self._fp8_scale))
             return gated(product) if self._role == "gate_up" else product
         assert isinstance(x, Tensor), "only a product in FP8 is given rows in FP8"
         tile = self._tile(len(x))
@@ -167,11 +167,7 @@ class Int4GpuMatrix:
         scale = self._fp8_scale
         if scale is None or not self.takes_fp8(len(x)):
             return self(x)
-        rows = self._read(x)
-        if self._bias is not None or len(rows) > UNSCALED_ROWS.get(self._role, 0):
-            return self._scaled(rows, scale)
-        product = self._in_fp8(rows, scale, of_rows=self._one, of_columns=self._one)
-        return Unscaled(product, rows.scale, scale)
+        return self._products.unscaled(self._read(x), self._in_fp8(scale))
 
     def _whole(self, x: Tensor) -> Tensor:
         """x W^T + b, [T, N], of the widened matrix."""
@@ -207,19 +203,8 @@ class Int4GpuMatrix:
     def _read(self, x: Rows) -> Fp8Rows:
         return fp8_rows.quantize_rows(x) if isinstance(x, Tensor) else x
 
-    def _scaled(self, rows: Fp8Rows, scale: Tensor) -> Tensor:
-        """x W^T + b, [T, N], of rows and a matrix in FP8."""
-        product = self._in_fp8(rows, scale, of_rows=rows.scale[:, None], of_columns=scale[None, :])
-        return product if self._bias is None else product.add_(self._bias)
-
-    def _in_fp8(self, rows: Fp8Rows, scale: Tensor, *, of_rows: Tensor, of_columns: Tensor) -> Tensor:
-        """The product with the matrix, widened under `scale`, times what is `of_rows` and `of_columns`."""
+    def _in_fp8(self, scale: Tensor) -> Fp8Matrix:
+        """The matrix, widened under `scale`."""
         values = torch.empty(self._weight.shape, dtype=torch.uint8, device=scale.device)
         dequantize(self._weight, values, scale=scale)
-        return torch._scaled_mm(
-            *(rows.values, values.view(FP8).T),
-            scale_a=of_rows,
-            scale_b=of_columns,
-            out_dtype=self._weight.dtype,
-            use_fast_accum=True,
-        )
+        return Fp8Matrix(values.view(FP8), scale, self._weight.dtype)
