@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
+from tests.accuracy import relative_error
 from wicore_backend.executor.streamed_layer import (
     ARCHITECTURE,
     HEADERS,
@@ -231,10 +232,6 @@ class Case:
         theirs, qkv = self.twin.mid(0, hidden.float(), attention.float(), *(table.float() for table in self.rope))
         heads = torch.cat([part.flatten() for part in qkv])
         return relative_error(ours[0], theirs), relative_error(ours[1].flatten(), heads)
-
-
-def relative_error(ours, theirs):
-    return ((ours.float() - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.gpu

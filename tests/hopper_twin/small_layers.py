@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scripts.random_gemma3 import _COMMON, random_weights
 from tests import hopper_twin
+from tests.accuracy import relative_error
 from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls, Tuning
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
@@ -135,7 +136,3 @@ class SmallLayers:
             found += [relative_error(ours, theirs), relative_error(our_heads.flatten(), heads)]
             hidden, attention = ours, our_heads[:, : attention.shape[1]]
         return found
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.float() - theirs).norm() / theirs.norm())

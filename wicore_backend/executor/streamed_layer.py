@@ -48,7 +48,7 @@ _IN_FLIGHT: Mapping[Bits, int] = {4: 48 * 1024, 8: 88 * 1024}
 """Bytes of weights on their way to a multiprocessor with which layers of 27B are fastest: what blocks tell each other
 queues behind more. INT4 comes in large copies, FP8 row by row."""
 _LEAST_BYTES = 200_000_000
-"""Of a layer's matrices: it was measured with 213 MB (27B in INT4) and 405 MB (in FP8). In smaller layers, what blocks
+"""Of a layer's matrices: it was measured with 213 MB (27B in INT4) and 413 MB (in FP8). In smaller layers, what blocks
 wait for each other weighs more."""
 
 
@@ -60,7 +60,7 @@ class Tuning:
     ----------
     warps
         That multiply; None for as many, 14 at most, as a tile of `hidden` inputs is shared out among in few equal
-        stages: with 21 a layer of 27B in INT4 takes 77 us in place of 73, with 7 it takes 85.
+        stages: with 14 a layer of 27B in INT4 takes 68.5 us in place of 64.7, with 7 it takes 67.0.
     in_flight
         Bytes of weights on their way to a multiprocessor; None for what suits the weights' bits.
     """
@@ -148,31 +148,17 @@ class Form:
         return -(-spans // -(-spans // _MOST_WARPS))
 
     @property
-    def stages_of_tile(self) -> tuple[int, int, int, int]:
-        """Of each matrix."""
+    def _steps(self) -> tuple[int, int, int, int]:
+        """Stages of what is computed as one of each matrix."""
         out, gate_up, down, qkv = (-(-depth // (self.span * self.warps)) for depth in self.depths)
-        return out, gate_up, down, qkv
-
-    @property
-    def stage_spans(self) -> tuple[int, int, int, int]:
-        """Spans of a stage of each matrix, but for a tile's last."""
-        out, gate_up, down, qkv = (
-            -(-(depth // self.span) // stages) for depth, stages in zip(self.depths, self.stages_of_tile, strict=True)
-        )
-        return out, gate_up, down, qkv
+        return out, 2 * gate_up, down, qkv
 
     def shares(self, blocks: int) -> list[list[int]]:
         """Where each block's stages of each matrix begin, and where the last one's end: [matrices, blocks + 1]."""
         return [
-            shared_out(tiles // together, together * stages, blocks)
-            for tiles, stages, together in zip(self.tiles, self.stages_of_tile, self._together, strict=True)
+            shared_out(tiles // together, steps, blocks)
+            for tiles, steps, together in zip(self.tiles, self._steps, self._together, strict=True)
         ]
-
-    @property
-    def _steps(self) -> tuple[int, int, int, int]:
-        """Stages of what is computed as one."""
-        out, gate_up, down, qkv = self.stages_of_tile
-        return out, 2 * gate_up, down, qkv
 
     @property
     def _together(self) -> tuple[int, int, int, int]:

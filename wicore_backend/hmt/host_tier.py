@@ -84,12 +84,12 @@ class _Shelf:
 
     def take_free(self) -> int:
         """One of them."""
-        if not self.free:
-            name = next(iter(self.stored))
-            del self.stored[name]
-            self.free.append(self.slots.pop(name))
-            self.counts.evicted += 1
-        return self.free.pop()
+        if self.free:
+            return self.free.pop()
+        name = next(iter(self.stored))
+        del self.stored[name]
+        self.counts.evicted += 1
+        return self.slots.pop(name)
 
 
 class HostTier:
