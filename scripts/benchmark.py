@@ -29,6 +29,7 @@ import torch
 
 from scripts.benchmark_serving import benchmark_serving, in_turns, run_in_process
 from scripts.benchmark_shape import benchmark_shape
+from scripts.emulated_device import add_emulated_device
 from scripts.random_gemma3 import SHAPES
 from scripts.scheduling_cost import benchmark_scheduler
 from wicore_backend import Engine, EngineConfig
@@ -167,9 +168,7 @@ def main() -> None:
     serving = parser.add_argument_group("serving")
     serving.add_argument("--client-processes", type=int, default=1, help="that the streams are shared out among")
     serving.add_argument("--directory", type=Path, help="for the random weights of --shape, which are written first")
-    serving.add_argument(
-        "--emulated-step-ms", type=float, help="what a step takes of a device that is only emulated, in place of a CPU"
-    )
+    add_emulated_device(serving)
     parser.add_argument("--running", type=int, default=256, help="sequences that run, for the scheduler")
     parser.add_argument("--waiting", type=int, default=1000, help="and that wait")
     parser.add_argument("--steps", type=int, default=1000, help="of a round")

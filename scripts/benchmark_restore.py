@@ -45,7 +45,7 @@ import torch
 
 from scripts.benchmark_cold_tier import PLAIN_THREADS, ModelledDisk, Pace, PacedFiles, add_modelled_disk, plain
 from scripts.benchmark_shape import QUANTIZE, device_memory, random_model
-from scripts.emulated_device import emulated
+from scripts.emulated_device import add_emulated_device, costs_of, emulated
 from scripts.random_gemma3 import SHAPES
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.expectations import Expectations
@@ -216,7 +216,7 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(random_model(args.shape, args.weights, directory, like=_MODEL))
         if args.emulated_step_ms is not None:
-            stack.enter_context(emulated(args.emulated_step_ms / 1e3))
+            stack.enter_context(emulated(costs_of(args)))
             stack.enter_context(mock.patch.object(KVPools, "apply", return_value=None))
             # By its own steps, to compute is quicker than any disk.
             stack.enter_context(mock.patch.object(Expectations, "prefill_seconds", lambda _, to, since: to - since))
@@ -326,11 +326,7 @@ def main() -> None:
     parser.add_argument(
         "--write-behind", type=int, default=0, help="bytes a second that an idle engine stores; 0: none"
     )
-    parser.add_argument(
-        "--emulated-step-ms",
-        type=float,
-        help="what a step takes of an emulated device, in place of computing; see above",
-    )
+    add_emulated_device(parser)
     add_modelled_disk(parser)
     args = parser.parse_args()
     with opened(args) as bench:

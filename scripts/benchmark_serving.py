@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 
-from scripts.emulated_device import emulated, emulating_model
+from scripts.emulated_device import costs_of, emulated, emulating_model
 from scripts.serving import Installation, ServerOptions, TritonServer
 from scripts.serving.installation import ROOT
 from scripts.write_random_gemma3 import write_checkpoint
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.results import Result
+from wicore_backend.engine.step_time import Coefficients
 
 _SERVED = "wicore_gemma3"
 
@@ -199,11 +200,11 @@ def benchmark_serving(args: argparse.Namespace) -> dict[str, Any]:
 
 def _compared(args: argparse.Namespace) -> dict[str, Any]:
     load = Questions.of(args.streams, args.new)
-    step_s = None if args.emulated_step_ms is None else args.emulated_step_ms / 1e3
+    costs = costs_of(args)
     alone: list[Result] = []
     streamed: list[Streamed] = []
     cpu: dict[str, list[float]] = {"in process": [], "server": [], "clients": []}
-    with emulated(step_s), Engine(engine_config(args)) as engine, start_server(args, step_s) as (url, server_pid):
+    with emulated(costs), Engine(engine_config(args)) as engine, start_server(args, costs) as (url, server_pid):
         clients = Clients(url, args.client_processes)
 
         def in_process() -> None:
@@ -255,10 +256,11 @@ def _figures(
     cpu_us = {side: statistics.median(spent[1:]) / load.tokens * 1e6 for side, spent in cpu.items()}
     after_first = load.tokens - args.streams
     gaps = sorted(gap for answer in streamed for gap in answer.gaps)
+    emulated_costs = costs_of(args)
     return {
         "streams": args.streams,
         "new_tokens_each": args.new,
-        "emulated_step_ms": args.emulated_step_ms,
+        "emulated_device": None if emulated_costs is None else asdict(emulated_costs),
         "in_process_tokens_per_s": round(load.tokens / statistics.median(times["in process"]), 1),
         "served_tokens_per_s": round(load.tokens / statistics.median(times["served"]), 1),
         "served_over_in_process": round(statistics.median(ratios), 3),
@@ -299,14 +301,14 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 
 @contextmanager
-def start_server(args: argparse.Namespace, step_s: float | None = None) -> Iterator[tuple[str, int]]:
+def start_server(args: argparse.Namespace, costs: Coefficients | None = None) -> Iterator[tuple[str, int]]:
     """A server of the same model; its gRPC address and process id."""
     settings = engine_config(args).model_dump(mode="json", exclude_unset=True, exclude_none=True)
     with tempfile.TemporaryDirectory() as directory:
         repository = ROOT / "model_repository"
-        if step_s is not None:
+        if costs is not None:
             repository = Path(shutil.copytree(repository, Path(directory) / "repository"))
-            (repository / _SERVED / "1" / "model.py").write_text(emulating_model(step_s))
+            (repository / _SERVED / "1" / "model.py").write_text(emulating_model(costs))
         options = ServerOptions(
             model_repository=repository, http_port=0, grpc_port=0, metrics_port=0, settings=settings
         )

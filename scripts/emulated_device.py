@@ -1,5 +1,7 @@
 """An engine whose device takes a given time for a step and no processor, to see what the host adds without a card.
 
+A step's time is linear in what it computes, as the engine's own model of it (`wicore_backend/engine/step_time.py`).
+
 The loop, the scheduler, block tables, choosing, telling and sending are the engine's own, as over CUDA: a step is given
 to the device before the tokens of the one before are told. Only what a step computes is not there: tokens are random.
 """
@@ -7,9 +9,11 @@ to the device before the tokens of the one before are told. Only what a step com
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from torch import Tensor
 from wicore_backend.engine.loading import load_model
 from wicore_backend.engine.plan import StepPlan
 from wicore_backend.engine.runner import ModelRunner, StepOutput
+from wicore_backend.engine.step_time import Coefficients, StepShape
 
 _DIFFERENT = 16
 """Steps until the same logits come again."""
@@ -31,8 +36,9 @@ import sys
 sys.path.insert(0, {root!r})
 
 from scripts.emulated_device import emulate
+from wicore_backend.engine.step_time import Coefficients
 
-emulate({step_s!r})
+emulate({costs!r})
 
 from wicore_backend.triton.gemma3 import TritonPythonModel
 
@@ -40,16 +46,39 @@ __all__ = ["TritonPythonModel"]
 """
 
 
-class EmulatedDevice:
-    """Computes one step after the other, each in the same time."""
+def add_emulated_device(parser: Any) -> None:
+    """The options that `costs_of` reads; `parser` is an ArgumentParser or a group of one."""
+    add = partial(parser.add_argument, type=float)
+    add("--emulated-step-ms", help="what a step takes of a device that is only emulated, in place of a CPU")
+    add("--emulated-sequence-us", default=0.0, help="and each sequence of a step, with the first of its tokens")
+    add("--emulated-prefill-token-us", default=0.0, help="and each further token of a prompt")
+    add("--emulated-mixed-ms", default=0.0, help="and a step with both decodes and prompts")
 
-    def __init__(self, step_s: float) -> None:
-        self._step_s = step_s
+
+def costs_of(args: Namespace) -> Coefficients | None:
+    """What the options say that steps take; None if they ask for no emulated device."""
+    if args.emulated_step_ms is None:
+        return None
+    return Coefficients(
+        step=args.emulated_step_ms / 1e3,
+        sequence=args.emulated_sequence_us / 1e6,
+        prefill_token=args.emulated_prefill_token_us / 1e6,
+        key=0.0,
+        pair=0.0,
+        mixed=args.emulated_mixed_ms / 1e3,
+    )
+
+
+class EmulatedDevice:
+    """Computes one step after the other, each in the time that `costs` say."""
+
+    def __init__(self, costs: Coefficients) -> None:
+        self._costs = costs
         self._free = 0.0
 
-    def begin(self) -> float:
+    def begin(self, shape: StepShape) -> float:
         """Give it a step; returns when that will be computed, by `time.monotonic`."""
-        self._free = max(self._free, time.monotonic()) + self._step_s
+        self._free = max(self._free, time.monotonic()) + self._costs.seconds(shape)
         return self._free
 
 
@@ -84,7 +113,7 @@ class EmulatedRunner:
         step = runner._pack(chunks, decodes=len(plan.decodes), measured={})
         runner._ids(plan, ahead)
         offsets = (0, *step.query_lens.cumsum().tolist())
-        done = self._device.begin()
+        done = self._device.begin(plan.shape)
         return _Output(
             runner._executor,
             self._nothing,
@@ -102,12 +131,12 @@ class EmulatedRunner:
         """Nothing was foreseen."""
 
 
-def emulate(step_s: float) -> Any:
+def emulate(costs: Coefficients) -> Any:
     """Have engines that are made from now on compute on an emulated device; returns what `stop()` ends that by."""
 
     def load(settings: Any, woken: Any) -> Any:
         loaded = load_model(settings, woken)
-        device = EmulatedDevice(step_s)
+        device = EmulatedDevice(costs)
         runner: Any = EmulatedRunner(loaded.runner, device, most=settings.max_running, vocab_size=loaded.vocab_size)
         return replace(loaded, runner=runner, overlaps=True)
 
@@ -117,18 +146,18 @@ def emulate(step_s: float) -> Any:
 
 
 @contextmanager
-def emulated(step_s: float | None) -> Iterator[None]:
+def emulated(costs: Coefficients | None) -> Iterator[None]:
     """As `emulate`, within the block; None emulates nothing."""
-    if step_s is None:
+    if costs is None:
         yield
         return
-    patch = emulate(step_s)
+    patch = emulate(costs)
     try:
         yield
     finally:
         patch.stop()
 
 
-def emulating_model(step_s: float) -> str:
+def emulating_model(costs: Coefficients) -> str:
     """The `model.py` of a Triton model whose engine computes on an emulated device."""
-    return _MODEL.format(root=str(Path(__file__).resolve().parent.parent), step_s=step_s)
+    return _MODEL.format(root=str(Path(__file__).resolve().parent.parent), costs=costs)

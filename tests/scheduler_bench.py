@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from wicore_backend.engine.plan import Rejected, SchedulerCounts, SchedulerLimits
+from wicore_backend.engine.plan import Rejected, SchedulerCounts, SchedulerLimits, StepPlan
 from wicore_backend.engine.request import Deadlines, PriorityClass, Request, Sequence
 from wicore_backend.engine.sampling_params import SamplingParams
 from wicore_backend.engine.scheduler import Scheduler
@@ -54,6 +54,7 @@ class Bench:
         self.books = BlockManager(layout, dict.fromkeys(LayerGroup, blocks + 1), max_chunk=budget, lower=lower)
         self.step_time = StepTimeModel()
         self.now = 0.0
+        self.latest: StepPlan | None = None
         self.scheduler = Scheduler(
             self.books, SchedulerLimits(max_batch_tokens=budget, max_running=running, **limits), self.step_time
         )
@@ -65,7 +66,7 @@ class Bench:
 
     def step(self) -> list[tuple[Sequence, int, int]]:
         """One step; every sequence that is complete so far gets a token, and ends when it is as long as it may be."""
-        plan = self.scheduler.plan(self.now)
+        plan = self.latest = self.scheduler.plan(self.now)
         self.scheduler.check_integrity()
         done = [(s, s.computed, s.computed + 1) for s in plan.decodes] + [
             (c.sequence, c.start, c.end) for c in plan.chunks
@@ -92,11 +93,11 @@ class Bench:
     def counts(self) -> SchedulerCounts:
         return self.scheduler.counts
 
-    def teach(self, *, step: float, token: float) -> None:
+    def teach(self, *, step: float, token: float, mixed: float = 0.0) -> None:
         """Let the step-time model learn a machine."""
         for n in range(200):
             sequences, prefill = n % 7 + 1, (n % 5) * 20
             shape = StepShape(sequences, sequences, sequences * 30, 0)
             if prefill:
                 shape = shape.with_prefill(prefill, 0)
-            self.step_time.observe(shape, step + token * shape.tokens)
+            self.step_time.observe(shape, step + token * shape.tokens + mixed * shape.mixed)

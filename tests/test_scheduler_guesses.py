@@ -72,7 +72,7 @@ def test_guesses_share_a_step_and_its_shape_counts_them():
     ((placed, tokens),) = plan.guesses.items()
     assert b.asked == [MOST_GUESSED, 0, 0]
     assert len(tokens) == MOST_GUESSED
-    assert plan.shape == (3 + MOST_GUESSED, 3, 3 * placed.computed - 3, MOST_GUESSED * 4)
+    assert plan.shape == (3 + MOST_GUESSED, 3, 3 * placed.computed - 3, MOST_GUESSED * 4, 0)
 
 
 def test_a_step_has_no_more_guesses_than_tokens():

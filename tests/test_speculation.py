@@ -305,7 +305,7 @@ def test_a_step_with_guesses_that_some_left_in_the_meantime_is_compared_with_its
     assert speculator.wants(4, KEYS)
 
 
-DEVICE = Coefficients(step=5e-3, sequence=2e-5, prefill_token=1e-5, key=2e-8, pair=0.0)
+DEVICE = Coefficients(step=5e-3, sequence=2e-5, prefill_token=1e-5, key=2e-8, pair=0.0, mixed=0.0)
 """Of plain steps: 800,000 keys are read in 16 ms. As pieces of prompt, whose keys may be shared out among fewer
 programs than a decode's, they take `pieces` times as long."""
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 
 from wicore_backend.engine.step_time import Coefficients, StepShape, StepTimeModel
 
-GPU = Coefficients(step=12e-3, sequence=110e-6, prefill_token=80e-6, key=33e-9, pair=0.27e-9)
-CPU = Coefficients(step=4e-3, sequence=500e-6, prefill_token=300e-6, key=100e-9, pair=60e-9)
+GPU = Coefficients(step=12e-3, sequence=110e-6, prefill_token=80e-6, key=33e-9, pair=0.27e-9, mixed=8e-3)
+CPU = Coefficients(step=4e-3, sequence=500e-6, prefill_token=300e-6, key=100e-9, pair=60e-9, mixed=2e-3)
 MACHINES = pytest.mark.parametrize("machine", [GPU, CPU], ids=["gpu", "cpu"])
 SEEDS = pytest.mark.parametrize("seed", range(3))
 
@@ -104,7 +105,7 @@ def test_a_lasting_change_of_speed_is_learnt_within_50_steps(machine, seed, fact
 
 def test_a_kernel_that_alone_has_changed_is_learnt_while_the_rest_is_right():
     """Prefill twice as slow; decodes, most of the steps, as before."""
-    slower = Coefficients(GPU.step, GPU.sequence, 2 * GPU.prefill_token, GPU.key, 2 * GPU.pair)
+    slower = replace(GPU, prefill_token=2 * GPU.prefill_token, pair=2 * GPU.pair)
     r = random.Random(0)
     model = learnt(GPU, r)
     observe(model, slower.seconds, mixed, 150, r)
@@ -241,11 +242,92 @@ def test_collinear_steps_are_predicted_on_their_line(seed):
     assert 0 < model.predict(StepShape(300, 300, 30_000, 0)) < 0.2
 
 
+def burst(r: random.Random) -> StepShape:
+    """Beside decodes, some of many short prompts; or decodes alone."""
+    shape = decodes(r, 32, 64)
+    for _ in range(r.choice([0, 0, 1, 2, 5, 15])):
+        shape = shape.with_prefill(r.randint(20, 30), 0)
+    return shape
+
+
+def long_prompt(r: random.Random) -> StepShape:
+    shape = decodes(r, 32, 64)
+    return shape.with_prefill(r.randint(100, 600), r.choice([0, 512, 4096])) if r.random() < 0.5 else shape
+
+
+def some_of_both(r: random.Random) -> StepShape:
+    return burst(r) if r.random() < 0.5 else long_prompt(r)
+
+
+@MACHINES
+@SEEDS
+@pytest.mark.parametrize("draw", [burst, long_prompt, some_of_both])
+def test_what_a_mixed_step_costs_is_told_from_what_its_tokens_do(draw, seed, machine):
+    r = random.Random(seed)
+    model = StepTimeModel()
+    observe(model, machine.seconds, draw, 300, r)
+    assert worst_error(model, machine.seconds, draw, r) < 0.05
+    tokens = machine.seconds(StepShape(0, 0, 0, 0, 0).with_prefill(25, 0)) - machine.step
+    alone = StepShape(64, 64, 64 * 200, 0)
+    one, ten = alone.with_prefill(25, 0), alone
+    for _ in range(10):
+        ten = ten.with_prefill(25, 0)
+    before, after = model.predict(alone), model.predict(one)
+    assert after - before == pytest.approx(machine.mixed + tokens, rel=0.25)
+    assert model.predict(ten) - after == pytest.approx(9 * tokens, rel=0.1)
+
+
+@SEEDS
+def test_two_prompts_in_one_step_tell_what_lone_ones_could_not(seed):
+    """All prompts are alike, so that only a step with two of them tells what the second one costs."""
+    r = random.Random(seed)
+    model = StepTimeModel()
+    alone = StepShape(64, 64, 64 * 200, 0)
+    observe(model, GPU.seconds, lambda _: alone, 100, r, noise=0.01, spikes=0)
+    for _ in range(20):
+        observe(model, GPU.seconds, lambda _: alone.with_prefill(25, 0), 1, r, noise=0.01, spikes=0)
+        observe(model, GPU.seconds, lambda _: alone, 2, r, noise=0.01, spikes=0)
+    assert model.predict(alone.with_prefill(25, 0)) == pytest.approx(GPU.seconds(alone.with_prefill(25, 0)), rel=0.02)
+    two = alone.with_prefill(25, 0).with_prefill(25, 0)
+    for _ in range(2):
+        model.observe(two, GPU.seconds(two))
+    five = two.with_prefill(25, 0).with_prefill(25, 0).with_prefill(25, 0)
+    assert model.predict(five) == pytest.approx(GPU.seconds(five), rel=0.1)
+
+
+@SEEDS
+def test_decodes_and_prompts_by_themselves_leave_open_what_both_together_cost(seed):
+    r = random.Random(seed)
+    model = StepTimeModel()
+    nothing = StepShape(0, 0, 0, 0)
+    observe(model, GPU.seconds, lambda r: nothing.with_prefill(r.randint(20, 4096), 0), 50, r)
+    observe(model, GPU.seconds, decodes, 500, r)
+    assert model.coefficients.mixed == 0
+    shape = decodes(r, 64, 64).with_prefill(25, 0)
+    for _ in range(3):
+        model.observe(shape, GPU.seconds(shape))
+    assert model.predict(shape) == pytest.approx(GPU.seconds(shape), rel=0.03)
+    assert model.coefficients.mixed == pytest.approx(GPU.mixed, rel=0.3)
+    assert worst_error(model, GPU.seconds, decodes, r) < 0.05
+
+
+def test_guessed_tokens_make_no_step_mixed_nor_do_prompts_without_decodes():
+    nothing, decoding = StepShape(0, 0, 0, 0), StepShape(3, 3, 90, 0)
+    guessing = StepShape(3 + 8, 3, 90, 240)
+    prompts = nothing.with_prefill(1, 0).with_prefill(500, 0)
+    assert not any(shape.mixed for shape in (nothing, decoding, guessing, prompts))
+    assert decoding.with_prefill(1, 30).mixed
+    assert prompts.with_decode(30).mixed
+    assert prompts.with_decode(30) == StepShape(502, 3, 30, 125_000, 2)
+
+
 def shapes(limit: int = 10**6) -> st.SearchStrategy[StepShape]:
     number = st.integers(0, limit)
     return st.builds(
-        lambda sequences, further, keys, pairs: StepShape(sequences + further, sequences, keys, pairs),
-        number, number, number, number,
+        lambda decodes, chunks, further, keys, pairs: StepShape(
+            decodes + chunks + further, decodes + chunks, keys, pairs, chunks
+        ),
+        number, number, number, number, number,
     )  # fmt: skip
 
 
@@ -253,7 +335,15 @@ def shapes(limit: int = 10**6) -> st.SearchStrategy[StepShape]:
 @given(
     steps=st.lists(st.tuples(shapes(), st.floats(1e-9, 1e9)), max_size=60),
     shape=shapes(),
-    work=st.sampled_from([StepShape(1, 1, 0, 0), StepShape(1, 0, 0, 0), StepShape(0, 0, 1, 0), StepShape(0, 0, 0, 1)]),
+    work=st.sampled_from(
+        [
+            StepShape(1, 1, 0, 0, 0),
+            StepShape(1, 1, 0, 0, 1),
+            StepShape(1, 0, 0, 0, 0),
+            StepShape(0, 0, 1, 0, 0),
+            StepShape(0, 0, 0, 1, 0),
+        ]
+    ),
     times=st.integers(1, 10**6),
 )
 def test_more_work_never_takes_less_time_whatever_was_observed(steps, shape, work, times):
@@ -262,12 +352,7 @@ def test_more_work_never_takes_less_time_whatever_was_observed(steps, shape, wor
         model.observe(observed, seconds)
     coefficients = model.coefficients
     assert all(0 <= getattr(coefficients, name) < math.inf for name in Coefficients.__slots__)
-    more = StepShape(
-        shape.tokens + times * work.tokens,
-        shape.sequences + times * work.sequences,
-        shape.keys_read + times * work.keys_read,
-        shape.pairs + times * work.pairs,
-    )
+    more = StepShape(*(of_shape + times * of_work for of_shape, of_work in zip(shape, work, strict=True)))
     assert 0 <= model.predict(shape) <= model.predict(more) < math.inf
     assert model.predict(shape) == pytest.approx(coefficients.seconds(shape))
 
@@ -277,7 +362,7 @@ COST = st.one_of(st.just(0.0), st.floats(1e-12, 1e-2))
 
 @settings(max_examples=500, deadline=None)
 @given(
-    coefficients=st.builds(Coefficients, COST, COST, COST, COST, COST),
+    coefficients=st.builds(Coefficients, COST, COST, COST, COST, COST, COST),
     decoding=shapes(1000),
     limit=st.floats(0, 10),
     context=st.integers(0, 131_072),

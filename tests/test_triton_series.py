@@ -87,7 +87,9 @@ STATISTICS = EngineStatistics(
     retried=1,
     restarts=2,
     scheduler=SchedulerCounts(1, 20, 30, 40, 50, 60, 7, 8, 90, 10, 4, 12, 13, 14, 15),
-    step=StepStatistics(StepShape(90, 10, 1000, 2000), 0.02, 0.021, 0.05, Coefficients(1.0, 2.0, 3.0, 4.0, 5.0), 0.03),
+    step=StepStatistics(
+        StepShape(90, 10, 1000, 2000, 1), 0.02, 0.021, 0.05, Coefficients(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), 0.03
+    ),
 )
 
 
@@ -135,6 +137,7 @@ def test_every_number_of_the_statistics_is_on_the_page():
         ("wicore_step_predicted_seconds",): 0.021,
         ("wicore_step_prediction_error",): 0.05,
         ("wicore_step_time_coefficient", "prefill_token"): 3.0,
+        ("wicore_step_time_coefficient", "mixed"): 6.0,
         ("wicore_kv_blocks_used", "global"): 5,
         ("wicore_kv_blocks_cached", "global"): 6,
         ("wicore_step_limit_seconds",): 0.03,

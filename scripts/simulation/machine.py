@@ -14,7 +14,7 @@ from wicore_backend.hmt.layout import KVLayout, LayerGroup
 _LAYERS = [LayerGroup.LOCAL if (layer + 1) % 6 else LayerGroup.GLOBAL for layer in range(62)]
 """Of Gemma-3-27B: 52 local, 10 global."""
 
-H200_BF16 = Coefficients(step=15e-3, sequence=82e-6, prefill_token=82e-6, key=21.6e-9, pair=0.35e-9)
+H200_BF16 = Coefficients(step=15e-3, sequence=82e-6, prefill_token=82e-6, key=21.6e-9, pair=0.35e-9, mixed=8e-3)
 """Seconds. docs/benchmarks/scheduler.md has what they are fitted to, and how well."""
 
 

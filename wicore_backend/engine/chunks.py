@@ -33,6 +33,11 @@ class Chunks:
         return bool(self._chunks)
 
     @property
+    def shape(self) -> StepShape:
+        """The decodes, and all chunks, lost or not."""
+        return self._shape
+
+    @property
     def room(self) -> bool:
         """Whether there are tokens left."""
         return self._tokens > 0

@@ -52,7 +52,7 @@ class Expectations:
         pairs = start * left + left * left // 2
         steps = -(-left // self._max_batch_tokens)
         once = self._step_time.predict(StepShape(0, 0, 0, 0))
-        return (steps - 1) * once + self._step_time.predict(StepShape(left, 1, 0, pairs))
+        return (steps - 1) * once + self._step_time.predict(StepShape(left, 1, 0, pairs, 1))
 
     def queue_seconds(self, tokens: int) -> float:
         """How long a queue of so much work takes; 0 while nobody knows."""

@@ -7,6 +7,11 @@ from wicore_backend.engine.step_time import StepShape, StepTimeModel
 _LEAST_SHARE = 0.1
 """Of the decodes' time, for prompts even where decodes alone are slower than they should be: prompts must get on."""
 
+_WORTH = 6
+"""Of a step, prompts may take ahead so many times what the first token of its first chunk costs: what is paid however
+short the chunk is, for a mixed step and for reading its keys, is then a sixth. Twice as much was worth 11 to 16% of the
+simulated machine's capacity less; eight times brought 3 to 5% more, and longer pauses for those who decode."""
+
 _DECODES_ALONE_EVERY = 8
 """Of so many steps in a row with decodes, one has nothing but decodes, so that what they take alone stays known: from
 steps of one shape nobody could tell what each part takes, and guesses that are too high would confirm themselves."""
@@ -15,8 +20,9 @@ steps of one shape nobody could tell what each part takes, and guesses that are 
 class Pacer:
     """Keeps the pace of decodes: over some steps, prompts take what the target leaves them.
 
-    A chunk has to read all keys before it, however short it is. So the time that a step leaves is saved up while a
-    chunk would take less than that reading, and spent at once when it is worth it.
+    The first chunk beside decodes costs much however short it is: the step is a mixed one, and all keys before the
+    chunk are read. If every step had one, little but that would be paid for. So a step may take time ahead, as much as
+    makes its first chunk worth while, and the steps after it have no prompts until that is paid back.
 
     Parameters
     ----------
@@ -28,7 +34,8 @@ class Pacer:
         self._model = model
         self._target = target_s
         self._slowdown = slowdown
-        self._saved = 0.0
+        self._saved = 0.0  # Below 0, what was taken ahead.
+        self._alone = 0.0
         self._mixed_steps = 0
         self._limit: float | None = None
 
@@ -36,12 +43,13 @@ class Pacer:
         """A step with these decodes is being planned. False if it is to have no prompts."""
         self._limit = None
         if not decodes.sequences or not self._model.ready:
+            self._saved = 0.0
             return True
-        alone = self._model.predict(decodes)
+        self._alone = alone = self._model.predict(decodes)
         target = self._target or self._slowdown * alone
         self._saved += max(target - alone, _LEAST_SHARE * alone)
-        self._limit = alone + self._saved
-        return self._mixed_steps < _DECODES_ALONE_EVERY - 1
+        self._limit = alone + max(0.0, self._saved)
+        return self._saved > 0 and self._mixed_steps < _DECODES_ALONE_EVERY - 1
 
     @property
     def limit_s(self) -> float | None:
@@ -56,19 +64,26 @@ class Pacer:
         if self._limit is None:
             return most
         model = self._model
-        so_far = model.predict(shape)
+        before = model.predict(shape)
+        # That the step is a mixed one is no part of its first prompt's share.
+        so_far = before if shape.chunks else before + model.coefficients.mixed
+        first = model.predict(shape.with_prefill(1, context)) - so_far
+        if not shape.chunks:
+            self._limit = max(self._limit, before + _WORTH * (so_far + first - before))
         left = share * (self._limit - so_far)
         if model.predict(shape.with_prefill(most, context)) - so_far <= left:
             return most
-        if left < 2 * (model.predict(shape.with_prefill(1, context)) - so_far):
+        if left < 2 * first:
             return 0
         return min(most, model.prefill_tokens(shape, so_far + left, context))
 
-    def end(self, *, mixed: bool, held_back: bool) -> None:
-        """The step is planned: it has decodes and prompts (`mixed`), or prompts wait for more time (`held_back`)."""
-        self._mixed_steps = self._mixed_steps + 1 if mixed else 0
-        if not held_back:
-            self._saved = 0.0
+    def end(self, step: StepShape, *, held_back: bool) -> None:
+        """The step is planned; `held_back` is whether prompts wait for more time."""
+        self._mixed_steps = self._mixed_steps + 1 if step.mixed else 0
+        if self._limit is not None:
+            self._saved -= self._model.predict(step) - self._alone
+            if not held_back:
+                self._saved = min(0.0, self._saved)
 
     def keeps_pace(self, decodes: StepShape) -> bool:
         """Whether a step of these decodes alone is within the target."""

@@ -35,6 +35,6 @@ def _compute_for_nobody(model: LoadedModel) -> None:
     try:
         model.blocks.extend(sequence.blocks, 0, 1)
         model.mover.move()
-        model.runner.run(StepPlan([], [Chunk(sequence, 0, 1)], StepShape(1, 1, 0, 0))).done()
+        model.runner.run(StepPlan([], [Chunk(sequence, 0, 1)], StepShape(1, 1, 0, 0, 1))).done()
     finally:
         model.blocks.close(sequence.blocks)

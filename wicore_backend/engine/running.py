@@ -54,7 +54,7 @@ class Running:
 
     def shape_beside(self, sequence: Sequence) -> StepShape:
         """A step that decodes all that decode, and the sequence."""
-        return self.decodes.shape().with_prefill(1, self._blocks.visible(len(sequence.tokens)))
+        return self.decodes.shape().with_decode(self._blocks.visible(len(sequence.tokens)))
 
     def has_room_for(self, sequence: Sequence, match: PrefixMatch) -> bool:
         """Whether there is memory for all who run and the sequence, if they become as long as expected."""

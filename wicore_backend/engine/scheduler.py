@@ -238,7 +238,7 @@ class Scheduler:
                 if end == len(sequence.tokens):
                     turns.completed(sequence)
                 chunks.add(sequence, end)
-        self._pacer.end(mixed=bool(chunks and self._decodes), held_back=held_back)
+        self._pacer.end(chunks.shape, held_back=held_back)
         return chunks.kept
 
     def check_integrity(self) -> None:

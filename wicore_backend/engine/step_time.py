@@ -3,6 +3,10 @@
 A step's seconds are modelled as linear in what the step does, each coefficient at least 0:
 
     seconds = step + sequence * sequences + prefill_token * (tokens - sequences) + key * keys_read + pair * pairs
+              + mixed, if it has both decodes and chunks of prompts
+
+A step of decodes alone is one CUDA graph, and so is a short prompt by itself (`engine/graphs.py`, `engine/prompts.py`);
+both together are computed layer by layer, by other kernels, which costs the same however short the chunks are.
 
 A sequence brings its first token with it, so that `prefill_token` has no part in a step of decodes alone. One
 coefficient for every token would tie prefill to decodes, which differ: weights that decodes wait for anyway make a
@@ -55,7 +59,7 @@ _MEAN_OF_ABSOLUTE = 0.8
 _CONTEXT_WIDTH = 1e-4
 """Prior width of a key's cost to that of a step, and of a pair's to that of a token. From a model of a few million
 weights to the 27B, bytes and arithmetic say 1/2500 down to 1/700000; what is seen soon outweighs it."""
-_IDENTITY = [tuple(float(i == j) for j in range(5)) for i in range(5)]
+_IDENTITY = [tuple(float(i == j) for j in range(6)) for i in range(6)]
 
 
 class StepShape(NamedTuple):
@@ -68,11 +72,22 @@ class StepShape(NamedTuple):
     """Keys of earlier steps that decodes and chunks attend to, each sequence's once, in a layer of the global group."""
     pairs: int
     """Query-key pairs of the prefill chunks, in one layer of the global group."""
+    chunks: int = 0
+    """Of the sequences, those that are prefilled; the others decode, guessed tokens with them or not."""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it has both decodes and prefill chunks."""
+        return 0 < self.chunks < self.sequences
 
     def with_prefill(self, tokens: int, context: int) -> StepShape:
         """This step and `tokens` more of one more sequence, of which `context` tokens have been computed before."""
-        pairs = tokens * context + tokens * tokens // 2
-        return StepShape(self.tokens + tokens, self.sequences + 1, self.keys_read + context, self.pairs + pairs)
+        pairs = self.pairs + tokens * context + tokens * tokens // 2
+        return StepShape(self.tokens + tokens, self.sequences + 1, self.keys_read + context, pairs, self.chunks + 1)
+
+    def with_decode(self, context: int) -> StepShape:
+        """This step and a decode more, of a sequence of which `context` tokens have been computed before."""
+        return StepShape(self.tokens + 1, self.sequences + 1, self.keys_read + context, self.pairs, self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +101,8 @@ class Coefficients:
     """Each further token of a sequence."""
     key: float
     pair: float
+    mixed: float
+    """Having both decodes and prefill chunks."""
 
     def seconds(self, shape: StepShape) -> float:
         """Duration of a step."""
@@ -95,6 +112,7 @@ class Coefficients:
             + self.prefill_token * (shape.tokens - shape.sequences)
             + self.key * shape.keys_read
             + self.pair * shape.pairs
+            + self.mixed * shape.mixed
         )
 
     def prefill_tokens(self, decodes: StepShape, limit_s: float, context: int, *, most: int = LONGEST_CHUNK) -> int:
@@ -110,11 +128,10 @@ class Coefficients:
         if self.seconds(decodes.with_prefill(most, context)) <= limit_s:
             return most
         # A hair below the limit, so that rounding in seconds() never crosses it.
-        slack = limit_s * (1 - 1e-12) - self.seconds(decodes) - self.sequence - self.key * context
-        if not slack > self.pair * context:  # Also for a limit that is no number.
-            return 0
-        rest = slack + self.prefill_token  # The first token comes with the sequence.
+        rest = limit_s * (1 - 1e-12) - self.seconds(decodes.with_prefill(0, context))
         linear = self.prefill_token + self.pair * context
+        if not rest > linear:  # Also for a limit that is no number.
+            return 0
         # The root of pair / 2 * t^2 + linear * t = rest, in the form that is exact when `pair` is 0 or very small.
         return min(most, int(2 * rest / (linear + sqrt(linear * linear + 2 * self.pair * rest))))
 
@@ -142,10 +159,10 @@ class StepTimeModel:
         self._scale = _SCALE_START
         self._drift = 0.0
         # A coefficient is its unit (seconds, fixed by the first step) times its value; the covariance is of the values.
-        self._units = [0.0] * 5
-        self._values = [0.0] * 5
+        self._units = [0.0] * 6
+        self._values = [0.0] * 6
         self._covariance = _IDENTITY
-        self._coefficients = [0.0] * 5
+        self._coefficients = [0.0] * 6
 
     @property
     def ready(self) -> bool:
@@ -167,10 +184,10 @@ class StepTimeModel:
 
     def predict(self, shape: StepShape) -> float:
         """Seconds that a step will take; it never falls when work is added, of whatever kind."""
-        step, sequence, prefill_token, key, pair = self._coefficients
-        sequences = shape.sequences
-        further = shape.tokens - sequences
-        return step + sequence * sequences + prefill_token * further + key * shape.keys_read + pair * shape.pairs
+        step, sequence, prefill_token, key, pair, mixed = self._coefficients
+        tokens, sequences, keys_read, pairs, chunks = shape
+        seconds = step + sequence * sequences + prefill_token * (tokens - sequences) + key * keys_read + pair * pairs
+        return seconds + mixed if 0 < chunks < sequences else seconds
 
     def prefill_tokens(self, decodes: StepShape, limit_s: float, context: int, *, most: int = LONGEST_CHUNK) -> int:
         """See `Coefficients.prefill_tokens`."""
@@ -192,8 +209,8 @@ class StepTimeModel:
 
     def _start(self, shape: StepShape, seconds: float) -> None:
         per_token = seconds / max(1, shape.tokens)
-        self._units = [seconds, per_token, per_token, _CONTEXT_WIDTH * seconds, _CONTEXT_WIDTH * per_token]
-        self._values = [0.5, 0.5, 0.5, 0.0, 0.0]
+        self._units = [seconds, per_token, per_token, _CONTEXT_WIDTH * seconds, _CONTEXT_WIDTH * per_token, seconds]
+        self._values = [0.5, 0.5, 0.5, 0.0, 0.0, 0.0]
         self._covariance = _IDENTITY
         self._coefficients = [value * unit for value, unit in zip(self._values, self._units, strict=True)]
 
@@ -208,15 +225,18 @@ class StepTimeModel:
     def _learn(self, shape: StepShape, seconds: float, predicted: float) -> None:
         """One step of recursive least squares, on a row in units of the expected error."""
         weight = 1 / (self._scale * max(seconds, predicted))
-        u0, u1, u2, u3, u4 = self._units
+        u0, u1, u2, u3, u4, u5 = self._units
         x0 = weight * u0
         x1 = weight * u1 * shape.sequences
         x2 = weight * u2 * (shape.tokens - shape.sequences)
         x3 = weight * u3 * shape.keys_read
         x4 = weight * u4 * shape.pairs
+        x5 = weight * u5 * shape.mixed
         # The prediction's covariance with the values, and its variance.
-        p0, p1, p2, p3, p4 = p = [a * x0 + b * x1 + c * x2 + d * x3 + e * x4 for a, b, c, d, e in self._covariance]
-        variance = p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3 + p4 * x4
+        p0, p1, p2, p3, p4, p5 = p = [
+            a * x0 + b * x1 + c * x2 + d * x3 + e * x4 + f * x5 for a, b, c, d, e, f in self._covariance
+        ]
+        variance = p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3 + p4 * x4 + p5 * x5
         if variance <= 0:  # Steps a million times longer than others have left nothing but rounding.
             self._start(shape, seconds)
             return
@@ -236,11 +256,11 @@ class StepTimeModel:
         factor = (memory * variance - (1 - memory)) / (variance * memory * (1 + variance))
         root = sqrt(abs(factor))
         # One product for both halves of the matrix, so that it stays symmetric to the last bit.
-        h0, h1, h2, h3, h4 = h = [root * g for g in p]
+        h0, h1, h2, h3, h4, h5 = h = [root * g for g in p]
         sign = -1.0 if factor > 0 else 1.0
         self._covariance = [
-            (a + s * h0, b + s * h1, c + s * h2, d + s * h3, e + s * h4)
-            for (a, b, c, d, e), s in zip(self._covariance, [sign * g for g in h], strict=True)
+            (a + s * h0, b + s * h1, c + s * h2, d + s * h3, e + s * h4, f + s * h5)
+            for (a, b, c, d, e, f), s in zip(self._covariance, [sign * g for g in h], strict=True)
         ]
 
     def _follow_errors(self, clipped: float) -> None:
