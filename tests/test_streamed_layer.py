@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
 from tests.accuracy import relative_error
 from wicore_backend.executor.streamed_layer import (
-    ARCHITECTURE,
     HEADERS,
     MEASURED,
     SOURCE,
@@ -25,6 +24,7 @@ from wicore_backend.executor.streamed_layer import (
     streamed_layers,
 )
 from wicore_backend.executor.torch_executor import TorchExecutor
+from wicore_backend.hopper import ARCHITECTURE
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.quantization.fp8 import quantized_fp8
 from wicore_backend.quantization.int4_rounding import quantized_int4
@@ -182,7 +182,7 @@ def test_it_compiles(bits, way, config):
         nvrtc.nvrtcVersion()
     except RuntimeError as error:
         pytest.skip(f"no NVRTC: {error}")
-    from wicore_backend.executor.kernels.nvrtc import compiled
+    from wicore_backend.hopper.nvrtc import compiled
 
     form = replace(form_of(config(SHAPES["gemma-3-27b"]).text, bits), tuning=WAYS[way])
     launch = form.launch(form.shares(H200_BLOCKS))

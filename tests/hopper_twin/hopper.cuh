@@ -1,4 +1,4 @@
-// The twin of wicore_backend/executor/kernels/hopper.cuh for a CPU: the same functions, and of CUDA's own what kernels
+// The twin of wicore_backend/hopper/hopper.cuh for a CPU: the same functions, and of CUDA's own what kernels
 // use. g++ compiles kernels with it; `machine.cpp` runs them.
 
 #pragma once
@@ -52,6 +52,13 @@ T __shfl_xor_sync(u32, T value, int distance) {
 }
 
 template <class T>
+T __shfl_sync(u32, T value, int from) {
+    T all[32];
+    twin::exchange(&value, all, sizeof(T));
+    return all[from % 32];
+}
+
+template <class T>
 T __shfl_down_sync(u32, T value, int distance) {
     T all[32];
     twin::exchange(&value, all, sizeof(T));
@@ -69,6 +76,29 @@ T load(const char* in_shared) { return twin::loaded<T>(in_shared); }
 inline uint4 load_if(bool asks, const char* in_shared) {
     return asks ? load<uint4>(in_shared) : uint4{~0u, ~0u, ~0u, ~0u};  // NaN, whatever its kind
 }
+
+// Lane l names a row of 16 bytes, of four matrices of 8 rows.
+inline uint4 matrices(const char* in_shared, bool turn) {
+    const uint4 mine = load<uint4>(in_shared);
+    uint4 rows[32];
+    twin::exchange(&mine, rows, sizeof(uint4));
+    const u32 lane = threadIdx.x % 32;
+    u32 found[4];
+    for (u32 matrix = 0; matrix < 4; ++matrix) {
+        const auto number = [&](u32 row, u32 column) {
+            std::uint16_t v;
+            std::memcpy(&v, (const char*)(rows + matrix * 8 + row) + column * 2, 2);
+            return (u32)v;
+        };
+        const u32 one = lane / 4, two = lane % 4 * 2;
+        const u32 first = turn ? number(two, one) : number(one, two);
+        found[matrix] = first | (turn ? number(two + 1, one) : number(one, two + 1)) << 16;
+    }
+    return {found[0], found[1], found[2], found[3]};
+}
+
+inline uint4 load_matrices(const char* in_shared) { return matrices(in_shared, false); }
+inline uint4 load_matrices_turned(const char* in_shared) { return matrices(in_shared, true); }
 
 // ---- Barriers
 
@@ -89,12 +119,15 @@ inline Policy evict_first() { return 0; }
 inline void copy(const char* to, const char* from, u32 bytes, u32 barrier, Policy) {
     twin::copy(to, from, bytes, barrier);
 }
+inline void copy_16(const char* to, const char* from, bool there) { twin::copy_16(to, from, there); }
+inline void arrive_when_copied(u32 barrier) { twin::arrive_when_copied(barrier); }
 inline void line_to_l2(const void* global) { twin::inside(global, 128, 4); }
 
 // ---- Global memory
 
 inline float constant(const float* at) { return twin::loaded_constant<float>(at); }
 inline float4 constants(const float* at) { return twin::loaded_constant<float4>(at); }
+inline u32 load_pair(const char* at) { return twin::loaded<u32>(at); }
 inline uint2 load_pairs(const char* at) { return twin::loaded<uint2>(at); }
 inline uint4 load_words(const void* at) { return twin::loaded<uint4>(at); }
 
@@ -109,6 +142,7 @@ inline uint4 told_four(const u32* from) {
 }
 
 inline void add_released(u32* to, u32 by) { twin::add(to, by, twin::Order::acquire_or_release); }
+inline u32 added(u32* to, u32 by) { return twin::added(to, by); }
 inline u32 told_acquired(const u32* from) { return twin::told(from, twin::Order::acquire_or_release); }
 
 // ---- Kernels over each other
@@ -135,9 +169,20 @@ inline u32 raise_fp8(u32 pair) { return twin::half_of_e4m3(pair & 255) | twin::h
 template <u32 MASK, u32 WITH>
 u32 masked_with(u32 word) { return (word & MASK) | WITH; }
 
+inline float exp2_quickly(float v) { return std::exp2(v); }
+
+inline u32 turned(u32 pair) {
+    u32 all[32];
+    twin::exchange(&pair, all, sizeof(u32));
+    const u32 lane = threadIdx.x % 32, first = all[lane % 4 * 8 + lane / 8], second = all[lane % 4 * 8 + 4 + lane / 8];
+    const u32 by = lane / 4 % 2 * 16;
+    return (first >> by & 0xffff) | (second >> by & 0xffff) << 16;
+}
+
 // Of A, lane l has rows l / 4 and that plus 8 in columns l % 4 * 2, the next one, and those plus 8; of B those columns as
 // rows, in column l / 4; of the sums the rows of A in columns l % 4 * 2 and the next one (PTX ISA, mma.m16n8k16).
-inline void mma(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+template <bool HALF>
+void mma(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-    twin::mma(sum, a, b);
+    twin::mma(sum, a, b, HALF);
 }

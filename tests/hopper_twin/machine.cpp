@@ -119,8 +119,11 @@ void barrier_init(u32 barrier, u32 arrivals) { machine->barrier_init(barrier, ar
 void arrive(u32 barrier, u32 announced_bytes) { machine->arrive(barrier, announced_bytes); }
 void wait(u32 barrier, u32 parity) { machine->wait(barrier, parity); }
 void copy(const void* to, const void* from, u32 bytes, u32 barrier) { machine->copy(to, from, bytes, barrier); }
+void copy_16(const void* to, const void* from, bool there) { machine->copy_16(to, from, there); }
+void arrive_when_copied(u32 barrier) { machine->arrive_when_copied(barrier); }
 void tell(u32* to, u32 word) { machine->tell(to, word); }
 void add(u32* to, u32 by, Order order) { machine->add(to, by, order); }
+u32 added(u32* to, u32 by) { return machine->added(to, by); }
 u32 told(const u32* from, Order order) { return machine->told(from, order); }
 
 void load(void* to, const void* from, u32 bytes) {
@@ -143,7 +146,7 @@ void inside(const void* global, u64 bytes, u32 aligned) {
     machine->aligned(global, aligned);
 }
 
-void mma(float* sum, const u32* a, const u32* b) {
+void mma(float* sum, const u32* a, const u32* b, bool half) {
     struct Part {
         u32 a[4], b[2];
     } part{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, all[LANES];
@@ -155,7 +158,7 @@ void mma(float* sum, const u32* a, const u32* b) {
         for (u32 k = 0; k < 16; ++k) {
             const u32 of_a = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2] >> k % 2 * 16;
             const u32 of_b = all[column * 4 + k % 8 / 2].b[k / 8] >> k % 2 * 16;
-            total += from_half(of_a) * from_half(of_b);
+            total += half ? from_half(of_a) * from_half(of_b) : from_bfloat16(of_a) * from_bfloat16(of_b);
         }
         sum[i] += total;
     }

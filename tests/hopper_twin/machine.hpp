@@ -5,8 +5,8 @@
 //    and slow in turns.
 // 2. A multiprocessor has one block. As soon as one is free a block of the next launch starts there, if all blocks of
 //    the launch before have let it.
-// 3. Bulk copies and what blocks tell each other arrive later, in random order; in some runs only when nobody else can
-//    go on. What a copy writes holds NaN until then.
+// 3. Copies and what blocks tell each other arrive later, in random order; in some runs only when nobody else can go on.
+//    What a copy writes holds NaN until then.
 // 4. Each thread has a vector clock: which of the other threads' doings come before its own. Barriers, releases and
 //    acquires hand clocks on, nothing else does. g++ reports every plain access (-fsanitize=thread, without its
 //    library). Two accesses to a word, one of them writing, of which none comes before the other, are a fault, however
@@ -32,7 +32,7 @@ void meet(int number, u32 threads);  // When so many of the block are there, all
 void all_meet();
 void warp_meets();
 void exchange(const void* mine, void* all, u32 bytes);  // Lanes of a warp: `all` [32] is in the order of lanes.
-void mma(float* sum, const u32* a, const u32* b);       // [4], [4], [2]: see the twin's `hopper.cuh`.
+void mma(float* sum, const u32* a, const u32* b, bool half);  // [4], [4], [2]: see the twin's `hopper.cuh`.
 
 // ---- Barriers in shared memory, and bulk copies
 
@@ -40,6 +40,8 @@ void barrier_init(u32 barrier, u32 arrivals);
 void arrive(u32 barrier, u32 announced_bytes);
 void wait(u32 barrier, u32 parity);
 void copy(const void* to, const void* from, u32 bytes, u32 barrier);
+void copy_16(const void* to, const void* from, bool there);
+void arrive_when_copied(u32 barrier);
 
 // ---- Memory
 
@@ -48,6 +50,7 @@ enum class Order { relaxed, acquire_or_release };
 void tell(u32* to, u32 word);
 void add(u32* to, u32 by, Order order);
 u32 told(const u32* from, Order order);
+u32 added(u32* to, u32 by);  // At once, both acquiring and releasing; what it was.
 void load(void* to, const void* from, u32 bytes);  // Plainly, from wherever.
 void load_constant(void* to, const void* from, u32 bytes);
 
@@ -77,6 +80,7 @@ void let_next_begin();
 float from_half(u32 bits);
 u32 to_half(float v);
 u32 to_bfloat16(float v);
+float from_bfloat16(u32 bits);  // the lower 16
 u32 half_of_e4m3(u32 bits);
 
 }  // namespace twin

@@ -35,6 +35,13 @@ u32 to_half(float v) {
     return bits;
 }
 
+float from_bfloat16(u32 bits) {
+    const u32 raised = bits << 16;
+    float v;
+    std::memcpy(&v, &raised, 4);
+    return v;
+}
+
 u32 to_bfloat16(float v) {  // to the nearest, of two as near to the even one
     u32 bits;
     std::memcpy(&bits, &v, 4);

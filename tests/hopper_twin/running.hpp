@@ -70,6 +70,11 @@ struct Reason {  // to wait
     u32 of = 0;
 };
 
+struct SmallCopy {  // of 16 bytes
+    char* to;
+    const char* from;  // Zeros if it is null.
+};
+
 struct Thread {
     Fiber fiber;
     Block* block = nullptr;
@@ -77,6 +82,7 @@ struct Thread {
     Past past;
     std::function<bool()> ready;
     Reason waits;
+    std::vector<SmallCopy> copies;
 };
 
 struct OnItsWay {
@@ -216,6 +222,66 @@ class Machine {
             over_if_all_came(barrier);
         };
         on_their_way_.push_back({std::move(land), to, block->launch, access, false});
+    }
+
+    void copy_16(const void* to, const void* from, bool there) {
+        const u64 place = (const char*)to - shared;
+        if (place % 16 || (u64)from % 16) stop("a copy of 16 bytes is not aligned");
+        if (place + 16 > shared_bytes_) stop("a copy ends outside of shared memory");
+        if (there) region_of(from, 16), access(from, 16, false, false);
+        self().copies.push_back({(char*)to, there ? (const char*)from : nullptr});
+    }
+
+    // All copies of the thread count as issued now, and land together.
+    void arrive_when_copied(u32 at) {
+        yield();
+        Barrier& barrier = barrier_at(at);
+        std::vector<SmallCopy> copies = std::move(self().copies);
+        self().copies.clear();
+        for (const SmallCopy& one : copies) {
+            const u64 place = one.to - shared;
+            for (u64 word = place / 4; word < place / 4 + 4; ++word)
+                check(words_here()[word], {barrier.id, barrier.copies, false}, past(), true, shared + word * 4);
+            std::memset(one.to, 0xff, 16);
+        }
+        Past issued(size_);
+        release(issued);
+        issued.add(barrier.id, barrier.copies);
+        Block* block = self().block;
+        ++block->copies;
+        const Access access{self().id, counts_[self().id], false};
+        auto land = [this, block, &barrier, at, copies = std::move(copies), issued = std::move(issued)] {
+            for (const SmallCopy& one : copies) {
+                if (one.from) std::memcpy(one.to, one.from, 16);
+                else std::memset(one.to, 0, 16);
+            }
+            --block->copies;
+            if (barrier.pending == 0) fault = "an arrival too many at barrier " + number(at);
+            else --barrier.pending;
+            barrier.coming.add(issued);
+            over_if_all_came(barrier);
+        };
+        on_their_way_.push_back({std::move(land), shared + at, block->launch, access, false});
+    }
+
+    u32 added(u32* to, u32 by) {
+        yield();
+        access(to, 4, true, true);
+        const u32 mine = self().id;
+        Past before(size_);
+        release(before);
+        land_all([&](const OnItsWay& other) {
+            return (other.to == to && other.issued.who == mine) || before.has(other.issued);
+        });
+        if (const auto earlier = released_.find(to); earlier != released_.end()) {
+            before.add(earlier->second);
+            acquire(earlier->second);
+        }
+        released_[to] = before.clock();
+        happened();
+        const u32 was = *to;
+        *to += by;
+        return was;
     }
 
     void tell(u32* to, u32 word) {

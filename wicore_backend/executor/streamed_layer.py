@@ -19,25 +19,24 @@ import torch
 from torch import Tensor
 
 from wicore_backend.executor.kernels.small import overlaps
+from wicore_backend.hopper import ARCHITECTURE, INSTRUCTIONS, SHARED_BYTES
 from wicore_backend.models.gemma3.config import TextConfig
 from wicore_backend.models.gemma3.weights import LayerWeights, Weight
 from wicore_backend.quantization.fp8 import Fp8Matrix
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
 if TYPE_CHECKING:
-    from wicore_backend.executor.kernels.nvrtc import Kernel
+    from wicore_backend.hopper.nvrtc import Kernel
 
 _log = logging.getLogger(__name__)
 
 _KERNELS = Path(__file__).parent / "kernels"
 SOURCE = _KERNELS / "streamed_layer.cu"
-HEADERS = tuple(
-    _KERNELS / name for name in ("hopper.cuh", "streamed_ring.cuh", "streamed_products.cuh", "streamed_meeting.cuh")
+HEADERS = (
+    INSTRUCTIONS,
+    *(_KERNELS / name for name in ("streamed_ring.cuh", "streamed_products.cuh", "streamed_meeting.cuh")),
 )
-ARCHITECTURE = "sm_90a"
 _WIDTH, _GROUP, _ROW_BYTES = 32, 128, 128
-_SHARED_BYTES = 227 * 1024
-"""What a block may have on Hopper."""
 _FEWEST_STAGES = 3
 _MOST_WARPS = 14
 _MOST_BLOCKS = 159
@@ -181,7 +180,7 @@ class Form:
         sums = max(self.depths) // _GROUP * 8 if self.bits == 4 else 0
         beside = 4 * warps * 4 + sums + 144 + area
         stage = warps * TILE_ROWS * (_ROW_BYTES + (4 * (1 + self.zeros) if self.bits == 4 else 0))
-        stages = (_SHARED_BYTES - beside) // (stage + 16)
+        stages = (SHARED_BYTES - beside) // (stage + 16)
         if stages < _FEWEST_STAGES or len(shares[0]) > _MOST_BLOCKS + 1 or max(given) * TILE_ROWS > warps * _WIDTH:
             return None
         stages = min(stages, most_stages or stages)
@@ -339,7 +338,7 @@ class StreamedLayers:
 
     def __init__(self, form: Form, eps: float, layers: Sequence[LayerWeights], device: torch.device) -> None:
         # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
-        from wicore_backend.executor.kernels.nvrtc import Kernel, compiled
+        from wicore_backend.hopper.nvrtc import Kernel, compiled
 
         self._form = form
         self._device = device
@@ -349,7 +348,9 @@ class StreamedLayers:
         if launch is None:
             raise RuntimeError(f"a layer of {form} does not fit {self._blocks} multiprocessors")
         code = compiled(SOURCE, HEADERS, form.defines(launch), architecture=ARCHITECTURE)
-        self._kernel: Kernel = Kernel(code, SOURCE.stem, threads=launch.threads, shared_bytes=launch.shared_bytes)
+        self._kernel: Kernel = Kernel(
+            code, SOURCE.stem, threads=launch.threads, shared_bytes=launch.shared_bytes, cooperative=True
+        )
         self._calls = LayerCalls(form, eps, layers, shares)
         self._try_out()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.masses import MASS_TAIL
 from wicore_backend.attention.gpu.plans import Decodes, MassMemory, Plan
-from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, Ints
+from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, WORK_FIELDS, Ints
 from wicore_backend.attention.gpu.tile_scheduler import TileScheduler
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.upload import Upload
@@ -63,6 +63,7 @@ class DecodeBucket:
         self._idle: dict[Hashable, Ints] = {
             (group, "items"): np.full((count, ITEM_FIELDS), -1, np.int32) for group, count in num_items.items()
         }
+        self._idle |= {(group, "work"): np.zeros((sequences + 1, WORK_FIELDS), np.int32) for group in groups}
         self._idle["decodes measured"] = np.full((len(measured), sequences), -1, np.int32)
         tables = {(g, "tables"): sequences * scheduler.table_blocks(g, max_keys=max_keys) for g in groups}
         sizes = {name: array.size for name, array in self._idle.items()}
@@ -107,6 +108,7 @@ class DecodeBucket:
                 raise ValueError(f"a sequence of {longest} keys does not fit a bucket of {self.max_keys}")
             items = self._scheduler.decode_items(group, seen)
             arrays[group, "items"][: len(items)] = items
+            arrays[group, "work"] = self._scheduler.decode_work(group, seen, sequences=self.sequences)
             arrays[group, "tables"] = seen.sequences.table
         measurements = self._scheduler.measurements(view)
         if measurements is not None:

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from wicore_backend.attention.gpu.hopper import HopperPrefill
+from wicore_backend.attention.gpu.hopper_decode import FEWEST, MOST, HopperDecode
 from wicore_backend.attention.gpu.kernel_options import KernelOptions
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill_mass_kernel, write_kernel
@@ -39,6 +40,8 @@ class Launches:
         By group, [blocks, layers, 2, block_size, KV heads, d]; bytes if they are e4m3.
     hopper
         Takes prefills whose keys are not shared out, if there is one.
+    hopper_decode
+        Takes several decodes of layers whose attention mass cannot be asked, if there is one.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class Launches:
         options: KernelOptions,
         tuning: Tuning,
         hopper: HopperPrefill | None,
+        hopper_decode: HopperDecode | None,
     ) -> None:
         self._kv_heads = layout.kv_heads
         self._options = options
         self._tuning = tuning
         self._hopper = hopper
+        self._hopper_decode = hopper_decode
         self._layers = []
         for group, index in layout.layers:
             pool = pools[group]
@@ -83,6 +88,9 @@ class Launches:
         of_layer = self._layers[layer]
         decodes = plan.decodes[of_layer.group]
         mass = plan.mass if plan.mass is not None and layer in plan.mass.rows else None
+        if self._hopper_decode is not None and mass is None and FEWEST <= plan.num_decodes <= MOST:
+            self._hopper_decode(q, k, v, of_layer.pool, plan.out, decodes.work, decodes.tables, **of_layer.where)
+            return
         scratch = decodes.scratch
         decode_kernel[self._kv_heads, decodes.num_items](
             *(q, k, v, of_layer.pool, plan.out, decodes.items, decodes.tables),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from wicore_backend.attention.gpu.masses import MASS_TAIL, MEASUREMENT_FIELDS
-from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, TILE_FIELDS
+from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, TILE_FIELDS, WORK_FIELDS
 from wicore_backend.attention.gpu.tile_scheduler import TileScheduler
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
@@ -94,4 +94,5 @@ class AttentionNeeds:
             items = self._scheduler.decode_capacity(group, sequences=sequences, max_keys=max_keys)
             partial = heads * self.tiling.group * (self._layout.head_dim + 2) * _FLOAT
             total += items * (ITEM_FIELDS * _INT + partial) + sequences * heads * _INT
+            total += (sequences + 1) * WORK_FIELDS * _INT
         return total

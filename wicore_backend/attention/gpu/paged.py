@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wicore_backend.attention.base import Attention, PackedStep
-from wicore_backend.attention.gpu import hopper
+from wicore_backend.attention.gpu import hopper, hopper_decode
 from wicore_backend.attention.gpu.decode_bucket import DecodeBucket, SharedMasses
 from wicore_backend.attention.gpu.kernel_options import KernelOptions
 from wicore_backend.attention.gpu.launches import Launches
@@ -84,6 +84,8 @@ class GpuPagedAttention:
         prefill = None
         if hopper.fits(tiling, pools.dtype, dtype, device):
             prefill = hopper.HopperPrefill(tiling, held, options.prefill, widened_bytes=widened_bytes)
+        form = hopper_decode.form_of(tiling, pools.dtype, dtype, capped=softcap is not None)
+        decode = hopper_decode.hopper_decode(form, processors=processors, scale=options.decode["scale"], device=device)
 
         self._pools = pools
         self._settings: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "tuning": tuning}
@@ -94,7 +96,7 @@ class GpuPagedAttention:
         self._planner = StepPlanner(
             tiling, self._scheduler, device=device, widened_bytes=0 if prefill is None else prefill.widened_bytes
         )
-        self._launches = Launches(layout, held, options, tuning, prefill)
+        self._launches = Launches(layout, held, options, tuning, prefill, decode)
         self._masses = SharedMasses(query_heads, device)
         self._device = device
 

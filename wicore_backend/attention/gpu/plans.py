@@ -48,14 +48,16 @@ class Decodes:
     num_items: int
     tables: Tensor
     """int32, the sequences' blocks, one sequence after the other."""
+    work: Tensor
+    """int32 [(sequences + 1) * WORK_FIELDS]."""
     scratch: Scratch
 
     @classmethod
     def of(cls, upload: Upload, group: LayerGroup, tiling: Tiling, *, num_items: int, sequences: int) -> Self:
         """With memory for what the programs of up to so many sequences share."""
-        items, tables = upload[group, "items"], upload[group, "tables"]
+        items, tables, work = (upload[group, name] for name in ("items", "tables", "work"))
         scratch = Scratch.empty(tiling, items.device, items=num_items, rows=tiling.group, shared=sequences)
-        return cls(items, num_items, tables, scratch)
+        return cls(items, num_items, tables, work, scratch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

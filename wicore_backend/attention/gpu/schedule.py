@@ -18,6 +18,10 @@ from wicore_backend.hmt.layout import LayerGroup
 
 ITEM_FIELDS = 8
 """Of a decode's work item: see `kernels/decode.py`."""
+WORK_FIELDS = 4
+"""Of a sequence for `kernels/decode_hopper.cu`: see `Sequence` there."""
+WORK_KEYS = 32
+"""Of a tile there."""
 TILE_FIELDS = 10
 """Of a prefill's work item: see `kernels/prefill.py`."""
 
@@ -85,8 +89,7 @@ def decode_items(
         Of a tile, of which an item takes a whole number.
     """
     count = step.decodes
-    new = step.positions[:count] - of_group.shift[:count]
-    lowest = np.maximum(new - window + 1, 0) if group is LayerGroup.LOCAL else np.zeros_like(new)
+    lowest, new = _visible(step, group, of_group, window)
     start = lowest // keys * keys
     tiles = new // keys + 1 - start // keys
     if int(tiles.sum()) * keys < items * _SHORT_ITEM:
@@ -110,6 +113,29 @@ def decode_items(
         parts[sequence],
     )
     return _records(fields)
+
+
+def decode_work(step: PackedStep, group: LayerGroup, of_group: Sequences, *, window: int, sequences: int) -> Ints:
+    """What `kernels/decode_hopper.cu` is told of the step's decodes: int32 [sequences + 1, WORK_FIELDS].
+
+    Parameters
+    ----------
+    sequences
+        As many as the step has decodes, or more.
+    """
+    count = step.decodes
+    lowest, new = _visible(step, group, of_group, window)
+    work = np.zeros((sequences + 1, WORK_FIELDS), np.int32)
+    work[1 : count + 1, 0] = (new // WORK_KEYS + 1 - lowest // WORK_KEYS).cumsum()
+    work[count:, 0] = work[count, 0]
+    work[:count, 1], work[:count, 2], work[:count, 3] = lowest, new, of_group.table_at[:count]
+    return work
+
+
+def _visible(step: PackedStep, group: LayerGroup, of_group: Sequences, window: int) -> tuple[Ints, Ints]:
+    """The first and the last key that each decode sees; the last is its own."""
+    new = step.positions[: step.decodes] - of_group.shift[: step.decodes]
+    return np.maximum(new - window + 1, 0) if group is LayerGroup.LOCAL else np.zeros_like(new), new
 
 
 def _records(fields: Sequence[Ints]) -> Ints:

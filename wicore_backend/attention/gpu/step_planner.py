@@ -45,6 +45,7 @@ class StepPlanner:
             arrays[group, "tables"] = tables = seen.sequences.table
             if step.decodes:
                 arrays[group, "items"] = scheduler.decode_items(group, seen)
+                arrays[group, "work"] = scheduler.decode_work(group, seen, sequences=step.decodes)
             if num_prefilled:
                 tiles[group] = scheduler.prefill_tiles(group, seen)
                 arrays |= {(group, name): array for name, array in tiles[group].arrays().items()}

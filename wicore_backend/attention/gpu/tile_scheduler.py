@@ -15,6 +15,7 @@ from wicore_backend.attention.gpu.schedule import (
     Sequences,
     decode_capacity,
     decode_items,
+    decode_work,
     prefill_tiles,
     slots_of,
 )
@@ -85,6 +86,10 @@ class TileScheduler:
             keys=self._tuning.decode.keys,
             items=self._tiling.decode_fill,
         )
+
+    def decode_work(self, group: LayerGroup, seen: Seen, *, sequences: int) -> Ints:
+        """The step's decodes as `HopperDecode` takes them, int32 [sequences + 1, WORK_FIELDS], up to so many."""
+        return decode_work(seen.step, group, seen.sequences, window=self._window, sequences=sequences)
 
     def decode_capacity(self, group: LayerGroup, *, sequences: int, max_keys: int) -> int:
         """The most of them that up to so many decodes of up to `max_keys` keys have."""

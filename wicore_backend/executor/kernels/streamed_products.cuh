@@ -9,14 +9,14 @@
 template <u32 MASK>
 __device__ __forceinline__ void add_int4(float (&sum)[4], uint4 low, uint4 high, uint4 x) {
     const auto raise = masked_with<MASK, 0x64006400>;
-    mma(sum, raise(low.x), raise(high.x), raise(low.y), raise(high.y), x.x, x.y);
-    mma(sum, raise(low.z), raise(high.z), raise(low.w), raise(high.w), x.z, x.w);
+    mma<true>(sum, raise(low.x), raise(high.x), raise(low.y), raise(high.y), x.x, x.y);
+    mma<true>(sum, raise(low.z), raise(high.z), raise(low.w), raise(high.w), x.z, x.w);
 }
 
 __device__ __forceinline__ uint4 second_byte(uint4 v) { return {v.x >> 8, v.y >> 8, v.z >> 8, v.w >> 8}; }
 
 __device__ __forceinline__ void add_fp8(float (&sum)[4], u32 low, u32 high, u32 x_first, u32 x_second) {
-    mma(sum, raise_fp8(low), raise_fp8(high), raise_fp8(low >> 16), raise_fp8(high >> 16), x_first, x_second);
+    mma<true>(sum, raise_fp8(low), raise_fp8(high), raise_fp8(low >> 16), raise_fp8(high >> 16), x_first, x_second);
 }
 
 // A lane's place in a span: what it reads of the tile's outputs `lane / 4` and that plus 8, and of x.

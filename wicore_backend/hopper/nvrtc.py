@@ -50,6 +50,8 @@ class Kernel:
         Of the function, `extern "C"`.
     threads, shared_bytes
         Of a block.
+    cooperative
+        Whether all blocks of a launch run at the same time.
 
     Raises
     ------
@@ -57,23 +59,21 @@ class Kernel:
         If the driver does not take the code.
     """
 
-    def __init__(self, code: bytes, name: str, *, threads: int, shared_bytes: int) -> None:
+    def __init__(self, code: bytes, name: str, *, threads: int, shared_bytes: int, cooperative: bool) -> None:
         self._module = _checked(driver.cuModuleLoadData(code))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
         self._threads = threads
         self._shared_bytes = shared_bytes
         dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self._function, dynamic, shared_bytes))
-        self._attributes = [
-            _attribute("PROGRAMMATIC_STREAM_SERIALIZATION", "programmaticStreamSerializationAllowed"),
-            _attribute("COOPERATIVE", "cooperative"),
-        ]
+        self._attributes = [_attribute("PROGRAMMATIC_STREAM_SERIALIZATION", "programmaticStreamSerializationAllowed")]
+        if cooperative:
+            self._attributes.append(_attribute("COOPERATIVE", "cooperative"))
 
     def launch(self, blocks: int, parameters: ctypes.Structure) -> None:
         """Launch it on PyTorch's current stream with `parameters` as its only one.
 
-        It may start before what it follows has ended (programmatic dependent launch); its blocks run at the same time
-        (cooperative launch).
+        It may start before what it follows has ended (programmatic dependent launch).
         """
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1

@@ -1,5 +1,5 @@
-// Hopper's instructions that C++ has no words for, a function each. Whatever inline PTX a kernel of this folder has is
-// here, so that tests/hopper_twin can put a file of the same name in its place, with which g++ compiles the very same
+// Hopper's instructions that C++ has no words for, a function each. Whatever inline PTX a kernel has is here,
+// so that tests/hopper_twin can put a file of the same name in its place, with which g++ compiles the very same
 // kernels for a CPU and watches what they do.
 
 #pragma once
@@ -23,6 +23,22 @@ __device__ __forceinline__ uint4 load_if(bool asks, const char* in_shared) {
         "{ .reg .pred asks; setp.ne.u32 asks, %5, 0;\n"
         "@asks ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address(in_shared)), "r"((u32)asks));
+    return v;
+}
+
+// Four matrices of 8 rows of 16 bytes, for the tensor cores: lane l names the (l % 8)-th row of matrix l / 8, and gets
+// of each matrix the 4 bytes of row l / 4 that are the (l % 4)-th; turned, those of column l / 4, by numbers of 16 bits.
+__device__ __forceinline__ uint4 load_matrices(const char* in_shared) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address(in_shared)) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint4 load_matrices_turned(const char* in_shared) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address(in_shared)) : "memory");
     return v;
 }
 
@@ -75,6 +91,18 @@ __device__ __forceinline__ void copy(const char* to, const char* from, u32 bytes
         ::"r"(address(to)), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
+// ---- Copies of 16 bytes by each thread, between multiples of 16; zeros where nothing is there.
+
+__device__ __forceinline__ void copy_16(const char* to, const char* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+// This thread arrives at the barrier when all its copies so far have come.
+__device__ __forceinline__ void arrive_when_copied(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Into L2 only, and nobody is told.
 __device__ __forceinline__ void line_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
@@ -89,6 +117,12 @@ __device__ __forceinline__ float constant(const float* at) {  // Nobody writes i
 __device__ __forceinline__ float4 constants(const float* at) {
     float4 v;
     asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ u32 load_pair(const char* at) {  // Two numbers of 16 bits, past the first-level cache.
+    u32 v;
+    asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
     return v;
 }
 
@@ -133,6 +167,13 @@ __device__ __forceinline__ u32 told_acquired(const u32* from) {
     u32 word;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
     return word;
+}
+
+// Adds, and gives what it was: both ways, what came before comes before what others do after.
+__device__ __forceinline__ u32 added(u32* to, u32 by) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(by) : "memory");
+    return before;
 }
 
 // ---- Kernels of a stream that lie over each other (programmatic dependent launch)
@@ -183,10 +224,30 @@ __device__ __forceinline__ u32 masked_with(u32 word) {
     return v;
 }
 
-// sum [16, 8] += a [16, 16] b [16, 8] by the lanes of a warp: mma.m16n8k16 of float16 with sums in float32.
+// Of an 8 x 8 matrix of numbers of 16 bits a lane has two of row `lane / 4`; then two of column `lane / 4`.
+__device__ __forceinline__ u32 turned(u32 pair) {
+    u32 v;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v) : "r"(pair));
+    return v;
+}
+
+__device__ __forceinline__ float exp2_quickly(float v) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(v));
+    return v;
+}
+
+// sum [16, 8] += a [16, 16] b [16, 8] by the lanes of a warp: mma.m16n8k16 of float16 or bfloat16, with sums in float32.
+template <bool HALF>
 __device__ __forceinline__ void mma(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    if constexpr (HALF) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
 }

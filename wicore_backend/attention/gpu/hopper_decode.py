@@ -1,0 +1,235 @@
+"""Decodes on Hopper by a kernel of their own, which shares a step's keys out evenly: `kernels/decode_hopper.cu`.
+
+It is compiled for a model's heads when its attention is made, and kept on disk. It takes several sequences at once, in
+bfloat16; one alone, pools in FP8, and layers of which attention mass may be asked have `kernels/decode.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS
+from wicore_backend.attention.gpu.tiling import Tiling
+from wicore_backend.hopper import ARCHITECTURE, INSTRUCTIONS, SHARED_BYTES
+
+if TYPE_CHECKING:
+    from wicore_backend.hopper.nvrtc import Kernel
+
+_log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).parent / "kernels" / "decode_hopper.cu"
+FEWEST, MOST = 2, 256
+"""Sequences of a step. One alone is done sooner by programs that are there for its few tiles only."""
+_WIDTH, _COLUMNS = 32, 8
+_OF_BLOCK = 1024  # bytes of shared memory that a block takes besides those that it asks for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How the kernel is cut; the defaults are what was fastest (docs/benchmarks/attention-on-gpu.md).
+
+    Attributes
+    ----------
+    warps
+        Of a block that attend.
+    blocks
+        Of a multiprocessor.
+    stages
+        Tiles of a block's ring, at most.
+    least
+        Tiles of a block, where there are as many.
+    """
+
+    warps: int = 4
+    blocks: int = 2
+    stages: int = 4
+    least: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the kernel is compiled for.
+
+    Attributes
+    ----------
+    group
+        Query heads of a KV head.
+    most_sequences
+        Of a step.
+    """
+
+    head_dim: int
+    kv_heads: int
+    group: int
+    block_size: int
+    most_sequences: int = MOST
+    tuning: Tuning = Tuning()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel is for such heads and blocks."""
+        return (
+            self.head_dim in (128, 256)
+            and self.block_size % WORK_KEYS == 0
+            and self.group <= _COLUMNS
+            and self.stages >= self.tuning.warps
+        )
+
+    @property
+    def threads(self) -> int:
+        """Of a block: its last warp copies."""
+        return (self.tuning.warps + 1) * _WIDTH
+
+    @property
+    def stages(self) -> int:
+        """Of the ring."""
+        room = SHARED_BYTES // self.tuning.blocks - _OF_BLOCK - self._beside
+        return min(self.tuning.stages, room // self._of_stage)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        return self.stages * self._of_stage + self._beside
+
+    @property
+    def _of_stage(self) -> int:
+        """Keys and values of a tile, and two barriers."""
+        return 2 * WORK_KEYS * self.head_dim * torch.bfloat16.itemsize + 2 * 8
+
+    @property
+    def _beside(self) -> int:
+        """The sequences, and what the warps put together, of one run and of the next."""
+        of_run = self.tuning.warps * self.group * (self.head_dim * 4 + 8)
+        return (self.most_sequences + 1) * WORK_FIELDS * 4 + 2 * of_run + 16
+
+    def defines(self) -> dict[str, int]:
+        """For the compiler."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "KV_HEADS": self.kv_heads,
+            "GROUP": self.group,
+            "BLOCK_SIZE": self.block_size,
+            "MOST_SEQUENCES": self.most_sequences,
+            "WARPS": self.tuning.warps,
+            "STAGES": self.stages,
+            "LEAST": self.tuning.least,
+        }
+
+
+class _Decode(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "pool", "out", "work", "tables")),
+        *((name, ctypes.c_void_p) for name in ("parts", "stats", "arrived")),
+        *((name, ctypes.c_longlong) for name in ("layer_at", "block_stride")),
+        *((name, ctypes.c_int) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
+        ("sequences", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class Calls:
+    """The kernel's parameters, and what the blocks of a launch leave for each other.
+
+    Parameters
+    ----------
+    blocks
+        Of a launch.
+    scale
+        Of scores, which are powers of two.
+
+    Attributes
+    ----------
+    parts, stats
+        float32 [blocks, 2, group, d] and [blocks, 2, group, 2], of a sequence and head that is several blocks'.
+    arrived
+        int32 [sequences, KV heads], 0 between launches.
+    """
+
+    def __init__(self, form: Form, *, blocks: int, scale: float, device: torch.device) -> None:
+        self._scale = scale
+        self.parts = torch.empty(blocks, 2, form.group, form.head_dim, device=device)
+        self.stats = torch.empty(blocks, 2, form.group, 2, device=device)
+        self.arrived = torch.zeros(form.most_sequences, form.kv_heads, dtype=torch.int32, device=device)
+
+    def given(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pool: Tensor,
+        out: Tensor,
+        work: Tensor,
+        tables: Tensor,
+        *,
+        layer_at: int,
+        block_stride: int,
+    ) -> ctypes.Structure:
+        """For the decodes of `work`, int32 [(sequences + 1) * WORK_FIELDS]; the others are as for `decode_kernel`."""
+        size = pool.itemsize
+        return _Decode(
+            *(tensor.data_ptr() for tensor in (q, k, v, pool, out, work, tables)),
+            *(tensor.data_ptr() for tensor in (self.parts, self.stats, self.arrived)),
+            layer_at * size,
+            block_stride * size,
+            *(stride * size for tensor in (q, k, v) for stride in tensor.stride()[:2]),
+            len(work) // WORK_FIELDS - 1,
+            self._scale,
+        )
+
+
+class HopperDecode:
+    """Attention of a layer for `FEWEST` to `MOST` decodes of a step.
+
+    Its launches share memory: they go to one stream, or to streams that wait for each other.
+
+    Parameters
+    ----------
+    processors, scale
+        Multiprocessors of the device; of scores, which are powers of two.
+
+    Raises
+    ------
+    RuntimeError
+        If the kernel cannot be compiled.
+    """
+
+    def __init__(self, form: Form, *, processors: int, scale: float, device: torch.device) -> None:
+        # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
+        from wicore_backend.hopper.nvrtc import Kernel, compiled
+
+        code = compiled(SOURCE, (INSTRUCTIONS,), form.defines(), architecture=ARCHITECTURE)
+        self._blocks = processors * form.tuning.blocks
+        self._kernel: Kernel = Kernel(
+            code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False
+        )
+        self._calls = Calls(form, blocks=self._blocks, scale=scale, device=device)
+
+    def __call__(self, *tensors: Tensor, layer_at: int, block_stride: int) -> None:
+        """As `Calls.given`, on the current stream."""
+        self._kernel.launch(self._blocks, self._calls.given(*tensors, layer_at=layer_at, block_stride=block_stride))
+
+
+def form_of(tiling: Tiling, pool: torch.dtype, queries: torch.dtype, *, capped: bool) -> Form | None:
+    """The form for a model's heads; None if the kernel is not for such heads, pools or scores that are `capped`."""
+    layout = tiling.layout
+    form = Form(layout.head_dim, layout.kv_heads, tiling.group, layout.block_size)
+    fits = form.fits and pool is queries is torch.bfloat16 and not capped and tiling.processors * 2 >= layout.kv_heads
+    return form if fits else None
+
+
+def hopper_decode(form: Form | None, *, processors: int, scale: float, device: torch.device) -> HopperDecode | None:
+    """The kernel on this device; None if that is of another kind, or has not what compiles it."""
+    if form is None or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return HopperDecode(form, processors=processors, scale=scale, device=device)
+    except (ImportError, OSError, RuntimeError):
+        _log.warning("attention of decodes is not shared out evenly, which is slower", exc_info=True)
+        return None

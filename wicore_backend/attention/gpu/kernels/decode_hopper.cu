@@ -1,0 +1,433 @@
+// Decode attention on Hopper: one query token a sequence, all keys of a step shared out evenly among blocks.
+//
+// Attention of a decode is the reading of keys and values. Those of each KV head are cut into tiles of 32 tokens of one
+// sequence, and each block gets as many tiles of a head as any other, whosever they are. One of its warps does nothing
+// but copy them into a ring in shared memory, as far ahead as there is room, and begins before the kernel
+// before this one has ended: what earlier steps wrote waits for nobody. The other warps take tiles in turns, each with
+// a softmax of its own, so that none waits for another's.
+//
+//   1. A *run* is a block's tiles of one sequence and head. At its end the warps put their results together.
+//   2. A run that is all of a sequence and head is the result. Others are left in global memory, and whichever block
+//      ends last puts them together.
+//   3. The token's own key and value are in no tile: the block that has the last one takes them as they come, as what
+//      one warp's softmax begins with, and writes them to the pool.
+//
+// Products are those of tensor cores (mma.m16n8k16) with the keys as the left operand, 16 rows of it, and the query
+// heads of a KV head as the columns of the right one, 8 at most; the weights of keys, turned, are the right operand of
+// the values' product. Scores are powers of two. Everything is in bfloat16 but sums.
+//
+// Given when it is compiled: HEAD_DIM, KV_HEADS, GROUP (query heads of a KV head), BLOCK_SIZE (tokens of a
+// block), MOST_SEQUENCES (of a step), WARPS (that attend), STAGES (tiles of the ring), LEAST (tiles of a block).
+
+#include "hopper.cuh"
+
+struct Sequence {
+    int before;    // tiles of all sequences before it; of the one after the last: of all
+    int lowest;    // The first key that is visible. Positions count from where its block table begins.
+    int fresh;     // That of its own token, whose key and value are new.
+    int table_at;  // Where its block table begins.
+};
+
+struct Decode {
+    const char *q, *k, *v;  // bfloat16 [sequences, heads, HEAD_DIM]
+    char* pool;             // A layer's keys begin at `layer_at` of a block: [2, BLOCK_SIZE, KV_HEADS, HEAD_DIM].
+    char* out;              // [sequences, KV_HEADS * GROUP, HEAD_DIM]
+    const Sequence* work;   // [sequences + 1]
+    const int* tables;
+    float* parts;   // [blocks, 2, GROUP, HEAD_DIM], and
+    float2* stats;  // [blocks, 2, GROUP]: what runs leave, their greatest scores and sums of weights
+    u32* arrived;   // [sequences, KV_HEADS], zero before and after
+    long long layer_at, block_stride;                   // bytes
+    int q_token, q_head, k_token, k_head, v_token, v_head;  // bytes from one to the next
+    int sequences;
+    float scale;
+};
+
+constexpr int WIDTH = 32, KEYS = 32, COLUMNS = 8, CONSUMERS = WARPS * WIDTH;
+constexpr int HEAD_BYTES = HEAD_DIM * 2, ROW_BYTES = KV_HEADS * HEAD_BYTES;
+constexpr int PANEL_BYTES = KEYS * HEAD_BYTES, STAGE_BYTES = 2 * PANEL_BYTES;  // keys or values of a tile; both
+constexpr int DEPTH = HEAD_DIM / 16;
+constexpr int VECTORS = HEAD_DIM / 128;  // of a head: 4 numbers for each lane
+
+static_assert(HEAD_DIM % 128 == 0 && BLOCK_SIZE % KEYS == 0 && GROUP <= COLUMNS, "other shapes have another kernel");
+
+// ---- Shared memory: ring, barriers, the sequences, what warps put together (of one run and of the next)
+
+constexpr int PARTS_BYTES = WARPS * GROUP * HEAD_DIM * 4, STATS_BYTES = WARPS * GROUP * 8;
+constexpr int BARRIERS_AT = STAGES * STAGE_BYTES;
+constexpr int SEQUENCES_AT = BARRIERS_AT + 2 * STAGES * 8;
+constexpr int PARTS_AT = SEQUENCES_AT + (MOST_SEQUENCES + 1) * 16;
+constexpr int STATS_AT = PARTS_AT + 2 * PARTS_BYTES;
+constexpr int LAST_AT = STATS_AT + 2 * STATS_BYTES;
+
+__device__ __forceinline__ void consumers_meet() { meet<1, CONSUMERS>(); }
+
+__device__ __forceinline__ Sequence sequence_of(int number) {
+    return load<Sequence>(shared + SEQUENCES_AT + number * sizeof(Sequence));
+}
+
+struct Ring {
+    int stage = 0;
+    u32 parity = 0;
+
+    __device__ char* memory() const { return shared + stage * STAGE_BYTES; }
+    __device__ u32 full() const { return address(shared + BARRIERS_AT) + stage * 8; }
+    __device__ u32 empty() const { return full() + STAGES * 8; }
+    __device__ void skip(int tiles) {  // at most a ring's
+        if ((stage += tiles) >= STAGES) stage -= STAGES, parity ^= 1;
+    }
+};
+
+// ---- Who has which tiles
+
+// Of a head's tiles, all sequences' one after the other. Neighbouring blocks have neighbouring heads of the same tiles,
+// which lie beside each other in memory: with tiles in the order of sequence, head and place 64 sequences took 5% more.
+struct Shares {
+    u32 tiles, blocks;
+
+    __device__ explicit Shares(const Decode& decode)
+        : tiles(sequence_of(decode.sequences).before),
+          blocks(min(gridDim.x / KV_HEADS, (tiles + LEAST - 1) / LEAST)) {}
+    __device__ u32 begin(u32 block) const { return (u64)tiles * block / blocks; }
+    __device__ u32 owner(u32 tile) const { return (((u64)tile + 1) * blocks - 1) / tiles; }
+};
+
+// A block's runs, one after the other.
+struct Run {
+    int left;            // tiles of the block, this run's included
+    int head;            // the KV head
+    int number;          // the sequence's
+    int first;           // of the sequence's tiles
+    int tiles;           // that the sequence has
+    Sequence sequence;
+
+    __device__ Run(const Decode& decode, const Shares& shares) : left(0), head(blockIdx.x % KV_HEADS) {
+        const u32 block = blockIdx.x / KV_HEADS;
+        if (block >= shares.blocks) return;
+        const int begin = shares.begin(block);
+        left = shares.begin(block + 1) - begin;
+        int beyond = decode.sequences;
+        number = 0;
+        while (number + 1 < beyond) {  // The last one that begins there or before.
+            const int middle = (number + beyond) / 2;
+            if (sequence_of(middle).before <= begin) number = middle;
+            else beyond = middle;
+        }
+        enter();
+        first = begin - sequence.before;
+    }
+    __device__ int count() const { return min(left, tiles - first); }
+    __device__ bool whole() const { return first == 0 && left >= tiles; }
+    __device__ bool ends() const { return left >= tiles - first; }
+    __device__ int position(int tile) const { return (sequence.lowest / KEYS + first + tile) * KEYS; }
+    __device__ void next() {
+        left -= count();
+        first = tiles = 0;
+        while (left > 0 && tiles == 0) ++number, enter();
+    }
+
+  private:
+    __device__ void enter() {
+        sequence = sequence_of(number);
+        tiles = sequence_of(number + 1).before - sequence.before;
+    }
+};
+
+// ---- The copying warp
+
+__device__ __forceinline__ void copy_tiles(const Decode& decode, Run run) {
+    constexpr int PIECES = HEAD_BYTES / 16;
+    const int lane = threadIdx.x % WIDTH;
+    Ring ring;
+    for (; run.left > 0; run.next()) {
+        const int count = run.count();
+        const int* table = decode.tables + run.sequence.table_at;
+        int mine = 0;
+        for (int tile = 0; tile < count; ++tile, ring.skip(1)) {
+            if (tile % WIDTH == 0) mine = tile + lane < count ? table[run.position(tile + lane) / BLOCK_SIZE] : 0;
+            const long long block = __shfl_sync(~0u, mine, tile % WIDTH);
+            const int position = run.position(tile);
+            const char* from = decode.pool + block * decode.block_stride + decode.layer_at +
+                               position % BLOCK_SIZE * ROW_BYTES + run.head * HEAD_BYTES;
+            wait(ring.empty(), ring.parity ^ 1);
+#pragma unroll
+            for (int i = 0; i < KEYS * PIECES / WIDTH; ++i) {
+                const int token = (i * WIDTH + lane) / PIECES, piece = (i * WIDTH + lane) % PIECES;
+                const bool visible = position + token >= run.sequence.lowest && position + token < run.sequence.fresh;
+                char* to = ring.memory() + token * HEAD_BYTES + (piece ^ token % 8) * 16;
+                copy_16(to, from + token * ROW_BYTES + piece * 16, visible);
+                copy_16(to + PANEL_BYTES, from + (BLOCK_SIZE + token) * ROW_BYTES + piece * 16, visible);
+            }
+            arrive_when_copied(ring.full());
+        }
+    }
+}
+
+// ---- The attending warps
+
+constexpr float FLOOR = -1e30f;  // Below any score; finite, so that what has seen no key yet is no NaN.
+
+// A warp's softmax over its tiles of a run. A lane has two columns, `lane % 4 * 2` and the next one, which are query
+// heads; of values' sums the channels `lane / 4` and that plus 8 of each 16.
+struct State {
+    float top[2] = {FLOOR, FLOOR};
+    float total[2] = {};  // of this lane's keys
+    float sum[DEPTH][4] = {};
+};
+
+__device__ __forceinline__ float2 floats(uint2 v) { return {__uint_as_float(v.x), __uint_as_float(v.y)}; }
+
+// Of the head's numbers at `at`, those of this lane: 4 of each 128.
+__device__ __forceinline__ void load_head(uint2 (&v)[VECTORS], const char* at) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) v[i] = load_pairs(at + i * 256 + threadIdx.x % WIDTH * 8);
+}
+
+__device__ __forceinline__ const char* query_head(const Decode& decode, const Run& run, int member) {
+    return decode.q + (long long)run.number * decode.q_token + (run.head * GROUP + member) * decode.q_head;
+}
+
+// The queries as the right operand: column `lane / 4`, zero beyond the group.
+__device__ __forceinline__ void load_queries(u32 (&queries)[DEPTH][2], const Decode& decode, const Run& run) {
+    const int lane = threadIdx.x % WIDTH, member = lane / 4;
+    const char* at = query_head(decode, run, member);
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            queries[i][half] = member < GROUP ? load_pair(at + i * 32 + half * 16 + lane % 4 * 4) : 0;
+}
+
+// What a softmax begins with: the token's own key and value, which go to the pool.
+__device__ __forceinline__ void begin_with_own(State& state, const Decode& decode, const Run& run) {
+    const int lane = threadIdx.x % WIDTH, fresh = run.sequence.fresh;
+    uint2 key[VECTORS], value[VECTORS], query[VECTORS];
+    load_head(key, decode.k + (long long)run.number * decode.k_token + run.head * decode.k_head);
+    load_head(value, decode.v + (long long)run.number * decode.v_token + run.head * decode.v_head);
+    const long long block = decode.tables[run.sequence.table_at + fresh / BLOCK_SIZE];
+    char* place = decode.pool + block * decode.block_stride + decode.layer_at + fresh % BLOCK_SIZE * ROW_BYTES +
+                  run.head * HEAD_BYTES;
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        *(uint2*)(place + i * 256 + lane * 8) = key[i];
+        *(uint2*)(place + BLOCK_SIZE * ROW_BYTES + i * 256 + lane * 8) = value[i];
+    }
+#pragma unroll
+    for (int member = 0; member < GROUP; ++member) {
+        load_head(query, query_head(decode, run, member));
+        float product = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VECTORS; ++i) {
+            const float2 a = unpack<false>(query[i].x), b = unpack<false>(query[i].y);
+            const float2 c = unpack<false>(key[i].x), d = unpack<false>(key[i].y);
+            product += (a.x * c.x + a.y * c.y) + (b.x * d.x + b.y * d.y);
+        }
+#pragma unroll
+        for (int distance = WIDTH / 2; distance; distance /= 2) product += __shfl_xor_sync(~0u, product, distance);
+        if (lane % 4 == member / 2) {
+            state.top[member % 2] = product * decode.scale;
+            state.total[member % 2] = lane / 4 == 0 ? 1.0f : 0.0f;  // One lane's of the column.
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            // Channel i * 16 + half * 8 + lane / 4 is among the four of this lane:
+            const int holder = i * 4 % WIDTH + half * 2 + lane / 16;
+            const u32 x = __shfl_sync(~0u, value[i / 8].x, holder), y = __shfl_sync(~0u, value[i / 8].y, holder);
+            const float2 pair = unpack<false>(lane / 8 % 2 ? y : x);
+            state.sum[i][half * 2] = state.sum[i][half * 2 + 1] = lane / 4 % 2 ? pair.y : pair.x;
+        }
+}
+
+__device__ __forceinline__ float most_of_column(float most) {
+#pragma unroll
+    for (int distance = 4; distance < WIDTH; distance *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
+    return most;
+}
+
+// One more tile, whose tokens begin at `position`, with its keys and values at `panel`.
+__device__ __forceinline__ void add_tile(State& state, const u32 (&queries)[DEPTH][2], const char* panel, int position,
+                                         const Sequence& sequence, float scale) {
+    const int lane = threadIdx.x % WIDTH;
+    float scores[2][4] = {};
+    {
+        const int row = lane % 16;
+#pragma unroll
+        for (int i = 0; i < DEPTH; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int piece = (i * 2 + lane / 16) ^ row % 8;
+                const uint4 keys = load_matrices(panel + (half * 16 + row) * HEAD_BYTES + piece * 16);
+                mma<false>(scores[half], keys.x, keys.y, keys.z, keys.w, queries[i][0], queries[i][1]);
+            }
+    }
+    if (position < sequence.lowest || position + KEYS > sequence.fresh) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int key = position + i / 4 * 16 + i % 4 / 2 * 8 + lane / 4;
+            if (key < sequence.lowest || key >= sequence.fresh) scores[i / 4][i % 4] = __uint_as_float(0xff800000);
+        }
+    }
+    float shrink[2];
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+        const float most = most_of_column(fmaxf(fmaxf(scores[0][column], scores[0][column + 2]),
+                                                fmaxf(scores[1][column], scores[1][column + 2])));
+        const float higher = fmaxf(state.top[column], most * scale);
+        shrink[column] = exp2_quickly(state.top[column] - higher);
+        state.top[column] = higher;
+        state.total[column] *= shrink[column];
+#pragma unroll
+        for (int i = column; i < 8; i += 2) {
+            float& score = scores[i / 4][i % 4];
+            score = exp2_quickly(score * scale - higher);
+            state.total[column] += score;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) state.sum[i][j] *= shrink[j % 2];
+    const int token = lane % 8 + lane / 16 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const u32 first = turned(pack<false>(scores[half][0], scores[half][1]));
+        const u32 second = turned(pack<false>(scores[half][2], scores[half][3]));
+#pragma unroll
+        for (int i = 0; i < DEPTH; ++i) {
+            const int piece = (i * 2 + lane / 8 % 2) ^ token % 8;
+            const uint4 values =
+                load_matrices_turned(panel + PANEL_BYTES + (half * 16 + token) * HEAD_BYTES + piece * 16);
+            mma<false>(state.sum[i], values.x, values.y, values.z, values.w, first, second);
+        }
+    }
+}
+
+// Two channels of a query head, of results that are put together one by one.
+struct Merged {
+    float top = FLOOR, whole = 0.0f;
+    float2 sum = {};
+
+    __device__ void add(float2 stat, float2 part) {
+        const float higher = fmaxf(top, stat.x);
+        const float shrink = exp2_quickly(top - higher), share = exp2_quickly(stat.x - higher);
+        whole = whole * shrink + stat.y * share;
+        sum = {sum.x * shrink + part.x * share, sum.y * shrink + part.y * share};
+        top = higher;
+    }
+};
+
+// What the warps have of a run goes to the result, or to where the last block of its sequence and head finds it, which
+// then gives the result. `turn` alternates from run to run.
+__device__ __forceinline__ void give(const State& state, const Decode& decode, const Shares& shares, const Run& run,
+                                     int turn) {
+    constexpr int OF_MEMBER = HEAD_DIM / 2, PAIRS = GROUP * OF_MEMBER;
+    const int warp = threadIdx.x / WIDTH, lane = threadIdx.x % WIDTH;
+    float* parts = (float*)(shared + PARTS_AT + turn * PARTS_BYTES);
+    float2* stats = (float2*)(shared + STATS_AT + turn * STATS_BYTES);
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+        float total = state.total[column];
+#pragma unroll
+        for (int distance = 4; distance < WIDTH; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
+        const int member = lane % 4 * 2 + column;
+        if (member >= GROUP) continue;
+        if (lane / 4 == 0) stats[warp * GROUP + member] = {state.top[column], total};
+        float* mine = parts + (warp * GROUP + member) * HEAD_DIM + lane / 4;
+#pragma unroll
+        for (int i = 0; i < DEPTH; ++i) {
+            mine[i * 16] = state.sum[i][column];
+            mine[i * 16 + 8] = state.sum[i][column + 2];
+        }
+    }
+    consumers_meet();
+    const auto put = [&](int pair, const Merged& merged) {
+        const long long row = ((long long)run.number * KV_HEADS + run.head) * (GROUP * HEAD_DIM);
+        const float share = 1.0f / merged.whole;
+        *(u32*)(decode.out + (row + pair * 2) * 2) = pack<false>(merged.sum.x * share, merged.sum.y * share);
+    };
+    const bool whole = run.whole();
+    const int slot = (blockIdx.x * 2 + (run.first == 0)) * GROUP;
+    for (int pair = threadIdx.x; pair < PAIRS; pair += CONSUMERS) {
+        const int member = pair / OF_MEMBER;
+        Merged merged;
+#pragma unroll
+        for (int of = 0; of < WARPS; ++of)
+            merged.add(stats[of * GROUP + member], *(const float2*)(parts + of * GROUP * HEAD_DIM + pair * 2));
+        if (whole) {
+            put(pair, merged);
+        } else {
+            *(float2*)(decode.parts + (long long)slot * HEAD_DIM + pair * 2) = merged.sum;
+            if (pair % OF_MEMBER == 0) decode.stats[slot + member] = {merged.top, merged.whole};
+        }
+    }
+    if (whole) return;
+    consumers_meet();
+    const u32 first = shares.owner(run.sequence.before), last = shares.owner(run.sequence.before + run.tiles - 1);
+    if (threadIdx.x == 0) {
+        u32* counter = decode.arrived + run.number * KV_HEADS + run.head;
+        const bool all = added(counter, 1) == last - first;
+        if (all) *counter = 0;
+        *(u32*)(shared + LAST_AT) = all;
+    }
+    consumers_meet();
+    if (!load<u32>(shared + LAST_AT)) return;
+    for (int pair = threadIdx.x; pair < PAIRS; pair += CONSUMERS) {
+        Merged merged;
+#pragma unroll 4
+        for (u32 block = first; block <= last; ++block) {
+            const int theirs = ((block * KV_HEADS + run.head) * 2 + (block == first)) * GROUP;
+            merged.add(floats(load_pairs((const char*)(decode.stats + theirs + pair / OF_MEMBER))),
+                       floats(load_pairs((const char*)(decode.parts + (long long)theirs * HEAD_DIM + pair * 2))));
+        }
+        put(pair, merged);
+    }
+}
+
+__device__ __forceinline__ void attend(const Decode& decode, const Shares& shares, Run run) {
+    const int warp = threadIdx.x / WIDTH, lane = threadIdx.x % WIDTH;
+    Ring ring;
+    ring.skip(warp);
+    int ahead = warp;  // tiles from the run's first to this warp's next
+    wait_for_kernel_before();
+    for (int turn = 0; run.left > 0; run.next(), turn ^= 1) {
+        const int count = run.count();
+        u32 queries[DEPTH][2];
+        load_queries(queries, decode, run);
+        State state;
+        if (run.ends() && warp == 0) begin_with_own(state, decode, run);
+        for (; ahead < count; ahead += WARPS, ring.skip(WARPS)) {
+            wait(ring.full(), ring.parity);
+            add_tile(state, queries, ring.memory(), run.position(ahead), run.sequence, decode.scale);
+            __syncwarp();
+            if (lane == 0) arrive(ring.empty());
+        }
+        ahead -= count;
+        give(state, decode, shares, run, turn);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH) decode_hopper(const __grid_constant__ Decode decode) {
+    static_assert(WARPS <= STAGES, "a warp skips as many tiles as there are others");
+    let_next_begin();
+    for (int i = threadIdx.x; i <= decode.sequences; i += CONSUMERS + WIDTH)
+        *(uint4*)(shared + SEQUENCES_AT + i * 16) = load_words(decode.work + i);
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            const u32 barrier = address(shared + BARRIERS_AT) + stage * 8;
+            barrier_init(barrier, WIDTH);
+            barrier_init(barrier + STAGES * 8, 1);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
+    const Shares shares(decode);
+    const Run run(decode, shares);
+    if (threadIdx.x < CONSUMERS) {
+        attend(decode, shares, run);
+    } else {
+        copy_tiles(decode, run);
+    }
+}
