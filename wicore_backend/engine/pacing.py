@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from wicore_backend.engine.step_time import StepShape, StepTimeModel
 
 _LEAST_SHARE = 0.1
@@ -9,8 +11,11 @@ _LEAST_SHARE = 0.1
 
 _WORTH = 6
 """Of a step, prompts may take ahead so many times what the first token of its first chunk costs: what is paid however
-short the chunk is, for a mixed step and for reading its keys, is then a sixth. Twice as much was worth 11 to 16% of the
-simulated machine's capacity less; eight times brought 3 to 5% more, and longer pauses for those who decode."""
+short the chunk is, for a mixed step and for reading its keys, is then a sixth. With 2 the simulated H200 has 7 to 9%
+less capacity, with 8 it has 3 to 5% more, and decodes pause for longer."""
+
+_STEPS_KEPT = 16
+"""What so many steps have left to prompts, and nobody needed, is kept for those who come after them."""
 
 _DECODES_ALONE_EVERY = 8
 """Of so many steps in a row with decodes, one has nothing but decodes, so that what they take alone stays known: from
@@ -27,14 +32,16 @@ class Pacer:
     Parameters
     ----------
     target_s
-        Mean length of a step with decodes in it; None is `slowdown` times what the decodes alone take.
+        Mean length of a step with decodes in it, over a few steps. None is `slowdown` times what decodes alone take,
+        in the long run: what steps without prompts left is kept for a while, so that a burst after them gets in sooner.
     """
 
     def __init__(self, model: StepTimeModel, *, target_s: float | None, slowdown: float) -> None:
         self._model = model
         self._target = target_s
         self._slowdown = slowdown
-        self._saved = 0.0  # Below 0, what was taken ahead.
+        self._saved = inf  # Below 0, what was taken ahead.
+        self._waited = 0  # Steps, for more time.
         self._alone = 0.0
         self._mixed_steps = 0
         self._limit: float | None = None
@@ -43,12 +50,14 @@ class Pacer:
         """A step with these decodes is being planned. False if it is to have no prompts."""
         self._limit = None
         if not decodes.sequences or not self._model.ready:
-            self._saved = 0.0
+            self._saved, self._waited = inf, 0
             return True
         self._alone = alone = self._model.predict(decodes)
-        target = self._target or self._slowdown * alone
-        self._saved += max(target - alone, _LEAST_SHARE * alone)
-        self._limit = alone + max(0.0, self._saved)
+        left = max((self._target or self._slowdown * alone) - alone, _LEAST_SHARE * alone)
+        if not self._waited:
+            self._saved = min(self._saved, _STEPS_KEPT * left if self._target is None else 0.0)
+        self._saved += left
+        self._limit = alone + max(0.0, min(self._saved, (1 + self._waited) * left))
         return self._saved > 0 and self._mixed_steps < _DECODES_ALONE_EVERY - 1
 
     @property
@@ -82,8 +91,7 @@ class Pacer:
         self._mixed_steps = self._mixed_steps + 1 if step.mixed else 0
         if self._limit is not None:
             self._saved -= self._model.predict(step) - self._alone
-            if not held_back:
-                self._saved = min(0.0, self._saved)
+            self._waited = self._waited + 1 if held_back else 0
 
     def keeps_pace(self, decodes: StepShape) -> bool:
         """Whether a step of these decodes alone is within the target."""
