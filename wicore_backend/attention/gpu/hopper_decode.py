@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "kernels" / "decode_hopper.cu"
-FEWEST, MOST = 2, 256
-"""Sequences of a step. One alone is done sooner by programs that are there for its few tiles only."""
+FEWEST, MOST = 2, 32
+"""Sequences of a step. One alone is done sooner by programs that are there for its few tiles only; of many the other
+kernel's programs hide each other's waits as well, and none of a multiprocessor idles."""
 _WIDTH, _COLUMNS = 32, 8
 _OF_BLOCK = 1024  # bytes of shared memory that a block takes besides those that it asks for
 

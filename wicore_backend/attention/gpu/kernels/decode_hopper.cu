@@ -81,7 +81,7 @@ struct Ring {
 // ---- Who has which tiles
 
 // Of a head's tiles, all sequences' one after the other. Neighbouring blocks have neighbouring heads of the same tiles,
-// which lie beside each other in memory: with tiles in the order of sequence, head and place 64 sequences took 5% more.
+// which lie beside each other in memory: with all heads' tiles one after the other 64 sequences took 5% more.
 struct Shares {
     u32 tiles, blocks;
 
