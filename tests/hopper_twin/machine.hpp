@@ -5,8 +5,8 @@
 //    and slow in turns.
 // 2. A multiprocessor has one block. As soon as one is free a block of the next launch starts there, if all blocks of
 //    the launch before have let it.
-// 3. Copies and what blocks tell each other arrive later, in random order; in some runs only when nobody else can go on.
-//    What a copy writes holds NaN until then.
+// 3. Copies and what blocks tell each other arrive later, in random order, but a thread's copies of 16 bytes in theirs;
+//    in some runs only when nobody else can go on. What a copy writes holds NaN until then.
 // 4. Each thread has a vector clock: which of the other threads' doings come before its own. Barriers, releases and
 //    acquires hand clocks on, nothing else does. g++ reports every plain access (-fsanitize=thread, without its
 //    library). Two accesses to a word, one of them writing, of which none comes before the other, are a fault, however

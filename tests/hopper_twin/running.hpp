@@ -232,7 +232,7 @@ class Machine {
         self().copies.push_back({(char*)to, there ? (const char*)from : nullptr});
     }
 
-    // All copies of the thread count as issued now, and land together.
+    // All copies of the thread count as issued now, and land together, after those before.
     void arrive_when_copied(u32 at) {
         yield();
         Barrier& barrier = barrier_at(at);
@@ -261,7 +261,7 @@ class Machine {
             barrier.coming.add(issued);
             over_if_all_came(barrier);
         };
-        on_their_way_.push_back({std::move(land), shared + at, block->launch, access, false});
+        on_their_way_.push_back({std::move(land), &self(), block->launch, access, true});
     }
 
     u32 added(u32* to, u32 by) {

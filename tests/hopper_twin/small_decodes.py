@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests import hopper_twin
+from tests.accuracy import relative_error
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.hopper_decode import SOURCE, Calls, Form, Tuning
 from wicore_backend.attention.gpu.schedule import Sequences, decode_work
@@ -19,11 +20,16 @@ from wicore_backend.hopper import INSTRUCTIONS
 TEXTS = {file.name: file.read_text() for file in (SOURCE, INSTRUCTIONS)}
 FORM = Form(128, 2, 2, 32, most_sequences=8, tuning=Tuning(warps=2, stages=3))
 SCALE = 0.1
+_IDLE = 7.0
+"""What results are before, those of idle rows after, too."""
 
 
 @dataclass
 class SmallDecodes:
     """Layers of one group, over a pool that is NaN where nothing was written.
+
+    Queries, keys and values of a layer lie in one tensor, but for a later layer's queries: those are what the layer
+    before gives.
 
     Attributes
     ----------
@@ -77,25 +83,37 @@ class SmallDecodes:
         self.kernel = hopper_twin.HostKernel(SOURCE, self.texts, form.defines(), parameter="Decode")
 
     def split(self, layer: int) -> list[Tensor]:
-        """Queries, keys and values of the layer."""
+        """Queries, keys and values of the layer, as if it were the first."""
         kv = self.form.kv_heads
         return list(self.qkv[layer].split([kv * self.form.group, kv, kv], 1))
 
     def run(self, seed: int) -> list[Tensor]:
-        """Each layer's result [sequences, query heads * d]."""
-        form = self.form
+        """Each layer's result [sequences, query heads * d].
+
+        Raises
+        ------
+        AssertionError
+            If anything was wrong, or is written that should not be.
+        """
+        form, count, room = self.form, len(self.keys), len(self.work) - 1
         calls = Calls(form, blocks=self.blocks, scale=SCALE * np.log2(np.e), device=torch.device("cpu"))
-        calls.parts.fill_(float("nan"))
-        pool, room = self.pool.clone(), len(self.work) - 1
-        out = [torch.full((room, form.kv_heads * form.group * form.head_dim), 7.0).bfloat16() for _ in self.qkv]
-        launches = [
-            calls.given(
-                *(*self.split(layer), pool, out[layer], self.work.flatten(), self.tables),
-                layer_at=layer * pool.stride(1),
-                block_stride=pool.stride(0),
+        for left in (calls.parts, calls.stats):
+            left.fill_(float("nan"))
+        pool = self.pool.clone()
+        heads = form.kv_heads * form.group
+        out = [torch.full((room, heads * form.head_dim), _IDLE).bfloat16() for _ in range(self.layers)]
+        launches = []
+        for layer in range(self.layers):
+            q, k, v = self.split(layer)
+            if layer > 0:
+                q = out[layer - 1].view(room, heads, form.head_dim)
+            launches.append(
+                calls.given(
+                    *(q, k, v, pool, out[layer], self.work.flatten(), self.tables),
+                    layer_at=layer * pool.stride(1),
+                    block_stride=pool.stride(0),
+                )
             )
-            for layer in range(self.layers)
-        ]
         constant = {"work": self.work, "tables": self.tables, "qkv": self.qkv}
         mutable = {"pool": pool, "parts": calls.parts, "stats": calls.stats, "arrived": calls.arrived}
         self.kernel.run(
@@ -106,20 +124,33 @@ class SmallDecodes:
             shared_bytes=form.shared_bytes,
             seed=seed,
         )
-        assert not calls.arrived.any()
+        assert not calls.arrived.any(), "who counts next does not begin with nothing"
+        assert all((o[count:] == _IDLE).all() for o in out), "idle rows have results"
         self._assert_written(pool)
-        return out
+        return [o[:count] for o in out]
+
+    def error(self, results: Sequence[Tensor]) -> float:
+        """The greatest relative one of a sequence in a layer."""
+        errors = [
+            relative_error(*pair)
+            for layer, of_layer in enumerate(results)
+            for pair in zip(of_layer, self.right(layer), strict=True)
+        ]
+        return float(np.max(errors))  # NaN if any is.
 
     def right(self, layer: int) -> Tensor:
         """The layer's result in float32."""
         form, rows = self.form, []
+        queries, new_keys, new_values = (part.float() for part in self.split(layer))
+        if layer > 0:
+            queries = self.right(layer - 1).bfloat16().float().view_as(queries)
         for number, old in enumerate(self.kept[layer]):
-            q, k, v = (part[number].float() for part in self.split(layer))
-            keys, values = torch.cat([old.float(), torch.stack([k, v])[:, None]], 1)
+            new = torch.stack([new_keys[number], new_values[number]])
+            keys, values = torch.cat([old.float(), new[:, None]], 1)
             if self.group is LayerGroup.LOCAL:
                 keys, values = keys[-self.window :], values[-self.window :]
             keys, values = (x.repeat_interleave(form.group, 1) for x in (keys, values))
-            scores = torch.einsum("hd,thd->ht", q, keys) * SCALE
+            scores = torch.einsum("hd,thd->ht", queries[number], keys) * SCALE
             rows.append(torch.einsum("ht,thd->hd", scores.softmax(1), values).flatten())
         return torch.stack(rows)
 
@@ -131,4 +162,4 @@ class SmallDecodes:
             for number, keys in enumerate(self.keys):
                 place = self.table[number][(keys - 1) // size], layer, slice(None), (keys - 1) % size
                 expected[place] = torch.stack([k[number], v[number]])
-        assert torch.equal(pool.view(torch.int16), expected.view(torch.int16))
+        assert torch.equal(pool.view(torch.int16), expected.view(torch.int16)), "the pool has not just the new tokens"

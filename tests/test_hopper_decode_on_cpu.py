@@ -1,0 +1,177 @@
+"""Decodes by the kernel for Hopper, compiled by g++: what it computes, and that no order of its parts changes that."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import hopper_twin
+from tests.hopper_twin.small_decodes import FORM, TEXTS, SmallDecodes
+from wicore_backend.attention.gpu.hopper_decode import SOURCE, Form, Tuning
+from wicore_backend.hmt.layout import LayerGroup
+
+pytestmark = pytest.mark.skipif(hopper_twin.gxx() is None, reason="needs g++")
+
+LOCAL = LayerGroup.LOCAL
+BOUND = 1e-2
+
+
+def form(head_dim: int, kv_heads: int, group: int, block_size: int, **tuning: int) -> Form:
+    return Form(head_dim, kv_heads, group, block_size, most_sequences=8, tuning=Tuning(**tuning))
+
+
+AS_IT_IS = form(128, 2, 2, 32)
+ALONE = form(256, 1, 8, 64, warps=1, stages=2)
+CASES: dict[str, dict[str, Any]] = {
+    "around edges of tiles": {"keys": [1, 2, 32, 33, 34, 64, 65]},
+    "hundreds of keys": {"keys": [300, 5, 129], "blocks": 8},
+    "one that many blocks have a part of": {"keys": [200], "blocks": 9},
+    "several of one tile for each block": {"keys": [1, 30, 7, 1, 32, 2, 9, 4], "blocks": 4},
+    "a block for each head": {"keys": [40, 90, 3], "blocks": 2},
+    "more blocks than tiles": {"keys": [3, 40], "blocks": 18},
+    "idle rows": {"keys": [70, 1, 36], "room": 8},
+    "one and idle rows": {"keys": [33], "room": 2},
+    "a window": {"keys": [100, 64, 65, 180, 32], "group": LOCAL, "room": 7},
+    "windows that begin and end with tiles": {"keys": [95, 96, 97, 31, 32], "group": LOCAL, "window": 32},
+    "a window of one key": {"keys": [1, 33, 64], "group": LOCAL, "window": 1},
+    "three layers": {"keys": [33, 100, 1], "layers": 3},
+    "as it is tuned": {"keys": [33, 260, 1, 64], "form": AS_IT_IS, "blocks": 6},
+    "as it is tuned, a window": {"keys": [33, 260, 1, 64], "form": AS_IT_IS, "group": LOCAL, "blocks": 5},
+    "as it is tuned, all tiles one block's": {"keys": [150, 32, 65], "form": AS_IT_IS, "blocks": 3},
+    "one warp, and eight queries for each key": {"keys": [33, 70, 200], "form": ALONE},
+    "one warp, a window": {"keys": [70, 129], "group": LOCAL, "form": ALONE},
+    "one query for each key": {"keys": [70, 100], "form": form(128, 2, 1, 32, warps=3, stages=3)},
+    "blocks that no power of two is": {"keys": [97, 96, 20], "form": form(128, 3, 5, 96, warps=2, stages=2)},
+    "tiles that are too few to be shared out": {"keys": [97, 40], "form": form(128, 1, 2, 32, least=3)},
+}
+
+
+def right(case: SmallDecodes, seed: int) -> list[torch.Tensor]:
+    results = case.run(seed)
+    assert case.error(results) < BOUND, "wrong numbers"
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_plain_attention_s_and_whoever_is_quick_no_bit_differs(case):
+    decodes = SmallDecodes(**CASES[case])
+    first = right(decodes, seed=0)
+    for seed in range(1, 5):
+        assert all(map(torch.equal, decodes.run(seed), first)), f"with seed {seed}"
+
+
+@given(
+    keys=st.lists(st.integers(1, 150), min_size=1, max_size=6),
+    group=st.sampled_from(LayerGroup),
+    window=st.integers(1, 100),
+    blocks=st.integers(FORM.kv_heads, 12),
+    idle=st.integers(0, 2),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=25, deadline=None)
+def test_results_are_plain_attention_s_whatever_the_step(keys, group, window, blocks, idle, seed):
+    right(SmallDecodes(keys, group, window, blocks, room=len(keys) + idle), seed)
+
+
+class Planted(NamedTuple):
+    """A mistake in the kernel, other words for the right ones, and what says that it was found."""
+
+    edits: tuple[tuple[str, str], ...]
+    found: str
+
+
+def planted(right: str, wrong: str, found: str) -> Planted:
+    return Planted(((right, wrong),), found)
+
+
+MEET = "    consumers_meet();\n"
+PLANTED = {
+    "a stage is not waited for": planted(
+        "wait(ring.full(), ring.parity);", "", "race: .* reads shared memory .* a copy|nobody wrote it"
+    ),
+    "a stage is let go before it is read": planted(
+        "wait(ring.full(), ring.parity);",
+        "wait(ring.full(), ring.parity); if (lane == 0) arrive(ring.empty());",
+        "race: a copy|arrival too many",
+    ),
+    "a lane speaks for others that it has not met": planted(
+        "            __syncwarp();\n", "", "race: a copy .* writes .* read"
+    ),
+    "a phase's bit is the wrong one": planted("ring.parity ^ 1);", "ring.parity);", "nobody can go on"),
+    "the warps' places in the ring are not in turns": planted(
+        "ring.skip(warp);", "ring.skip(0);", "race|wrong numbers|nobody can go on|arrival too many"
+    ),
+    "the kernel before is not waited for": planted("    wait_for_kernel_before();\n", "", "race: .* (out|parts|stats)"),
+    "warps do not meet before their sums are read": planted(
+        MEET + "    const auto put", "    const auto put", "race: .* shared memory|nobody wrote it"
+    ),
+    "warps do not meet before a block's part is told": planted(
+        "    if (whole) return;\n" + MEET, "    if (whole) return;\n", "race: .* (parts|stats)"
+    ),
+    "warps do not meet before they ask who is last": planted(
+        MEET + "    if (!load<u32>", "    if (!load<u32>", "race: .* shared memory|nobody wrote it"
+    ),
+    "a run's sums take the place of those of the run before": planted(
+        "turn ^= 1", "turn ^= 0", "race: .* shared memory"
+    ),
+    "who counts neither releases nor acquires": planted(
+        "added(counter, 1)",
+        "(twin::add(counter, 1, twin::Order::relaxed), told(counter) - 1)",
+        "race: .* (parts|stats)",
+    ),
+    "a counter is left as it is": planted("if (all) *counter = 0;", "", "does not begin with nothing"),
+    "a part is read from the wrong place": planted("block == first)", "block != first)", "race|wrong numbers"),
+    "a part is left out": planted("block <= last;", "block < last;", "wrong numbers"),
+    "keys that are masked count": planted(
+        "if (key < sequence.lowest || key >= sequence.fresh)", "if (false)", "wrong numbers"
+    ),
+    "keys before the window count": planted("if (key < sequence.lowest || ", "if (", "wrong numbers"),
+    "the token's own key is left out": planted("run.ends() && warp == 0", "false", "nobody wrote|pool|wrong numbers"),
+    "every warp takes the token's own key": planted("run.ends() && warp == 0", "run.ends()", "race: .* pool"),
+    "every block takes the token's own key": planted("run.ends() && warp == 0", "warp == 0", "race: .* pool"),
+    "the first block takes the token's own key, and the last one": planted(
+        "run.ends() && warp == 0", "(run.ends() || run.first == 0) && warp == 0", "race: .* pool"
+    ),
+    "one lane counts the token's own key for each": planted("lane / 4 == 0 ? 1.0f : 0.0f", "1.0f", "wrong numbers"),
+    "the key that others write is copied": planted(
+        "position + token < run.sequence.fresh;", "position + token <= run.sequence.fresh;", "race: .* pool"
+    ),
+    "all keys of a tile are copied": planted(
+        "position + token < run.sequence.fresh;", "true;", "race: .* pool|wrong numbers"
+    ),
+    "copies are announced before they are made": Planted(
+        (
+            ("            arrive_when_copied(ring.full());\n", ""),
+            ("            wait(ring.empty(),", "            if (false) wait(ring.empty(),"),
+            ("#pragma unroll\n            for (int i = 0; i < KEYS * PIECES",
+             "            wait(ring.empty(), ring.parity ^ 1); arrive(ring.full());\n"
+             "            for (int i = 0; i < KEYS * PIECES"),
+        ),
+        "race|nobody wrote",
+    ),
+}  # fmt: skip
+STEPS: tuple[dict[str, Any], ...] = (
+    {"keys": [330, 20, 70, 1, 33]},
+    {"keys": [100, 64, 65, 180, 32], "group": LOCAL, "blocks": 5},
+)
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_mistake_is_found(mistake):
+    text = TEXTS[SOURCE.name]
+    for words, wrong in PLANTED[mistake].edits:
+        assert words in text, "the kernel has changed: plant it anew"
+        text = text.replace(words, wrong, 1)
+    decodes = [SmallDecodes(**step, texts=TEXTS | {SOURCE.name: text}) for step in STEPS]
+
+    def run_often():
+        for seed in range(8):
+            for of_step in decodes:
+                right(of_step, seed)
+
+    with pytest.raises(AssertionError, match=PLANTED[mistake].found):
+        run_often()
