@@ -13,7 +13,7 @@ import torch
 from wicore_backend import Engine, EngineConfig, SamplingParams
 from wicore_backend.engine.pictures import MAX_BATCH, Picture, PictureEncoder
 from wicore_backend.engine.request import Deadlines, FinishReason
-from wicore_backend.engine.vision_graphs import VisionGraphs
+from wicore_backend.engine.vision_graphs import BATCHES, VisionGraphs
 from wicore_backend.executor.tensorrt.profiles import profiles_for
 from wicore_backend.processor.images import PixelNormalization, digest
 from wicore_backend.processor.prompt import PromptImage
@@ -167,7 +167,7 @@ def test_beside_other_work_and_as_graphs_the_tokens_are_the_same():
 
     graphs = VisionGraphs(encode, CudaRecorder(cuda))
     graphs.prepare(torch.zeros(3, SIDE, SIDE, device=cuda))
-    assert graphs._graphs.keys() == {1, 2, 4, 8}
+    assert graphs._graphs.keys() == set(BATCHES)
     ours = PictureEncoder(graphs, NORMALIZATION, device=cuda, dtype=torch.float32, cache_bytes=6 * PICTURE_BYTES)
     rng = random.Random(0)
     for _ in range(200):

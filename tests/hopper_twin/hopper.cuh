@@ -36,6 +36,7 @@ inline u32 __float_as_uint(float v) { u32 bits; std::memcpy(&bits, &v, 4); retur
 inline float __uint_as_float(u32 bits) { float v; std::memcpy(&v, &bits, 4); return v; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float v) { return std::exp(v); }
+inline float __log2f(float v) { return std::log2(v); }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 
 // ---- Warps and blocks

@@ -1,7 +1,7 @@
 """Decodes on Hopper by a kernel of their own, which shares a step's keys out evenly: `kernels/decode_hopper.cu`.
 
 It is compiled for a model's heads when its attention is made, and kept on disk. It takes several sequences at once, in
-bfloat16; one alone, pools in FP8, and layers of which attention mass may be asked have `kernels/decode.py`.
+bfloat16; one alone, many, and pools in FP8 have `kernels/decode.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class Form:
 class _Decode(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "pool", "out", "work", "tables")),
-        *((name, ctypes.c_void_p) for name in ("parts", "stats", "arrived")),
+        *((name, ctypes.c_void_p) for name in ("parts", "stats", "arrived", "mass_at", "mass")),
         *((name, ctypes.c_longlong) for name in ("layer_at", "block_stride")),
         *((name, ctypes.c_int) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
         ("sequences", ctypes.c_int),
@@ -171,12 +171,16 @@ class Calls:
         *,
         layer_at: int,
         block_stride: int,
+        mass_at: Tensor | None = None,
+        mass: Tensor | None = None,
     ) -> ctypes.Structure:
-        """For the decodes of `work`, int32 [(sequences + 1) * WORK_FIELDS]; the others are as for `decode_kernel`."""
+        """For the decodes of `work`, int32 [(sequences + 1) * WORK_FIELDS]; the others are as for `decode_kernel`, but
+        that `mass_at` is of this layer alone."""
         size = pool.itemsize
         return _Decode(
             *(tensor.data_ptr() for tensor in (q, k, v, pool, out, work, tables)),
             *(tensor.data_ptr() for tensor in (self.parts, self.stats, self.arrived)),
+            *(None if tensor is None else tensor.data_ptr() for tensor in (mass_at, mass)),
             layer_at * size,
             block_stride * size,
             *(stride * size for tensor in (q, k, v) for stride in tensor.stride()[:2]),
@@ -212,17 +216,17 @@ class HopperDecode:
         )
         self._calls = Calls(form, blocks=self._blocks, scale=scale, device=device)
 
-    def __call__(self, *tensors: Tensor, layer_at: int, block_stride: int) -> None:
+    def __call__(self, *tensors: Tensor, **more: Any) -> None:
         """As `Calls.given`, on the current stream."""
-        self._kernel.launch(self._blocks, self._calls.given(*tensors, layer_at=layer_at, block_stride=block_stride))
+        self._kernel.launch(self._blocks, self._calls.given(*tensors, **more))
 
 
 def form_of(tiling: Tiling, pool: torch.dtype, queries: torch.dtype, *, capped: bool) -> Form | None:
     """The form for a model's heads; None if the kernel is not for such heads, pools or scores that are `capped`."""
     layout = tiling.layout
     form = Form(layout.head_dim, layout.kv_heads, tiling.group, layout.block_size)
-    fits = form.fits and pool is queries is torch.bfloat16 and not capped and tiling.processors * 2 >= layout.kv_heads
-    return form if fits else None
+    fits = form.fits and pool is queries is torch.bfloat16 and not capped and tiling.cell == WORK_KEYS
+    return form if fits and tiling.processors * form.tuning.blocks >= layout.kv_heads else None
 
 
 def hopper_decode(form: Form | None, *, processors: int, scale: float, device: torch.device) -> HopperDecode | None:

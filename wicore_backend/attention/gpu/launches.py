@@ -41,7 +41,7 @@ class Launches:
     hopper
         Takes prefills whose keys are not shared out, if there is one.
     hopper_decode
-        Takes several decodes of layers whose attention mass cannot be asked, if there is one.
+        Takes several decodes, if there is one.
     """
 
     def __init__(
@@ -88,8 +88,13 @@ class Launches:
         of_layer = self._layers[layer]
         decodes = plan.decodes[of_layer.group]
         mass = plan.mass if plan.mass is not None and layer in plan.mass.rows else None
-        if self._hopper_decode is not None and mass is None and FEWEST <= plan.num_decodes <= MOST:
-            self._hopper_decode(q, k, v, of_layer.pool, plan.out, decodes.work, decodes.tables, **of_layer.where)
+        if self._hopper_decode is not None and FEWEST <= plan.num_decodes <= MOST:
+            tensors = q, k, v, of_layer.pool, plan.out, decodes.work, decodes.tables
+            if mass is None:
+                self._hopper_decode(*tensors, **of_layer.where)
+            else:
+                asked = mass.decodes_at.view(-1, plan.num_decodes)[mass.rows[layer]]
+                self._hopper_decode(*tensors, **of_layer.where, mass_at=asked, mass=mass.values)
             return
         scratch = decodes.scratch
         decode_kernel[self._kv_heads, decodes.num_items](

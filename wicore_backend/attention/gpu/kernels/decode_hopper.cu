@@ -37,6 +37,8 @@ struct Decode {
     float* parts;   // [blocks, 2, GROUP, HEAD_DIM], and
     float2* stats;  // [blocks, 2, GROUP]: what runs leave, their greatest scores and sums of weights
     u32* arrived;   // [sequences, KV_HEADS], zero before and after
+    const int* mass_at;  // [sequences]: where in `mass` each one's measurement begins, or -1; null if none is asked.
+    float* mass;         // [rows, KV_HEADS * GROUP]: see `Measurement`
     long long layer_at, block_stride;                   // bytes
     int q_token, q_head, k_token, k_head, v_token, v_head;  // bytes from one to the next
     int sequences;
@@ -163,6 +165,23 @@ __device__ __forceinline__ void copy_tiles(const Decode& decode, Run run) {
     }
 }
 
+// ---- What is measured
+
+// Attention mass of a sequence in powers of two: of each tile the weight of its keys, then that of the own one, then the
+// sum of all, a row each with a number for each query head.
+struct Measurement {
+    float* at = nullptr;  // Its first row, of this KV head; null if nobody asks.
+    int tiles;            // and those before the first that is visible
+
+    __device__ Measurement(const Decode& decode, const Run& run) : tiles(run.sequence.fresh / KEYS + 1) {
+        const int begin = decode.mass_at ? decode.mass_at[run.number] : -1;
+        if (begin >= 0) at = decode.mass + ((long long)begin * KV_HEADS + run.head) * GROUP;
+    }
+    __device__ void put(int row, int member, float weight) const {
+        at[(long long)row * (KV_HEADS * GROUP) + member] = weight;
+    }
+};
+
 // ---- The attending warps
 
 constexpr float FLOOR = -1e30f;  // Below any score; finite, so that what has seen no key yet is no NaN.
@@ -199,7 +218,8 @@ __device__ __forceinline__ void load_queries(u32 (&queries)[DEPTH][2], const Dec
 }
 
 // What a softmax begins with: the token's own key and value, which go to the pool.
-__device__ __forceinline__ void begin_with_own(State& state, const Decode& decode, const Run& run) {
+__device__ __forceinline__ void begin_with_own(State& state, const Decode& decode, const Run& run,
+                                               const Measurement& measurement) {
     const int lane = threadIdx.x % WIDTH, fresh = run.sequence.fresh;
     uint2 key[VECTORS], value[VECTORS], query[VECTORS];
     load_head(key, decode.k + (long long)run.number * decode.k_token + run.head * decode.k_head);
@@ -227,6 +247,7 @@ __device__ __forceinline__ void begin_with_own(State& state, const Decode& decod
         if (lane % 4 == member / 2) {
             state.top[member % 2] = product * decode.scale;
             state.total[member % 2] = lane / 4 == 0 ? 1.0f : 0.0f;  // One lane's of the column.
+            if (measurement.at && lane / 4 == 0) measurement.put(measurement.tiles, member, product * decode.scale);
         }
     }
 #pragma unroll
@@ -247,9 +268,15 @@ __device__ __forceinline__ float most_of_column(float most) {
     return most;
 }
 
+__device__ __forceinline__ float sum_of_column(float sum) {
+#pragma unroll
+    for (int distance = 4; distance < WIDTH; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+    return sum;
+}
+
 // One more tile, whose tokens begin at `position`, with its keys and values at `panel`.
 __device__ __forceinline__ void add_tile(State& state, const u32 (&queries)[DEPTH][2], const char* panel, int position,
-                                         const Sequence& sequence, float scale) {
+                                         const Sequence& sequence, const Measurement& measurement, float scale) {
     const int lane = threadIdx.x % WIDTH;
     float scores[2][4] = {};
     {
@@ -278,12 +305,18 @@ __device__ __forceinline__ void add_tile(State& state, const u32 (&queries)[DEPT
         const float higher = fmaxf(state.top[column], most * scale);
         shrink[column] = exp2_quickly(state.top[column] - higher);
         state.top[column] = higher;
-        state.total[column] *= shrink[column];
+        float sum = 0.0f;
 #pragma unroll
         for (int i = column; i < 8; i += 2) {
             float& score = scores[i / 4][i % 4];
             score = exp2_quickly(score * scale - higher);
-            state.total[column] += score;
+            sum += score;
+        }
+        state.total[column] = state.total[column] * shrink[column] + sum;
+        if (measurement.at) {
+            sum = sum_of_column(sum);
+            const int member = lane % 4 * 2 + column;
+            if (lane / 4 == 0 && member < GROUP) measurement.put(position / KEYS, member, higher + __log2f(sum));
         }
     }
 #pragma unroll
@@ -322,16 +355,14 @@ struct Merged {
 // What the warps have of a run goes to the result, or to where the last block of its sequence and head finds it, which
 // then gives the result. `turn` alternates from run to run.
 __device__ __forceinline__ void give(const State& state, const Decode& decode, const Shares& shares, const Run& run,
-                                     int turn) {
+                                     const Measurement& measurement, int turn) {
     constexpr int OF_MEMBER = HEAD_DIM / 2, PAIRS = GROUP * OF_MEMBER;
     const int warp = threadIdx.x / WIDTH, lane = threadIdx.x % WIDTH;
     float* parts = (float*)(shared + PARTS_AT + turn * PARTS_BYTES);
     float2* stats = (float2*)(shared + STATS_AT + turn * STATS_BYTES);
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-        float total = state.total[column];
-#pragma unroll
-        for (int distance = 4; distance < WIDTH; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
+        const float total = sum_of_column(state.total[column]);
         const int member = lane % 4 * 2 + column;
         if (member >= GROUP) continue;
         if (lane / 4 == 0) stats[warp * GROUP + member] = {state.top[column], total};
@@ -347,6 +378,8 @@ __device__ __forceinline__ void give(const State& state, const Decode& decode, c
         const long long row = ((long long)run.number * KV_HEADS + run.head) * (GROUP * HEAD_DIM);
         const float share = 1.0f / merged.whole;
         *(u32*)(decode.out + (row + pair * 2) * 2) = pack<false>(merged.sum.x * share, merged.sum.y * share);
+        if (measurement.at && pair % OF_MEMBER == 0)
+            measurement.put(measurement.tiles + 1, pair / OF_MEMBER, merged.top + __log2f(merged.whole));
     };
     const bool whole = run.whole();
     const int slot = (blockIdx.x * 2 + (run.first == 0)) * GROUP;
@@ -396,16 +429,18 @@ __device__ __forceinline__ void attend(const Decode& decode, const Shares& share
         const int count = run.count();
         u32 queries[DEPTH][2];
         load_queries(queries, decode, run);
+        const Measurement measurement(decode, run);
         State state;
-        if (run.ends() && warp == 0) begin_with_own(state, decode, run);
+        if (run.ends() && warp == 0) begin_with_own(state, decode, run, measurement);
         for (; ahead < count; ahead += WARPS, ring.skip(WARPS)) {
             wait(ring.full(), ring.parity);
-            add_tile(state, queries, ring.memory(), run.position(ahead), run.sequence, decode.scale);
+            add_tile(state, queries, ring.memory(), run.position(ahead), run.sequence, measurement,
+                     decode.scale);
             __syncwarp();
             if (lane == 0) arrive(ring.empty());
         }
         ahead -= count;
-        give(state, decode, shares, run, turn);
+        give(state, decode, shares, run, measurement, turn);
     }
 }
 
