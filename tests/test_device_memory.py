@@ -15,6 +15,7 @@ from tests.gemma3_random import write_random_checkpoint
 from tests.peak_memory import peak_bytes
 from tests.test_decode_graphs import Model, Repeated, decodes, prompts, segment_graphs
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.attention.gpu.hopper_decode import Calls, form_of
 from wicore_backend.attention.gpu.needs import AttentionNeeds
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
 from wicore_backend.attention.gpu.tiling import Tiling
@@ -86,6 +87,22 @@ def test_attention_takes_what_its_needs_say(groups, kv_dtype):
         plan = attention.prompt_bucket(max_keys=2048, out=torch.zeros(tokens, 8 * 64).half()).plan
         taken = storage_bytes([plan.log_totals, plan.mass.values, plan.prefills[LayerGroup.GLOBAL].tiles])
         about(needs.prompt_bucket(tokens=tokens, max_keys=2048), taken, at_most=1.1)
+
+
+@pytest.mark.parametrize(("head_dim", "fits"), [(128, True), (64, False)])
+def test_what_attention_keeps_for_decodes_is_what_its_needs_say(head_dim, fits):
+    layout = KVLayout.of(
+        [LayerGroup.GLOBAL], block_size=32, kv_heads=4, head_dim=head_dim, window=64, bytes_per_value=2
+    )
+    tiling = Tiling(layout, 8, Tuning.of(head_dim, torch.bfloat16), 132)
+    form = form_of(tiling, torch.bfloat16, torch.bfloat16, capped=False)
+    assert (form is not None) == fits
+    taken = 0
+    if form is not None:
+        # As `HopperDecode` makes it, which needs a GPU.
+        calls = Calls(form, blocks=132 * form.tuning.blocks, scale=1.0, device=torch.device("cpu"))
+        taken = storage_bytes(kept for kept in vars(calls).values() if isinstance(kept, torch.Tensor))
+    assert AttentionNeeds(tiling, value_bytes=2).kept() == taken
 
 
 def storage_bytes(tensors) -> int:

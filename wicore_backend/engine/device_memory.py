@@ -87,6 +87,7 @@ def device_needs(
         "steps": max(needs.step(), encoding),
         "positions": RotaryTables.nbytes(config.text, max_positions=max_model_len, value_bytes=value_bytes),
         "widened keys": widening.keys,
+        "decodes": attention.kept(),
         "workspace": _WORKSPACE_BYTES,
     }
     if config.vision is not None:

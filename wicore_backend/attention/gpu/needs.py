@@ -1,4 +1,4 @@
-"""What `GpuPagedAttention` takes of the device beside the pools, told before there are any: books, without tensors."""
+"""What `GpuPagedAttention` takes of the device beside the pools, told before there are any: books, without memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from wicore_backend.attention.gpu.hopper_decode import Calls, Form
 from wicore_backend.attention.gpu.masses import MASS_TAIL, MEASUREMENT_FIELDS
 from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, TILE_FIELDS, WORK_FIELDS
 from wicore_backend.attention.gpu.tile_scheduler import TileScheduler
@@ -30,6 +31,15 @@ class AttentionNeeds:
 
     tiling: Tiling
     value_bytes: int
+
+    def kept(self) -> int:
+        """Of what is there as long as attention is: that of `HopperDecode`, for which any card and pools are taken."""
+        form = Form(self._layout.head_dim, self._layout.kv_heads, self.tiling.group, self._layout.block_size)
+        if not form.fits:
+            return 0
+        blocks = self.tiling.processors * form.tuning.blocks
+        calls = Calls(form, blocks=blocks, scale=1.0, device=torch.device("meta"))
+        return calls.parts.nbytes + calls.stats.nbytes + calls.arrived.nbytes
 
     def decode_bucket(self, *, sequences: int, max_keys: int) -> int:
         """Of such a `decode_bucket`, without the memory for masses that it shares with others."""

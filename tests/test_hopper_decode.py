@@ -1,0 +1,235 @@
+"""Decodes by the kernel for Hopper: what it is told of a step, which heads and pools it takes, and that it compiles.
+
+What it computes: `test_hopper_decode_on_cpu.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu.hopper_decode import SOURCE, Form, Tuning, form_of, hopper_decode
+from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS, Sequences, decode_items, decode_work
+from wicore_backend.attention.gpu.tiling import Tiling
+from wicore_backend.attention.gpu.tuning import Tuning as TritonTuning
+from wicore_backend.hmt.fp8 import FP8
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hopper import ARCHITECTURE, INSTRUCTIONS, SHARED_BYTES
+
+GLOBAL, LOCAL = LayerGroup.GLOBAL, LayerGroup.LOCAL
+WINDOW = 50
+
+
+# ---- What it is told of a step
+
+
+def step_of(positions, *, prefilled=0, block_size=32):
+    """Decodes at `positions`, and after them a prompt of `prefilled` tokens, if any; each has blocks of its own."""
+    last = np.array([*positions, *([prefilled - 1] if prefilled else [])], np.int32)
+    blocks = last // block_size + 1
+    tables = np.zeros((len(last), blocks.max()), np.int32)
+    for row, (first, count) in enumerate(zip(1 + blocks.cumsum() - blocks, blocks, strict=True)):
+        tables[row, :count] = first + np.arange(count)
+    tokens = np.concatenate([last[: len(positions)], np.arange(prefilled, dtype=np.int32)])
+    return PackedStep(
+        positions=tokens,
+        attend_limits=tokens,
+        query_lens=np.array([1] * len(positions) + ([prefilled] if prefilled else []), np.int32),
+        decodes=len(positions),
+        block_tables={GLOBAL: tables, LOCAL: tables},
+    )
+
+
+def work_of(step, group, *, sequences, block_size=32, window=WINDOW):
+    seen = Sequences.of(step, group, block_size=block_size, window=window)
+    return decode_work(step, group, seen, window=window, sequences=sequences), seen
+
+
+def test_a_step_s_decodes_are_told_by_tiles_before_them_keys_and_block_tables():
+    step = step_of([0, 31, 32, 100])
+    work, _ = work_of(step, GLOBAL, sequences=4)
+    assert work.dtype == np.int32
+    assert work.tolist() == [[0, 0, 0, 0], [1, 0, 31, 1], [2, 0, 32, 2], [4, 0, 100, 4], [8, 0, 0, 0]]
+
+
+def test_positions_of_a_window_count_from_its_first_block():
+    work, seen = work_of(step_of([0, 49, 81, 100]), LOCAL, sequences=4)
+    # Of 81 the first that is visible is 32, with which a block begins; of 100 it is 51, of the block that begins at 32.
+    assert seen.shift.tolist() == [0, 0, 32, 32]
+    assert work.tolist() == [[0, 0, 0, 0], [1, 0, 49, 1], [3, 0, 49, 3], [5, 19, 68, 5], [8, 0, 0, 0]]
+
+
+def test_a_window_s_first_tile_need_not_be_its_block_s():
+    work, _ = work_of(step_of([100], block_size=96), LOCAL, sequences=1, block_size=96)
+    assert work.tolist() == [[0, 51, 100, 0], [3, 0, 0, 0]]
+
+
+def test_idle_rows_have_no_tiles():
+    work, _ = work_of(step_of([5, 40]), GLOBAL, sequences=4)
+    assert work[:3].tolist() == [[0, 0, 5, 0], [1, 0, 40, 1], [3, 0, 0, 0]]
+    assert work[3:].tolist() == [[3, 0, 0, 0], [3, 0, 0, 0]]
+
+
+@given(
+    positions=st.lists(st.integers(0, 500), min_size=1, max_size=6),
+    prefilled=st.integers(0, 90),
+    group=st.sampled_from(LayerGroup),
+    block_size=st.sampled_from([32, 64, 96]),
+    window=st.integers(1, 200),
+    idle=st.integers(0, 2),
+)
+def test_tiles_are_those_of_the_visible_keys_as_they_are_the_other_kernel_s(
+    positions, prefilled, group, block_size, window, idle
+):
+    step, count = step_of(positions, prefilled=prefilled, block_size=block_size), len(positions)
+    work, seen = work_of(step, group, sequences=count + idle, block_size=block_size, window=window)
+    assert work.shape == (count + idle + 1, WORK_FIELDS)
+    items = decode_items(step, group, seen, window=window, keys=WORK_KEYS, items=7)
+    for row, position in enumerate(positions):
+        before, lowest, fresh, table_at = work[row].tolist()
+        visible = range(max(0, position - window + 1) if group is LOCAL else 0, position + 1)
+        shift = position - fresh
+        assert range(shift + lowest, shift + fresh + 1) == visible
+        table = seen.table[table_at:]
+        assert all(
+            table[(key - shift) // block_size] == step.block_tables[group][row][key // block_size] for key in visible
+        )
+        assert shift % block_size == 0
+        tiles = {(key - shift) // WORK_KEYS for key in visible}
+        assert work[row + 1, 0] - before == len(tiles)
+        _, begin, end, *same = items[items[:, 0] == row, :6].T
+        theirs = {key // WORK_KEYS for of_item in map(range, begin, end) for key in of_item}
+        assert theirs == tiles
+        assert all((of_item == right).all() for of_item, right in zip(same, (lowest, fresh, table_at), strict=True))
+    assert (work[count:, 0] == work[count, 0]).all()
+
+
+# ---- Which heads and pools it takes
+
+TUNINGS = st.builds(
+    Tuning, warps=st.integers(1, 8), blocks=st.integers(1, 3), stages=st.integers(1, 8), least=st.integers(1, 4)
+)
+
+
+@given(
+    head_dim=st.sampled_from([64, 128, 192, 256]),
+    kv_heads=st.sampled_from([1, 4, 16]),
+    group=st.integers(1, 16),
+    block_size=st.sampled_from([16, 32, 48, 64, 96]),
+    tuning=TUNINGS,
+)
+def test_what_fits_has_room_and_no_more_warps_than_stages(head_dim, kv_heads, group, block_size, tuning):
+    form = Form(head_dim, kv_heads, group, block_size, tuning=tuning)
+    if not form.fits:
+        return
+    assert head_dim in (128, 256)
+    assert group <= 8
+    assert block_size % 32 == 0
+    assert tuning.warps <= form.stages <= tuning.stages
+    assert tuning.blocks * (form.shared_bytes + 1024) <= SHARED_BYTES
+    defines = form.defines()
+    assert defines["STAGES"] == form.stages
+    assert form.threads == 32 * (defines["WARPS"] + 1)
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_heads_of_128_fit_as_it_is_tuned(group):
+    assert Form(128, 16, group, 32).fits
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_heads_of_256_fit_with_fewer_warps(group):
+    form = Form(256, 4, group, 32, tuning=Tuning(warps=2))
+    assert form.fits
+
+
+def test_more_stages_would_not_fit():
+    """The ring is as long as it can be."""
+    form = Form(256, 4, 2, 32, tuning=Tuning(warps=1, stages=100))
+    of_stage = 2 * 32 * 256 * 2 + 2 * 8
+    assert 2 * (form.shared_bytes + 1024) <= SHARED_BYTES < 2 * (form.shared_bytes + of_stage + 1024)
+
+
+def tiling_of(*, head_dim=128, kv_heads=4, query_heads=8, block_size=32, processors=132):
+    layout = KVLayout.of(
+        [LOCAL, GLOBAL], block_size=block_size, kv_heads=kv_heads, head_dim=head_dim, window=1024, bytes_per_value=2
+    )
+    return Tiling(layout, query_heads, TritonTuning.of(head_dim, torch.bfloat16), processors)
+
+
+def test_the_form_is_the_model_s():
+    form = form_of(tiling_of(), torch.bfloat16, torch.bfloat16, capped=False)
+    assert form == Form(128, 4, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("pool", "queries"),
+    [(FP8, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float16)],
+    ids=["pools in FP8", "float32", "float16"],
+)
+def test_numbers_that_are_not_bfloat16_are_left_to_the_other_kernel(pool, queries):
+    assert form_of(tiling_of(), pool, queries, capped=False) is None
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"query_heads": 36},
+        {"head_dim": 64},
+        {"block_size": 16},
+        {"block_size": 48},
+        {"kv_heads": 16, "query_heads": 32, "processors": 7},
+    ],
+    ids=["nine queries for each key", "heads of 64", "blocks of 16", "blocks of 48", "more heads than blocks"],
+)
+def test_other_shapes_are_left_to_the_other_kernel(shape):
+    assert form_of(tiling_of(**shape), torch.bfloat16, torch.bfloat16, capped=False) is None
+
+
+def test_scores_with_a_cap_are_left_to_the_other_kernel():
+    assert form_of(tiling_of(), torch.bfloat16, torch.bfloat16, capped=True) is None
+
+
+def test_other_devices_have_none():
+    for form in (Form(128, 4, 2, 32), None):
+        assert hopper_decode(form, processors=132, scale=1.0, device=torch.device("cpu")) is None
+
+
+# ---- Whether it compiles; no GPU is needed
+
+FORMS = {
+    "heads of 128": Form(128, 16, 2, 32),
+    "heads of 256": Form(256, 4, 2, 32, tuning=Tuning(warps=2)),
+    "eight queries for each key": Form(128, 1, 8, 64),
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+@every_form
+def test_it_compiles(form):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="PyTorch's builds for CUDA bring cuda-bindings")
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        pytest.skip(f"no NVRTC: {error}")
+    from wicore_backend.hopper.nvrtc import compiled
+
+    code = compiled(SOURCE, (INSTRUCTIONS,), FORMS[form].defines(), architecture=ARCHITECTURE)
+    assert code.startswith(b"\x7fELF")
+
+
+@every_form
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_toolkit_s_compiler_takes_it(form, tmp_path):
+    defines = (f"-D{name}={value}" for name, value in FORMS[form].defines().items())
+    command = ["nvcc", f"-arch={ARCHITECTURE}", "-std=c++17", f"-I{INSTRUCTIONS.parent}", *defines, "-cubin"]
+    result = subprocess.run([*command, "-o", tmp_path / "code", SOURCE], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "code").read_bytes().startswith(b"\x7fELF")
