@@ -73,18 +73,17 @@ class Pacer:
         if self._limit is None:
             return most
         model = self._model
-        before = model.predict(shape)
-        # That the step is a mixed one is no part of its first prompt's share.
-        so_far = before if shape.chunks else before + model.coefficients.mixed
-        first = model.predict(shape.with_prefill(1, context)) - so_far
+        so_far = model.predict(shape)
         if not shape.chunks:
-            self._limit = max(self._limit, before + _WORTH * (so_far + first - before))
+            first = model.predict(shape.with_prefill(1, context)) - so_far
+            self._limit = max(self._limit, so_far + _WORTH * first)
+            so_far += model.coefficients.mixed  # Of the step, not of this prompt's share.
         left = share * (self._limit - so_far)
         if model.predict(shape.with_prefill(most, context)) - so_far <= left:
             return most
-        if left < 2 * first:
+        if left < 2 * (model.predict(shape.with_prefill(1, context)) - so_far):
             return 0
-        return min(most, model.prefill_tokens(shape, so_far + left, context))
+        return model.prefill_tokens(shape, so_far + left, context, most=most)
 
     def end(self, step: StepShape, *, held_back: bool) -> None:
         """The step is planned; `held_back` is whether prompts wait for more time."""
