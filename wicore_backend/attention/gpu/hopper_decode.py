@@ -1,14 +1,14 @@
 """Decodes on Hopper by a kernel of their own, which shares a step's keys out evenly: `kernels/decode_hopper.cu`.
 
-It is compiled for a model's heads when its attention is made, and kept on disk. It takes several sequences at once, in
-bfloat16; one alone, many, and pools in FP8 have `kernels/decode.py`.
+It is compiled for a model's heads when its attention is made, and kept on disk. It takes some sequences in bfloat16;
+many, and pools in FP8, have `kernels/decode.py`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS
 from wicore_backend.attention.gpu.tiling import Tiling
+from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hopper import ARCHITECTURE, INSTRUCTIONS, SHARED_BYTES
 
 if TYPE_CHECKING:
@@ -25,21 +26,23 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "kernels" / "decode_hopper.cu"
-FEWEST, MOST = 2, 32
-"""Sequences of a step. One alone is done sooner by programs that are there for its few tiles only; of many the other
-kernel's programs hide each other's waits as well, and none of a multiprocessor idles."""
+MOST = 32
+"""Sequences of a step: of more the other kernel's programs hide each other's waits as well, and none idles."""
+_FEWEST = {LayerGroup.LOCAL: 1, LayerGroup.GLOBAL: 2}
+"""In layers of a group: the many keys of one alone come sooner where more programs ask for them."""
+_MOST_OF_FEW = 4
 _WIDTH, _COLUMNS = 32, 8
 _OF_BLOCK = 1024  # bytes of shared memory that a block takes besides those that it asks for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """How the kernel is cut; the defaults are what was fastest (docs/benchmarks/attention-on-gpu.md).
+    """How the kernel is cut.
 
     Attributes
     ----------
     warps
-        Of a block that attend.
+        Of a block that attend, if the ring has as many stages.
     blocks
         Of a multiprocessor.
     stages
@@ -52,6 +55,11 @@ class Tuning:
     blocks: int = 2
     stages: int = 4
     least: int = 1
+
+
+SEVERAL = Tuning()
+FEW = Tuning(warps=8, blocks=1, stages=12, least=5)
+"""What was fastest for steps of up to `MOST` and of up to `_MOST_OF_FEW` (docs/benchmarks/attention-on-gpu.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class Form:
     group: int
     block_size: int
     most_sequences: int = MOST
-    tuning: Tuning = Tuning()
+    tuning: Tuning = SEVERAL
 
     @property
     def fits(self) -> bool:
@@ -80,13 +88,23 @@ class Form:
             self.head_dim in (128, 256)
             and self.block_size % WORK_KEYS == 0
             and self.group <= _COLUMNS
-            and self.stages >= self.tuning.warps
+            and self.stages > 0
         )
+
+    @property
+    def warps(self) -> int:
+        """Of a block that attend."""
+        return min(self.tuning.warps, self.stages)
+
+    @property
+    def for_few(self) -> Form:
+        """The same for few sequences."""
+        return replace(self, tuning=FEW)
 
     @property
     def threads(self) -> int:
         """Of a block: its last warp copies."""
-        return (self.tuning.warps + 1) * _WIDTH
+        return (self.warps + 1) * _WIDTH
 
     @property
     def stages(self) -> int:
@@ -118,7 +136,7 @@ class Form:
             "GROUP": self.group,
             "BLOCK_SIZE": self.block_size,
             "MOST_SEQUENCES": self.most_sequences,
-            "WARPS": self.tuning.warps,
+            "WARPS": self.warps,
             "STAGES": self.stages,
             "LEAST": self.tuning.least,
         }
@@ -190,12 +208,14 @@ class Calls:
 
 
 class HopperDecode:
-    """Attention of a layer for `FEWEST` to `MOST` decodes of a step.
+    """Attention of a layer for some decodes of a step.
 
     Its launches share memory: they go to one stream, or to streams that wait for each other.
 
     Parameters
     ----------
+    form
+        For several sequences; that for few is the same but for its tuning.
     processors, scale
         Multiprocessors of the device; of scores, which are powers of two.
 
@@ -209,16 +229,22 @@ class HopperDecode:
         # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
         from wicore_backend.hopper.nvrtc import Kernel, compiled
 
-        code = compiled(SOURCE, (INSTRUCTIONS,), form.defines(), architecture=ARCHITECTURE)
-        self._blocks = processors * form.tuning.blocks
-        self._kernel: Kernel = Kernel(
-            code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False
-        )
-        self._calls = Calls(form, blocks=self._blocks, scale=scale, device=device)
+        def kernel(form: Form) -> tuple[Kernel, int]:
+            code = compiled(SOURCE, (INSTRUCTIONS,), form.defines(), architecture=ARCHITECTURE)
+            made = Kernel(code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False)
+            return made, processors * form.tuning.blocks
 
-    def __call__(self, *tensors: Tensor, **more: Any) -> None:
-        """As `Calls.given`, on the current stream."""
-        self._kernel.launch(self._blocks, self._calls.given(*tensors, **more))
+        self._few, self._several = kernel(form.for_few), kernel(form)
+        self._calls = Calls(form, blocks=processors * form.tuning.blocks, scale=scale, device=device)
+
+    def takes(self, group: LayerGroup, sequences: int) -> bool:
+        """Whether it is the faster kernel for so many in layers of a group."""
+        return _FEWEST[group] <= sequences <= MOST
+
+    def __call__(self, sequences: int, *tensors: Tensor, **more: Any) -> None:
+        """For so many, as `Calls.given`, on the current stream."""
+        kernel, blocks = self._few if sequences <= _MOST_OF_FEW else self._several
+        kernel.launch(blocks, self._calls.given(*tensors, **more))
 
 
 def form_of(tiling: Tiling, pool: torch.dtype, queries: torch.dtype, *, capped: bool) -> Form | None:
@@ -226,7 +252,7 @@ def form_of(tiling: Tiling, pool: torch.dtype, queries: torch.dtype, *, capped: 
     layout = tiling.layout
     form = Form(layout.head_dim, layout.kv_heads, tiling.group, layout.block_size)
     fits = form.fits and pool is queries is torch.bfloat16 and not capped and tiling.cell == WORK_KEYS
-    return form if fits and tiling.processors * form.tuning.blocks >= layout.kv_heads else None
+    return form if fits and tiling.processors >= layout.kv_heads else None
 
 
 def hopper_decode(form: Form | None, *, processors: int, scale: float, device: torch.device) -> HopperDecode | None:

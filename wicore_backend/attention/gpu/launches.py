@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from wicore_backend.attention.gpu.hopper import HopperPrefill
-from wicore_backend.attention.gpu.hopper_decode import FEWEST, MOST, HopperDecode
+from wicore_backend.attention.gpu.hopper_decode import HopperDecode
 from wicore_backend.attention.gpu.kernel_options import KernelOptions
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill_mass_kernel, write_kernel
@@ -88,13 +88,11 @@ class Launches:
         of_layer = self._layers[layer]
         decodes = plan.decodes[of_layer.group]
         mass = plan.mass if plan.mass is not None and layer in plan.mass.rows else None
-        if self._hopper_decode is not None and FEWEST <= plan.num_decodes <= MOST:
+        if self._hopper_decode is not None and self._hopper_decode.takes(of_layer.group, plan.num_decodes):
             tensors = q, k, v, of_layer.pool, plan.out, decodes.work, decodes.tables
-            if mass is None:
-                self._hopper_decode(*tensors, **of_layer.where)
-            else:
-                asked = mass.decodes_at.view(-1, plan.num_decodes)[mass.rows[layer]]
-                self._hopper_decode(*tensors, **of_layer.where, mass_at=asked, mass=mass.values)
+            asked = None if mass is None else mass.decodes_at.view(-1, plan.num_decodes)[mass.rows[layer]]
+            values = None if mass is None else mass.values
+            self._hopper_decode(plan.num_decodes, *tensors, **of_layer.where, mass_at=asked, mass=values)
             return
         scratch = decodes.scratch
         decode_kernel[self._kv_heads, decodes.num_items](
