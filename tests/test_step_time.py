@@ -112,6 +112,23 @@ def test_a_kernel_that_alone_has_changed_is_learnt_while_the_rest_is_right():
     assert worst_error(model, slower.seconds, mixed, r, share=0.95) < 0.1
 
 
+@SEEDS
+def test_a_change_of_steps_that_are_few_is_learnt_amid_those_that_are_as_before(seed):
+    """Mixed steps become dearer. One in twelve is one, and the eleven between them say that all is well."""
+    slower = replace(GPU, prefill_token=2 * GPU.prefill_token, pair=2 * GPU.pair, mixed=3 * GPU.mixed)
+    r = random.Random(seed)
+    model = learnt(GPU, r)
+
+    def beside(r: random.Random) -> StepShape:
+        return decodes(r, 32, 64).with_prefill(r.randint(300, 600), 0)
+
+    for _ in range(15):
+        observe(model, slower.seconds, beside, 1, r, spikes=0)
+        observe(model, slower.seconds, decodes, 11, r, spikes=0)
+    assert worst_error(model, slower.seconds, beside, r) < 0.1
+    assert worst_error(model, slower.seconds, decodes, r) < 0.1
+
+
 def test_a_hiccup_amid_a_change_of_speed_is_overcome():
     """While the model is wide open after a change, a hiccup's error is believed; the steps after it must undo it."""
     r = random.Random(0)

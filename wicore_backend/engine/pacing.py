@@ -11,10 +11,10 @@ _LEAST_SHARE = 0.1
 
 _WORTH = 6
 """Of a step, prompts may take ahead so many times what the first token of its first chunk costs: what is paid however
-short the chunk is, for a mixed step and for reading its keys, is then a sixth. With 2 the simulated H200 has 7 to 9%
+short the chunk is, for a mixed step and for reading its keys, is then a sixth. With 2 the simulated H200 has 7 to 11%
 less capacity, with 8 it has 3 to 5% more, and decodes pause for longer."""
 
-_STEPS_KEPT = 16
+_STEPS_KEPT = 32
 """What so many steps have left to prompts, and nobody needed, is kept for those who come after them."""
 
 _DECODES_ALONE_EVERY = 8
@@ -27,7 +27,9 @@ class Pacer:
 
     The first chunk beside decodes costs much however short it is: the step is a mixed one, and all keys before the
     chunk are read. If every step had one, little but that would be paid for. So a step may take time ahead, as much as
-    makes its first chunk worth while, and the steps after it have no prompts until that is paid back.
+    makes its first chunk worth while, and the steps after it have no prompts until that is paid back. It never takes
+    more than it would if the first chunk cost as much as the decodes: a guess that is too high would make all mixed
+    steps as long as can be, and from steps of one length nobody could tell that it is.
 
     Parameters
     ----------
@@ -76,7 +78,7 @@ class Pacer:
         so_far = model.predict(shape)
         if not shape.chunks:
             first = model.predict(shape.with_prefill(1, context)) - so_far
-            self._limit = max(self._limit, so_far + _WORTH * first)
+            self._limit = max(self._limit, so_far + _WORTH * min(first, self._alone))
             so_far += model.coefficients.mixed  # Of the step, not of this prompt's share.
         left = share * (self._limit - so_far)
         if model.predict(shape.with_prefill(most, context)) - so_far <= left:
