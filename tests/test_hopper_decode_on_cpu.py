@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests import hopper_twin
 from tests.hopper_twin.small_decodes import FORM, TEXTS, SmallDecodes
-from wicore_backend.attention.gpu.hopper_decode import SOURCE, Form, Tuning
+from wicore_backend.attention.gpu.hopper_decode import SEVERAL, SOURCE, Form, Tuning
 from wicore_backend.hmt.layout import LayerGroup
 
 pytestmark = pytest.mark.skipif(hopper_twin.gxx() is None, reason="needs g++")
@@ -20,12 +21,19 @@ LOCAL = LayerGroup.LOCAL
 BOUND = 1e-2
 
 
-def form(head_dim: int, kv_heads: int, group: int, block_size: int, **tuning: int) -> Form:
-    return Form(head_dim, kv_heads, group, block_size, most_sequences=8, tuning=Tuning(**tuning))
+def form(head_dim: int, kv_heads: int, group: int, block_size: int, tuning: Tuning) -> Form:
+    return Form(head_dim, kv_heads, group, block_size, tuning=tuning, most_sequences=8)
 
 
-AS_IT_IS = form(128, 2, 2, 32)
-ALONE = form(256, 1, 8, 64, warps=1, stages=2)
+def cut(warps: int, stages: int, least: int = 1) -> Tuning:
+    return Tuning(warps=warps, blocks=1, stages=stages, least=least)
+
+
+MANY = form(128, 2, 2, 32, SEVERAL)
+LARGE = form(256, 1, 4, 32, SEVERAL)
+AHEAD = Tuning(warps=8, blocks=1, stages=12, least=5)
+FAR, LARGE_FAR = (replace(one, tuning=AHEAD) for one in (MANY, LARGE))
+ALONE = form(256, 1, 8, 64, cut(1, 2))
 CASES: dict[str, dict[str, Any]] = {
     "around edges of tiles": {"keys": [1, 2, 32, 33, 34, 64, 65]},
     "hundreds of keys": {"keys": [300, 5, 129], "blocks": 8},
@@ -39,14 +47,22 @@ CASES: dict[str, dict[str, Any]] = {
     "windows that begin and end with tiles": {"keys": [95, 96, 97, 31, 32], "group": LOCAL, "window": 32},
     "a window of one key": {"keys": [1, 33, 64], "group": LOCAL, "window": 1},
     "three layers": {"keys": [33, 100, 1], "layers": 3},
-    "as it is tuned": {"keys": [33, 260, 1, 64], "form": AS_IT_IS, "blocks": 6},
-    "as it is tuned, a window": {"keys": [33, 260, 1, 64], "form": AS_IT_IS, "group": LOCAL, "blocks": 5},
-    "as it is tuned, all tiles one block's": {"keys": [150, 32, 65], "form": AS_IT_IS, "blocks": 3},
+    "measured": {"keys": [200, 1, 33, 32, 31, 65], "measured": [0, 1, 2, 3, 5], "room": 8},
+    "measured, one that many blocks have a part of": {"keys": [250, 2], "blocks": 9, "measured": [0]},
+    "as it is tuned": {"keys": [33, 260, 1, 64], "form": MANY, "blocks": 6},
+    "as it is tuned, measured": {"keys": [33, 260, 1, 64], "form": MANY, "blocks": 6, "measured": [1, 3]},
+    "as it is tuned, a window": {"keys": [33, 260, 1, 64], "form": MANY, "group": LOCAL, "blocks": 5},
+    "as it is tuned, all tiles one block's": {"keys": [150, 32, 65], "form": MANY, "blocks": 3},
+    "twelve tiles ahead": {"keys": [900, 33], "form": FAR, "blocks": 4, "measured": [0]},
+    "twelve tiles ahead, one alone": {"keys": [700], "form": FAR, "blocks": 8},
+    "twelve tiles ahead, a window": {"keys": [700], "form": FAR, "group": LOCAL, "window": 512},
+    "as it is tuned, large heads": {"keys": [400, 65], "form": LARGE, "blocks": 3},
+    "twelve tiles ahead, large heads": {"keys": [400, 65], "form": LARGE_FAR, "blocks": 3},
     "one warp, and eight queries for each key": {"keys": [33, 70, 200], "form": ALONE},
     "one warp, a window": {"keys": [70, 129], "group": LOCAL, "form": ALONE},
-    "one query for each key": {"keys": [70, 100], "form": form(128, 2, 1, 32, warps=3, stages=3)},
-    "blocks that no power of two is": {"keys": [97, 96, 20], "form": form(128, 3, 5, 96, warps=2, stages=2)},
-    "tiles that are too few to be shared out": {"keys": [97, 40], "form": form(128, 1, 2, 32, least=3)},
+    "one query for each key": {"keys": [70, 100], "form": form(128, 2, 1, 32, cut(3, 3))},
+    "blocks that no power of two is": {"keys": [97, 96, 20], "form": form(128, 3, 5, 96, cut(2, 2))},
+    "tiles that are too few to be shared out": {"keys": [97, 40], "form": form(128, 1, 2, 32, cut(4, 4, 3))},
 }
 
 
@@ -64,17 +80,23 @@ def test_results_are_plain_attention_s_and_whoever_is_quick_no_bit_differs(case)
         assert all(map(torch.equal, decodes.run(seed), first)), f"with seed {seed}"
 
 
+def test_with_nothing_to_do_all_is_left_as_it_is():
+    SmallDecodes([40, 3], room=4, measured=[0], idle=True).run(seed=0)
+
+
 @given(
     keys=st.lists(st.integers(1, 150), min_size=1, max_size=6),
     group=st.sampled_from(LayerGroup),
     window=st.integers(1, 100),
     blocks=st.integers(FORM.kv_heads, 12),
     idle=st.integers(0, 2),
+    measures=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=25, deadline=None)
-def test_results_are_plain_attention_s_whatever_the_step(keys, group, window, blocks, idle, seed):
-    right(SmallDecodes(keys, group, window, blocks, room=len(keys) + idle), seed)
+def test_results_are_plain_attention_s_whatever_the_step(keys, group, window, blocks, idle, measures, seed):
+    measured = range(0, len(keys), 2) if measures and group is LayerGroup.GLOBAL else ()
+    right(SmallDecodes(keys, group, window, blocks, room=len(keys) + idle, measured=measured), seed)
 
 
 class Planted(NamedTuple):
@@ -124,25 +146,34 @@ PLANTED = {
         "race: .* (parts|stats)",
     ),
     "a counter is left as it is": planted("if (all) *counter = 0;", "", "does not begin with nothing"),
-    "a part is read from the wrong place": planted("block == first)", "block != first)", "race|wrong numbers"),
-    "a part is left out": planted("block <= last;", "block < last;", "wrong numbers"),
+    "a part is read from the wrong place": planted("block == first)", "block != first)", "race|wrong numbers|masses"),
+    "a part is left out": planted("block <= last;", "block < last;", "wrong numbers|masses"),
     "keys that are masked count": planted(
-        "if (key < sequence.lowest || key >= sequence.fresh)", "if (false)", "wrong numbers"
+        "if (key < sequence.lowest || key >= sequence.fresh)", "if (false)", "wrong numbers|masses"
     ),
-    "keys before the window count": planted("if (key < sequence.lowest || ", "if (", "wrong numbers"),
+    "keys before the window count": planted("if (key < sequence.lowest || ", "if (", "wrong numbers|masses"),
     "the token's own key is left out": planted("run.ends() && warp == 0", "false", "nobody wrote|pool|wrong numbers"),
     "every warp takes the token's own key": planted("run.ends() && warp == 0", "run.ends()", "race: .* pool"),
     "every block takes the token's own key": planted("run.ends() && warp == 0", "warp == 0", "race: .* pool"),
     "the first block takes the token's own key, and the last one": planted(
         "run.ends() && warp == 0", "(run.ends() || run.first == 0) && warp == 0", "race: .* pool"
     ),
-    "one lane counts the token's own key for each": planted("lane / 4 == 0 ? 1.0f : 0.0f", "1.0f", "wrong numbers"),
+    "each lane counts the token's own key": planted("lane / 4 == 0 ? 1.0f : 0.0f", "1.0f", "wrong numbers|masses"),
     "the key that others write is copied": planted(
         "position + token < run.sequence.fresh;", "position + token <= run.sequence.fresh;", "race: .* pool"
     ),
     "all keys of a tile are copied": planted(
         "position + token < run.sequence.fresh;", "true;", "race: .* pool|wrong numbers"
     ),
+    "a tile's mass goes to another's place": planted(
+        "put(position / KEYS, member,", "put(position / KEYS / 2, member,", "race: .* mass|of masses|wrong masses"
+    ),
+    "a lane takes its own keys for all of a tile's": planted("sum = sum_of_column(sum);\n", "\n", "wrong masses"),
+    "the mass of all is that of the greatest key": planted(
+        "merged.top + __log2f(merged.whole)", "merged.top", "wrong masses"
+    ),
+    "the own key's mass is left out": planted("if (measurement.at && lane / 4 == 0)", "if (false)", "of masses"),
+    "masses are written that nobody asked for": planted("if (begin >= 0) at", "at", "race: .* mass|masses"),
     "copies are announced before they are made": Planted(
         (
             ("            arrive_when_copied(ring.full());\n", ""),
@@ -155,7 +186,7 @@ PLANTED = {
     ),
 }  # fmt: skip
 STEPS: tuple[dict[str, Any], ...] = (
-    {"keys": [330, 20, 70, 1, 33]},
+    {"keys": [330, 20, 70, 1, 33], "measured": [0, 2, 4]},
     {"keys": [100, 64, 65, 180, 32], "group": LOCAL, "blocks": 5},
 )
 

@@ -89,7 +89,7 @@ std::string Machine::who_waits() const {
 }
 
 void Machine::run() {
-    const u32 patience = 400 * warps_.size();
+    const u32 patience = std::max<u32>(400 * warps_.size(), 16 * 1024);  // A few warps may all be slow for a while.
     while (!all_ended() && fault.empty()) {
         ++now_;
         begin_blocks();

@@ -13,15 +13,19 @@ from tests import hopper_twin
 from tests.accuracy import relative_error
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.hopper_decode import SOURCE, Calls, Form, Tuning
-from wicore_backend.attention.gpu.schedule import Sequences, decode_work
+from wicore_backend.attention.gpu.masses import Measurements
+from wicore_backend.attention.gpu.schedule import WORK_KEYS, Sequences, decode_work
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hopper import INSTRUCTIONS
 
 TEXTS = {file.name: file.read_text() for file in (SOURCE, INSTRUCTIONS)}
-FORM = Form(128, 2, 2, 32, most_sequences=8, tuning=Tuning(warps=2, stages=3))
+FORM = Form(128, 2, 2, 32, tuning=Tuning(warps=2, blocks=2, stages=3), most_sequences=8)
 SCALE = 0.1
 _IDLE = 7.0
 """What results are before, those of idle rows after, too."""
+
+_OF_MASSES = 1e-3
+"""Powers of two that masses may differ by."""
 
 
 @dataclass
@@ -37,6 +41,10 @@ class SmallDecodes:
         That each sequence has, its own token's included.
     room
         Sequences that the step has room for.
+    measured
+        Those whose attention mass is asked for, in each layer, which is global.
+    idle
+        Whether there is nothing to do yet: all rows are idle.
     """
 
     keys: Sequence[int]
@@ -45,6 +53,8 @@ class SmallDecodes:
     blocks: int = 7
     room: int | None = None
     layers: int = 2
+    measured: Sequence[int] = ()
+    idle: bool = False
     form: Form = FORM
     texts: Mapping[str, str] = field(default_factory=lambda: TEXTS)
 
@@ -75,11 +85,18 @@ class SmallDecodes:
             query_lens=np.ones(count, np.int32),
             decodes=count,
             block_tables={self.group: self.table},
+            measured={layer: self.measured for layer in range(self.layers) if self.measured},
         )
         seen = Sequences.of(step, self.group, block_size=form.block_size, window=self.window)
         room = count if self.room is None else self.room
         work = decode_work(step, self.group, seen, window=self.window, sequences=room)
         self.work, self.tables = torch.from_numpy(work), torch.from_numpy(seen.table.astype(np.int32))
+        self.measurements = Measurements.of(step, seen.table_at, cell=WORK_KEYS)
+        self.mass_at = torch.full((self.layers, room), -1, dtype=torch.int32)
+        for layer, places in self.measurements.of_decodes.items():
+            self.mass_at[layer, :count] = torch.from_numpy(places)
+        if self.idle:
+            self.work.zero_()
         self.kernel = hopper_twin.HostKernel(SOURCE, self.texts, form.defines(), parameter="Decode")
 
     def split(self, layer: int) -> list[Tensor]:
@@ -95,13 +112,14 @@ class SmallDecodes:
         AssertionError
             If anything was wrong, or is written that should not be.
         """
-        form, count, room = self.form, len(self.keys), len(self.work) - 1
+        form, count, room = self.form, 0 if self.idle else len(self.keys), len(self.work) - 1
         calls = Calls(form, blocks=self.blocks, scale=SCALE * np.log2(np.e), device=torch.device("cpu"))
         for left in (calls.parts, calls.stats):
             left.fill_(float("nan"))
         pool = self.pool.clone()
         heads = form.kv_heads * form.group
         out = [torch.full((room, heads * form.head_dim), _IDLE).bfloat16() for _ in range(self.layers)]
+        mass = torch.full((1 + self.measurements.rows, heads), float("nan"))  # A row before it that is nobody's.
         launches = []
         for layer in range(self.layers):
             q, k, v = self.split(layer)
@@ -112,10 +130,12 @@ class SmallDecodes:
                     *(q, k, v, pool, out[layer], self.work.flatten(), self.tables),
                     layer_at=layer * pool.stride(1),
                     block_stride=pool.stride(0),
+                    mass_at=self.mass_at[layer] if self.measured else None,
+                    mass=mass[1:] if self.measured else None,
                 )
             )
-        constant = {"work": self.work, "tables": self.tables, "qkv": self.qkv}
-        mutable = {"pool": pool, "parts": calls.parts, "stats": calls.stats, "arrived": calls.arrived}
+        constant = {"work": self.work, "tables": self.tables, "qkv": self.qkv, "mass_at": self.mass_at}
+        mutable = {"pool": pool, "parts": calls.parts, "stats": calls.stats, "arrived": calls.arrived, "mass": mass}
         self.kernel.run(
             launches,
             hopper_twin.Memory(constant, mutable | {f"out {i}": o for i, o in enumerate(out)}),
@@ -126,40 +146,57 @@ class SmallDecodes:
         )
         assert not calls.arrived.any(), "who counts next does not begin with nothing"
         assert all((o[count:] == _IDLE).all() for o in out), "idle rows have results"
-        self._assert_written(pool)
-        return [o[:count] for o in out]
+        self._assert_written(pool, count)
+        results = [o[:count] for o in out]
+        self._assert_measured(mass, results)
+        return results
 
     def error(self, results: Sequence[Tensor]) -> float:
         """The greatest relative one of a sequence in a layer."""
-        errors = [
-            relative_error(*pair)
-            for layer, of_layer in enumerate(results)
-            for pair in zip(of_layer, self.right(layer), strict=True)
-        ]
+        errors: list[float] = []
+        for of_layer, pairs in zip(results, self._attended(results), strict=True):
+            right = (torch.einsum("ht,thd->hd", scores.softmax(1), values).flatten() for scores, values in pairs)
+            errors += map(relative_error, of_layer, right)
         return float(np.max(errors))  # NaN if any is.
 
-    def right(self, layer: int) -> Tensor:
-        """The layer's result in float32."""
-        form, rows = self.form, []
-        queries, new_keys, new_values = (part.float() for part in self.split(layer))
-        if layer > 0:
-            queries = self.right(layer - 1).bfloat16().float().view_as(queries)
-        for number, old in enumerate(self.kept[layer]):
-            new = torch.stack([new_keys[number], new_values[number]])
-            keys, values = torch.cat([old.float(), new[:, None]], 1)
-            if self.group is LayerGroup.LOCAL:
-                keys, values = keys[-self.window :], values[-self.window :]
-            keys, values = (x.repeat_interleave(form.group, 1) for x in (keys, values))
-            scores = torch.einsum("hd,thd->ht", queries[number], keys) * SCALE
-            rows.append(torch.einsum("ht,thd->hd", scores.softmax(1), values).flatten())
-        return torch.stack(rows)
+    def _attended(self, results: Sequence[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
+        """Of each layer and sequence scores float32 [query heads, keys that are visible], its own last, and values
+        [those keys, query heads, d], if layers give `results`."""
+        layers: list[list[tuple[Tensor, Tensor]]] = []
+        for layer, all_old in enumerate(self.kept):
+            queries, new_keys, new_values = (part.float() for part in self.split(layer))
+            if layer > 0:
+                queries = results[layer - 1].float().view(-1, *queries.shape[1:])
+            layers.append([])
+            for query, old, *new in zip(queries[: len(results[layer])], all_old, new_keys, new_values, strict=False):
+                keys, values = torch.cat([old.float(), torch.stack(new)[:, None]], 1)
+                if self.group is LayerGroup.LOCAL:
+                    keys, values = keys[-self.window :], values[-self.window :]
+                keys, values = (x.repeat_interleave(self.form.group, 1) for x in (keys, values))
+                layers[-1].append((torch.einsum("hd,thd->ht", query, keys) * SCALE, values))
+        return layers
 
-    def _assert_written(self, pool: Tensor) -> None:
+    def _assert_written(self, pool: Tensor, count: int) -> None:
         """The pool is as it was, and has the new tokens' keys and values."""
         size, expected = self.form.block_size, self.pool.clone()
         for layer in range(self.layers):
             _, k, v = self.split(layer)
-            for number, keys in enumerate(self.keys):
+            for number, keys in enumerate(self.keys[:count]):
                 place = self.table[number][(keys - 1) // size], layer, slice(None), (keys - 1) % size
                 expected[place] = torch.stack([k[number], v[number]])
         assert torch.equal(pool.view(torch.int16), expected.view(torch.int16)), "the pool has not just the new tokens"
+
+    def _assert_measured(self, mass: Tensor, results: Sequence[Tensor]) -> None:
+        """Masses of tiles, of the own key and of all are what plain attention has, and nothing else is written."""
+        expected = torch.full_like(mass, float("nan"))
+        for pairs, places in zip(self._attended(results), self.mass_at.tolist(), strict=True):
+            for (scores, _), place in zip(pairs, places, strict=False):
+                if place < 0:
+                    continue
+                old = scores[:, :-1]  # None of the last tile's, if the own key is its first.
+                tiles = [old[:, at : at + WORK_KEYS] for at in range(0, scores.shape[1], WORK_KEYS)]
+                for row, part in zip(expected[1 + place :], (*tiles, scores[:, -1:], scores), strict=False):
+                    row.copy_(part.logsumexp(1) * np.log2(np.e))
+        assert torch.equal(mass.isnan(), expected.isnan()), "wrong places of masses"
+        there = ~expected.isnan()
+        assert torch.allclose(mass[there], expected[there], rtol=0, atol=_OF_MASSES), "wrong masses"
