@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wicore_backend.attention.base import PackedStep
-from wicore_backend.attention.gpu.hopper_decode import SOURCE, Form, Tuning, form_of, hopper_decode
+from wicore_backend.attention.gpu.hopper_decode import DEEP, SEVERAL, SOURCE, Form, Tuning, form_of, hopper_decode
 from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS, Sequences, decode_items, decode_work
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.tuning import Tuning as TritonTuning
@@ -126,28 +126,38 @@ TUNINGS = st.builds(
     tuning=TUNINGS,
 )
 def test_what_fits_has_room_and_no_more_warps_than_stages(head_dim, kv_heads, group, block_size, tuning):
+    """A warp skips as many of the ring's stages as others attend: not more than there are."""
     form = Form(head_dim, kv_heads, group, block_size, tuning=tuning)
     if not form.fits:
         return
     assert head_dim in (128, 256)
     assert group <= 8
     assert block_size % 32 == 0
-    assert tuning.warps <= form.stages <= tuning.stages
+    assert form.warps <= form.stages <= tuning.stages
+    assert form.warps <= tuning.warps
     assert tuning.blocks * (form.shared_bytes + 1024) <= SHARED_BYTES
     defines = form.defines()
-    assert defines["STAGES"] == form.stages
+    assert (defines["WARPS"], defines["STAGES"]) == (form.warps, form.stages)
     assert form.threads == 32 * (defines["WARPS"] + 1)
 
 
 @pytest.mark.parametrize("group", range(1, 9))
-def test_heads_of_128_fit_as_it_is_tuned(group):
-    assert Form(128, 16, group, 32).fits
-
-
-@pytest.mark.parametrize("group", range(1, 9))
-def test_heads_of_256_fit_with_fewer_warps(group):
-    form = Form(256, 4, group, 32, tuning=Tuning(warps=2))
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_published_heads_fit_as_it_is_tuned(head_dim, group):
+    form = Form(head_dim, 4, group, 32)
     assert form.fits
+    assert form.deep.fits
+
+
+def test_heads_of_128_have_all_the_warps_that_they_are_tuned_for():
+    form = Form(128, 16, 2, 32)
+    assert form.warps == SEVERAL.warps
+    assert form.deep.warps == DEEP.warps
+
+
+def test_what_deep_ones_leave_fits_the_memory_of_others():
+    """They share it (`Calls`)."""
+    assert DEEP.blocks <= SEVERAL.blocks
 
 
 def test_more_stages_would_not_fit():
@@ -206,7 +216,9 @@ def test_other_devices_have_none():
 
 FORMS = {
     "heads of 128": Form(128, 16, 2, 32),
-    "heads of 256": Form(256, 4, 2, 32, tuning=Tuning(warps=2)),
+    "heads of 128, for few": Form(128, 16, 2, 32).deep,
+    "heads of 256": Form(256, 4, 2, 32),
+    "heads of 256, for few": Form(256, 4, 2, 32).deep,
     "eight queries for each key": Form(128, 1, 8, 64),
 }
 every_form = pytest.mark.parametrize("form", FORMS)

@@ -1,7 +1,7 @@
 """Decodes on Hopper by a kernel of their own, which shares a step's keys out evenly: `kernels/decode_hopper.cu`.
 
-It is compiled for a model's heads when its attention is made, and kept on disk. It takes some sequences in bfloat16;
-many, and pools in FP8, have `kernels/decode.py`.
+It is compiled for a model's heads when its attention is made, and kept on disk. It takes up to 64 sequences in
+bfloat16; more of them, and pools in FP8, have `kernels/decode.py`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "kernels" / "decode_hopper.cu"
-MOST = 32
-"""Sequences of a step: of more the other kernel's programs hide each other's waits as well, and none idles."""
-_FEWEST = {LayerGroup.LOCAL: 1, LayerGroup.GLOBAL: 2}
-"""In layers of a group: the many keys of one alone come sooner where more programs ask for them."""
-_MOST_OF_FEW = 4
+MOST = 64
+"""Sequences of a step: of 128 the other kernel's programs hide each other's waits as well, and none idles."""
+_FEW = 8
 _WIDTH, _COLUMNS = 32, 8
 _OF_BLOCK = 1024  # bytes of shared memory that a block takes besides those that it asks for
 
@@ -58,8 +56,9 @@ class Tuning:
 
 
 SEVERAL = Tuning()
-FEW = Tuning(warps=8, blocks=1, stages=12, least=5)
-"""What was fastest for steps of up to `MOST` and of up to `_MOST_OF_FEW` (docs/benchmarks/attention-on-gpu.md)."""
+DEEP = Tuning(warps=8, blocks=1, stages=12, least=5)
+"""With more tiles on their way: for up to `_FEW` sequences, and for global layers, whose keys lie on so many pages of
+memory that each tile waits for its page (docs/benchmarks/attention-on-gpu.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +96,9 @@ class Form:
         return min(self.tuning.warps, self.stages)
 
     @property
-    def for_few(self) -> Form:
-        """The same for few sequences."""
-        return replace(self, tuning=FEW)
+    def deep(self) -> Form:
+        """The same with `DEEP`."""
+        return replace(self, tuning=DEEP)
 
     @property
     def threads(self) -> int:
@@ -215,7 +214,7 @@ class HopperDecode:
     Parameters
     ----------
     form
-        For several sequences; that for few is the same but for its tuning.
+        With `SEVERAL`; it is compiled with `DEEP` besides.
     processors, scale
         Multiprocessors of the device; of scores, which are powers of two.
 
@@ -234,16 +233,13 @@ class HopperDecode:
             made = Kernel(code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False)
             return made, processors * form.tuning.blocks
 
-        self._few, self._several = kernel(form.for_few), kernel(form)
+        self._deep, self._several = kernel(form.deep), kernel(form)
         self._calls = Calls(form, blocks=processors * form.tuning.blocks, scale=scale, device=device)
 
-    def takes(self, group: LayerGroup, sequences: int) -> bool:
-        """Whether it is the faster kernel for so many in layers of a group."""
-        return _FEWEST[group] <= sequences <= MOST
-
-    def __call__(self, sequences: int, *tensors: Tensor, **more: Any) -> None:
-        """For so many, as `Calls.given`, on the current stream."""
-        kernel, blocks = self._few if sequences <= _MOST_OF_FEW else self._several
+    def __call__(self, group: LayerGroup, sequences: int, *tensors: Tensor, **more: Any) -> None:
+        """For a layer of that group and so many decodes, `MOST` at most; as `Calls.given`, on the current stream."""
+        deep = group is LayerGroup.GLOBAL or sequences <= _FEW
+        kernel, blocks = self._deep if deep else self._several
         kernel.launch(blocks, self._calls.given(*tensors, **more))
 
 

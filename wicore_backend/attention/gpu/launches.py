@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from wicore_backend.attention.gpu.hopper import HopperPrefill
-from wicore_backend.attention.gpu.hopper_decode import HopperDecode
+from wicore_backend.attention.gpu.hopper_decode import MOST, HopperDecode
 from wicore_backend.attention.gpu.kernel_options import KernelOptions
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill_mass_kernel, write_kernel
@@ -41,7 +41,7 @@ class Launches:
     hopper
         Takes prefills whose keys are not shared out, if there is one.
     hopper_decode
-        Takes several decodes, if there is one.
+        Takes decodes, up to as many as it can, if there is one.
     """
 
     def __init__(
@@ -88,11 +88,15 @@ class Launches:
         of_layer = self._layers[layer]
         decodes = plan.decodes[of_layer.group]
         mass = plan.mass if plan.mass is not None and layer in plan.mass.rows else None
-        if self._hopper_decode is not None and self._hopper_decode.takes(of_layer.group, plan.num_decodes):
-            tensors = q, k, v, of_layer.pool, plan.out, decodes.work, decodes.tables
-            asked = None if mass is None else mass.decodes_at.view(-1, plan.num_decodes)[mass.rows[layer]]
-            values = None if mass is None else mass.values
-            self._hopper_decode(plan.num_decodes, *tensors, **of_layer.where, mass_at=asked, mass=values)
+        if self._hopper_decode is not None and plan.num_decodes <= MOST:
+            self._hopper_decode(
+                of_layer.group,
+                plan.num_decodes,
+                *(q, k, v, of_layer.pool, plan.out, decodes.work, decodes.tables),
+                **of_layer.where,
+                mass_at=None if mass is None else mass.decodes_at.view(-1, plan.num_decodes)[mass.rows[layer]],
+                mass=None if mass is None else mass.values,
+            )
             return
         scratch = decodes.scratch
         decode_kernel[self._kv_heads, decodes.num_items](

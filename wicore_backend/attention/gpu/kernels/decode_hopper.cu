@@ -167,11 +167,11 @@ __device__ __forceinline__ void copy_tiles(const Decode& decode, Run run) {
 
 // ---- What is measured
 
-// Attention mass of a sequence in powers of two: of each tile the weight of its keys, then that of the own one, then the
-// sum of all, a row each with a number for each query head.
+// Attention mass of a sequence, as powers of two: the weight of each tile's keys from where its block table begins, then
+// that of its own key, then the sum of all. Each is a row with a number for each query head.
 struct Measurement {
-    float* at = nullptr;  // Its first row, of this KV head; null if nobody asks.
-    int tiles;            // and those before the first that is visible
+    float* at = nullptr;  // The first row, of this KV head; null if nobody asks.
+    int tiles;
 
     __device__ Measurement(const Decode& decode, const Run& run) : tiles(run.sequence.fresh / KEYS + 1) {
         const int begin = decode.mass_at ? decode.mass_at[run.number] : -1;
@@ -434,8 +434,7 @@ __device__ __forceinline__ void attend(const Decode& decode, const Shares& share
         if (run.ends() && warp == 0) begin_with_own(state, decode, run, measurement);
         for (; ahead < count; ahead += WARPS, ring.skip(WARPS)) {
             wait(ring.full(), ring.parity);
-            add_tile(state, queries, ring.memory(), run.position(ahead), run.sequence, measurement,
-                     decode.scale);
+            add_tile(state, queries, ring.memory(), run.position(ahead), run.sequence, measurement, decode.scale);
             __syncwarp();
             if (lane == 0) arrive(ring.empty());
         }
