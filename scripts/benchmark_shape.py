@@ -44,7 +44,7 @@ _PAUSE_S = 0.02
 _PROFILED_STEPS, _NAMED_KERNELS = 16, 12
 _KINDS = {
     "matrices": ("_product", "gemm", "nvjet", "cutlass", "gemv", "splitk"),
-    "attention": ("decode_kernel",),
+    "attention": ("decode_kernel", "decode_hopper"),
 }
 """Kernels by parts of their names; the rest are norms, RoPE, embedding, sampling, copies."""
 QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {
@@ -264,7 +264,7 @@ def _profile(engine: Engine, batch: int, prompt: int, layers: int) -> dict[str, 
         for event in profiler.events()
         if event.device_type.name == "CUDA"
     )
-    attended = [start for start, _, name in kernels if _KINDS["attention"][0] in name]
+    attended = [start for start, _, name in kernels if any(part in name for part in _KINDS["attention"])]
     first, last = attended[-_PROFILED_STEPS * layers - 1], attended[-1]
     times = dict.fromkeys([*_KINDS, "rest", "idle"], 0.0)
     by_name: Counter[str] = Counter()
