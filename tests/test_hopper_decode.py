@@ -216,9 +216,9 @@ def test_other_devices_have_none():
 
 FORMS = {
     "heads of 128": Form(128, 16, 2, 32),
-    "heads of 128, for few": Form(128, 16, 2, 32).deep,
+    "heads of 128, deep": Form(128, 16, 2, 32).deep,
     "heads of 256": Form(256, 4, 2, 32),
-    "heads of 256, for few": Form(256, 4, 2, 32).deep,
+    "heads of 256, deep": Form(256, 4, 2, 32).deep,
     "eight queries for each key": Form(128, 1, 8, 64),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
