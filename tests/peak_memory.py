@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The most that `work` has of the CPU's memory at one time, what operators take inside themselves included.
 
-    The least of three times, since a thread that an earlier test has left may take some meanwhile.
+    The median of three times, since a thread that an earlier test has left may take some meanwhile, or let some go.
     """
-    return min(_peak(work) for _ in range(3))
+    gc.collect()  # What earlier tests have left would be let go meanwhile.
+    return sorted(_peak(work) for _ in range(3))[1]
 
 
 def _peak(work: Callable[[], Any]) -> int:

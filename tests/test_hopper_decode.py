@@ -126,7 +126,7 @@ TUNINGS = st.builds(
     tuning=TUNINGS,
 )
 def test_what_fits_has_room_and_no_more_warps_than_stages(head_dim, kv_heads, group, block_size, tuning):
-    """A warp skips as many of the ring's stages as others attend: not more than there are."""
+    """And as many stages as are always the same warp's."""
     form = Form(head_dim, kv_heads, group, block_size, tuning=tuning)
     if not form.fits:
         return
@@ -134,6 +134,7 @@ def test_what_fits_has_room_and_no_more_warps_than_stages(head_dim, kv_heads, gr
     assert group <= 8
     assert block_size % 32 == 0
     assert form.warps <= form.stages <= tuning.stages
+    assert form.stages % form.warps == 0
     assert form.warps <= tuning.warps
     assert tuning.blocks * (form.shared_bytes + 1024) <= SHARED_BYTES
     defines = form.defines()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests import hopper_twin
 from tests.hopper_twin.small_decodes import FORM, TEXTS, SmallDecodes
-from wicore_backend.attention.gpu.hopper_decode import SEVERAL, SOURCE, Form, Tuning
+from wicore_backend.attention.gpu.hopper_decode import DEEP, SEVERAL, SOURCE, Form, Tuning
 from wicore_backend.hmt.layout import LayerGroup
 
 pytestmark = pytest.mark.skipif(hopper_twin.gxx() is None, reason="needs g++")
@@ -31,8 +31,7 @@ def cut(warps: int, stages: int, least: int = 1) -> Tuning:
 
 MANY = form(128, 2, 2, 32, SEVERAL)
 LARGE = form(256, 1, 4, 32, SEVERAL)
-AHEAD = Tuning(warps=8, blocks=1, stages=12, least=5)
-FAR, LARGE_FAR = (replace(one, tuning=AHEAD) for one in (MANY, LARGE))
+FAR, LARGE_FAR = (replace(one, tuning=DEEP) for one in (MANY, LARGE))
 ALONE = form(256, 1, 8, 64, cut(1, 2))
 CASES: dict[str, dict[str, Any]] = {
     "around edges of tiles": {"keys": [1, 2, 32, 33, 34, 64, 65]},

@@ -19,7 +19,7 @@ from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hopper import INSTRUCTIONS
 
 TEXTS = {file.name: file.read_text() for file in (SOURCE, INSTRUCTIONS)}
-FORM = Form(128, 2, 2, 32, tuning=Tuning(warps=2, blocks=2, stages=3), most_sequences=8)
+FORM = Form(128, 2, 2, 32, tuning=Tuning(warps=2, blocks=2, stages=4), most_sequences=8)
 SCALE = 0.1
 _IDLE = 7.0
 """What results are before, those of idle rows after, too."""

@@ -56,7 +56,7 @@ class Tuning:
 
 
 SEVERAL = Tuning()
-DEEP = Tuning(warps=8, blocks=1, stages=12, least=5)
+DEEP = Tuning(warps=4, blocks=1, stages=12, least=5)
 """With more tiles on their way: for up to `_FEW` sequences, and for global layers, whose keys lie on so many pages of
 memory that each tile waits for its page (docs/benchmarks/attention-on-gpu.md)."""
 
@@ -107,9 +107,10 @@ class Form:
 
     @property
     def stages(self) -> int:
-        """Of the ring."""
+        """Of the ring: a multiple of the warps, so that what comes into a stage is always the same one's."""
         room = SHARED_BYTES // self.tuning.blocks - _OF_BLOCK - self._beside
-        return min(self.tuning.stages, room // self._of_stage)
+        fit = min(self.tuning.stages, room // self._of_stage)
+        return fit - fit % self.tuning.warps if fit > self.tuning.warps else fit
 
     @property
     def shared_bytes(self) -> int:

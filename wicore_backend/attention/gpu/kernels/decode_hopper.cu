@@ -444,7 +444,8 @@ __device__ __forceinline__ void attend(const Decode& decode, const Shares& share
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH) decode_hopper(const __grid_constant__ Decode decode) {
-    static_assert(WARPS <= STAGES, "a warp skips as many tiles as there are others");
+    // Who waits for a stage's phase must know that the one before it is over, or takes that for it.
+    static_assert(STAGES % WARPS == 0, "a stage is always the same warp's");
     let_next_begin();
     for (int i = threadIdx.x; i <= decode.sequences; i += CONSUMERS + WIDTH)
         *(uint4*)(shared + SEQUENCES_AT + i * 16) = load_words(decode.work + i);
