@@ -1,16 +1,17 @@
 """Speed of paged attention on a GPU, for the layers of Gemma-3-27B: 32 query and 16 KV heads of 128, blocks of 32.
 
     python -m scripts.benchmark_attention_gpu decode      a layer's decode: us, and keys' and values' bytes a second
-    python -m scripts.benchmark_attention_gpu pool        the same, of a layer by itself and in a pool of ten
     python -m scripts.benchmark_attention_gpu mass        what attention mass costs a decode
     python -m scripts.benchmark_attention_gpu prefill     a layer's prefill of a chunk after a prefix: TFLOP/s
     python -m scripts.benchmark_attention_gpu yardsticks  PyTorch's attention over contiguous keys and values
     python -m scripts.benchmark_attention_gpu decode-variants prefill-variants
-                                                          the shapes of tiles that attention/gpu/tuning.py chooses from
+                                                          the shapes of tiles that attention/gpu/tuning.py chooses from,
+                                                          for kernels in OpenAI Triton
     ... --kv-dtype fp8                                    with keys and values in e4m3
 
-What is timed are replays of a CUDA graph, as decode steps are served, over layers whose keys and values do not fit the
-card's cache together. The read limit and PyTorch's attention on contiguous tensors are from the same run.
+Decodes by the kernel for Hopper, and as steps of an engine have them, are in `scripts/benchmark_decodes.py`. What is
+timed are replays of a CUDA graph, as decode steps are served, over layers whose keys and values do not fit the card's
+cache together. The read limit and PyTorch's attention on contiguous tensors are from the same run.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu import hopper_decode
 from wicore_backend.attention.gpu.decode_bucket import DecodeBucket
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
 from wicore_backend.attention.gpu.tuning import Launch, PrefillLaunch, Tuning
@@ -146,6 +150,22 @@ class Bench:
                 self.attention.attend(plan, layer, *self.qkv)
 
         return run
+
+
+@contextmanager
+def decodes_by(tuning: hopper_decode.Tuning | None) -> Iterator[None]:
+    """Attentions that are made meanwhile have the kernel for Hopper cut so, or if it is None do without it."""
+
+    def form_of(*args: Any, **more: Any) -> hopper_decode.Form | None:
+        form = of_heads(*args, **more)
+        return None if form is None or tuning is None else replace(form, tuning=tuning)
+
+    of_heads = hopper_decode.form_of
+    with (
+        mock.patch.object(hopper_decode, "form_of", form_of),
+        mock.patch.object(hopper_decode, "DEEP", tuning or hopper_decode.DEEP),
+    ):
+        yield
 
 
 def captured(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -283,7 +303,7 @@ def main() -> None:
     parser.add_argument(
         "what",
         nargs="+",
-        choices=("decode", "pool", "mass", "prefill", "decode-variants", "prefill-variants", "yardsticks", "compile"),
+        choices=("decode", "mass", "prefill", "decode-variants", "prefill-variants", "yardsticks", "compile"),
     )
     parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="of keys and values")
     parser.add_argument("--json", type=Path, help="where to write the results, too")
@@ -306,8 +326,9 @@ def main() -> None:
         nth, of = map(int, arguments.nth.split("/"))
         decodes = [replace(chosen, decode=launch) for launch in decode_variants(kv_dtype)]
         prefills = [replace(chosen, prefill=launch, local_prefill=None) for launch in prefill_variants()]
-        for tuning in decodes[nth::of]:
-            Bench(of_kind(LayerGroup.GLOBAL, 575), memory, tuning).decode_graph()
+        with decodes_by(None):
+            for tuning in decodes[nth::of]:
+                Bench(of_kind(LayerGroup.GLOBAL, 575), memory, tuning).decode_graph()
         for tuning in prefills[nth::of]:
             for load in (of_kind(LayerGroup.GLOBAL, 0, 1, 8192), of_kind(LayerGroup.GLOBAL, 4096, 1, 64)):
                 Bench(load, memory, tuning).prefill()()
@@ -327,9 +348,10 @@ def main() -> None:
         loads = [of_kind(LayerGroup.GLOBAL, past, batch) for past, batches in of_keys for batch in batches]
         loads += [of_kind(LayerGroup.LOCAL, 8191, batch) for batch in (1, 16, 64)]
         report({"loads": [f"{load.group} {load.past + 1} x {load.batch}" for load in loads]})
-        for launch in decode_variants(kv_dtype):
-            us = [measure_decode(load, memory, limit, replace(chosen, decode=launch))["us"] for load in loads]
-            report({"decode": str(launch), "us": us})
+        with decodes_by(None):
+            for launch in decode_variants(kv_dtype):
+                us = [measure_decode(load, memory, limit, replace(chosen, decode=launch))["us"] for load in loads]
+                report({"decode": str(launch), "us": us})
     if "prefill-variants" in arguments.what:
         chunks = [of_kind(LayerGroup.GLOBAL, 0, 1, 8192), of_kind(LayerGroup.GLOBAL, 32768, 1, 8192)]
         chunks.append(of_kind(LayerGroup.LOCAL, 8192, 1, 8192))
@@ -345,10 +367,6 @@ def main() -> None:
     if "decode" in arguments.what:
         for load in decode_loads(kv_dtype, 0.95 * memory.nbytes):
             report(measure_decode(load, memory, limit))
-    if "pool" in arguments.what:  # A block holds all layers: as an engine's do, and one alone.
-        for layers in (1, 10):
-            long = of_kind(LayerGroup.GLOBAL, 129_999)
-            report({"layers": layers} | measure_decode(long, memory, limit, layers=layers))
     if "mass" in arguments.what:
         for context, batch in ((576, 64), (8192, 16), (130_000, 1)):
             report(measure_mass(of_kind(LayerGroup.GLOBAL, context - 1, batch), memory))

@@ -1,0 +1,190 @@
+"""Attention of decodes on Hopper by each kernel, as steps of an engine have it; layers of Gemma-3-27B.
+
+    python -m scripts.benchmark_decodes layer --sequences 1 16 64    what it adds to a layer with all its other kernels
+    python -m scripts.benchmark_decodes pool                         a global layer's, in a pool whose blocks hold ten
+
+A kernel by itself, over layers one after the other, has memory for itself and its pages at hand. In an engine it
+follows a product, whose end it may overlap, and a product follows it; and each of its tiles lies on another page of
+memory. What is timed are CUDA graphs, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scripts.benchmark_attention_gpu import (
+    BLOCK_SIZE,
+    DEVICE,
+    HEAD_DIM,
+    KV_HEADS,
+    QUERY_HEADS,
+    SCALE,
+    WINDOW,
+    Load,
+    captured,
+    decodes_by,
+    measure_decode,
+    milliseconds,
+    read_limit,
+)
+from scripts.benchmark_shape import QUANTIZE
+from scripts.random_gemma3 import published_config, random_weights
+from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu.hopper_decode import DEEP, SEVERAL, Tuning
+from wicore_backend.attention.gpu.paged import GpuPagedAttention
+from wicore_backend.executor.cuda_executor import CudaExecutor
+from wicore_backend.hmt.layout import KVLayout, LayerGroup
+from wicore_backend.hmt.pool import KVPools
+
+KERNELS: Mapping[str, Tuning | None] = {
+    "OpenAI Triton": None,
+    "several": SEVERAL,
+    "deep": DEEP,
+    "deep, 6 warps": replace(DEEP, warps=6),
+}
+_LAYERS, _KEYS, _TURNS, _REPLAYS = 8, 576, 9, 4
+_POOL_VALUES = 5_600_000_000
+_POOL_LOADS = (
+    *((keys, 1) for keys in (576, 2048, 8192, 32_768, 130_000)),
+    *((16_384, 2), (65_000, 2), (8192, 4), (32_000, 4), (576, 8), (8192, 8)),
+    *((576, 16), (2048, 16), (8192, 16), (4096, 32)),
+)
+"""Keys and sequences, of which ten layers fit the pool."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers of the model, and a pool of keys and values for `most` sequences."""
+
+    executor: CudaExecutor
+    layout: KVLayout
+    pool: Tensor
+
+    @classmethod
+    def made(cls, weights: str, most: int) -> Layers:
+        """With random weights of a type of `QUANTIZE`; all layers are local, within the window."""
+        published = published_config("gemma-3-27b")
+        text = replace(published.text, num_layers=_LAYERS, layer_groups=(LayerGroup.LOCAL,) * _LAYERS)
+        config = replace(published, text=text, vision=None)
+        made = random_weights(config, device=DEVICE, dtype=torch.bfloat16, quantize=QUANTIZE[weights])
+        executor = CudaExecutor(config, made)
+        executor._streamed = None  # One sequence's layers as several kernels, too: they are what it follows.
+        layout = KVLayout.of(
+            [LayerGroup.LOCAL] * _LAYERS,
+            block_size=BLOCK_SIZE,
+            kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            window=WINDOW,
+            bytes_per_value=2,
+        )
+        blocks = most * -(-_KEYS // BLOCK_SIZE) + 1
+        shape = (blocks, *layout.block_shape(LayerGroup.LOCAL))
+        return cls(executor, layout, torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_())
+
+    def decodes(self, sequences: int, *, attends: bool) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A step of the layers as a graph, and what it must be kept with; without attention unless it `attends`."""
+        attention = GpuPagedAttention(
+            KVPools(self.layout, {LayerGroup.LOCAL: self.pool}),
+            query_heads=QUERY_HEADS,
+            scale=SCALE,
+            window=WINDOW,
+            softcap=None,
+            dtype=torch.bfloat16,
+        )
+        held = -(-_KEYS // BLOCK_SIZE)
+        order = 1 + np.random.default_rng(0).permutation(len(self.pool) - 1)
+        table = order[: sequences * held].reshape(sequences, held).astype(np.int32)
+        positions = np.full(sequences, _KEYS - 1, np.int32)
+        step = PackedStep(
+            positions=positions,
+            attend_limits=positions,
+            query_lens=np.ones(sequences, np.int32),
+            decodes=sequences,
+            block_tables={LayerGroup.LOCAL: table},
+        )
+        bucket = attention.decode_bucket(sequences=sequences, max_keys=_KEYS, measures=False)
+        plan = attention.refresh(bucket, step)
+        hidden, cos, sin, nothing = (
+            torch.randn(sequences, width, device=DEVICE, dtype=torch.bfloat16)
+            for width in (5376, HEAD_DIM, HEAD_DIM, QUERY_HEADS * HEAD_DIM)
+        )
+
+        def work() -> None:
+            stream, qkv = hidden, self.executor.first(hidden, cos, sin)
+            for layer in range(_LAYERS - 1):
+                attended = attention.attend(plan, layer, *qkv) if attends else nothing
+                stream, qkv = self.executor.mid(layer, stream, attended, cos, sin)
+
+        return captured(work), (attention, bucket, hidden, cos, sin, nothing)
+
+
+def in_turns(graphs: Mapping[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
+    """Milliseconds of a replay, each one's median."""
+
+    def replays(graph: torch.cuda.CUDAGraph) -> None:
+        for _ in range(_REPLAYS):
+            graph.replay()
+
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(_TURNS):
+        for name, graph in graphs.items():
+            times[name].append(milliseconds(partial(replays, graph), repeats=1) / _REPLAYS)
+    return {name: statistics.median(of) for name, of in times.items()}
+
+
+def layer(weights: str, sequences: list[int]) -> Iterator[dict[str, Any]]:
+    """Microseconds that each kernel adds to a layer."""
+    layers = Layers.made(weights, max(sequences))
+    for count in sequences:
+        made = {"without": layers.decodes(count, attends=False)}
+        for name, tuning in KERNELS.items():
+            with decodes_by(tuning):
+                made[name] = layers.decodes(count, attends=True)
+        us = {
+            name: ms * 1e3 / (_LAYERS - 1)
+            for name, ms in in_turns({n: graph for n, (graph, _) in made.items()}).items()
+        }
+        without = us.pop("without")
+        added = {name: round(of - without, 2) for name, of in us.items()}
+        yield {"weights": weights, "sequences": count, "without": round(without, 2), "attention adds, us": added}
+
+
+def pool() -> Iterator[dict[str, Any]]:
+    """Microseconds of a global layer in a pool of ten by each kernel."""
+    memory = torch.empty(_POOL_VALUES, device=DEVICE, dtype=torch.bfloat16)
+    for part in memory.chunk(8):
+        part.normal_()
+    limit = read_limit(memory)
+    for keys, sequences in _POOL_LOADS:
+        us = {}
+        for name, tuning in KERNELS.items():
+            with decodes_by(tuning):
+                us[name] = measure_decode(Load(LayerGroup.GLOBAL, keys - 1, sequences), memory, limit, layers=10)["us"]
+        yield {"keys": keys, "sequences": sequences, "read TB/s": round(limit / 1e12, 3), "us": us}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=("layer", "pool"))
+    parser.add_argument("--weights", choices=QUANTIZE, default="fp8", help="of layer")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="of layer")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for what in arguments.what:
+            for row in layer(arguments.weights, arguments.sequences) if what == "layer" else pool():
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
