@@ -123,6 +123,13 @@ PLANTED = {
         "            __syncwarp();\n", "", "race: a copy .* writes .* read"
     ),
     "a phase's bit is the wrong one": planted("ring.parity ^ 1);", "ring.parity);", "nobody can go on"),
+    "a stage is one warp's and then another's": Planted(
+        (
+            ('#include "hopper.cuh"\n', '#include "hopper.cuh"\n#undef STAGES\n#define STAGES 3\n'),
+            ("STAGES % WARPS == 0", "true"),
+        ),
+        "race: .* reads shared memory .* a copy|nobody wrote it|wrong numbers",
+    ),
     "the warps' places in the ring are not in turns": planted(
         "ring.skip(warp);", "ring.skip(0);", "race|wrong numbers|nobody can go on|arrival too many"
     ),

@@ -232,7 +232,8 @@ class Machine {
         self().copies.push_back({(char*)to, there ? (const char*)from : nullptr});
     }
 
-    // All copies of the thread count as issued now, and land together, after those before.
+    // All copies of the thread count as issued now, and land together, after those before. Then it arrives, sooner or
+    // later, and not always after it has for those before.
     void arrive_when_copied(u32 at) {
         yield();
         Barrier& barrier = barrier_at(at);
@@ -250,16 +251,20 @@ class Machine {
         Block* block = self().block;
         ++block->copies;
         const Access access{self().id, counts_[self().id], false};
-        auto land = [this, block, &barrier, at, copies = std::move(copies), issued = std::move(issued)] {
-            for (const SmallCopy& one : copies) {
-                if (one.from) std::memcpy(one.to, one.from, 16);
-                else std::memset(one.to, 0, 16);
-            }
+        auto arrive = [this, block, &barrier, at, issued = std::move(issued)] {
             --block->copies;
             if (barrier.pending == 0) fault = "an arrival too many at barrier " + number(at);
             else --barrier.pending;
             barrier.coming.add(issued);
             over_if_all_came(barrier);
+        };
+        OnItsWay arrival{std::move(arrive), shared + at, block->launch, access, false};
+        auto land = [this, copies = std::move(copies), arrival = std::move(arrival)] {
+            for (const SmallCopy& one : copies) {
+                if (one.from) std::memcpy(one.to, one.from, 16);
+                else std::memset(one.to, 0, 16);
+            }
+            on_their_way_.push_back(arrival);
         };
         on_their_way_.push_back({std::move(land), &self(), block->launch, access, true});
     }
