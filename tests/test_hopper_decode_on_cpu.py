@@ -206,7 +206,7 @@ def test_a_mistake_is_found(mistake):
     decodes = [SmallDecodes(**step, texts=TEXTS | {SOURCE.name: text}) for step in STEPS]
 
     def run_often():
-        for seed in range(8):
+        for seed in range(24):
             for of_step in decodes:
                 right(of_step, seed)
 
