@@ -130,6 +130,7 @@ def test_a_step_of_its_own_takes_no_more_than_stated(tmp_path):
         assert peak_bytes(plan) <= needs.step(tokens=tokens, sequences=sequences, max_keys=48) + staged
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where a card is, OpenAI Triton's kernels take no CPU's memory")
 @torch.inference_mode()
 def test_segments_and_the_head_take_what_is_stated(tmp_path):
     shape = {"hidden_size": 64, "intermediate_size": 512, "vocab_size": 4096, "num_hidden_layers": 2}

@@ -27,7 +27,10 @@ _ON_A_CARD = re.compile(r"mark\.gpu\b|\bkernel_device\b")
 _OF_MANY_THREADS = ("test_gpu_answers.py", "test_kv_dtype.py", "test_pictures.py", "test_structured_output.py")
 _FIRST = "test_codec_kernels.py"
 """It has the tests that take longest."""
-_ALONE = "test_the_cache_takes_its_share_of_the_free_memory or test_a_model_computes_within_what_was_set_aside"
+_ALONE = (
+    ("tests/test_gpu.py", "test_the_cache_takes_its_share_of_the_free_memory"),
+    ("tests/test_device_memory.py", "test_a_model_computes_within_what_was_set_aside"),
+)
 _ANSWERS = re.compile(r"(float32|bfloat16): (\d+) of (\d+) answers are the same")
 
 
@@ -82,12 +85,13 @@ def main() -> None:
     cpus = os.cpu_count() or 1
     spread = ["-n", str(given.processes)] if given.processes > 1 else []
     few = [name for name in files() if Path(name).name in _OF_MANY_THREADS]
+    alone = " or ".join(name for _, name in _ALONE)
     # What they print is wanted of tests that pass, too.
     with ThreadPoolExecutor(1) as beside:
         answers = beside.submit(run, ["-rP", "-m", "gpu", "--timeout", "150", *few], threads=max(1, cpus // 2))
-        others = ["-k", f"not {_ALONE}", "--timeout", "120", *(name for name in files() if name not in few)]
+        others = ["-k", f"not ({alone})", "--timeout", "120", *(name for name in files() if name not in few)]
         parts = [run([*spread, *others], threads=max(1, cpus // 8)), answers.result()]
-    parts.append(run(["-k", _ALONE, "tests/test_gpu.py"], threads=cpus))
+    parts.append(run(["-k", alone, *(file for file, _ in _ALONE)], threads=cpus))
     result = {what: sum(part[what] for part in parts) for what in ("passed", "skipped")}
     for what in ("failed", "same_answers"):
         result[what] = {name: value for part in parts for name, value in part[what].items()}
