@@ -14,22 +14,18 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from scripts.benchmark_attention_gpu import (
     BLOCK_SIZE,
     DEVICE,
     HEAD_DIM,
-    KV_HEADS,
     QUERY_HEADS,
-    SCALE,
-    WINDOW,
+    Bench,
     Load,
     captured,
     decodes_by,
@@ -39,12 +35,9 @@ from scripts.benchmark_attention_gpu import (
 )
 from scripts.benchmark_shape import QUANTIZE
 from scripts.random_gemma3 import published_config, random_weights
-from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.hopper_decode import DEEP, SEVERAL, Tuning
-from wicore_backend.attention.gpu.paged import GpuPagedAttention
 from wicore_backend.executor.cuda_executor import CudaExecutor
-from wicore_backend.hmt.layout import KVLayout, LayerGroup
-from wicore_backend.hmt.pool import KVPools
+from wicore_backend.hmt.layout import LayerGroup
 
 KERNELS: Mapping[str, Tuning | None] = {
     "OpenAI Triton": None,
@@ -62,70 +55,40 @@ _POOL_LOADS = (
 """Keys and sequences, of which ten layers fit the pool."""
 
 
-@dataclass(frozen=True)
 class Layers:
-    """Layers of the model, and a pool of keys and values for `most` sequences."""
+    """Layers of the model with random weights of a type of `QUANTIZE`, all local and within the window."""
 
-    executor: CudaExecutor
-    layout: KVLayout
-    pool: Tensor
-
-    @classmethod
-    def made(cls, weights: str, most: int) -> Layers:
-        """With random weights of a type of `QUANTIZE`; all layers are local, within the window."""
+    def __init__(self, weights: str, most: int) -> None:
         published = published_config("gemma-3-27b")
         text = replace(published.text, num_layers=_LAYERS, layer_groups=(LayerGroup.LOCAL,) * _LAYERS)
         config = replace(published, text=text, vision=None)
         made = random_weights(config, device=DEVICE, dtype=torch.bfloat16, quantize=QUANTIZE[weights])
-        executor = CudaExecutor(config, made)
-        executor._streamed = None  # One sequence's layers as several kernels, too: they are what it follows.
-        layout = KVLayout.of(
-            [LayerGroup.LOCAL] * _LAYERS,
-            block_size=BLOCK_SIZE,
-            kv_heads=KV_HEADS,
-            head_dim=HEAD_DIM,
-            window=WINDOW,
-            bytes_per_value=2,
-        )
-        blocks = most * -(-_KEYS // BLOCK_SIZE) + 1
-        shape = (blocks, *layout.block_shape(LayerGroup.LOCAL))
-        return cls(executor, layout, torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_())
+        self._hidden_size = text.hidden_size
+        self._executor = CudaExecutor(config, made)
+        self._executor._streamed = None  # One sequence's layers as several kernels, too: they are what it follows.
+        values = (most * -(-_KEYS // BLOCK_SIZE) + 1) * BLOCK_SIZE * self._load(1).token_bytes // 2
+        self._memory = torch.empty(_LAYERS * values, device=DEVICE, dtype=torch.bfloat16).normal_()
 
     def decodes(self, sequences: int, *, attends: bool) -> tuple[torch.cuda.CUDAGraph, Any]:
         """A step of the layers as a graph, and what it must be kept with; without attention unless it `attends`."""
-        attention = GpuPagedAttention(
-            KVPools(self.layout, {LayerGroup.LOCAL: self.pool}),
-            query_heads=QUERY_HEADS,
-            scale=SCALE,
-            window=WINDOW,
-            softcap=None,
-            dtype=torch.bfloat16,
-        )
-        held = -(-_KEYS // BLOCK_SIZE)
-        order = 1 + np.random.default_rng(0).permutation(len(self.pool) - 1)
-        table = order[: sequences * held].reshape(sequences, held).astype(np.int32)
-        positions = np.full(sequences, _KEYS - 1, np.int32)
-        step = PackedStep(
-            positions=positions,
-            attend_limits=positions,
-            query_lens=np.ones(sequences, np.int32),
-            decodes=sequences,
-            block_tables={LayerGroup.LOCAL: table},
-        )
-        bucket = attention.decode_bucket(sequences=sequences, max_keys=_KEYS, measures=False)
-        plan = attention.refresh(bucket, step)
+        bench = Bench(self._load(sequences), self._memory, layers=_LAYERS)
+        bucket = bench.attention.decode_bucket(sequences=sequences, max_keys=_KEYS, measures=False)
+        plan = bench.attention.refresh(bucket, bench.step)
         hidden, cos, sin, nothing = (
             torch.randn(sequences, width, device=DEVICE, dtype=torch.bfloat16)
-            for width in (5376, HEAD_DIM, HEAD_DIM, QUERY_HEADS * HEAD_DIM)
+            for width in (self._hidden_size, HEAD_DIM, HEAD_DIM, QUERY_HEADS * HEAD_DIM)
         )
 
         def work() -> None:
-            stream, qkv = hidden, self.executor.first(hidden, cos, sin)
+            stream, qkv = hidden, self._executor.first(hidden, cos, sin)
             for layer in range(_LAYERS - 1):
-                attended = attention.attend(plan, layer, *qkv) if attends else nothing
-                stream, qkv = self.executor.mid(layer, stream, attended, cos, sin)
+                attended = bench.attention.attend(plan, layer, *qkv) if attends else nothing
+                stream, qkv = self._executor.mid(layer, stream, attended, cos, sin)
 
-        return captured(work), (attention, bucket, hidden, cos, sin, nothing)
+        return captured(work), (bench, bucket, hidden, cos, sin, nothing)
+
+    def _load(self, sequences: int) -> Load:
+        return Load(LayerGroup.LOCAL, _KEYS - 1, sequences)
 
 
 def in_turns(graphs: Mapping[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
@@ -144,7 +107,7 @@ def in_turns(graphs: Mapping[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
 
 def layer(weights: str, sequences: list[int]) -> Iterator[dict[str, Any]]:
     """Microseconds that each kernel adds to a layer."""
-    layers = Layers.made(weights, max(sequences))
+    layers = Layers(weights, max(sequences))
     for count in sequences:
         made = {"without": layers.decodes(count, attends=False)}
         for name, tuning in KERNELS.items():
