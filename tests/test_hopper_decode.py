@@ -21,7 +21,7 @@ from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.tuning import Tuning as TritonTuning
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
-from wicore_backend.hopper import ARCHITECTURE, INSTRUCTIONS, SHARED_BYTES
+from wicore_backend.hopper import ARCHITECTURE, HEADERS, SHARED_BYTES
 
 GLOBAL, LOCAL = LayerGroup.GLOBAL, LayerGroup.LOCAL
 WINDOW = 50
@@ -234,7 +234,7 @@ def test_it_compiles(form):
         pytest.skip(f"no NVRTC: {error}")
     from wicore_backend.hopper.nvrtc import compiled
 
-    code = compiled(SOURCE, (INSTRUCTIONS,), FORMS[form].defines(), architecture=ARCHITECTURE)
+    code = compiled(SOURCE, HEADERS, FORMS[form].defines(), architecture=ARCHITECTURE)
     assert code.startswith(b"\x7fELF")
 
 
@@ -242,7 +242,7 @@ def test_it_compiles(form):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_the_toolkit_s_compiler_takes_it(form, tmp_path):
     defines = (f"-D{name}={value}" for name, value in FORMS[form].defines().items())
-    command = ["nvcc", f"-arch={ARCHITECTURE}", "-std=c++17", f"-I{INSTRUCTIONS.parent}", *defines, "-cubin"]
+    command = ["nvcc", f"-arch={ARCHITECTURE}", "-std=c++17", f"-I{HEADERS[0].parent}", *defines, "-cubin"]
     result = subprocess.run([*command, "-o", tmp_path / "code", SOURCE], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "code").read_bytes().startswith(b"\x7fELF")

@@ -125,7 +125,7 @@ PLANTED = {
     "a phase's bit is the wrong one": planted("ring.parity ^ 1);", "ring.parity);", "nobody can go on"),
     "a stage is one warp's and then another's": Planted(
         (
-            ('#include "hopper.cuh"\n', '#include "hopper.cuh"\n#undef STAGES\n#define STAGES 3\n'),
+            ('#include "ring.cuh"\n', '#include "ring.cuh"\n#undef STAGES\n#define STAGES 3\n'),
             ("STAGES % WARPS == 0", "true"),
         ),
         "race: .* reads shared memory .* a copy|nobody wrote it|wrong numbers",

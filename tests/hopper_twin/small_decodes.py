@@ -16,9 +16,9 @@ from wicore_backend.attention.gpu.hopper_decode import SOURCE, Calls, Form, Tuni
 from wicore_backend.attention.gpu.masses import Measurements
 from wicore_backend.attention.gpu.schedule import WORK_KEYS, Sequences, decode_work
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hopper import INSTRUCTIONS
+from wicore_backend.hopper import HEADERS
 
-TEXTS = {file.name: file.read_text() for file in (SOURCE, INSTRUCTIONS)}
+TEXTS = {file.name: file.read_text() for file in (SOURCE, *HEADERS)}
 FORM = Form(128, 2, 2, 32, tuning=Tuning(warps=2, blocks=2, stages=4), most_sequences=8)
 SCALE = 0.1
 _IDLE = 7.0

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from wicore_backend import hopper
 from wicore_backend.executor.kernels.small import overlaps
-from wicore_backend.hopper import ARCHITECTURE, INSTRUCTIONS, SHARED_BYTES
+from wicore_backend.hopper import ARCHITECTURE, SHARED_BYTES
 from wicore_backend.models.gemma3.config import TextConfig
 from wicore_backend.models.gemma3.weights import LayerWeights, Weight
 from wicore_backend.quantization.fp8 import Fp8Matrix
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 _KERNELS = Path(__file__).parent / "kernels"
 SOURCE = _KERNELS / "streamed_layer.cu"
 HEADERS = (
-    INSTRUCTIONS,
+    *hopper.HEADERS,
     *(_KERNELS / name for name in ("streamed_ring.cuh", "streamed_products.cuh", "streamed_meeting.cuh")),
 )
 _WIDTH, _GROUP, _ROW_BYTES = 32, 128, 128

@@ -91,6 +91,9 @@ __device__ __forceinline__ void copy(const char* to, const char* from, u32 bytes
         ::"r"(address(to)), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
+// Into L2 only, and nobody is told.
+__device__ __forceinline__ void line_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // ---- Copies of 16 bytes by each thread, between multiples of 16; zeros where nothing is there.
 
 __device__ __forceinline__ void copy_16(const char* to, const char* from, bool there) {
@@ -102,9 +105,6 @@ __device__ __forceinline__ void copy_16(const char* to, const char* from, bool t
 __device__ __forceinline__ void arrive_when_copied(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
-
-// Into L2 only, and nobody is told.
-__device__ __forceinline__ void line_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // ---- Global memory
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hopper import ARCHITECTURE, INSTRUCTIONS, SHARED_BYTES
+from wicore_backend.hopper import ARCHITECTURE, HEADERS, SHARED_BYTES
 
 if TYPE_CHECKING:
     from wicore_backend.hopper.nvrtc import Kernel
@@ -230,7 +230,7 @@ class HopperDecode:
         from wicore_backend.hopper.nvrtc import Kernel, compiled
 
         def kernel(form: Form) -> tuple[Kernel, int]:
-            code = compiled(SOURCE, (INSTRUCTIONS,), form.defines(), architecture=ARCHITECTURE)
+            code = compiled(SOURCE, HEADERS, form.defines(), architecture=ARCHITECTURE)
             made = Kernel(code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False)
             return made, processors * form.tuning.blocks
 

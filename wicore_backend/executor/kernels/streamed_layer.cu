@@ -296,14 +296,7 @@ __device__ void compute(Ring ring, const Layer& layer) {
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH, 1) streamed_layer(const __grid_constant__ Layer layer) {
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
-            const u32 barrier = address(shared + BARRIERS_AT) + stage * 8;
-            barrier_init(barrier, 1);
-            barrier_init(barrier + STAGES * 8, WARPS);
-        }
-        barriers_ready();
-    }
+    if (threadIdx.x == 0) Ring::prepare(1, WARPS);
     __syncthreads();
     let_next_begin();
     if (threadIdx.x < CONSUMERS) {

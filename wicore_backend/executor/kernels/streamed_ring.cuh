@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "hopper.cuh"
+#include "ring.cuh"
 
 struct Matrix {
     const char* values;
@@ -49,24 +49,13 @@ struct Cut {  // of a tile of a matrix of DEPTH inputs
 
 // ---- Shared memory: ring, barriers, scratch for sums over the block, sums of x, x and the warps' parts of results.
 
-constexpr int BARRIERS_AT = STAGES * STAGE_BYTES;
-constexpr int SCRATCH_AT = BARRIERS_AT + 2 * STAGES * 8;
+using Ring = RingOf<STAGES, STAGE_BYTES>;
+
+constexpr int SCRATCH_AT = Ring::end;
 constexpr int SUMS_AT = (SCRATCH_AT + 4 * WARPS * 4 + 15) / 16 * 16;
 constexpr int X_AT = (SUMS_AT + SUMS_BYTES + 127) / 128 * 128;
 
 __device__ __forceinline__ void consumers_meet() { meet<1, CONSUMERS>(); }
-
-struct Ring {
-    int stage = 0;
-    u32 parity = 0;
-
-    __device__ char* memory() const { return shared + stage * STAGE_BYTES; }
-    __device__ u32 full() const { return address(shared + BARRIERS_AT) + stage * 8; }
-    __device__ u32 empty() const { return full() + STAGES * 8; }
-    __device__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
 
 // ---- The copying thread
 

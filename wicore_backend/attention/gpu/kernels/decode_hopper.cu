@@ -19,7 +19,7 @@
 // Given when it is compiled: HEAD_DIM, KV_HEADS, GROUP (query heads of a KV head), BLOCK_SIZE (tokens of a
 // block), MOST_SEQUENCES (of a step), WARPS (that attend), STAGES (tiles of the ring), LEAST (tiles of a block).
 
-#include "hopper.cuh"
+#include "ring.cuh"
 
 struct Sequence {
     int before;    // tiles of all sequences before it; of the one after the last: of all
@@ -55,9 +55,10 @@ static_assert(HEAD_DIM % 128 == 0 && BLOCK_SIZE % KEYS == 0 && GROUP <= COLUMNS,
 
 // ---- Shared memory: ring, barriers, the sequences, what warps put together (of one run and of the next)
 
+using Ring = RingOf<STAGES, STAGE_BYTES>;
+
 constexpr int PARTS_BYTES = WARPS * GROUP * HEAD_DIM * 4, STATS_BYTES = WARPS * GROUP * 8;
-constexpr int BARRIERS_AT = STAGES * STAGE_BYTES;
-constexpr int SEQUENCES_AT = BARRIERS_AT + 2 * STAGES * 8;
+constexpr int SEQUENCES_AT = Ring::end;
 constexpr int PARTS_AT = SEQUENCES_AT + (MOST_SEQUENCES + 1) * 16;
 constexpr int STATS_AT = PARTS_AT + 2 * PARTS_BYTES;
 constexpr int LAST_AT = STATS_AT + 2 * STATS_BYTES;
@@ -67,18 +68,6 @@ __device__ __forceinline__ void consumers_meet() { meet<1, CONSUMERS>(); }
 __device__ __forceinline__ Sequence sequence_of(int number) {
     return load<Sequence>(shared + SEQUENCES_AT + number * sizeof(Sequence));
 }
-
-struct Ring {
-    int stage = 0;
-    u32 parity = 0;
-
-    __device__ char* memory() const { return shared + stage * STAGE_BYTES; }
-    __device__ u32 full() const { return address(shared + BARRIERS_AT) + stage * 8; }
-    __device__ u32 empty() const { return full() + STAGES * 8; }
-    __device__ void skip(int tiles) {  // at most a ring's
-        if ((stage += tiles) >= STAGES) stage -= STAGES, parity ^= 1;
-    }
-};
 
 // ---- Who has which tiles
 
@@ -449,14 +438,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH) decode_hopper(co
     let_next_begin();
     for (int i = threadIdx.x; i <= decode.sequences; i += CONSUMERS + WIDTH)
         *(uint4*)(shared + SEQUENCES_AT + i * 16) = load_words(decode.work + i);
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
-            const u32 barrier = address(shared + BARRIERS_AT) + stage * 8;
-            barrier_init(barrier, WIDTH);
-            barrier_init(barrier + STAGES * 8, 1);
-        }
-        barriers_ready();
-    }
+    if (threadIdx.x == 0) Ring::prepare(WIDTH, 1);
     __syncthreads();
     const Shares shares(decode);
     const Run run(decode, shares);
