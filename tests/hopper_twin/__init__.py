@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -108,7 +109,9 @@ def gxx() -> str | None:
 
 @functools.cache
 def _directory() -> Path:
-    return Path(tempfile.mkdtemp(prefix="hopper-twin-"))
+    place = Path(tempfile.mkdtemp(prefix="hopper-twin-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
 
 
 def _compiled(source: Path, texts: Mapping[str, str], defines: Mapping[str, int], parameter: str) -> Path:
