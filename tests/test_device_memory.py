@@ -3,8 +3,10 @@ promised more than it has."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tests.gemma3_random import write_random_checkpoint
 from tests.peak_memory import peak_bytes
 from tests.test_decode_graphs import Model, Repeated, decodes, prompts, segment_graphs
 from wicore_backend import Engine, EngineConfig, SamplingParams
+from wicore_backend.attention.gpu import hopper_decode
 from wicore_backend.attention.gpu.hopper_decode import Calls, form_of
 from wicore_backend.attention.gpu.needs import AttentionNeeds
 from wicore_backend.attention.gpu.paged import GpuPagedAttention
@@ -87,6 +90,22 @@ def test_attention_takes_what_its_needs_say(groups, kv_dtype):
         plan = attention.prompt_bucket(max_keys=2048, out=torch.zeros(tokens, 8 * 64).half()).plan
         taken = storage_bytes([plan.log_totals, plan.mass.values, plan.prefills[LayerGroup.GLOBAL].tiles])
         about(needs.prompt_bucket(tokens=tokens, max_keys=2048), taken, at_most=1.1)
+
+
+@pytest.mark.parametrize("groups", [list(LayerGroup), [LayerGroup.GLOBAL]], ids=["local and global", "global alone"])
+def test_decodes_for_hopper_s_kernel_take_no_more_than_its_needs_say(groups, monkeypatch):
+    """Which count those for the other one, as it may turn out not to compile."""
+    monkeypatch.setattr(hopper_decode, "hopper_decode", lambda *_, **__: mock.Mock())
+    layout = KVLayout.of(groups, block_size=32, kv_heads=1, head_dim=128, window=64, bytes_per_value=2)
+    pools = KVPools(layout, {group: torch.zeros(2, *layout.block_shape(group)).bfloat16() for group in groups})
+    attention = GpuPagedAttention(
+        pools, query_heads=1, scale=1.0, window=64, softcap=None, dtype=torch.bfloat16, processors=1
+    )
+    needs = AttentionNeeds(Tiling(layout, 1, Tuning.of(128, torch.bfloat16), 1), value_bytes=2)
+    for sequences, max_keys in itertools.product((1, 7, hopper_decode.MOST), (1, 31, 5000)):
+        plan = attention.decode_bucket(sequences=sequences, max_keys=max_keys).plan
+        taken = storage_bytes([plan.out, plan.mass.decodes_at, *(of_group.work for of_group in plan.decodes.values())])
+        assert taken <= needs.decode_bucket(sequences=sequences, max_keys=max_keys)
 
 
 @pytest.mark.parametrize(("head_dim", "fits"), [(128, True), (64, False)])

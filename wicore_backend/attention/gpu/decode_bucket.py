@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu.decode_planner import DecodePlanner
 from wicore_backend.attention.gpu.masses import MASS_TAIL
-from wicore_backend.attention.gpu.plans import Decodes, MassMemory, Plan
-from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, WORK_FIELDS, Ints
+from wicore_backend.attention.gpu.plans import MassMemory, Plan
+from wicore_backend.attention.gpu.schedule import Ints
 from wicore_backend.attention.gpu.tile_scheduler import TileScheduler
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.upload import Upload
@@ -50,6 +51,7 @@ class DecodeBucket:
         self,
         tiling: Tiling,
         scheduler: TileScheduler,
+        decodes: DecodePlanner,
         *,
         max_keys: int,
         measured: Sequence[int],
@@ -58,12 +60,10 @@ class DecodeBucket:
     ) -> None:
         sequences, groups = len(out), tiling.layout.groups
         self.sequences, self.max_keys = sequences, max_keys
-        self._scheduler = scheduler
-        num_items = {g: scheduler.decode_capacity(g, sequences=sequences, max_keys=max_keys) for g in groups}
+        self._scheduler, self._decodes = scheduler, decodes
         self._idle: dict[Hashable, Ints] = {
-            (group, "items"): np.full((count, ITEM_FIELDS), -1, np.int32) for group, count in num_items.items()
+            (group, "decodes"): decodes.idle(group, sequences=sequences, max_keys=max_keys) for group in groups
         }
-        self._idle |= {(group, "work"): np.zeros((sequences + 1, WORK_FIELDS), np.int32) for group in groups}
         self._idle["decodes measured"] = np.full((len(measured), sequences), -1, np.int32)
         tables = {(g, "tables"): sequences * scheduler.table_blocks(g, max_keys=max_keys) for g in groups}
         sizes = {name: array.size for name, array in self._idle.items()}
@@ -79,8 +79,8 @@ class DecodeBucket:
             out=out,
             log_totals=torch.empty(0, tiling.query_heads, device=out.device),
             decodes={
-                group: Decodes.of(upload, group, tiling, num_items=count, sequences=sequences)
-                for group, count in num_items.items()
+                group: decodes.plan(upload[group, "decodes"], upload[group, "tables"], sequences=sequences)
+                for group in groups
             },
             prefills={},
             mass=mass,
@@ -106,9 +106,8 @@ class DecodeBucket:
             longest = int(seen.step.positions.max()) + 1
             if group is LayerGroup.GLOBAL and longest > self.max_keys:
                 raise ValueError(f"a sequence of {longest} keys does not fit a bucket of {self.max_keys}")
-            items = self._scheduler.decode_items(group, seen)
-            arrays[group, "items"][: len(items)] = items
-            arrays[group, "work"] = self._scheduler.decode_work(group, seen, sequences=self.sequences)
+            records = self._decodes.records(group, seen, sequences=self.sequences)
+            arrays[group, "decodes"][: len(records)] = records
             arrays[group, "tables"] = seen.sequences.table
         measurements = self._scheduler.measurements(view)
         if measurements is not None:

@@ -10,11 +10,10 @@ import triton
 from torch import Tensor
 
 from wicore_backend.attention.gpu.hopper import HopperPrefill
-from wicore_backend.attention.gpu.hopper_decode import MOST, HopperDecode
 from wicore_backend.attention.gpu.kernel_options import KernelOptions
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
 from wicore_backend.attention.gpu.kernels.prefill import prefill_kernel, prefill_mass_kernel, write_kernel
-from wicore_backend.attention.gpu.plans import Plan, Scratch
+from wicore_backend.attention.gpu.plans import DecodeWork, Plan, Scratch
 from wicore_backend.attention.gpu.tuning import MASS_KEYS, Tuning
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 
@@ -40,8 +39,6 @@ class Launches:
         By group, [blocks, layers, 2, block_size, KV heads, d]; bytes if they are e4m3.
     hopper
         Takes prefills whose keys are not shared out, if there is one.
-    hopper_decode
-        Takes decodes, up to as many as it can, if there is one.
     """
 
     def __init__(
@@ -51,13 +48,11 @@ class Launches:
         options: KernelOptions,
         tuning: Tuning,
         hopper: HopperPrefill | None,
-        hopper_decode: HopperDecode | None,
     ) -> None:
         self._kv_heads = layout.kv_heads
         self._options = options
         self._tuning = tuning
         self._hopper = hopper
-        self._hopper_decode = hopper_decode
         self._layers = []
         for group, index in layout.layers:
             pool = pools[group]
@@ -88,8 +83,8 @@ class Launches:
         of_layer = self._layers[layer]
         decodes = plan.decodes[of_layer.group]
         mass = plan.mass if plan.mass is not None and layer in plan.mass.rows else None
-        if self._hopper_decode is not None and plan.num_decodes <= MOST:
-            self._hopper_decode(
+        if isinstance(decodes, DecodeWork):
+            decodes.kernel(
                 of_layer.group,
                 plan.num_decodes,
                 *(q, k, v, of_layer.pool, plan.out, decodes.work, decodes.tables),

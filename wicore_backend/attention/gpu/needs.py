@@ -8,7 +8,7 @@ import torch
 
 from wicore_backend.attention.gpu.hopper_decode import Calls, Form
 from wicore_backend.attention.gpu.masses import MASS_TAIL, MEASUREMENT_FIELDS
-from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, TILE_FIELDS, WORK_FIELDS
+from wicore_backend.attention.gpu.schedule import ITEM_FIELDS, TILE_FIELDS
 from wicore_backend.attention.gpu.tile_scheduler import TileScheduler
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
@@ -98,11 +98,13 @@ class AttentionNeeds:
         return sequences * sum(blocks) * _INT
 
     def _decodes(self, sequences: int, max_keys: int, *, new: int = 0) -> int:
-        """Work items and block tables, and what programs that share a sequence leave for the last of them."""
+        """Work items and block tables, and what programs that share a sequence leave for the last of them.
+
+        Those of `decode_kernel`: a plan has less for `HopperDecode`, and whether that compiles is not known yet.
+        """
         heads, total = self._layout.kv_heads, self._tables(sequences, max_keys, new=new)
         for group in self._layout.groups:
             items = self._scheduler.decode_capacity(group, sequences=sequences, max_keys=max_keys)
             partial = heads * self.tiling.group * (self._layout.head_dim + 2) * _FLOAT
             total += items * (ITEM_FIELDS * _INT + partial) + sequences * heads * _INT
-            total += (sequences + 1) * WORK_FIELDS * _INT
         return total

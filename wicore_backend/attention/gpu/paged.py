@@ -1,10 +1,11 @@
 """Paged attention by OpenAI Triton kernels over the pools, read in place.
 
-A step is viewed by each group of layers, and cut into the kernels' work items (`tile_scheduler.py`, NumPy alone). What
-its layers share goes to the device in one copy, as a `Plan`: one of memory of its own (`step_planner.py`), or that of a
-bucket, whose memory and grids stay as they are, so that a CUDA graph that was captured with it is good for every step
-that fits (`decode_bucket.py`, `prompt_bucket.py`). A layer is then a few launches (`launches.py`), and the attention
-masses that these leave go to the host once the step has been computed (`mass_collection.py`).
+A step is viewed by each group of layers, and cut into the kernels' work items (`tile_scheduler.py`, NumPy alone), its
+decodes into those of the kernel that takes them (`decode_planner.py`). What its layers share goes to the device in
+one copy, as a `Plan`: one of memory of its own (`step_planner.py`), or that of a bucket, whose memory and grids stay as
+they are, so that a CUDA graph that was captured with it is good for every step that fits (`decode_bucket.py`,
+`prompt_bucket.py`). A layer is then a few launches (`launches.py`), and the attention masses that these leave go to the
+host once the step has been computed (`mass_collection.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from wicore_backend.attention.base import Attention, PackedStep
 from wicore_backend.attention.gpu import hopper, hopper_decode
 from wicore_backend.attention.gpu.decode_bucket import DecodeBucket, SharedMasses
+from wicore_backend.attention.gpu.decode_planner import DecodePlanner
 from wicore_backend.attention.gpu.kernel_options import KernelOptions
 from wicore_backend.attention.gpu.launches import Launches
 from wicore_backend.attention.gpu.mass_collection import Masses, collect
@@ -93,10 +95,15 @@ class GpuPagedAttention:
         self._tiling = tiling
         self._measurable = tuple(i for i, (group, _) in enumerate(layout.layers) if group is LayerGroup.GLOBAL)
         self._scheduler = TileScheduler(tiling, window=window)
+        self._decodes = DecodePlanner(tiling, self._scheduler, decode)
         self._planner = StepPlanner(
-            tiling, self._scheduler, device=device, widened_bytes=0 if prefill is None else prefill.widened_bytes
+            tiling,
+            self._scheduler,
+            self._decodes,
+            device=device,
+            widened_bytes=0 if prefill is None else prefill.widened_bytes,
         )
-        self._launches = Launches(layout, held, options, tuning, prefill, decode)
+        self._launches = Launches(layout, held, options, tuning, prefill)
         self._masses = SharedMasses(query_heads, device)
         self._device = device
 
@@ -141,6 +148,7 @@ class GpuPagedAttention:
         return DecodeBucket(
             self._tiling,
             self._scheduler,
+            self._decodes,
             max_keys=max_keys,
             measured=self._measurable if measures else (),
             masses=self._masses,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from wicore_backend.attention.closing_up import ClosedUp
 from wicore_backend.attention.gpu.hopper import Widening
+from wicore_backend.attention.gpu.hopper_decode import HopperDecode
 from wicore_backend.attention.gpu.masses import Measurements, PrefillRun
 from wicore_backend.attention.gpu.tiling import Tiling
-from wicore_backend.attention.gpu.upload import Upload
 from wicore_backend.hmt.layout import LayerGroup
 
 
@@ -40,24 +40,31 @@ class Scratch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decodes:
-    """The decodes of one group of layers."""
+class DecodeItems:
+    """The decodes of one group of layers, for `decode_kernel`."""
 
     items: Tensor
     """int32 [num_items * ITEM_FIELDS]."""
     num_items: int
     tables: Tensor
     """int32, the sequences' blocks, one sequence after the other."""
-    work: Tensor
-    """int32 [(sequences + 1) * WORK_FIELDS]."""
     scratch: Scratch
 
-    @classmethod
-    def of(cls, upload: Upload, group: LayerGroup, tiling: Tiling, *, num_items: int, sequences: int) -> Self:
-        """With memory for what the programs of up to so many sequences share."""
-        items, tables, work = (upload[group, name] for name in ("items", "tables", "work"))
-        scratch = Scratch.empty(tiling, items.device, items=num_items, rows=tiling.group, shared=sequences)
-        return cls(items, num_items, tables, work, scratch)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeWork:
+    """The decodes of one group of layers, for `HopperDecode`."""
+
+    kernel: HopperDecode
+    """It has what its programs leave for each other."""
+    work: Tensor
+    """int32 [(sequences + 1) * WORK_FIELDS]."""
+    tables: Tensor
+    """int32, the sequences' blocks, one sequence after the other."""
+
+
+Decodes = DecodeItems | DecodeWork
+"""As the kernel that takes them is told."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from wicore_backend.attention.base import PackedStep
+from wicore_backend.attention.gpu.decode_planner import DecodePlanner
 from wicore_backend.attention.gpu.hopper import Widening, widening
 from wicore_backend.attention.gpu.masses import Measurements
-from wicore_backend.attention.gpu.plans import Decodes, MassMemory, Plan, Prefills, Scratch
+from wicore_backend.attention.gpu.plans import MassMemory, Plan, Prefills, Scratch
 from wicore_backend.attention.gpu.schedule import Ints, PrefillTiles
 from wicore_backend.attention.gpu.tile_scheduler import Seen, TileScheduler
 from wicore_backend.attention.gpu.tiling import Tiling
@@ -28,9 +29,18 @@ class StepPlanner:
         Memory for prompts' keys and values in float16, where pools are in FP8 on Hopper; 0 elsewhere.
     """
 
-    def __init__(self, tiling: Tiling, scheduler: TileScheduler, *, device: torch.device, widened_bytes: int) -> None:
+    def __init__(
+        self,
+        tiling: Tiling,
+        scheduler: TileScheduler,
+        decodes: DecodePlanner,
+        *,
+        device: torch.device,
+        widened_bytes: int,
+    ) -> None:
         self._tiling = tiling
         self._scheduler = scheduler
+        self._decodes = decodes
         self._device = device
         self._widened_bytes = widened_bytes
 
@@ -44,8 +54,7 @@ class StepPlanner:
         for group, seen in view.groups.items():
             arrays[group, "tables"] = tables = seen.sequences.table
             if step.decodes:
-                arrays[group, "items"] = scheduler.decode_items(group, seen)
-                arrays[group, "work"] = scheduler.decode_work(group, seen, sequences=step.decodes)
+                arrays[group, "decodes"] = self._decodes.records(group, seen, sequences=step.decodes)
             if num_prefilled:
                 tiles[group] = scheduler.prefill_tiles(group, seen)
                 arrays |= {(group, name): array for name, array in tiles[group].arrays().items()}
@@ -63,9 +72,7 @@ class StepPlanner:
             out=out,
             log_totals=torch.empty(num_prefilled, self._tiling.query_heads, device=self._device),
             decodes={
-                group: Decodes.of(
-                    upload, group, self._tiling, num_items=len(arrays[group, "items"]), sequences=step.decodes
-                )
+                group: self._decodes.plan(upload[group, "decodes"], upload[group, "tables"], sequences=step.decodes)
                 for group in view.groups
                 if step.decodes
             },
