@@ -164,6 +164,7 @@ def decodes_by(tuning: hopper_decode.Tuning | None) -> Iterator[None]:
     with (
         mock.patch.object(hopper_decode, "form_of", form_of),
         mock.patch.object(hopper_decode, "DEEP", tuning or hopper_decode.DEEP),
+        mock.patch.object(hopper_decode, "DEEP_FP8", tuning or hopper_decode.DEEP_FP8),
     ):
         yield
 

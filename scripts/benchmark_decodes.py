@@ -2,6 +2,7 @@
 
     python -m scripts.benchmark_decodes layer --sequences 1 16 64    what it adds to a layer with all its other kernels
     python -m scripts.benchmark_decodes pool                         a global layer's, in a pool whose blocks hold ten
+    python -m scripts.benchmark_decodes layer pool --kv-dtype fp8    both, with keys and values in FP8
 
 A kernel by itself, over layers one after the other, has memory for itself and its pages at hand. In an engine it
 follows a product, whose end it may overlap, and a product follows it; and each of its tiles lies on another page of
@@ -35,15 +36,27 @@ from scripts.benchmark_attention_gpu import (
 )
 from scripts.benchmark_shape import QUANTIZE
 from scripts.random_gemma3 import published_config, random_weights
-from wicore_backend.attention.gpu.hopper_decode import DEEP, SEVERAL, Tuning
+from wicore_backend.attention.gpu.hopper_decode import DEEP, DEEP_FP8, SEVERAL, SEVERAL_FP8, Tuning
 from wicore_backend.executor.cuda_executor import CudaExecutor
+from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 
-KERNELS: Mapping[str, Tuning | None] = {
-    "OpenAI Triton": None,
-    "several": SEVERAL,
-    "deep": DEEP,
-    "deep, 6 warps": replace(DEEP, warps=6),
+KERNELS: Mapping[torch.dtype, Mapping[str, Tuning | None]] = {
+    torch.bfloat16: {
+        "OpenAI Triton": None,
+        "several": SEVERAL,
+        "deep": DEEP,
+        "deep, 6 warps": replace(DEEP, warps=6),
+    },
+    FP8: {
+        "OpenAI Triton": None,
+        "several": SEVERAL_FP8,
+        "several, 12 stages": replace(SEVERAL_FP8, stages=12),
+        "deep": DEEP_FP8,
+        "deep, 4 warps": replace(DEEP_FP8, warps=4),
+        "deep, 8 warps": replace(DEEP_FP8, warps=8),
+        "deep, 10 tiles at least": replace(DEEP_FP8, least=10),
+    },
 }
 _LAYERS, _KEYS, _TURNS, _REPLAYS = 8, 576, 9, 4
 _POOL_VALUES = 5_600_000_000
@@ -58,7 +71,8 @@ _POOL_LOADS = (
 class Layers:
     """Layers of the model with random weights of a type of `QUANTIZE`, all local and within the window."""
 
-    def __init__(self, weights: str, most: int) -> None:
+    def __init__(self, weights: str, most: int, kv_dtype: torch.dtype) -> None:
+        self._kv_dtype = kv_dtype
         published = published_config("gemma-3-27b")
         text = replace(published.text, num_layers=_LAYERS, layer_groups=(LayerGroup.LOCAL,) * _LAYERS)
         config = replace(published, text=text, vision=None)
@@ -66,8 +80,8 @@ class Layers:
         self._hidden_size = text.hidden_size
         self._executor = CudaExecutor(config, made)
         self._executor._streamed = None  # One sequence's layers as several kernels, too: they are what it follows.
-        values = (most * -(-_KEYS // BLOCK_SIZE) + 1) * BLOCK_SIZE * self._load(1).token_bytes // 2
-        self._memory = torch.empty(_LAYERS * values, device=DEVICE, dtype=torch.bfloat16).normal_()
+        values = (most * -(-_KEYS // BLOCK_SIZE) + 1) * BLOCK_SIZE * self._load(1).token_bytes // kv_dtype.itemsize
+        self._memory = random_pool(_LAYERS * values, kv_dtype)
 
     def decodes(self, sequences: int, *, attends: bool) -> tuple[torch.cuda.CUDAGraph, Any]:
         """A step of the layers as a graph, and what it must be kept with; without attention unless it `attends`."""
@@ -88,7 +102,14 @@ class Layers:
         return captured(work), (bench, bucket, hidden, cos, sin, nothing)
 
     def _load(self, sequences: int) -> Load:
-        return Load(LayerGroup.LOCAL, _KEYS - 1, sequences)
+        return Load(LayerGroup.LOCAL, _KEYS - 1, sequences, kv_dtype=self._kv_dtype)
+
+
+def random_pool(values: int, kv_dtype: torch.dtype) -> torch.Tensor:
+    pool = torch.empty(values, device=DEVICE, dtype=kv_dtype)
+    for part in pool.chunk(8):
+        part.copy_(torch.randn(len(part), device=DEVICE, dtype=torch.bfloat16))
+    return pool
 
 
 def in_turns(graphs: Mapping[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
@@ -105,12 +126,12 @@ def in_turns(graphs: Mapping[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
     return {name: statistics.median(of) for name, of in times.items()}
 
 
-def layer(weights: str, sequences: list[int]) -> Iterator[dict[str, Any]]:
+def layer(weights: str, sequences: list[int], kv_dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Microseconds that each kernel adds to a layer."""
-    layers = Layers(weights, max(sequences))
+    layers = Layers(weights, max(sequences), kv_dtype)
     for count in sequences:
         made = {"without": layers.decodes(count, attends=False)}
-        for name, tuning in KERNELS.items():
+        for name, tuning in KERNELS[kv_dtype].items():
             with decodes_by(tuning):
                 made[name] = layers.decodes(count, attends=True)
         us = {
@@ -122,17 +143,15 @@ def layer(weights: str, sequences: list[int]) -> Iterator[dict[str, Any]]:
         yield {"weights": weights, "sequences": count, "without": round(without, 2), "attention adds, us": added}
 
 
-def pool() -> Iterator[dict[str, Any]]:
+def pool(kv_dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Microseconds of a global layer in a pool of ten by each kernel."""
-    memory = torch.empty(_POOL_VALUES, device=DEVICE, dtype=torch.bfloat16)
-    for part in memory.chunk(8):
-        part.normal_()
+    memory = random_pool(_POOL_VALUES, kv_dtype)
     limit = read_limit(memory)
     for keys, sequences in _POOL_LOADS:
-        us = {}
-        for name, tuning in KERNELS.items():
+        us, load = {}, Load(LayerGroup.GLOBAL, keys - 1, sequences, kv_dtype=kv_dtype)
+        for name, tuning in KERNELS[kv_dtype].items():
             with decodes_by(tuning):
-                us[name] = measure_decode(Load(LayerGroup.GLOBAL, keys - 1, sequences), memory, limit, layers=10)["us"]
+                us[name] = measure_decode(load, memory, limit, layers=10)["us"]
         yield {"keys": keys, "sequences": sequences, "read TB/s": round(limit / 1e12, 3), "us": us}
 
 
@@ -141,11 +160,14 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=("layer", "pool"))
     parser.add_argument("--weights", choices=QUANTIZE, default="fp8", help="of layer")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="of layer")
+    parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="of keys and values")
     arguments = parser.parse_args()
+    kv_dtype = FP8 if arguments.kv_dtype == "fp8" else torch.bfloat16
     torch.manual_seed(0)
     with torch.inference_mode():
         for what in arguments.what:
-            for row in layer(arguments.weights, arguments.sequences) if what == "layer" else pool():
+            of_layer = what == "layer"
+            for row in layer(arguments.weights, arguments.sequences, kv_dtype) if of_layer else pool(kv_dtype):
                 print(json.dumps(row), flush=True)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wicore_backend.attention.base import PackedStep
-from wicore_backend.attention.gpu.hopper_decode import DEEP, SEVERAL, SOURCE, Form, Tuning, form_of, hopper_decode
+from wicore_backend.attention.gpu.hopper_decode import (
+    DEEP,
+    DEEP_FP8,
+    SEVERAL,
+    SEVERAL_FP8,
+    SOURCE,
+    Form,
+    Tuning,
+    form_of,
+    hopper_decode,
+)
 from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS, Sequences, decode_items, decode_work
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.tuning import Tuning as TritonTuning
@@ -114,8 +125,10 @@ def test_tiles_are_those_of_the_visible_keys_as_they_are_the_other_kernel_s(
 # ---- Which heads and pools it takes
 
 TUNINGS = st.builds(
-    Tuning, warps=st.integers(1, 8), blocks=st.integers(1, 3), stages=st.integers(1, 8), least=st.integers(1, 4)
+    Tuning, warps=st.integers(1, 8), blocks=st.integers(1, 3), stages=st.integers(1, 24), least=st.integers(1, 4)
 )
+TUNED = {torch.bfloat16: SEVERAL, FP8: SEVERAL_FP8}
+over_every_pool = pytest.mark.parametrize("pool", TUNED)
 
 
 @given(
@@ -124,10 +137,11 @@ TUNINGS = st.builds(
     group=st.integers(1, 16),
     block_size=st.sampled_from([16, 32, 48, 64, 96]),
     tuning=TUNINGS,
+    pool=st.sampled_from(list(TUNED)),
 )
-def test_what_fits_has_room_and_no_more_warps_than_stages(head_dim, kv_heads, group, block_size, tuning):
+def test_what_fits_has_room_and_no_more_warps_than_stages(head_dim, kv_heads, group, block_size, tuning, pool):
     """And as many stages as are always the same warp's."""
-    form = Form(head_dim, kv_heads, group, block_size, tuning=tuning)
+    form = Form(head_dim, kv_heads, group, block_size, tuning=tuning, pool=pool)
     if not form.fits:
         return
     assert head_dim in (128, 256)
@@ -144,27 +158,37 @@ def test_what_fits_has_room_and_no_more_warps_than_stages(head_dim, kv_heads, gr
 
 @pytest.mark.parametrize("group", range(1, 9))
 @pytest.mark.parametrize("head_dim", [128, 256])
-def test_published_heads_fit_as_it_is_tuned(head_dim, group):
-    form = Form(head_dim, 4, group, 32)
+@over_every_pool
+def test_published_heads_fit_as_it_is_tuned(pool, head_dim, group):
+    form = Form(head_dim, 4, group, 32, tuning=TUNED[pool], pool=pool)
     assert form.fits
     assert form.deep.fits
 
 
-def test_heads_of_128_have_all_the_warps_that_they_are_tuned_for():
-    form = Form(128, 16, 2, 32)
-    assert form.warps == SEVERAL.warps
-    assert form.deep.warps == DEEP.warps
+@over_every_pool
+def test_heads_of_128_have_all_that_they_are_tuned_for(pool):
+    form = Form(128, 16, 2, 32, tuning=TUNED[pool], pool=pool)
+    assert form.deep.tuning == (DEEP_FP8 if pool == FP8 else DEEP)
+    for one in (form, form.deep):
+        assert (one.warps, one.stages) == (one.tuning.warps, one.tuning.stages)
 
 
 def test_what_deep_ones_leave_fits_the_memory_of_others():
     """They share it (`Calls`)."""
     assert DEEP.blocks <= SEVERAL.blocks
+    assert DEEP_FP8.blocks <= SEVERAL_FP8.blocks
 
 
-def test_more_stages_would_not_fit():
+def test_over_either_pool_as_much_is_left():
+    """As `AttentionNeeds` has it."""
+    assert SEVERAL_FP8.blocks == SEVERAL.blocks
+
+
+@over_every_pool
+def test_more_stages_would_not_fit(pool):
     """The ring is as long as it can be."""
-    form = Form(256, 4, 2, 32, tuning=Tuning(warps=1, stages=100))
-    of_stage = 2 * 32 * 256 * 2 + 2 * 8
+    form = Form(256, 4, 2, 32, tuning=Tuning(warps=1, stages=100), pool=pool)
+    of_stage = 2 * 32 * 256 * pool.itemsize + 2 * 8
     assert 2 * (form.shared_bytes + 1024) <= SHARED_BYTES < 2 * (form.shared_bytes + of_stage + 1024)
 
 
@@ -175,17 +199,23 @@ def tiling_of(*, head_dim=128, kv_heads=4, query_heads=8, block_size=32, process
     return Tiling(layout, query_heads, TritonTuning.of(head_dim, torch.bfloat16), processors)
 
 
-def test_the_form_is_the_model_s():
-    form = form_of(tiling_of(), torch.bfloat16, torch.bfloat16, capped=False)
-    assert form == Form(128, 4, 2, 32)
+@over_every_pool
+def test_the_form_is_the_model_s(pool):
+    form = form_of(tiling_of(), pool, torch.bfloat16, capped=False)
+    assert form == Form(128, 4, 2, 32, tuning=TUNED[pool], pool=pool)
 
 
 @pytest.mark.parametrize(
     ("pool", "queries"),
-    [(FP8, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float16)],
-    ids=["pools in FP8", "float32", "float16"],
+    [
+        (FP8, torch.float16),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=["float16 over FP8", "float32", "float16", "bfloat16 over float32"],
 )
-def test_numbers_that_are_not_bfloat16_are_left_to_the_other_kernel(pool, queries):
+def test_other_numbers_are_left_to_the_other_kernel(pool, queries):
     assert form_of(tiling_of(), pool, queries, capped=False) is None
 
 
@@ -215,13 +245,14 @@ def test_other_devices_have_none():
 
 # ---- Whether it compiles; no GPU is needed
 
-FORMS = {
+HEADS = {
     "heads of 128": Form(128, 16, 2, 32),
-    "heads of 128, deep": Form(128, 16, 2, 32).deep,
     "heads of 256": Form(256, 4, 2, 32),
-    "heads of 256, deep": Form(256, 4, 2, 32).deep,
     "eight queries for each key": Form(128, 1, 8, 64),
+    "large heads, eight queries for each key": Form(256, 1, 8, 32),
 }
+FORMS = HEADS | {f"{name}, FP8": replace(form, tuning=SEVERAL_FP8, pool=FP8) for name, form in HEADS.items()}
+FORMS |= {f"{name}, deep": form.deep for name, form in FORMS.items()}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import hopper_twin
-from tests.hopper_twin.small_decodes import FORM, TEXTS, SmallDecodes
-from wicore_backend.attention.gpu.hopper_decode import DEEP, SEVERAL, SOURCE, Form, Tuning
+from tests.hopper_twin.small_decodes import FORM, FORM_FP8, TEXTS, SmallDecodes
+from wicore_backend.attention.gpu.hopper_decode import DEEP, DEEP_FP8, SEVERAL, SEVERAL_FP8, SOURCE, Form, Tuning
+from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 
 pytestmark = pytest.mark.skipif(hopper_twin.gxx() is None, reason="needs g++")
@@ -33,6 +34,7 @@ MANY = form(128, 2, 2, 32, SEVERAL)
 LARGE = form(256, 1, 4, 32, SEVERAL)
 FAR, LARGE_FAR = (replace(one, tuning=DEEP) for one in (MANY, LARGE))
 ALONE = form(256, 1, 8, 64, cut(1, 2))
+AS_TUNED_FP8 = {SEVERAL: SEVERAL_FP8, DEEP: DEEP_FP8}
 CASES: dict[str, dict[str, Any]] = {
     "around edges of tiles": {"keys": [1, 2, 32, 33, 34, 64, 65]},
     "hundreds of keys": {"keys": [300, 5, 129], "blocks": 8},
@@ -54,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "as it is tuned, all tiles one block's": {"keys": [150, 32, 65], "form": MANY, "blocks": 3},
     "twelve tiles ahead": {"keys": [900, 33], "form": FAR, "blocks": 4, "measured": [0]},
     "twelve tiles ahead, one alone": {"keys": [700], "form": FAR, "blocks": 8},
+    "tiles ahead, more than the ring has": {"keys": [1700], "form": FAR, "blocks": 2},
     "twelve tiles ahead, a window": {"keys": [700], "form": FAR, "group": LOCAL, "window": 512},
     "as it is tuned, large heads": {"keys": [400, 65], "form": LARGE, "blocks": 3},
     "twelve tiles ahead, large heads": {"keys": [400, 65], "form": LARGE_FAR, "blocks": 3},
@@ -65,22 +68,49 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+POOLS = {"bfloat16": torch.bfloat16, "FP8": FP8}
+over_every_pool = pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+
+
+def over(pool: torch.dtype, case: dict[str, Any]) -> dict[str, Any]:
+    """The same over such a pool."""
+    form = case.get("form", FORM)
+    tuning = AS_TUNED_FP8.get(form.tuning, form.tuning) if pool == FP8 else form.tuning
+    return case | {"form": replace(form, pool=pool, tuning=tuning)}
+
+
 def right(case: SmallDecodes, seed: int) -> list[torch.Tensor]:
     results = case.run(seed)
     assert case.error(results) < BOUND, "wrong numbers"
     return results
 
 
+@over_every_pool
 @pytest.mark.parametrize("case", CASES)
-def test_results_are_plain_attention_s_and_whoever_is_quick_no_bit_differs(case):
-    decodes = SmallDecodes(**CASES[case])
+def test_results_are_plain_attention_s_and_whoever_is_quick_no_bit_differs(case, pool):
+    decodes = SmallDecodes(**over(pool, CASES[case]))
     first = right(decodes, seed=0)
     for seed in range(1, 5):
         assert all(map(torch.equal, decodes.run(seed), first)), f"with seed {seed}"
 
 
-def test_with_nothing_to_do_all_is_left_as_it_is():
-    SmallDecodes([40, 3], room=4, measured=[0], idle=True).run(seed=0)
+@over_every_pool
+def test_with_nothing_to_do_all_is_left_as_it_is(pool):
+    SmallDecodes(**over(pool, {"keys": [40, 3], "room": 4, "measured": [0], "idle": True})).run(seed=0)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_a_token_s_own_key_and_value_go_to_a_pool_in_fp8_as_others_write_them(head_dim):
+    """Of all magnitudes, those that are no numbers and those in the middle of two included; results are the values."""
+    decodes = SmallDecodes([1] * 8, layers=1, form=replace(form(head_dim, 2, 2, 32, cut(2, 4)), pool=FP8))
+    _, *kv = decodes.split(0)
+    odd = torch.tensor([float("inf"), float("-inf"), float("nan"), 448.0, 464.0, 465.0, -464.0, -1e30, -0.0])
+    chosen = torch.cat([odd, torch.arange(-128, 128) * 2.0**-10]).bfloat16()
+    for new in kv:
+        numbers = (torch.arange(new.numel()) * 12_289 % 2**16).to(torch.int16).view(torch.bfloat16)
+        numbers[: len(chosen)] = chosen
+        new.copy_(numbers.view_as(new))
+    assert decodes.error(decodes.run(seed=0)) == 0.0
 
 
 @given(
@@ -90,12 +120,13 @@ def test_with_nothing_to_do_all_is_left_as_it_is():
     blocks=st.integers(FORM.kv_heads, 12),
     idle=st.integers(0, 2),
     measures=st.booleans(),
+    form=st.sampled_from([FORM, FORM_FP8]),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=25, deadline=None)
-def test_results_are_plain_attention_s_whatever_the_step(keys, group, window, blocks, idle, measures, seed):
+@settings(max_examples=40, deadline=None)
+def test_results_are_plain_attention_s_whatever_the_step(keys, group, window, blocks, idle, measures, form, seed):
     measured = range(0, len(keys), 2) if measures and group is LayerGroup.GLOBAL else ()
-    right(SmallDecodes(keys, group, window, blocks, room=len(keys) + idle, measured=measured), seed)
+    right(SmallDecodes(keys, group, window, blocks, room=len(keys) + idle, measured=measured, form=form), seed)
 
 
 class Planted(NamedTuple):

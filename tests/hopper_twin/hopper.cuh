@@ -34,6 +34,12 @@ extern "C" char* shared;
 
 inline u32 __float_as_uint(float v) { u32 bits; std::memcpy(&bits, &v, 4); return bits; }
 inline float __uint_as_float(u32 bits) { float v; std::memcpy(&v, &bits, 4); return v; }
+inline u32 __byte_perm(u32 low, u32 high, u32 order) {  // CUDA's; a byte's sign is never asked for.
+    const u64 bytes = (u64)high << 32 | low;
+    u32 v = 0;
+    for (u32 i = 0; i < 4; ++i) v |= (u32)(bytes >> (order >> i * 4 & 7) * 8 & 255) << i * 8;
+    return v;
+}
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float v) { return std::exp(v); }
 inline float __log2f(float v) { return std::log2(v); }
@@ -166,6 +172,9 @@ float2 unpack(u32 pair) {
 }
 
 inline u32 raise_fp8(u32 pair) { return twin::half_of_e4m3(pair & 255) | twin::half_of_e4m3(pair >> 8 & 255) << 16; }
+
+inline uint2 raise_fp8_four(u32 codes) { return {raise_fp8(codes), raise_fp8(codes >> 16)}; }
+inline u32 lower_fp8(float low, float high) { return twin::to_e4m3(low) | twin::to_e4m3(high) << 8; }
 
 template <u32 MASK, u32 WITH>
 u32 masked_with(u32 word) { return (word & MASK) | WITH; }

@@ -82,5 +82,6 @@ u32 to_half(float v);
 u32 to_bfloat16(float v);
 float from_bfloat16(u32 bits);  // the lower 16
 u32 half_of_e4m3(u32 bits);
+u32 to_e4m3(float v);
 
 }  // namespace twin

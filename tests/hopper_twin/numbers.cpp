@@ -1,5 +1,6 @@
 // Numbers of 16 and 8 bits, as the card has them.
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -53,6 +54,15 @@ u32 half_of_e4m3(u32 bits) {
     if (exponent == 15 && mantissa == 7) return 0x7fff;
     const float v = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
     return to_half(bits & 128 ? -v : v);
+}
+
+u32 to_e4m3(float v) {  // to the nearest, of two as near to the even one; what is beyond the greatest to that
+    if (v != v) return 0x7f;
+    const u32 sign = std::signbit(v) ? 128 : 0;
+    v = std::min(std::fabs(v), 448.0f);
+    const int exponent = v < 0x1p-6f ? -6 : std::ilogb(v);
+    const float units = std::nearbyint(std::ldexp(v, 3 - exponent));  // 8 to 16 of them, fewer below 2^-6
+    return sign | ((exponent + 6) * 8 + (u32)units);
 }
 
 }  // namespace twin

@@ -24,7 +24,7 @@ extern "C" void kernel(const void* parameters);  // What was compiled.
 
 namespace twin {
 
-constexpr u32 LANES = 32, MOST_BARRIERS = 32, MOST_MEETINGS = 16;
+constexpr u32 LANES = 32, MOST_BARRIERS = 64, MOST_MEETINGS = 16;
 
 struct Region {  // of global memory
     const char* at;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.hopper_decode import SOURCE, Calls, Form, Tuning
 from wicore_backend.attention.gpu.masses import Measurements
 from wicore_backend.attention.gpu.schedule import WORK_KEYS, Sequences, decode_work
+from wicore_backend.hmt.fp8 import FP8, to_fp8
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hopper import HEADERS
 
 TEXTS = {file.name: file.read_text() for file in (SOURCE, *HEADERS)}
 FORM = Form(128, 2, 2, 32, tuning=Tuning(warps=2, blocks=2, stages=4), most_sequences=8)
+FORM_FP8 = replace(FORM, pool=FP8)
 SCALE = 0.1
 _IDLE = 7.0
 """What results are before, those of idle rows after, too."""
@@ -30,7 +32,7 @@ _OF_MASSES = 1e-3
 
 @dataclass
 class SmallDecodes:
-    """Layers of one group, over a pool that is NaN where nothing was written.
+    """Layers of one group, over a pool that is NaN where nothing was written; bytes if it is in FP8.
 
     Queries, keys and values of a layer lie in one tensor, but for a later layer's queries: those are what the layer
     before gives.
@@ -67,15 +69,16 @@ class SmallDecodes:
         for row, blocks in zip(self.table, held, strict=True):
             row[:blocks] = [next(order) for _ in range(blocks)]
         shape = (sum(held) + 1, self.layers, 2, form.block_size, form.kv_heads, form.head_dim)
-        self.pool = torch.full(shape, float("nan"), dtype=torch.bfloat16)
+        self.pool = self._stored(torch.full(shape, float("nan")))
         self.kept: list[list[Tensor]] = []
         for layer in range(self.layers):
             self.kept.append([])
             for keys, row in zip(self.keys, self.table, strict=True):
                 old = torch.randn(2, keys - 1, form.kv_heads, form.head_dim).bfloat16()
-                self.kept[-1].append(old)
+                self.kept[-1].append(self._rounded(old))
+                stored = self._stored(self.kept[-1][-1])
                 for at in range(keys - 1):
-                    self.pool[row[at // form.block_size], layer, :, at % form.block_size] = old[:, at]
+                    self.pool[row[at // form.block_size], layer, :, at % form.block_size] = stored[:, at]
         heads = form.kv_heads * (form.group + 2)
         self.qkv = torch.randn(self.layers, count, heads, form.head_dim).bfloat16()
         positions = np.array(self.keys, np.int32) - 1
@@ -103,6 +106,15 @@ class SmallDecodes:
         """Queries, keys and values of the layer, as if it were the first."""
         kv = self.form.kv_heads
         return list(self.qkv[layer].split([kv * self.form.group, kv, kv], 1))
+
+    def _rounded(self, numbers: Tensor) -> Tensor:
+        """float32 of bfloat16 as they are read from the pool."""
+        return (to_fp8(numbers) if self.form.pool == FP8 else numbers).float()
+
+    def _stored(self, numbers: Tensor) -> Tensor:
+        """Numbers that the pool has, as its elements."""
+        stored = numbers.to(self.form.pool)
+        return stored.view(torch.uint8) if self.form.pool == FP8 else stored
 
     def run(self, seed: int) -> list[Tensor]:
         """Each layer's result [sequences, query heads * d].
@@ -164,12 +176,13 @@ class SmallDecodes:
         [those keys, query heads, d], if layers give `results`."""
         layers: list[list[tuple[Tensor, Tensor]]] = []
         for layer, all_old in enumerate(self.kept):
-            queries, new_keys, new_values = (part.float() for part in self.split(layer))
+            queries, *new_kv = self.split(layer)
+            queries, new_keys, new_values = queries.float(), *map(self._rounded, new_kv)
             if layer > 0:
                 queries = results[layer - 1].float().view(-1, *queries.shape[1:])
             layers.append([])
             for query, old, *new in zip(queries[: len(results[layer])], all_old, new_keys, new_values, strict=False):
-                keys, values = torch.cat([old.float(), torch.stack(new)[:, None]], 1)
+                keys, values = torch.cat([old, torch.stack(new)[:, None]], 1)
                 if self.group is LayerGroup.LOCAL:
                     keys, values = keys[-self.window :], values[-self.window :]
                 keys, values = (x.repeat_interleave(self.form.group, 1) for x in (keys, values))
@@ -180,11 +193,12 @@ class SmallDecodes:
         """The pool is as it was, and has the new tokens' keys and values."""
         size, expected = self.form.block_size, self.pool.clone()
         for layer in range(self.layers):
-            _, k, v = self.split(layer)
+            _, *kv = self.split(layer)
+            k, v = (self._stored(self._rounded(new)) for new in kv)
             for number, keys in enumerate(self.keys[:count]):
                 place = self.table[number][(keys - 1) // size], layer, slice(None), (keys - 1) % size
                 expected[place] = torch.stack([k[number], v[number]])
-        assert torch.equal(pool.view(torch.int16), expected.view(torch.int16)), "the pool has not just the new tokens"
+        assert torch.equal(pool.view(torch.uint8), expected.view(torch.uint8)), "the pool has not just the new tokens"
 
     def _assert_measured(self, mass: Tensor, results: Sequence[Tensor]) -> None:
         """Masses of tiles, of the own key and of all are what plain attention has, and nothing else is written."""

@@ -216,6 +216,23 @@ __device__ __forceinline__ u32 raise_fp8(u32 pair) {
     return raised;
 }
 
+// Four E4M3 numbers in float16.
+__device__ __forceinline__ uint2 raise_fp8_four(u32 codes) {
+    uint2 raised;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+        : "=r"(raised.x), "=r"(raised.y) : "r"(codes));
+    return raised;
+}
+
+// The nearest two E4M3 numbers, half to even, in the lower 16 bits; what is beyond 448 becomes that.
+__device__ __forceinline__ u32 lower_fp8(float low, float high) {
+    u32 pair;
+    asm("{ .reg .b16 both; cvt.rn.satfinite.e4m3x2.f32 both, %1, %2; cvt.u32.u16 %0, both; }"
+        : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 // (word & MASK) | WITH, which the compiler would take two instructions for.
 template <u32 MASK, u32 WITH>
 __device__ __forceinline__ u32 masked_with(u32 word) {

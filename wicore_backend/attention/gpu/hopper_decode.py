@@ -1,7 +1,7 @@
 """Decodes on Hopper by a kernel of their own, which shares a step's keys out evenly: `kernels/decode_hopper.cu`.
 
-It is compiled for a model's heads when its attention is made, and kept on disk. It takes up to 64 sequences in
-bfloat16; more of them, and pools in FP8, have `kernels/decode.py`.
+It is compiled for a model's heads and the type of its pools when its attention is made, and kept on disk. It takes up
+to 64 sequences in bfloat16, over pools in bfloat16 or FP8; more of them have `kernels/decode.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS
 from wicore_backend.attention.gpu.tiling import Tiling
+from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.hopper import ARCHITECTURE, HEADERS, SHARED_BYTES
 
@@ -59,6 +60,10 @@ SEVERAL = Tuning()
 DEEP = Tuning(warps=4, blocks=1, stages=12, least=5)
 """With more tiles on their way: for up to `_FEW` sequences, and for global layers, whose keys lie on so many pages of
 memory that each tile waits for its page (docs/benchmarks/attention-on-gpu.md)."""
+SEVERAL_FP8 = Tuning(stages=8)
+DEEP_FP8 = Tuning(warps=6, blocks=1, stages=24, least=5)
+"""The same for pools in FP8, whose tiles have half the bytes: as many bytes on their way, and for as many tiles in less
+time more warps. They have not been measured yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ class Form:
         Query heads of a KV head.
     most_sequences
         Of a step.
+    pool
+        The type of keys and values in the pool, bfloat16 or FP8.
     """
 
     head_dim: int
@@ -79,6 +86,7 @@ class Form:
     block_size: int
     most_sequences: int = MOST
     tuning: Tuning = SEVERAL
+    pool: torch.dtype = torch.bfloat16
 
     @property
     def fits(self) -> bool:
@@ -97,8 +105,8 @@ class Form:
 
     @property
     def deep(self) -> Form:
-        """The same with `DEEP`."""
-        return replace(self, tuning=DEEP)
+        """The same with `DEEP` or `DEEP_FP8`."""
+        return replace(self, tuning=DEEP_FP8 if self.pool == FP8 else DEEP)
 
     @property
     def threads(self) -> int:
@@ -120,7 +128,7 @@ class Form:
     @property
     def _of_stage(self) -> int:
         """Keys and values of a tile, and two barriers."""
-        return 2 * WORK_KEYS * self.head_dim * torch.bfloat16.itemsize + 2 * 8
+        return 2 * WORK_KEYS * self.head_dim * self.pool.itemsize + 2 * 8
 
     @property
     def _beside(self) -> int:
@@ -139,6 +147,7 @@ class Form:
             "WARPS": self.warps,
             "STAGES": self.stages,
             "LEAST": self.tuning.least,
+            "POOL_BITS": 8 * self.pool.itemsize,
         }
 
 
@@ -194,14 +203,13 @@ class Calls:
     ) -> ctypes.Structure:
         """For the decodes of `work`, int32 [(sequences + 1) * WORK_FIELDS]; the others are as for `decode_kernel`, but
         that `mass_at` is of this layer alone."""
-        size = pool.itemsize
         return _Decode(
             *(tensor.data_ptr() for tensor in (q, k, v, pool, out, work, tables)),
             *(tensor.data_ptr() for tensor in (self.parts, self.stats, self.arrived)),
             *(None if tensor is None else tensor.data_ptr() for tensor in (mass_at, mass)),
-            layer_at * size,
-            block_stride * size,
-            *(stride * size for tensor in (q, k, v) for stride in tensor.stride()[:2]),
+            layer_at * pool.itemsize,
+            block_stride * pool.itemsize,
+            *(stride * tensor.itemsize for tensor in (q, k, v) for stride in tensor.stride()[:2]),
             len(work) // WORK_FIELDS - 1,
             self._scale,
         )
@@ -215,7 +223,7 @@ class HopperDecode:
     Parameters
     ----------
     form
-        With `SEVERAL`; it is compiled with `DEEP` besides.
+        As `form_of` gives it; it is compiled as `Form.deep` besides.
     processors, scale
         Multiprocessors of the device; of scores, which are powers of two.
 
@@ -245,11 +253,14 @@ class HopperDecode:
 
 
 def form_of(tiling: Tiling, pool: torch.dtype, queries: torch.dtype, *, capped: bool) -> Form | None:
-    """The form for a model's heads; None if the kernel is not for such heads, pools or scores that are `capped`."""
+    """The form for a model's heads, with `SEVERAL` or `SEVERAL_FP8`; None if the kernel is not for such heads, pools or
+    scores that are `capped`."""
     layout = tiling.layout
-    form = Form(layout.head_dim, layout.kv_heads, tiling.group, layout.block_size)
-    fits = form.fits and pool is queries is torch.bfloat16 and not capped and tiling.cell == WORK_KEYS
-    return form if fits and tiling.processors >= layout.kv_heads else None
+    if pool not in (torch.bfloat16, FP8) or queries != torch.bfloat16 or capped or tiling.cell != WORK_KEYS:
+        return None
+    tuning = SEVERAL_FP8 if pool == FP8 else SEVERAL
+    form = Form(layout.head_dim, layout.kv_heads, tiling.group, layout.block_size, tuning=tuning, pool=pool)
+    return form if form.fits and tiling.processors >= layout.kv_heads else None
 
 
 def hopper_decode(form: Form | None, *, processors: int, scale: float, device: torch.device) -> HopperDecode | None:

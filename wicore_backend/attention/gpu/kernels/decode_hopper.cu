@@ -16,8 +16,14 @@
 // heads of a KV head as the columns of the right one, 8 at most; the weights of keys, turned, are the right operand of
 // the values' product. Scores are powers of two. Everything is in bfloat16 but sums.
 //
+// Keys and values in E4M3 are widened to float16, which holds them, on their way from shared memory to the tensor
+// cores, and so are queries. A piece of 16 bytes of keys is 16 channels; those of a product may be in any order that
+// the queries have, too, so that each lane takes the 4 that it is given. Values are turned in pairs of channels, of
+// which each lane then takes the even and the odd one apart: they are its two rows.
+//
 // Given when it is compiled: HEAD_DIM, KV_HEADS, GROUP (query heads of a KV head), BLOCK_SIZE (tokens of a
-// block), MOST_SEQUENCES (of a step), WARPS (that attend), STAGES (tiles of the ring), LEAST (tiles of a block).
+// block), MOST_SEQUENCES (of a step), WARPS (that attend), STAGES (tiles of the ring), LEAST (tiles of a block),
+// POOL_BITS (of a number there: 16 for bfloat16, 8 for E4M3).
 
 #include "ring.cuh"
 
@@ -31,7 +37,7 @@ struct Sequence {
 struct Decode {
     const char *q, *k, *v;  // bfloat16 [sequences, heads, HEAD_DIM]
     char* pool;             // A layer's keys begin at `layer_at` of a block: [2, BLOCK_SIZE, KV_HEADS, HEAD_DIM].
-    char* out;              // [sequences, KV_HEADS * GROUP, HEAD_DIM]
+    char* out;              // bfloat16 [sequences, KV_HEADS * GROUP, HEAD_DIM]
     const Sequence* work;   // [sequences + 1]
     const int* tables;
     float* parts;   // [blocks, 2, GROUP, HEAD_DIM], and
@@ -46,12 +52,14 @@ struct Decode {
 };
 
 constexpr int WIDTH = 32, KEYS = 32, COLUMNS = 8, CONSUMERS = WARPS * WIDTH;
-constexpr int HEAD_BYTES = HEAD_DIM * 2, ROW_BYTES = KV_HEADS * HEAD_BYTES;
+constexpr bool NARROW = POOL_BITS == 8;  // Numbers are multiplied in float16 then, else in bfloat16.
+constexpr int HEAD_BYTES = HEAD_DIM * POOL_BITS / 8, ROW_BYTES = KV_HEADS * HEAD_BYTES;  // in the pool
 constexpr int PANEL_BYTES = KEYS * HEAD_BYTES, STAGE_BYTES = 2 * PANEL_BYTES;  // keys or values of a tile; both
-constexpr int DEPTH = HEAD_DIM / 16;
+constexpr int DEPTH = HEAD_DIM / 16, PIECES = HEAD_BYTES / 16;
 constexpr int VECTORS = HEAD_DIM / 128;  // of a head: 4 numbers for each lane
 
 static_assert(HEAD_DIM % 128 == 0 && BLOCK_SIZE % KEYS == 0 && GROUP <= COLUMNS, "other shapes have another kernel");
+static_assert(POOL_BITS == 16 || POOL_BITS == 8, "other numbers have another kernel");
 
 // ---- Shared memory: ring, barriers, the sequences, what warps put together (of one run and of the next)
 
@@ -127,7 +135,6 @@ struct Run {
 // ---- The copying warp
 
 __device__ __forceinline__ void copy_tiles(const Decode& decode, Run run) {
-    constexpr int PIECES = HEAD_BYTES / 16;
     const int lane = threadIdx.x % WIDTH;
     Ring ring;
     for (; run.left > 0; run.next()) {
@@ -176,14 +183,29 @@ struct Measurement {
 constexpr float FLOOR = -1e30f;  // Below any score; finite, so that what has seen no key yet is no NaN.
 
 // A warp's softmax over its tiles of a run. A lane has two columns, `lane % 4 * 2` and the next one, which are query
-// heads; of values' sums the channels `lane / 4` and that plus 8 of each 16.
+// heads; of values' sums two channels of each 16, `channel_of` the first row and that of the second.
 struct State {
     float top[2] = {FLOOR, FLOOR};
     float total[2] = {};  // of this lane's keys
     float sum[DEPTH][4] = {};
 };
 
+__device__ __forceinline__ int channel_of(int second) {
+    const int row = threadIdx.x % WIDTH / 4;
+    return NARROW ? row * 2 + second : row + second * 8;
+}
+
 __device__ __forceinline__ float2 floats(uint2 v) { return {__uint_as_float(v.x), __uint_as_float(v.y)}; }
+
+__device__ __forceinline__ u32 as_half(u32 pair) {  // of bfloat16
+    const float2 v = unpack<false>(pair);
+    return pack<true>(v.x, v.y);
+}
+
+__device__ __forceinline__ u32 lowered(u32 pair) {  // E4M3 of bfloat16, as `hmt/fp8.py` has it: NaN is 0.
+    const float2 v = unpack<false>(pair);
+    return lower_fp8(v.x == v.x ? v.x : 0.0f, v.y == v.y ? v.y : 0.0f);
+}
 
 // Of the head's numbers at `at`, those of this lane: 4 of each 128.
 __device__ __forceinline__ void load_head(uint2 (&v)[VECTORS], const char* at) {
@@ -200,10 +222,28 @@ __device__ __forceinline__ void load_queries(u32 (&queries)[DEPTH][2], const Dec
     const int lane = threadIdx.x % WIDTH, member = lane / 4;
     const char* at = query_head(decode, run, member);
 #pragma unroll
-    for (int i = 0; i < DEPTH; ++i)
+    for (int i = 0; i < DEPTH; ++i) {
+        if constexpr (NARROW) {
+            const uint2 four = member < GROUP ? load_pairs(at + i * 32 + lane % 4 * 8) : uint2{};
+            queries[i][0] = as_half(four.x);
+            queries[i][1] = as_half(four.y);
+        } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            queries[i][half] = member < GROUP ? load_pair(at + i * 32 + half * 16 + lane % 4 * 4) : 0;
+            for (int half = 0; half < 2; ++half)
+                queries[i][half] = member < GROUP ? load_pair(at + i * 32 + half * 16 + lane % 4 * 4) : 0;
+        }
+    }
+}
+
+// Four numbers go to the pool as they are kept there, and stay as what they are read as again.
+__device__ __forceinline__ void keep(uint2& four, char* place, int index) {
+    if constexpr (NARROW) {
+        const u32 codes = lowered(four.x) | lowered(four.y) << 16;
+        *(u32*)(place + index * 4) = codes;
+        four = raise_fp8_four(codes);
+    } else {
+        *(uint2*)(place + index * 8) = four;
+    }
 }
 
 // What a softmax begins with: the token's own key and value, which go to the pool.
@@ -218,8 +258,8 @@ __device__ __forceinline__ void begin_with_own(State& state, const Decode& decod
                   run.head * HEAD_BYTES;
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
-        *(uint2*)(place + i * 256 + lane * 8) = key[i];
-        *(uint2*)(place + BLOCK_SIZE * ROW_BYTES + i * 256 + lane * 8) = value[i];
+        keep(key[i], place, i * WIDTH + lane);
+        keep(value[i], place + BLOCK_SIZE * ROW_BYTES, i * WIDTH + lane);
     }
 #pragma unroll
     for (int member = 0; member < GROUP; ++member) {
@@ -228,7 +268,7 @@ __device__ __forceinline__ void begin_with_own(State& state, const Decode& decod
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i) {
             const float2 a = unpack<false>(query[i].x), b = unpack<false>(query[i].y);
-            const float2 c = unpack<false>(key[i].x), d = unpack<false>(key[i].y);
+            const float2 c = unpack<NARROW>(key[i].x), d = unpack<NARROW>(key[i].y);
             product += (a.x * c.x + a.y * c.y) + (b.x * d.x + b.y * d.y);
         }
 #pragma unroll
@@ -243,11 +283,12 @@ __device__ __forceinline__ void begin_with_own(State& state, const Decode& decod
     for (int i = 0; i < DEPTH; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            // Channel i * 16 + half * 8 + lane / 4 is among the four of this lane:
-            const int holder = i * 4 % WIDTH + half * 2 + lane / 16;
+            // The lane that has channel i * 16 + channel_of(half), in which word, and there in which half.
+            const int holder = i * 4 % WIDTH + (NARROW ? lane / 8 : half * 2 + lane / 16);
             const u32 x = __shfl_sync(~0u, value[i / 8].x, holder), y = __shfl_sync(~0u, value[i / 8].y, holder);
-            const float2 pair = unpack<false>(lane / 8 % 2 ? y : x);
-            state.sum[i][half * 2] = state.sum[i][half * 2 + 1] = lane / 4 % 2 ? pair.y : pair.x;
+            const float2 pair = unpack<NARROW>(lane / (NARROW ? 4 : 8) % 2 ? y : x);
+            const bool upper = NARROW ? half : lane / 4 % 2;
+            state.sum[i][half * 2] = state.sum[i][half * 2 + 1] = upper ? pair.y : pair.x;
         }
 }
 
@@ -263,6 +304,20 @@ __device__ __forceinline__ float sum_of_column(float sum) {
     return sum;
 }
 
+// Of 16 channels of a key and of the one 8 below, this lane's 4 of each.
+__device__ __forceinline__ void add_keys(float (&scores)[4], u32 upper, u32 lower, const u32 (&queries)[2]) {
+    const uint2 a = raise_fp8_four(upper), b = raise_fp8_four(lower);
+    mma<true>(scores, a.x, b.x, a.y, b.y, queries[0], queries[1]);
+}
+
+// Two channels of two values, and of the two 8 below.
+__device__ __forceinline__ void add_values(float (&sum)[4], u32 upper, u32 lower, u32 first, u32 second) {
+    constexpr u32 BY_CHANNELS = 0x3120;  // The bytes' order: a channel of both values, then the other one.
+    const uint2 a = raise_fp8_four(__byte_perm(upper, 0, BY_CHANNELS));
+    const uint2 b = raise_fp8_four(__byte_perm(lower, 0, BY_CHANNELS));
+    mma<true>(sum, a.x, a.y, b.x, b.y, first, second);
+}
+
 // One more tile, whose tokens begin at `position`, with its keys and values at `panel`.
 __device__ __forceinline__ void add_tile(State& state, const u32 (&queries)[DEPTH][2], const char* panel, int position,
                                          const Sequence& sequence, const Measurement& measurement, float scale) {
@@ -271,12 +326,17 @@ __device__ __forceinline__ void add_tile(State& state, const u32 (&queries)[DEPT
     {
         const int row = lane % 16;
 #pragma unroll
-        for (int i = 0; i < DEPTH; ++i)
+        for (int i = 0; i < PIECES / 2; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int piece = (i * 2 + lane / 16) ^ row % 8;
                 const uint4 keys = load_matrices(panel + (half * 16 + row) * HEAD_BYTES + piece * 16);
-                mma<false>(scores[half], keys.x, keys.y, keys.z, keys.w, queries[i][0], queries[i][1]);
+                if constexpr (NARROW) {
+                    add_keys(scores[half], keys.x, keys.y, queries[i * 2]);
+                    add_keys(scores[half], keys.z, keys.w, queries[i * 2 + 1]);
+                } else {
+                    mma<false>(scores[half], keys.x, keys.y, keys.z, keys.w, queries[i][0], queries[i][1]);
+                }
             }
     }
     if (position < sequence.lowest || position + KEYS > sequence.fresh) {
@@ -315,14 +375,19 @@ __device__ __forceinline__ void add_tile(State& state, const u32 (&queries)[DEPT
     const int token = lane % 8 + lane / 16 * 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const u32 first = turned(pack<false>(scores[half][0], scores[half][1]));
-        const u32 second = turned(pack<false>(scores[half][2], scores[half][3]));
+        const u32 first = turned(pack<NARROW>(scores[half][0], scores[half][1]));
+        const u32 second = turned(pack<NARROW>(scores[half][2], scores[half][3]));
 #pragma unroll
-        for (int i = 0; i < DEPTH; ++i) {
+        for (int i = 0; i < PIECES / 2; ++i) {
             const int piece = (i * 2 + lane / 8 % 2) ^ token % 8;
             const uint4 values =
                 load_matrices_turned(panel + PANEL_BYTES + (half * 16 + token) * HEAD_BYTES + piece * 16);
-            mma<false>(state.sum[i], values.x, values.y, values.z, values.w, first, second);
+            if constexpr (NARROW) {
+                add_values(state.sum[i * 2], values.x, values.z, first, second);
+                add_values(state.sum[i * 2 + 1], values.y, values.w, first, second);
+            } else {
+                mma<false>(state.sum[i], values.x, values.y, values.z, values.w, first, second);
+            }
         }
     }
 }
@@ -355,11 +420,15 @@ __device__ __forceinline__ void give(const State& state, const Decode& decode, c
         const int member = lane % 4 * 2 + column;
         if (member >= GROUP) continue;
         if (lane / 4 == 0) stats[warp * GROUP + member] = {state.top[column], total};
-        float* mine = parts + (warp * GROUP + member) * HEAD_DIM + lane / 4;
+        float* mine = parts + (warp * GROUP + member) * HEAD_DIM;
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i) {
-            mine[i * 16] = state.sum[i][column];
-            mine[i * 16 + 8] = state.sum[i][column + 2];
+            if constexpr (NARROW) {  // They lie beside each other.
+                *(float2*)(mine + i * 16 + channel_of(0)) = {state.sum[i][column], state.sum[i][column + 2]};
+            } else {
+                mine[i * 16 + channel_of(0)] = state.sum[i][column];
+                mine[i * 16 + channel_of(1)] = state.sum[i][column + 2];
+            }
         }
     }
     consumers_meet();
@@ -432,7 +501,9 @@ __device__ __forceinline__ void attend(const Decode& decode, const Shares& share
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH) decode_hopper(const __grid_constant__ Decode decode) {
+// The least blocks of a multiprocessor, which 0 leaves to the compiler: for E4M3 and eight warps it spills else.
+extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH, NARROW ? 1 : 0)
+    decode_hopper(const __grid_constant__ Decode decode) {
     // Who waits for a stage's phase must know that the one before it is over, or takes that for it.
     static_assert(STAGES % WARPS == 0, "a stage is always the same warp's");
     let_next_begin();
