@@ -1,6 +1,6 @@
 """Ways to run a layer of one token as one kernel, beside several kernels a layer; on a Hopper GPU, or dry on a CPU.
 
-    python -m scripts.benchmark_streamed_layer --bits 4 8 --json
+    python -m scripts.benchmark_streamed_layer --bits 4 8 16 --json
     python -m scripts.benchmark_streamed_layer --dry
 
 Eight layers of distinct weights are one CUDA graph, as in a decode step but for the attention; `--pause` puts a kernel
@@ -23,20 +23,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
-from wicore_backend.executor.streamed_layer import MEASURED, Form, StreamedLayers, Tuning
+from wicore_backend.executor.streamed_layer import MEASURED, Bits, Form, StreamedLayers, Tuning
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.models.gemma3.weights import Gemma3Weights
-from wicore_backend.quantization.fp8 import Fp8Matrix, quantized_fp8
-from wicore_backend.quantization.int4 import Int4Matrix
+from wicore_backend.models.gemma3.weights import Gemma3Weights, Weight
+from wicore_backend.quantization.fp8 import quantized_fp8
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
-Bits = Literal[4, 8]
 LAYERS = 8
 REPLAYS, REPEATS = 20, 100
 _TOLERANCE = 1e-2
@@ -62,6 +59,15 @@ WAYS: Mapping[Bits, Mapping[str, Tuning]] = {
         "116 KB": replace(MEASURED, in_flight=116 * _KB),
         "11 warps": replace(MEASURED, warps=11),
     },
+    16: {
+        "as it is": MEASURED,
+        "58 KB on their way": replace(MEASURED, in_flight=58 * _KB),
+        "88 KB": replace(MEASURED, in_flight=88 * _KB),
+        "140 KB": replace(MEASURED, in_flight=140 * _KB),
+        "6 warps": replace(MEASURED, warps=6),
+        "7 warps": replace(MEASURED, warps=7),
+        "14 warps": replace(MEASURED, warps=14),
+    },
 }
 
 
@@ -86,7 +92,7 @@ class Layers:
             (Path(directory) / "config.json").write_text(json.dumps(_COMMON | SHAPES[shape] | few))
             self.config = Gemma3Config.from_checkpoint(Path(directory))
         self.weights: Gemma3Weights = random_weights(
-            self.config, device=device, dtype=torch.bfloat16, quantize=_int4 if bits == 4 else quantized_fp8
+            self.config, device=device, dtype=torch.bfloat16, quantize=_QUANTIZE[bits]
         )
         text = self.config.text
         self.attended = text.num_heads * text.head_dim
@@ -131,8 +137,7 @@ class Layers:
 
         text = self.weights.text
         plain = tuple(
-            replace(layer, **{name: getattr(layer, name).dequantized(torch.float32) for name in _MATRICES})
-            for layer in text.layers[:2]
+            replace(layer, **{name: _plain(getattr(layer, name)) for name in _MATRICES}) for layer in text.layers[:2]
         )
         embedding = text.embedding.float()
         twin = replace(text, embedding=embedding, head=embedding, layers=plain)
@@ -230,7 +235,7 @@ def dry(bits: Bits, ways: Mapping[str, Tuning]) -> Iterator[Found]:
         small = replace(tuning, warps=None, in_flight=None)
         if small not in compiled:
             with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
-                layers = SmallLayers(Path(directory), "int4" if bits == 4 else "fp8", tuning=small)
+                layers = SmallLayers(Path(directory), _KINDS[bits], tuning=small)
                 hidden, attention = layers.row()
                 try:
                     results = layers.run(hidden, attention, seed=0)
@@ -279,7 +284,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="gemma-3-27b")
-    parser.add_argument("--bits", type=int, nargs="+", choices=[4, 8], default=[4, 8])
+    parser.add_argument("--bits", type=int, nargs="+", choices=[4, 8, 16], default=[4, 8, 16])
     parser.add_argument("--ways", nargs="+", help="names of ways, as in the table; all unless given")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--pause", type=float, default=0.0, help="microseconds between layers in which nothing is read")
@@ -291,8 +296,16 @@ def _arguments() -> argparse.Namespace:
     return options
 
 
-def _int4(matrix: Tensor) -> Int4Matrix | Fp8Matrix:
-    return quantized_int4(matrix, search=False)
+_QUANTIZE: Mapping[Bits, Callable[[Tensor], Weight]] = {
+    4: lambda matrix: quantized_int4(matrix, search=False),
+    8: quantized_fp8,
+    16: lambda matrix: matrix,
+}
+_KINDS: Mapping[Bits, str] = {4: "int4", 8: "fp8", 16: "bf16"}
+
+
+def _plain(weight: Weight) -> Tensor:
+    return weight.float() if isinstance(weight, Tensor) else weight.dequantized(torch.float32)
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
 from tests.accuracy import relative_error
+from tests.hopper_twin.small_layers import plain_matrix
 from wicore_backend.executor.streamed_layer import (
     HEADERS,
     MEASURED,
@@ -31,10 +32,13 @@ from wicore_backend.quantization.int4_rounding import quantized_int4
 
 H200_BLOCKS = 132
 QUANTIZE = {
+    "bf16": lambda matrix: matrix,
     "fp8": quantized_fp8,
     "int4": lambda matrix: quantized_int4(matrix, search=False),
     "int4 with zero points": lambda matrix: quantized_int4(matrix, symmetric=False, search=False),
 }
+BITS = {"bf16": 16, "fp8": 8, "int4": 4, "int4 with zero points": 4}
+every_width = pytest.mark.parametrize("bits", [4, 8, 16])
 every_kind = pytest.mark.parametrize("kind", QUANTIZE)
 SMALL = {
     "heads of 128": {
@@ -94,7 +98,7 @@ def test_blocks_have_equally_many_stages_and_no_piece_is_three_blocks(pieces, st
         assert max(lengths) - min(lengths) <= 1
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@every_width
 @pytest.mark.parametrize("shape", ["gemma-3-27b", "gemma-3-12b"])
 def test_blocks_of_a_large_model_read_equally_much_of_each_matrix(shape, bits, config):
     form = form_of(config(SHAPES[shape]).text, bits=bits)
@@ -118,7 +122,7 @@ def form_of(text, bits):
     )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@every_width
 @pytest.mark.parametrize("shape", ["gemma-3-27b", "gemma-3-12b", "gemma-3-4b"])
 def test_published_models_have_room(shape, bits, config):
     form = form_of(config(SHAPES[shape]).text, bits)
@@ -136,7 +140,7 @@ def test_the_form_is_that_of_the_weights(kind, config):
     model = config(SMALL["heads of 128"])
     form = Form.of(model.text, layers_of(model, torch.bfloat16, QUANTIZE[kind]))
     assert form is not None
-    assert form.bits == (8 if kind == "fp8" else 4)
+    assert form.bits == BITS[kind]
     assert form.zeros == (kind == "int4 with zero points")
     assert (form.attended, form.qkv, form.qk_heads) == (6 * 128, 10 * 128, 8)
 
@@ -162,7 +166,9 @@ def test_other_matrices_are_left_to_several_kernels(config):
     assert Form.of(model.text, taken) is not None
     assert Form.of(model.text, [replace(taken[0], qkv_bias=torch.zeros(10 * 128)), *taken[1:]]) is None
     assert Form.of(model.text, [replace(taken[0], down=quantized_fp8(torch.zeros(512, 1280))), *taken[1:]]) is None
-    assert Form.of(model.text, layers_of(model, torch.bfloat16, lambda matrix: matrix)) is None
+    plain = torch.zeros(512, 1280, dtype=torch.bfloat16)
+    assert Form.of(model.text, [replace(taken[0], down=plain), *taken[1:]]) is None
+    assert Form.of(model.text, layers_of(model, torch.float32, lambda matrix: matrix)) is None
     assert Form.of(model.text, layers_of(model, torch.float16, QUANTIZE["int4"])) is None
     groups_of_64 = layers_of(model, torch.bfloat16, lambda matrix: quantized_int4(matrix, 64, search=False))
     assert Form.of(model.text, groups_of_64) is None
@@ -174,7 +180,7 @@ def layers_of(model, dtype, quantize):
 
 
 @every_way
-@pytest.mark.parametrize("bits", [4, 8])
+@every_width
 def test_it_compiles(bits, way, config):
     """Where there is NVRTC; no GPU is needed."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="PyTorch's builds for CUDA bring cuda-bindings")
@@ -212,10 +218,7 @@ class Case:
         text = model.text
         self.layers = weights.text.layers
         self.streamed = StreamedLayers(Form.of(text, self.layers, WAYS[way]), text.rms_norm_eps, self.layers, device)
-        plain = [
-            replace(layer, **{n: getattr(layer, n).dequantized(torch.float32) for n in MATRICES})
-            for layer in self.layers
-        ]
+        plain = [replace(layer, **{n: plain_matrix(getattr(layer, n)) for n in MATRICES}) for layer in self.layers]
         twin = replace(weights.text, embedding=weights.text.embedding.float(), layers=tuple(plain))
         self.twin = TorchExecutor(model, replace(weights, text=replace(twin, head=twin.embedding)))
         angles = torch.randn(1, text.head_dim // 2, device=device).repeat(1, 2)

@@ -15,6 +15,8 @@ from wicore_backend.executor.streamed_layer import MEASURED, Tuning
 pytestmark = pytest.mark.skipif(hopper_twin.gxx() is None, reason="needs g++")
 
 WAYS = {
+    "bf16": ("bf16", MEASURED),
+    "bf16 in stages of three spans": ("bf16", Tuning(warps=3)),
     "fp8": ("fp8", MEASURED),
     "fp8 in stages of two spans": ("fp8", Tuning(warps=2)),
     "int4": ("int4", MEASURED),

@@ -22,6 +22,7 @@ from wicore_backend.quantization.int4_rounding import quantized_int4
 
 CPU = torch.device("cpu")
 QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {
+    "bf16": lambda matrix: matrix,
     "fp8": quantized_fp8,
     "int4": lambda matrix: quantized_int4(matrix, search=False),
     "int4 with zero points": lambda matrix: quantized_int4(matrix, symmetric=False, search=False),
@@ -40,6 +41,11 @@ SHAPE = {
     "query_pre_attn_scalar": 128,
 }
 TEXTS = {file.name: file.read_text() for file in (SOURCE, *HEADERS)}
+
+
+def plain_matrix(weight: Weight) -> Tensor:
+    """In float32."""
+    return weight.float() if isinstance(weight, Tensor) else weight.dequantized(torch.float32)
 
 
 class SmallLayers:
@@ -64,10 +70,7 @@ class SmallLayers:
         self.launch = launch
         defines = form.defines(launch)
         self.kernel = hopper_twin.HostKernel(SOURCE, texts, defines, parameter="Layer")
-        plain = [
-            replace(layer, **{n: getattr(layer, n).dequantized(torch.float32) for n in MATRICES})
-            for layer in self.layers
-        ]
+        plain = [replace(layer, **{n: plain_matrix(getattr(layer, n)) for n in MATRICES}) for layer in self.layers]
         twin = replace(weights.text, embedding=weights.text.embedding.float(), layers=tuple(plain))
         self.twin = TorchExecutor(model, replace(weights, text=replace(twin, head=twin.embedding)))
         torch.manual_seed(0)

@@ -1,8 +1,7 @@
 """A decoder layer of one token as one kernel on Hopper: what it is compiled for, how it is shared out and called.
 
 `kernels/streamed_layer.cu` says what it does and why. It is compiled for the sizes of a model when its executor is made
-and kept on disk. It multiplies by INT4 in groups of 128 and by FP8: layers in bfloat16 were no faster so, being nine
-tenths the reading of their bytes anyway (docs/benchmarks/hopper.md).
+and kept on disk. It multiplies by INT4 in groups of 128, by FP8 and by bfloat16.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ _FEWEST_STAGES = 3
 _MOST_WARPS = 11
 _MOST_BLOCKS = 159
 
-Bits = Literal[4, 8]
+Bits = Literal[4, 8, 16]
 
-_IN_FLIGHT: Mapping[Bits, int] = {4: 48 * 1024, 8: 116 * 1024}
+_IN_FLIGHT: Mapping[Bits, int] = {4: 48 * 1024, 8: 116 * 1024, 16: 88 * 1024}
 """Bytes of weights on their way to a multiprocessor with which layers of 27B are fastest: what blocks tell each other
-queues behind more. INT4 comes in large copies, FP8 row by row."""
+queues behind more. INT4 comes in large copies, others row by row."""
 _LEAST_BYTES = 200_000_000
-"""Of a layer's matrices: it was measured with 213 MB (27B in INT4) and 413 MB (in FP8). In smaller layers, what blocks
-wait for each other weighs more."""
+"""Of a layer's matrices: it was measured with 213 MB (27B in INT4), 413 MB (in FP8) and 811 MB (in bfloat16). In
+smaller layers, what blocks wait for each other weighs more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,6 +406,8 @@ def _kind(weight: Weight) -> _Kind | None:
     """None if the kernel does not multiply by such a matrix."""
     if weight.dtype is not torch.bfloat16:
         return None
+    if isinstance(weight, Tensor):
+        return _Kind(16) if _copied_at_once(weight) else None
     if isinstance(weight, Fp8Matrix):
         return _Kind(8) if _copied_at_once(weight.values) else None
     if isinstance(weight, Int4Matrix):
@@ -423,6 +424,8 @@ def _copied_at_once(tensor: Tensor) -> bool:
 
 
 def _matrix(weight: Weight) -> _Matrix:
+    if isinstance(weight, Tensor):
+        return _Matrix(weight.data_ptr(), None, None)
     if isinstance(weight, Fp8Matrix):
         return _Matrix(weight.values.data_ptr(), weight.scale.data_ptr(), None)
     assert isinstance(weight, Int4Matrix)

@@ -16,10 +16,10 @@
 //
 // A matrix is cut into tiles of 16 outputs, a tile into spans of 128 bytes of each output. A stage of the ring is some
 // spans of a tile, and each warp multiplies one of them by tensor cores (mma.m16n8k16): weights are the left operand,
-// raised to float16, x is in columns of the right one. A span's halves lie in the same banks of shared memory for all
+// those of fewer bits raised to float16, x is in columns of the right one. A span's halves lie in the same banks of shared memory for all
 // outputs, so that odd outputs take them the other way round: for those x is in a second column, likewise turned.
 //
-// Given when it is compiled: HIDDEN, ATTENDED, FED, QKV, HEAD_DIM, QK_HEADS (sizes); BITS (of a weight: 4 or 8);
+// Given when it is compiled: HIDDEN, ATTENDED, FED, QKV, HEAD_DIM, QK_HEADS (sizes); BITS (of a weight: 4, 8 or 16);
 // SCALE_HALF (INT4's scales are float16, not bfloat16); ZEROS (INT4 has zero points); WARPS (that multiply); STAGES (of
 // the ring); FLIGHT (of those, at most on their way).
 
@@ -49,8 +49,10 @@ __device__ __forceinline__ float2 block_sum_and_max(float sum, float most, float
     return {sum, most};
 }
 
-// The power of two that brings `most` between 2^13 and 2^14, so that x uses the range of float16, and its inverse.
+// The power of two that brings `most` between 2^13 and 2^14, so that x uses the range of float16, and its inverse; for
+// bfloat16, which has the range of float32, 1.
 __device__ __forceinline__ float2 fitting(float most) {
+    if (BITS == 16) return {1.0f, 1.0f};
     const int exponent = max((int)(__float_as_uint(most) >> 23), 32);
     return {__uint_as_float(267 - exponent << 23), __uint_as_float(exponent - 13 << 23)};
 }
@@ -71,7 +73,7 @@ __device__ __forceinline__ void put_sums(int group, float first, float second) {
 // Four adjacent numbers of x, the `place`-th, for the tensor cores; a warp's are the inputs of a group.
 __device__ __forceinline__ void put(int place, float4 v) {
     if (is_sixteenth(place)) v.x *= 0.0625f, v.y *= 0.0625f, v.z *= 0.0625f, v.w *= 0.0625f;
-    const u32 first = pack<true>(v.x, v.y), second = pack<true>(v.z, v.w);
+    const u32 first = pack<RAISED>(v.x, v.y), second = pack<RAISED>(v.z, v.w);
     *(uint2*)(shared + X_AT + place * 8) = {first, second};
     if (BITS == 4) {
         const float2 a = unpack<true>(first), b = unpack<true>(second);
@@ -238,8 +240,8 @@ __device__ __forceinline__ float put_fed(const Layer& layer) {
             const float by = is_sixteenth(place * 2) ? scale.x * 0.0625f : scale.x;
             const float4 a = unpack(uint2{eights[i].x, eights[i].y}), b = unpack(uint2{eights[i].z, eights[i].w});
             *(uint4*)(shared + X_AT + place * 16) = {
-                pack<true>(a.x * by, a.y * by), pack<true>(a.z * by, a.w * by), pack<true>(b.x * by, b.y * by),
-                pack<true>(b.z * by, b.w * by)};
+                pack<RAISED>(a.x * by, a.y * by), pack<RAISED>(a.z * by, a.w * by), pack<RAISED>(b.x * by, b.y * by),
+                pack<RAISED>(b.z * by, b.w * by)};
         }
     consumers_meet();
     return scale.y;

@@ -19,6 +19,12 @@ __device__ __forceinline__ void add_fp8(float (&sum)[4], u32 low, u32 high, u32 
     mma<true>(sum, raise_fp8(low), raise_fp8(high), raise_fp8(low >> 16), raise_fp8(high >> 16), x_first, x_second);
 }
 
+// Eight adjacent numbers of each of two outputs, as they are.
+__device__ __forceinline__ void add_bf16(float (&sum)[4], uint4 low, uint4 high, uint4 x) {
+    mma<false>(sum, low.x, high.x, low.y, high.y, x.x, x.y);
+    mma<false>(sum, low.z, high.z, low.w, high.w, x.z, x.w);
+}
+
 // A lane's place in a span: what it reads of the tile's outputs `lane / 4` and that plus 8, and of x.
 struct Place {
     int odd;         // of the output, and of the column of x
@@ -82,6 +88,9 @@ __device__ __forceinline__ void add_span(float2& total, float (&sum)[2][4], cons
                    low_scale.y * (b.x - of_x.z - low_zero.y * of_x.w);
         total.y += high_scale.x * (a.y - of_x.x - high_zero.x * of_x.y) +
                    high_scale.y * (b.y - of_x.z - high_zero.y * of_x.w);
+    } else if constexpr (BITS == 16) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) add_bf16(sum[i], low[i], high[i], v[i][0]);
     } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

@@ -30,6 +30,7 @@ struct Layer {
 
 constexpr int WIDTH = 32, TILE = 16, ROW_BYTES = 128, GROUP = 128;
 constexpr int CONSUMERS = WARPS * WIDTH;
+constexpr bool RAISED = BITS != 16;  // Products are of float16, else of bfloat16.
 constexpr int SPAN_INPUTS = ROW_BYTES * 8 / BITS;
 constexpr int SPAN_BYTES = TILE * ROW_BYTES;
 constexpr int SCALE_BYTES = BITS == 4 ? TILE * 2 * 2 : 0;  // of a span
