@@ -4,7 +4,7 @@ What is timed is the engine in this process, end to end: scheduling, block table
 A step's time is the median time from one step of all decodes to the next, as the engine's loop launches them; time to
 first token is that of a batch whose prompts all arrive at once, its last one's. A prompt alone is timed several times,
 each time another one that finds the engine idle, and the parts of that time are told. What a step's time is made of
-comes from PyTorch's profiler, in a run of its own.
+comes from PyTorch's profiler, in a run of its own. What clock the card kept meanwhile is told beside (`card_clock.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scripts.card_clock import CardClock
 from scripts.first_token import FirstTokenClock, Parts
 from scripts.random_gemma3 import random_weights, write_directory
 from wicore_backend import Engine, EngineConfig, SamplingParams
@@ -63,11 +64,21 @@ class _Steps:
     prefilled: list[int] = field(default_factory=list)
     began: list[float] = field(default_factory=list)
 
-    def seconds_of(self, batch: int) -> list[float]:
-        """Times from a step of `batch` decodes alone to the next such step."""
+    def of(self, batch: int) -> list[tuple[float, float]]:
+        """When each step of `batch` decodes alone began, and the next such step."""
         alone = [d == batch and not p for d, p in zip(self.decodes, self.prefilled, strict=True)]
         pairs = zip(self.began, self.began[1:], alone, alone[1:], strict=False)
-        return [after - before for before, after, this, following in pairs if this and following]
+        return [(before, after) for before, after, this, following in pairs if this and following]
+
+
+@dataclass(frozen=True, slots=True)
+class _Timing:
+    """An engine, and what looks at it and at its card."""
+
+    engine: Engine
+    steps: _Steps
+    first_token: FirstTokenClock
+    card: CardClock
 
 
 def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,15 +88,21 @@ def benchmark_shape(args: argparse.Namespace) -> dict[str, Any]:
     if args.weights == "int4":
         results["prefill"] = args.prefill_dtype
     results["head"] = args.weights if args.head else "bf16"
+    uuid = None
     if device.type == "cuda":
         results["device"] = torch.cuda.get_device_name(device)
         results["driver"] = _driver()
         results["read_limit_tb_s"] = round(read_limit(device) / 1e12, 3)
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     runs = [(batch, args.prompt) for batch in args.batch] + [(1, length) for length in args.long]
-    with tempfile.TemporaryDirectory() as directory, _engine(Path(directory), args, runs) as (engine, weight_bytes):
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        _engine(Path(directory), args, runs) as (engine, weight_bytes),
+        CardClock(uuid) as card,
+    ):
         results["weight_bytes"] = weight_bytes
-        steps, clock = _record(engine), FirstTokenClock(engine)
-        results["runs"] = [_run(engine, steps, clock, batch, prompt, args) for batch, prompt in runs]
+        timing = _Timing(engine, _record(engine), FirstTokenClock(engine), card)
+        results["runs"] = [_run(timing, batch, prompt, args) for batch, prompt in runs]
         for run in results["runs"]:
             run["weights_tb_s"] = round(weight_bytes / run["step_ms"] / 1e9, 3)
         if args.profile and device.type == "cuda":
@@ -171,32 +188,35 @@ def _record(engine: Engine) -> _Steps:
     return steps
 
 
-def _run(
-    engine: Engine, steps: _Steps, clock: FirstTokenClock, batch: int, prompt: int, args: argparse.Namespace
-) -> dict[str, Any]:
+def _run(timing: _Timing, batch: int, prompt: int, args: argparse.Namespace) -> dict[str, Any]:
     """One warm-up and `args.rounds` rounds of `batch` prompts of `prompt` tokens; of one alone more prompts."""
+    steps, clock = timing.steps, timing.first_token
     first_token: list[float] = []
     parts: list[Parts] = []
     step = []
+    prompts_at: list[tuple[float, float]] = []
+    steps_at: list[tuple[float, float]] = []
 
     def timed(round_: int, length: int, new: int) -> None:
         time.sleep(_PAUSE_S)
-        ttft = _round(engine, batch, length, new, seed=round_, temperature=args.temperature, ask=clock.ask)
+        ttft = _round(timing.engine, batch, length, new, seed=round_, temperature=args.temperature, ask=clock.ask)
         if round_:
             first_token.append(ttft)
             parts.append(clock.parts(ttft))
+            prompts_at.append((clock.asked, clock.asked + ttft))
 
     for round_ in range(args.rounds + 1):
         for noted in (steps.decodes, steps.prefilled, steps.began):
             noted.clear()
         timed(round_, prompt if round_ else min(prompt, args.warm_up), args.new)
         if round_:
-            if not (of_all := steps.seconds_of(batch)):
+            if not (of_all := steps.of(batch)):
                 raise SystemExit(
                     f"of {batch} answers at most {max(steps.decodes)} were decoded at once: give --kv-bytes more, or "
                     "--batch-tokens less, which the KV cache keeps room for"
                 )
-            step.append(statistics.median(of_all))
+            step.append(statistics.median(after - before for before, after in of_all))
+            steps_at += of_all
     if batch == 1:
         # Of two tokens, for with the first of more than one the device is given the step after it.
         for round_ in range(args.rounds + 1, 1 + (args.prompts or _prompts(first_token[0]))):
@@ -215,6 +235,8 @@ def _run(
     }
     if batch == 1:
         result["ttft_parts_ms"] = Parts.medians_ms(parts)
+    if (of_prompts := timing.card.between(*prompts_at)) is not None:
+        result["card"] = {"prompts": of_prompts, "steps": timing.card.between(*steps_at)}
     print(json.dumps(result), file=sys.stderr, flush=True)  # So that a long run cut short was not for nothing.
     return result
 

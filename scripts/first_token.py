@@ -48,10 +48,15 @@ class FirstTokenClock:
     """Notes the times of one prompt after the other, each of which has the engine to itself.
 
     It looks from outside at what the engine calls, so that the engine itself takes no more time than it does.
+
+    Attributes
+    ----------
+    asked
+        When the last one was asked, by `time.perf_counter`.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._asked = 0.0
+        self.asked = 0.0
         self._began: tuple[float, Any] | None = None
         self._chosen: tuple[float, Any] | None = None
         runner, emitter = engine._model.runner, engine._emitter
@@ -65,7 +70,7 @@ class FirstTokenClock:
         self._began = self._chosen = None
         if self._cuda:
             torch.cuda.synchronize()  # What ended the answer before may still be computed in vain.
-        self._asked = time.perf_counter()
+        self.asked = time.perf_counter()
 
     def parts(self, ttft_s: float) -> Parts:
         """Of the prompt asked last, whose first token came after so many seconds."""
@@ -74,7 +79,7 @@ class FirstTokenClock:
         (began, first), (chosen, last) = self._began, self._chosen
         on_device = first.elapsed_time(last) / 1e3 if self._cuda else chosen - began
         # The device was idle, and so began at once.
-        to_device = began - self._asked
+        to_device = began - self.asked
         return Parts(to_device, on_device, ttft_s - to_device - on_device, chosen - began)
 
     def _packed(self) -> None:
