@@ -1,6 +1,6 @@
 """Decodes by the kernel for Hopper: what it is told of a step, which heads and pools it takes, and that it compiles.
 
-What it computes: `test_hopper_decode_on_cpu.py`.
+What it computes: `test_hopper_decode_on_cpu.py`, whose steps a card has here, too.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.hopper_twin.small_decodes import SmallDecodes
+from tests.test_hopper_decode_on_cpu import BOUND, CASES, of_all_numbers, over
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.hopper_decode import (
     DEEP,
@@ -277,3 +280,36 @@ def test_the_toolkit_s_compiler_takes_it(form, tmp_path):
     result = subprocess.run([*command, "-o", tmp_path / "code", SOURCE], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "code").read_bytes().startswith(b"\x7fELF")
+
+
+# ---- What it computes on a card
+
+_HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+class TestOnTheDevice:
+    pytestmark: ClassVar = [pytest.mark.gpu, pytest.mark.skipif(not _HAS_HOPPER, reason="needs a Hopper GPU")]
+
+    @over_every_pool
+    @pytest.mark.parametrize("case", CASES)
+    def test_results_are_plain_attention_s(self, case, pool):
+        decodes = SmallDecodes(**over(pool, CASES[case]))
+        first = decodes.run_on_card()
+        assert decodes.error(first) < BOUND
+        for _ in range(20):
+            assert all(map(torch.equal, decodes.run_on_card(), first))
+
+    @over_every_pool
+    @pytest.mark.parametrize("tuning", ["several", "deep"])
+    @pytest.mark.parametrize(("head_dim", "kv_heads", "group"), [(128, 16, 2), (256, 4, 2), (128, 2, 8), (256, 1, 4)])
+    def test_a_card_s_worth_of_blocks_gives_plain_attention_s(self, head_dim, kv_heads, group, tuning, pool):
+        form = Form(head_dim, kv_heads, group, 32, tuning=TUNED[pool], pool=pool)
+        form = form.deep if tuning == "deep" else form
+        keys = [*range(1, 40), 575, 576, 577, 1023, 1024, 1025, 3000]
+        decodes = SmallDecodes(keys, form=form, blocks=132 * form.tuning.blocks, measured=[0, 39, 45])
+        assert decodes.error(decodes.run_on_card()) < BOUND
+
+    @pytest.mark.parametrize("head_dim", [128, 256])
+    def test_a_token_s_own_key_and_value_go_to_a_pool_in_fp8_as_others_write_them(self, head_dim):
+        decodes = of_all_numbers(head_dim)
+        assert decodes.error(decodes.run_on_card()) == 0.0

@@ -101,7 +101,13 @@ def test_with_nothing_to_do_all_is_left_as_it_is(pool):
 
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_a_token_s_own_key_and_value_go_to_a_pool_in_fp8_as_others_write_them(head_dim):
-    """Of all magnitudes, those that are no numbers and those in the middle of two included; results are the values."""
+    decodes = of_all_numbers(head_dim)
+    assert decodes.error(decodes.run(seed=0)) == 0.0
+
+
+def of_all_numbers(head_dim: int) -> SmallDecodes:
+    """Sequences of one token, over a pool in FP8, with keys and values of all magnitudes, those that are no numbers and
+    those in the middle of two included; results are the values."""
     decodes = SmallDecodes([1] * 8, layers=1, form=replace(form(head_dim, 2, 2, 32, cut(2, 4)), pool=FP8))
     _, *kv = decodes.split(0)
     odd = torch.tensor([float("inf"), float("-inf"), float("nan"), 448.0, 464.0, 465.0, -464.0, -1e30, -0.0])
@@ -110,7 +116,7 @@ def test_a_token_s_own_key_and_value_go_to_a_pool_in_fp8_as_others_write_them(he
         numbers = (torch.arange(new.numel()) * 12_289 % 2**16).to(torch.int16).view(torch.bfloat16)
         numbers[: len(chosen)] = chosen
         new.copy_(numbers.view_as(new))
-    assert decodes.error(decodes.run(seed=0)) == 0.0
+    return decodes
 
 
 @given(
@@ -130,14 +136,19 @@ def test_results_are_plain_attention_s_whatever_the_step(keys, group, window, bl
 
 
 class Planted(NamedTuple):
-    """A mistake in the kernel, other words for the right ones, and what says that it was found."""
+    """A mistake in the kernel, other words for the right ones, and what says that it was found, over which pool."""
 
     edits: tuple[tuple[str, str], ...]
     found: str
+    form: Form = FORM
 
 
 def planted(right: str, wrong: str, found: str) -> Planted:
     return Planted(((right, wrong),), found)
+
+
+def planted_in_fp8(right: str, wrong: str, found: str) -> Planted:
+    return Planted(((right, wrong),), found, FORM_FP8)
 
 
 MEET = "    consumers_meet();\n"
@@ -222,6 +233,36 @@ PLANTED = {
         "race|nobody wrote",
     ),
 }  # fmt: skip
+PLANTED |= {
+    "two values' channels are not told apart": planted_in_fp8(
+        "BY_CHANNELS = 0x3120", "BY_CHANNELS = 0x3210", "wrong numbers"
+    ),
+    "a key's channels are not those of the queries": planted_in_fp8(
+        "load_pairs(at + i * 32 + lane % 4 * 8)", "load_pairs(at + i * 32 + lane % 4 / 2 * 8)", "wrong numbers|masses"
+    ),
+    "the keys of a piece are another's": planted_in_fp8(
+        "keys.z, keys.w, queries[i * 2 + 1]", "keys.z, keys.w, queries[i * 2]", "wrong numbers|masses"
+    ),
+    "later values of a piece are another's": planted_in_fp8(
+        "values.x, values.z", "values.x, values.w", "wrong numbers"
+    ),
+    "queries stay in bfloat16": planted_in_fp8("return pack<true>(v.x, v.y);", "return pair;", "wrong numbers|masses"),
+    "weights stay in bfloat16": planted_in_fp8(
+        "pack<NARROW>(scores[half][0]", "pack<false>(scores[half][0]", "wrong numbers"
+    ),
+    "the token's own value is not rounded": planted_in_fp8(
+        "four = raise_fp8_four(codes);", "four = {as_half(four.x), as_half(four.y)};", "wrong numbers|masses"
+    ),
+    "the token's own value is another channel's": planted_in_fp8(
+        "NARROW ? lane / 8 :", "NARROW ? lane / 16 :", "wrong numbers"
+    ),
+    "the token's own numbers are too large to be kept": planted_in_fp8(
+        "lower_fp8(v.x == v.x ? v.x : 0.0f, ", "lower_fp8(v.x * 2.0f, ", "pool|wrong masses"
+    ),
+    "a run's sums are laid out as bfloat16's": planted_in_fp8(
+        "NARROW ? row * 2 + second :", "NARROW ? row + second * 8 :", "wrong numbers|race|nobody wrote"
+    ),
+}
 STEPS: tuple[dict[str, Any], ...] = (
     {"keys": [330, 20, 70, 1, 33], "measured": [0, 2, 4]},
     {"keys": [100, 64, 65, 180, 32], "group": LOCAL, "blocks": 5},
@@ -234,7 +275,8 @@ def test_a_mistake_is_found(mistake):
     for words, wrong in PLANTED[mistake].edits:
         assert words in text, "the kernel has changed: plant it anew"
         text = text.replace(words, wrong, 1)
-    decodes = [SmallDecodes(**step, texts=TEXTS | {SOURCE.name: text}) for step in STEPS]
+    form = PLANTED[mistake].form
+    decodes = [SmallDecodes(**step, form=form, texts=TEXTS | {SOURCE.name: text}) for step in STEPS]
 
     def run_often():
         for seed in range(24):

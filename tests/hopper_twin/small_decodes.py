@@ -1,9 +1,12 @@
-"""Decodes of a few short sequences by the kernel for Hopper, compiled for a CPU, beside plain attention."""
+"""Decodes of a few short sequences by the kernel for Hopper, compiled for a CPU or a card, beside plain attention."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import Structure
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +20,10 @@ from wicore_backend.attention.gpu.masses import Measurements
 from wicore_backend.attention.gpu.schedule import WORK_KEYS, Sequences, decode_work
 from wicore_backend.hmt.fp8 import FP8, to_fp8
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hopper import HEADERS
+from wicore_backend.hopper import ARCHITECTURE, HEADERS
+
+if TYPE_CHECKING:
+    from wicore_backend.hopper.nvrtc import Kernel
 
 TEXTS = {file.name: file.read_text() for file in (SOURCE, *HEADERS)}
 FORM = Form(128, 2, 2, 32, tuning=Tuning(warps=2, blocks=2, stages=4), most_sequences=8)
@@ -100,12 +106,26 @@ class SmallDecodes:
             self.mass_at[layer, :count] = torch.from_numpy(places)
         if self.idle:
             self.work.zero_()
-        self.kernel = hopper_twin.HostKernel(SOURCE, self.texts, form.defines(), parameter="Decode")
+
+    @cached_property
+    def _twin(self) -> hopper_twin.HostKernel:
+        return hopper_twin.HostKernel(SOURCE, self.texts, self.form.defines(), parameter="Decode")
+
+    @cached_property
+    def _on_card(self) -> Kernel:
+        from wicore_backend.hopper.nvrtc import Kernel, compiled
+
+        form = self.form
+        code = compiled(SOURCE, HEADERS, form.defines(), architecture=ARCHITECTURE)
+        return Kernel(code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False)
 
     def split(self, layer: int) -> list[Tensor]:
         """Queries, keys and values of the layer, as if it were the first."""
+        return self._split(self.qkv[layer])
+
+    def _split(self, qkv: Tensor) -> list[Tensor]:
         kv = self.form.kv_heads
-        return list(self.qkv[layer].split([kv * self.form.group, kv, kv], 1))
+        return list(qkv.split([kv * self.form.group, kv, kv], 1))
 
     def _rounded(self, numbers: Tensor) -> Tensor:
         """float32 of bfloat16 as they are read from the pool."""
@@ -117,50 +137,67 @@ class SmallDecodes:
         return stored.view(torch.uint8) if self.form.pool == FP8 else stored
 
     def run(self, seed: int) -> list[Tensor]:
-        """Each layer's result [sequences, query heads * d].
+        """Each layer's result [sequences, query heads * d], by the twin of a card.
 
         Raises
         ------
         AssertionError
             If anything was wrong, or is written that should not be.
         """
+
+        def launch(launches: list[Structure], memory: hopper_twin.Memory) -> None:
+            form = self.form
+            cut = {"blocks": self.blocks, "threads": form.threads, "shared_bytes": form.shared_bytes}
+            self._twin.run(launches, memory, **cut, seed=seed)
+
+        return self._run(torch.device("cpu"), launch)
+
+    def run_on_card(self) -> list[Tensor]:
+        """As `run`, by the card that this machine has."""
+
+        def launch(launches: list[Structure], _: hopper_twin.Memory) -> None:
+            for one in launches:
+                self._on_card.launch(self.blocks, one)
+            torch.cuda.synchronize()
+
+        return self._run(torch.device("cuda"), launch)
+
+    def _run(self, device: torch.device, launch: Callable[[list[Structure], hopper_twin.Memory], None]) -> list[Tensor]:
         form, count, room = self.form, 0 if self.idle else len(self.keys), len(self.work) - 1
-        calls = Calls(form, blocks=self.blocks, scale=SCALE * np.log2(np.e), device=torch.device("cpu"))
+        calls = Calls(form, blocks=self.blocks, scale=SCALE * np.log2(np.e), device=device)
         for left in (calls.parts, calls.stats):
             left.fill_(float("nan"))
-        pool = self.pool.clone()
+        pool = self.pool.to(device, copy=True)
+        work, tables, qkv, mass_at = (
+            of_step.to(device) for of_step in (self.work, self.tables, self.qkv, self.mass_at)
+        )
         heads = form.kv_heads * form.group
-        out = [torch.full((room, heads * form.head_dim), _IDLE).bfloat16() for _ in range(self.layers)]
-        mass = torch.full((1 + self.measurements.rows, heads), float("nan"))  # A row before it that is nobody's.
+        shape = (room, heads * form.head_dim)
+        out = [torch.full(shape, _IDLE, dtype=torch.bfloat16, device=device) for _ in range(self.layers)]
+        # A row before it is nobody's.
+        mass = torch.full((1 + self.measurements.rows, heads), float("nan"), device=device)
         launches = []
         for layer in range(self.layers):
-            q, k, v = self.split(layer)
+            q, k, v = self._split(qkv[layer])
             if layer > 0:
                 q = out[layer - 1].view(room, heads, form.head_dim)
             launches.append(
                 calls.given(
-                    *(q, k, v, pool, out[layer], self.work.flatten(), self.tables),
+                    *(q, k, v, pool, out[layer], work.flatten(), tables),
                     layer_at=layer * pool.stride(1),
                     block_stride=pool.stride(0),
-                    mass_at=self.mass_at[layer] if self.measured else None,
+                    mass_at=mass_at[layer] if self.measured else None,
                     mass=mass[1:] if self.measured else None,
                 )
             )
-        constant = {"work": self.work, "tables": self.tables, "qkv": self.qkv, "mass_at": self.mass_at}
+        constant = {"work": work, "tables": tables, "qkv": qkv, "mass_at": mass_at}
         mutable = {"pool": pool, "parts": calls.parts, "stats": calls.stats, "arrived": calls.arrived, "mass": mass}
-        self.kernel.run(
-            launches,
-            hopper_twin.Memory(constant, mutable | {f"out {i}": o for i, o in enumerate(out)}),
-            blocks=self.blocks,
-            threads=form.threads,
-            shared_bytes=form.shared_bytes,
-            seed=seed,
-        )
+        launch(launches, hopper_twin.Memory(constant, mutable | {f"out {i}": o for i, o in enumerate(out)}))
         assert not calls.arrived.any(), "who counts next does not begin with nothing"
         assert all((o[count:] == _IDLE).all() for o in out), "idle rows have results"
-        self._assert_written(pool, count)
-        results = [o[:count] for o in out]
-        self._assert_measured(mass, results)
+        self._assert_written(pool.cpu(), count)
+        results = [o[:count].cpu() for o in out]
+        self._assert_measured(mass.cpu(), results)
         return results
 
     def error(self, results: Sequence[Tensor]) -> float:
