@@ -155,17 +155,8 @@ class Bench:
 @contextmanager
 def decodes_by(tuning: hopper_decode.Tuning | None) -> Iterator[None]:
     """Attentions that are made meanwhile have the kernel for Hopper cut so, or if it is None do without it."""
-
-    def form_of(*args: Any, **more: Any) -> hopper_decode.Form | None:
-        form = of_heads(*args, **more)
-        return None if form is None or tuning is None else replace(form, tuning=tuning)
-
-    of_heads = hopper_decode.form_of
-    with (
-        mock.patch.object(hopper_decode, "form_of", form_of),
-        mock.patch.object(hopper_decode, "DEEP", tuning or hopper_decode.DEEP),
-        mock.patch.object(hopper_decode, "DEEP_FP8", tuning or hopper_decode.DEEP_FP8),
-    ):
+    tuned = {} if tuning is None else dict.fromkeys(hopper_decode.TUNED, hopper_decode.Tunings(*[tuning] * 3))
+    with mock.patch.object(hopper_decode, "TUNED", tuned):
         yield
 
 

@@ -45,16 +45,15 @@ KERNELS: Mapping[torch.dtype, Mapping[str, Tuning | None]] = {
     torch.bfloat16: {
         "OpenAI Triton": None,
         "several": SEVERAL,
+        "several, 3 warps, 6 stages": replace(SEVERAL, warps=3, stages=6),
         "deep": DEEP,
         "deep, 6 warps": replace(DEEP, warps=6),
     },
     FP8: {
         "OpenAI Triton": None,
         "several": SEVERAL_FP8,
-        "several, 12 stages": replace(SEVERAL_FP8, stages=12),
+        "several, 4 warps": replace(SEVERAL_FP8, warps=4),
         "deep": DEEP_FP8,
-        "deep, 4 warps": replace(DEEP_FP8, warps=4),
-        "deep, 8 warps": replace(DEEP_FP8, warps=8),
         "deep, 10 tiles at least": replace(DEEP_FP8, least=10),
     },
 }
@@ -63,7 +62,7 @@ _POOL_VALUES = 5_600_000_000
 _POOL_LOADS = (
     *((keys, 1) for keys in (576, 2048, 8192, 32_768, 130_000)),
     *((16_384, 2), (65_000, 2), (8192, 4), (32_000, 4), (576, 8), (8192, 8)),
-    *((576, 16), (2048, 16), (8192, 16), (4096, 32)),
+    *((576, 16), (2048, 16), (8192, 16), (4096, 32), (576, 64), (2048, 64)),
 )
 """Keys and sequences, of which ten layers fit the pool."""
 

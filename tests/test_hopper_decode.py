@@ -5,10 +5,13 @@ What it computes: `test_hopper_decode_on_cpu.py`, whose steps a card has here, t
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
-from typing import ClassVar
+from types import ModuleType
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,12 +23,11 @@ from tests.hopper_twin.small_decodes import SmallDecodes
 from tests.test_hopper_decode_on_cpu import BOUND, CASES, of_all_numbers, over
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.hopper_decode import (
-    DEEP,
-    DEEP_FP8,
-    SEVERAL,
-    SEVERAL_FP8,
+    MOST,
     SOURCE,
+    TUNED,
     Form,
+    HopperDecode,
     Tuning,
     form_of,
     hopper_decode,
@@ -130,7 +132,6 @@ def test_tiles_are_those_of_the_visible_keys_as_they_are_the_other_kernel_s(
 TUNINGS = st.builds(
     Tuning, warps=st.integers(1, 8), blocks=st.integers(1, 3), stages=st.integers(1, 24), least=st.integers(1, 4)
 )
-TUNED = {torch.bfloat16: SEVERAL, FP8: SEVERAL_FP8}
 over_every_pool = pytest.mark.parametrize("pool", TUNED)
 
 
@@ -159,32 +160,41 @@ def test_what_fits_has_room_and_no_more_warps_than_stages(head_dim, kv_heads, gr
     assert form.threads == 32 * (defines["WARPS"] + 1)
 
 
+def forms_of(head_dim, kv_heads, group, *, pool):
+    """All that it is compiled for, by what it is called in `TUNED`."""
+    form = Form(head_dim, kv_heads, group, 32, pool=pool)
+    return {name: replace(form, tuning=tuning) for name, tuning in TUNED[pool]._asdict().items()}
+
+
 @pytest.mark.parametrize("group", range(1, 9))
 @pytest.mark.parametrize("head_dim", [128, 256])
 @over_every_pool
 def test_published_heads_fit_as_it_is_tuned(pool, head_dim, group):
-    form = Form(head_dim, 4, group, 32, tuning=TUNED[pool], pool=pool)
-    assert form.fits
-    assert form.deep.fits
+    assert all(form.fits for form in forms_of(head_dim, 4, group, pool=pool).values())
 
 
 @over_every_pool
 def test_heads_of_128_have_all_that_they_are_tuned_for(pool):
-    form = Form(128, 16, 2, 32, tuning=TUNED[pool], pool=pool)
-    assert form.deep.tuning == (DEEP_FP8 if pool == FP8 else DEEP)
-    for one in (form, form.deep):
-        assert (one.warps, one.stages) == (one.tuning.warps, one.tuning.stages)
+    for form in forms_of(128, 16, 2, pool=pool).values():
+        assert (form.warps, form.stages) == (form.tuning.warps, form.tuning.stages)
 
 
-def test_what_deep_ones_leave_fits_the_memory_of_others():
+@over_every_pool
+def test_what_the_others_leave_fits_the_memory_of_several(pool):
     """They share it (`Calls`)."""
-    assert DEEP.blocks <= SEVERAL.blocks
-    assert DEEP_FP8.blocks <= SEVERAL_FP8.blocks
+    assert max(tuning.blocks for tuning in TUNED[pool]) == TUNED[pool].several.blocks
 
 
 def test_over_either_pool_as_much_is_left():
     """As `AttentionNeeds` has it."""
-    assert SEVERAL_FP8.blocks == SEVERAL.blocks
+    assert {tunings.several.blocks for tunings in TUNED.values()} == {Tuning().blocks}
+
+
+def test_warps_that_have_no_stage_take_no_room():
+    """Eight queries for each key of 256 leave 33 KB for two warps' sums, of 113; six would leave none of it."""
+    form = Form(256, 1, 8, 32, tuning=Tuning(warps=6, stages=12), pool=FP8)
+    assert (form.warps, form.stages) == (3, 3)
+    assert form.shared_bytes == 3 * (2 * 32 * 256 + 16) + 65 * 16 + 2 * 3 * 8 * (256 * 4 + 8) + 16
 
 
 @over_every_pool
@@ -205,7 +215,7 @@ def tiling_of(*, head_dim=128, kv_heads=4, query_heads=8, block_size=32, process
 @over_every_pool
 def test_the_form_is_the_model_s(pool):
     form = form_of(tiling_of(), pool, torch.bfloat16, capped=False)
-    assert form == Form(128, 4, 2, 32, tuning=TUNED[pool], pool=pool)
+    assert form == Form(128, 4, 2, 32, tuning=TUNED[pool].several, pool=pool)
 
 
 @pytest.mark.parametrize(
@@ -246,16 +256,78 @@ def test_other_devices_have_none():
         assert hopper_decode(form, processors=132, scale=1.0, device=torch.device("cpu")) is None
 
 
+# ---- What is launched
+
+
+class Compiled(NamedTuple):
+    """In place of machine code."""
+
+    defines: dict[str, int]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels that are made, each with the number of blocks of its launches."""
+    kernels = []
+
+    class Kernel:
+        def __init__(self, code, _, *, threads, shared_bytes, cooperative):
+            assert not cooperative
+            assert threads == 32 * (code.defines["WARPS"] + 1)
+            assert shared_bytes <= SHARED_BYTES
+            self.defines, self.blocks = code.defines, []
+            kernels.append(self)
+
+        def launch(self, blocks, _):
+            self.blocks.append(blocks)
+
+    nvrtc = ModuleType("nvrtc")
+    nvrtc.Kernel, nvrtc.compiled = Kernel, lambda _, __, defines, **___: Compiled(defines)
+    monkeypatch.setitem(sys.modules, "wicore_backend.hopper.nvrtc", nvrtc)
+    return kernels
+
+
+@pytest.mark.parametrize(
+    ("pool", "group", "sequences", "taken"),
+    [
+        (torch.bfloat16, LOCAL, 8, "1 block"),
+        (torch.bfloat16, LOCAL, 9, "2 blocks"),
+        (torch.bfloat16, GLOBAL, 1, "1 block"),
+        (torch.bfloat16, GLOBAL, MOST, "1 block"),
+        (FP8, LOCAL, 8, "1 block"),
+        (FP8, LOCAL, 9, "2 blocks"),
+        (FP8, GLOBAL, 1, "2 blocks"),
+        (FP8, GLOBAL, MOST, "2 blocks"),
+    ],
+)
+def test_the_kernel_is_that_for_the_layer_and_the_sequences(pool, group, sequences, taken, launched):
+    form = form_of(tiling_of(), pool, torch.bfloat16, capped=False)
+    decode = HopperDecode(form, processors=132, scale=1.0, device=torch.device("cpu"))
+    assert len(launched) == 2, "each distinct one is compiled once"
+    q, kv, pool_ = torch.zeros(sequences, 8, 128), torch.zeros(sequences, 4, 128), torch.zeros(1)
+    work = torch.zeros((sequences + 1) * WORK_FIELDS, dtype=torch.int32)
+    decode(group, sequences, q, kv, kv, pool_, q, work, work, layer_at=0, block_stride=0)
+    blocks = {"1 block": 132, "2 blocks": 264}[taken]
+    (kernel,) = (kernel for kernel in launched if kernel.blocks)
+    assert kernel.blocks == [blocks]
+    assert kernel.defines == replace(form, tuning=TUNED[pool].of(group, sequences)).defines()
+
+
 # ---- Whether it compiles; no GPU is needed
 
 HEADS = {
-    "heads of 128": Form(128, 16, 2, 32),
-    "heads of 256": Form(256, 4, 2, 32),
-    "eight queries for each key": Form(128, 1, 8, 64),
-    "large heads, eight queries for each key": Form(256, 1, 8, 32),
+    "heads of 128": (128, 16, 2),
+    "heads of 256": (256, 4, 2),
+    "eight queries for each key": (128, 1, 8),
+    "large heads, eight queries for each key": (256, 1, 8),
 }
-FORMS = HEADS | {f"{name}, FP8": replace(form, tuning=SEVERAL_FP8, pool=FP8) for name, form in HEADS.items()}
-FORMS |= {f"{name}, deep": form.deep for name, form in FORMS.items()}
+FORMS = {
+    f"{name}, {'FP8' if pool == FP8 else 'bfloat16'}, {tuned}": form
+    for name, heads in HEADS.items()
+    for pool in TUNED
+    for tuned, form in forms_of(*heads, pool=pool).items()
+    if tuned != "of_global"  # One of the others.
+}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -274,12 +346,18 @@ def test_it_compiles(form):
 
 @every_form
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_the_toolkit_s_compiler_takes_it(form, tmp_path):
+def test_the_toolkit_s_compiler_takes_it_and_a_multiprocessor_has_registers_for_its_blocks(form, tmp_path):
     defines = (f"-D{name}={value}" for name, value in FORMS[form].defines().items())
     command = ["nvcc", f"-arch={ARCHITECTURE}", "-std=c++17", f"-I{HEADERS[0].parent}", *defines, "-cubin"]
-    result = subprocess.run([*command, "-o", tmp_path / "code", SOURCE], capture_output=True, text=True, check=False)
+    command += ["--resource-usage", "-o", tmp_path / "code", SOURCE]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "code").read_bytes().startswith(b"\x7fELF")
+    told = result.stdout + result.stderr
+    assert max(map(int, re.findall(r"(\d+) bytes spill", told))) <= 8
+    (registers,) = map(int, re.findall(r"Used (\d+) registers", told))
+    of_thread = -(-registers // 8) * 8  # They are given out in eights.
+    assert FORMS[form].tuning.blocks * FORMS[form].threads * of_thread <= 65_536
 
 
 # ---- What it computes on a card
@@ -300,11 +378,10 @@ class TestOnTheDevice:
             assert all(map(torch.equal, decodes.run_on_card(), first))
 
     @over_every_pool
-    @pytest.mark.parametrize("tuning", ["several", "deep"])
+    @pytest.mark.parametrize("tuned", ["few", "several"])
     @pytest.mark.parametrize(("head_dim", "kv_heads", "group"), [(128, 16, 2), (256, 4, 2), (128, 2, 8), (256, 1, 4)])
-    def test_a_card_s_worth_of_blocks_gives_plain_attention_s(self, head_dim, kv_heads, group, tuning, pool):
-        form = Form(head_dim, kv_heads, group, 32, tuning=TUNED[pool], pool=pool)
-        form = form.deep if tuning == "deep" else form
+    def test_a_card_s_worth_of_blocks_gives_plain_attention_s(self, head_dim, kv_heads, group, tuned, pool):
+        form = forms_of(head_dim, kv_heads, group, pool=pool)[tuned]
         keys = [*range(1, 40), 575, 576, 577, 1023, 1024, 1025, 3000]
         decodes = SmallDecodes(keys, form=form, blocks=132 * form.tuning.blocks, measured=[0, 39, 45])
         assert decodes.error(decodes.run_on_card()) < BOUND

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests import hopper_twin
 from tests.hopper_twin.small_decodes import FORM, FORM_FP8, TEXTS, SmallDecodes
-from wicore_backend.attention.gpu.hopper_decode import DEEP, DEEP_FP8, SEVERAL, SEVERAL_FP8, SOURCE, Form, Tuning
+from wicore_backend.attention.gpu.hopper_decode import DEEP, SEVERAL, SOURCE, TUNED, Form, Tuning
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 
@@ -34,7 +34,7 @@ MANY = form(128, 2, 2, 32, SEVERAL)
 LARGE = form(256, 1, 4, 32, SEVERAL)
 FAR, LARGE_FAR = (replace(one, tuning=DEEP) for one in (MANY, LARGE))
 ALONE = form(256, 1, 8, 64, cut(1, 2))
-AS_TUNED_FP8 = {SEVERAL: SEVERAL_FP8, DEEP: DEEP_FP8}
+AS_TUNED_FP8 = {SEVERAL: TUNED[FP8].several, DEEP: TUNED[FP8].few}
 CASES: dict[str, dict[str, Any]] = {
     "around edges of tiles": {"keys": [1, 2, 32, 33, 34, 64, 65]},
     "hundreds of keys": {"keys": [300, 5, 129], "blocks": 8},

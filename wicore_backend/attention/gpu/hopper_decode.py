@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,12 +59,38 @@ class Tuning:
 
 SEVERAL = Tuning()
 DEEP = Tuning(warps=4, blocks=1, stages=12, least=5)
-"""With more tiles on their way: for up to `_FEW` sequences, and for global layers, whose keys lie on so many pages of
-memory that each tile waits for its page (docs/benchmarks/attention-on-gpu.md)."""
-SEVERAL_FP8 = Tuning(stages=8)
+"""With more tiles on their way."""
+SEVERAL_FP8 = Tuning(warps=6, blocks=2, stages=12, least=5)
 DEEP_FP8 = Tuning(warps=6, blocks=1, stages=24, least=5)
-"""The same for pools in FP8, whose tiles have half the bytes: as many bytes on their way, and for as many tiles in less
-time more warps. They have not been measured yet."""
+
+
+class Tunings(NamedTuple):
+    """What is taken over pools of one type.
+
+    Attributes
+    ----------
+    few, several
+        For up to `_FEW` sequences, and for more. `several` has the most blocks.
+    of_global
+        For global layers, however many sequences. Their keys lie on so many pages of memory that each tile waits for
+        its page (docs/benchmarks/attention-on-gpu.md).
+    """
+
+    few: Tuning
+    several: Tuning
+    of_global: Tuning
+
+    def of(self, group: LayerGroup, sequences: int) -> Tuning:
+        if group is LayerGroup.GLOBAL:
+            return self.of_global
+        return self.few if sequences <= _FEW else self.several
+
+
+TUNED: Mapping[torch.dtype, Tunings] = {
+    torch.bfloat16: Tunings(few=DEEP, several=SEVERAL, of_global=DEEP),
+    # Tiles have half the bytes: for as many on their way there are more of them, and for these more warps.
+    FP8: Tunings(few=DEEP_FP8, several=SEVERAL_FP8, of_global=SEVERAL_FP8),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +127,8 @@ class Form:
 
     @property
     def warps(self) -> int:
-        """Of a block that attend."""
-        return min(self.tuning.warps, self.stages)
-
-    @property
-    def deep(self) -> Form:
-        """The same with `DEEP` or `DEEP_FP8`."""
-        return replace(self, tuning=DEEP_FP8 if self.pool == FP8 else DEEP)
+        """Of a block that attend: as many as have a stage each; 0 if there is no room for one."""
+        return next((warps for warps in range(self.tuning.warps, 0, -1) if self._fit(warps) >= warps), 0)
 
     @property
     def threads(self) -> int:
@@ -116,25 +138,28 @@ class Form:
     @property
     def stages(self) -> int:
         """Of the ring: a multiple of the warps, so that what comes into a stage is always the same one's."""
-        room = SHARED_BYTES // self.tuning.blocks - _OF_BLOCK - self._beside
-        fit = min(self.tuning.stages, room // self._of_stage)
-        return fit - fit % self.tuning.warps if fit > self.tuning.warps else fit
+        warps = self.warps
+        return self._fit(warps) // warps * warps if warps else 0
 
     @property
     def shared_bytes(self) -> int:
         """Of a block."""
-        return self.stages * self._of_stage + self._beside
+        return self.stages * self._of_stage + self._beside(self.warps)
 
     @property
     def _of_stage(self) -> int:
         """Keys and values of a tile, and two barriers."""
         return 2 * WORK_KEYS * self.head_dim * self.pool.itemsize + 2 * 8
 
-    @property
-    def _beside(self) -> int:
+    def _beside(self, warps: int) -> int:
         """The sequences, and what the warps put together, of one run and of the next."""
-        of_run = self.tuning.warps * self.group * (self.head_dim * 4 + 8)
+        of_run = warps * self.group * (self.head_dim * 4 + 8)
         return (self.most_sequences + 1) * WORK_FIELDS * 4 + 2 * of_run + 16
+
+    def _fit(self, warps: int) -> int:
+        """Stages beside what so many warps leave."""
+        room = SHARED_BYTES // self.tuning.blocks - _OF_BLOCK - self._beside(warps)
+        return min(self.tuning.stages, room // self._of_stage)
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -223,7 +248,7 @@ class HopperDecode:
     Parameters
     ----------
     form
-        As `form_of` gives it; it is compiled as `Form.deep` besides.
+        As `form_of` gives it; it is compiled for each of its pool's `TUNED`.
     processors, scale
         Multiprocessors of the device; of scores, which are powers of two.
 
@@ -242,23 +267,23 @@ class HopperDecode:
             made = Kernel(code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False)
             return made, processors * form.tuning.blocks
 
-        self._deep, self._several = kernel(form.deep), kernel(form)
+        self._tunings = TUNED[form.pool]
+        self._kernels = {tuning: kernel(replace(form, tuning=tuning)) for tuning in set(self._tunings)}
         self._calls = Calls(form, blocks=processors * form.tuning.blocks, scale=scale, device=device)
 
     def __call__(self, group: LayerGroup, sequences: int, *tensors: Tensor, **more: Any) -> None:
         """For a layer of that group and so many decodes, `MOST` at most; as `Calls.given`, on the current stream."""
-        deep = group is LayerGroup.GLOBAL or sequences <= _FEW
-        kernel, blocks = self._deep if deep else self._several
+        kernel, blocks = self._kernels[self._tunings.of(group, sequences)]
         kernel.launch(blocks, self._calls.given(*tensors, **more))
 
 
 def form_of(tiling: Tiling, pool: torch.dtype, queries: torch.dtype, *, capped: bool) -> Form | None:
-    """The form for a model's heads, with `SEVERAL` or `SEVERAL_FP8`; None if the kernel is not for such heads, pools or
-    scores that are `capped`."""
+    """The form for a model's heads and several sequences; None if the kernel is not for such heads, pools or scores
+    that are `capped`."""
     layout = tiling.layout
-    if pool not in (torch.bfloat16, FP8) or queries != torch.bfloat16 or capped or tiling.cell != WORK_KEYS:
+    if pool not in TUNED or queries != torch.bfloat16 or capped or tiling.cell != WORK_KEYS:
         return None
-    tuning = SEVERAL_FP8 if pool == FP8 else SEVERAL
+    tuning = TUNED[pool].several
     form = Form(layout.head_dim, layout.kv_heads, tiling.group, layout.block_size, tuning=tuning, pool=pool)
     return form if form.fits and tiling.processors >= layout.kv_heads else None
 
