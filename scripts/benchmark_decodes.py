@@ -45,7 +45,7 @@ KERNELS: Mapping[torch.dtype, Mapping[str, Tuning | None]] = {
     torch.bfloat16: {
         "OpenAI Triton": None,
         "several": SEVERAL,
-        "several, 3 warps, 6 stages": replace(SEVERAL, warps=3, stages=6),
+        "several, 3 warps, 6 stages": replace(SEVERAL, warps=3, stages=6, least=3),
         "deep": DEEP,
         "deep, 6 warps": replace(DEEP, warps=6),
     },
