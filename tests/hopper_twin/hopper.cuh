@@ -179,6 +179,11 @@ inline u32 lower_fp8(float low, float high) { return twin::to_e4m3(low) | twin::
 template <u32 MASK, u32 WITH>
 u32 masked_with(u32 word) { return (word & MASK) | WITH; }
 
+inline u32 minus(u32 a, u32 b) {
+    const float2 v = unpack<false>(a), w = unpack<false>(b);
+    return pack<false>(v.x - w.x, v.y - w.y);
+}
+
 inline float exp2_quickly(float v) { return std::exp2(v); }
 
 inline u32 turned(u32 pair) {

@@ -34,7 +34,7 @@ _KERNELS = Path(__file__).parent / "kernels"
 SOURCE = _KERNELS / "streamed_layer.cu"
 HEADERS = (
     *hopper.HEADERS,
-    *(_KERNELS / name for name in ("streamed_ring.cuh", "streamed_products.cuh", "streamed_meeting.cuh")),
+    *(_KERNELS / name for name in ("gelu.cuh", "streamed_ring.cuh", "streamed_products.cuh", "streamed_meeting.cuh")),
 )
 _WIDTH, _GROUP, _ROW_BYTES = 32, 128, 128
 _FEWEST_STAGES = 3

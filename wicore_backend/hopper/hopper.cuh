@@ -241,6 +241,13 @@ __device__ __forceinline__ u32 masked_with(u32 word) {
     return v;
 }
 
+// Two bfloat16 numbers less two others.
+__device__ __forceinline__ u32 minus(u32 a, u32 b) {
+    u32 v;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
 // Of an 8 x 8 matrix of numbers of 16 bits a lane has two of row `lane / 4`; then two of column `lane / 4`.
 __device__ __forceinline__ u32 turned(u32 pair) {
     u32 v;
