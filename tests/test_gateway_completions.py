@@ -67,3 +67,10 @@ def test_text_completions_stream_several_prompts_at_once():
 )
 def test_text_completions_refuse_what_they_cannot_do(fields):
     error_of(post(ScriptedBackend(), "/v1/completions", {"model": "wicore", **fields}))
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 65, [[1]] * 65])
+def test_too_many_prompts_are_called_that_and_not_prompts_of_another_form(prompt):
+    error = error_of(post(ScriptedBackend(), "/v1/completions", {"model": "wicore", "prompt": prompt}))
+    assert error["param"] == "prompt"
+    assert "at most 64 items" in error["message"]

@@ -72,7 +72,9 @@ def test_what_is_no_json_or_not_sent_as_such_is_told_apart():
         assert error_of(client.post("/v1/chat/completions", content=b"{}"), 415)["code"] == "unsupported_media_type"
         half = json.dumps({**CHAT, "model": "\ud800", "\ud800": 1})
         error_of(client.post("/v1/chat/completions", content=half, headers={"content-type": "application/json"}))
-        assert error_of(client.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
+        refused = error_of(client.get("/v1/chat/completions"), 405)
+        assert refused["code"] == "method_not_allowed"
+        assert refused["message"] == "/v1/chat/completions takes POST, not GET"
         assert error_of(client.get("/nowhere"), 404)["code"] == "not_found"
 
 

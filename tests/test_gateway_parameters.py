@@ -105,6 +105,7 @@ def test_every_parameter_of_the_official_client_is_known_and_judged():
         ({"n": 0}, "n"),
         ({"n": True}, "n"),
         ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": {"a": 1}}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
@@ -125,3 +126,19 @@ def test_what_is_wrong_is_named(fields, param):
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert not backend.requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"temperature": 3, "top_p": 2}, "temperature is 3: Input should be less than or equal to 2 (and 1 more)"),
+        ({"top_logprobs": 2}, "top_logprobs goes with logprobs = true"),
+        # Of the forms that a value may have, those that were not meant are no further problems.
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "messages[0].content[0].image_url is 'x': Input should be an object",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_once(fields, said):
+    assert error_of(post(ScriptedBackend(), **fields))["message"] == said

@@ -478,7 +478,7 @@ def test_what_cannot_be_kept_is_refused_by_name(engine, grammar, named):
         ({"logit_bias": {5: 1, "5": 2}}, "token 5 is there twice"),
         ({"logit_bias": [1]}, "logit_bias"),
         ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias"),
-        ({"logit_bias": {2048: 1}}, "token id 2048 is outside the vocabulary"),
+        ({"logit_bias": {2048: 1}}, "token id 2048 is outside the vocabulary of 2,048, in logit_bias"),
         ({"logit_bias": {True: 1}}, "logit_bias"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, more than max_tokens = 4"),
         ({"grammar": {"choice": ["a"]}, "ignore_eos": True}, "ignore_eos does not go with a grammar"),

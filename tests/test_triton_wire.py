@@ -107,3 +107,13 @@ def test_messages_nested_too_deeply_are_refused():
 def test_a_request_without_ids_is_refused():
     with pytest.raises(InvalidArgumentError, match="no input_ids"):
         prompt_from_tensors({}, 896)
+
+
+def test_places_of_pictures_without_pictures_are_refused():
+    ids = np.arange(20, dtype=np.int32)
+    given = {"image_spans": np.array([[0, 16]], np.int32), "image_digests": np.zeros((1, 16), np.uint8)}
+    for name, tensor in given.items():
+        with pytest.raises(InvalidArgumentError, match=rf"{name} is \[1, .*no pixels"):
+            prompt_from_tensors({"input_ids": ids, name: tensor}, 896)
+    none = {name: tensor[:0] for name, tensor in given.items()}
+    assert prompt_from_tensors({"input_ids": ids, **none}, 896).images == ()

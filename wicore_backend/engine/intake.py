@@ -48,9 +48,15 @@ class Intake:
                 f"the prompt has {len(prompt):,} tokens; it takes 1 to {limit - 1:,} (max_model_len = {limit:,})"
             )
         prompted = int(prompt.token_ids.min()), int(prompt.token_ids.max())
-        for token in (*prompted, *params.stop_token_ids, *params.logit_bias):
-            if not 0 <= token < vocab:
-                raise InvalidArgumentError(f"token id {token} is outside the vocabulary of {vocab:,}")
+        places = (
+            ("the prompt", prompted),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        )
+        for place, tokens in places:
+            for token in tokens:
+                if not 0 <= token < vocab:
+                    raise InvalidArgumentError(f"token id {token} is outside the vocabulary of {vocab:,}, in {place}")
         self._check_images(prompt)
         return params
 

@@ -56,9 +56,13 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
         return NotFoundError(f"there is no {request.method} {ascii(request.url.path)[1:-1]}")
     if (unread := _why_unread(error.__cause__)) is not None:
         return InvalidRequestError(unread, code="invalid_json")
-    code = "method_not_allowed" if error.status_code == 405 else "bad_request"
-    api_error = InvalidRequestError(str(error.detail), code=code, status=error.status_code)
-    api_error.headers.update(error.headers or {})
+    headers = error.headers or {}
+    if error.status_code == 405:
+        said = f"{ascii(request.url.path)[1:-1]} takes {headers.get('Allow', 'another method')}, not {request.method}"
+        api_error = InvalidRequestError(said, code="method_not_allowed", status=405)
+    else:
+        api_error = InvalidRequestError(str(error.detail), code="bad_request", status=error.status_code)
+    api_error.headers.update(headers)
     return api_error
 
 
@@ -76,11 +80,12 @@ def _why_unread(cause: BaseException | None) -> str | None:
 
 def invalid_request(problems: Sequence[Any], body: Any) -> InvalidRequestError:
     """The error that names the most telling of pydantic's problems with what the first of them is about, and says how
-    many there are in all."""
+    many other values there are problems with."""
     problem = _most_telling(problems, body)
     place = _inside_body(problem)
-    param = param_name(place, body)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    param = _name(problem, body)
+    others = {name for other in problems if not _overlap(name := _name(other, body), param)}
+    more = f" (and {len(others)} more)" if others else ""
     if problem["type"] == "extra_forbidden":
         return InvalidRequestError(
             f"{param} is not a parameter of this endpoint{more}", param=param, code="unknown_parameter"
@@ -99,6 +104,8 @@ def invalid_request(problems: Sequence[Any], body: Any) -> InvalidRequestError:
             code="unsupported_media_type",
             status=415,
         )
+    if not param and problem["type"] == "value_error":  # of fields that do not go together, which it names
+        return InvalidRequestError(_said(problem))
     seen = ascii(problem.get("input"))
     seen = seen if len(seen) <= 80 else f"{seen[:77]}..."
     return InvalidRequestError(f"{param or 'the body'} is {seen}: {_said(problem)}{more}", param=param or None)
@@ -124,25 +131,37 @@ def _inside_body(problem: Any) -> list[str | int]:
 
 def _most_telling(problems: Sequence[Any], body: Any) -> Any:
     """Where a value may have several forms, pydantic has problems with each of them: the one that leads farthest into
-    the value is of the form that was meant, and another than "this is no text" says more."""
+    the value is of the form that was meant, and another than "this is no text" says more. A list that is too long
+    was meant as one, whatever its items would be in another form."""
 
-    first = param_name(_inside_body(problems[0]), body)
+    first = _name(problems[0], body)
 
-    def telling(problem: Any) -> tuple[int, bool]:
-        name = param_name(_inside_body(problem), body)
-        depth = len(name) if name == first or name.startswith((f"{first}.", f"{first}[")) else -1
-        return depth, not problem["type"].endswith("_type")
+    def telling(problem: Any) -> tuple[bool, int, bool]:
+        name = _name(problem, body)
+        inside = _within(name, first)
+        too_long = inside and problem["type"] == "too_long"
+        return too_long, len(name) if inside else -1, not problem["type"].endswith("_type")
 
     return max(problems, key=telling)
 
 
-def param_name(place: Sequence[str | int], body: Any) -> str:
+def _within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith((f"{outer}.", f"{outer}["))
+
+
+def _overlap(one: str, other: str) -> bool:
+    return _within(one, other) or _within(other, one)
+
+
+def _name(problem: Any, body: Any) -> str:
     """`messages[0].content` of ("messages", 0, "user", "content"): what does not lead anywhere in the body is the name
-    that pydantic gives to one of several forms."""
+    that pydantic gives to one of several forms, but for the last of what is missing."""
+    place = _inside_body(problem)
     name = ""
     inner = body
     for i, part in enumerate(place):
-        if isinstance(inner, dict) and (part in inner or i == len(place) - 1):
+        missing = problem["type"] == "missing" and i == len(place) - 1
+        if isinstance(inner, dict) and (part in inner or missing):
             name += f".{part}" if name else str(part)
             inner = inner.get(part)
         elif isinstance(inner, list) and isinstance(part, int) and part < len(inner):

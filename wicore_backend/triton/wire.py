@@ -195,10 +195,12 @@ def prompt_from_tensors(tensors: Tensors, image_size: int | None) -> Prompt:
     if "input_ids" not in tensors:
         raise InvalidArgumentError("the request has no input_ids; send the prompt's token ids, INT32 [T]")
     ids = tensors["input_ids"]
-    if "pixels" not in tensors or len(tensors["pixels"]) == 0:
-        return Prompt(ids)
     pixels, spans, digests = (tensors.get(name) for name in ("pixels", "image_spans", "image_digests"))
-    assert pixels is not None
+    if pixels is None or len(pixels) == 0:
+        for name, given in (("image_spans", spans), ("image_digests", digests)):
+            if given is not None and len(given):
+                raise InvalidArgumentError(f"{name} is {list(given.shape)}, and there are no pixels; send all three")
+        return Prompt(ids)
     count = len(pixels)
     if pixels.shape != (count, 3, image_size, image_size):
         raise InvalidArgumentError(
