@@ -95,6 +95,12 @@ def test_a_text_that_is_not_unicode_is_refused_by_its_name(named, prompt, option
         Client(model="\udcff")
 
 
+@pytest.mark.parametrize("prompt", [5, None, b"Hi", ["Hi"], [[]], {"role": "user", "content": "Hi"}])
+def test_a_prompt_is_a_text_or_messages(prompt):
+    with pytest.raises(InvalidArgument, match=r"prompt is .*give a text, or a list of messages"):
+        GenerateRequest.build(prompt, [], {}, stream=True, request_id=None)
+
+
 def test_a_timeout_is_a_number_and_an_endless_one_is_none():
     assert checked_timeout(1.5) == 1.5
     assert checked_timeout(float("inf")) is None

@@ -74,6 +74,14 @@ def test_a_name_that_is_there_twice_is_refused_whatever_its_depth():
     assert parse_json(json.dumps({"a": {"b": 1}, "c": {"b": 2}}), "x") == {"a": {"b": 1}, "c": {"b": 2}}
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cpu\n", ""])
+def test_a_device_that_there_is_not_hears_which_there_are(device):
+    with pytest.raises(InvalidArgumentError) as caught:
+        EngineConfig(model="m", device=device)
+    assert str(caught.value) == f"device = {device!r}: it is auto, cpu, cuda or cuda:N"
+    assert [EngineConfig(model="m", device=fine).device for fine in ("auto", "cpu", "cuda", "cuda:12")][-1] == "cuda:12"
+
+
 @pytest.mark.parametrize(("name", "value"), [("threads", 10**9), ("max_model_len", 1)])
 def test_what_could_only_crash_or_never_answer_is_refused(name, value):
     with pytest.raises(InvalidArgumentError, match=f"{name} = {value}"):

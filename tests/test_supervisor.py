@@ -80,6 +80,22 @@ def test_a_taken_port_is_named_before_anything_is_started(make):
             triton.start()
 
 
+def test_an_address_that_is_not_this_machine_s_is_no_matter_of_ports(make):
+    for host in ("300.1.1.1", "192.0.2.1"):
+        with pytest.raises(ServerStartError, match=rf"cannot listen on {host}:.*--host") as caught:
+            make(host=host).start()
+        assert "-port" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("made", "said"), [(True, "no config.json"), (False, "no such directory")])
+def test_what_a_model_s_directory_lacks_is_said(tmp_path, made, said):
+    model = tmp_path / "model"
+    if made:
+        model.mkdir()
+    with pytest.raises(ServerStartError, match=rf"{model} is not a checkpoint: .*{said}"):
+        cli._options(cli.build_parser().parse_args(["serve", "--model", str(model)]))
+
+
 def test_a_repository_without_models_is_refused(make, tmp_path):
     with pytest.raises(ServerStartError, match="there is no model in"):
         make(model_repository=tmp_path).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,6 +32,12 @@ def _from_home(path: Path) -> Path:
         raise ValueError(str(error)) from None
 
 
+def _device(name: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name) is None:
+        raise ValueError("it is auto, cpu, cuda or cuda:N")
+    return name
+
+
 Directory = Annotated[Path, Field(strict=False), AfterValidator(_from_home), BeforeValidator(_not_empty)]
 """A path; `~` is the home directory, as in a shell."""
 
@@ -43,7 +50,7 @@ class EngineConfig(Settings):
     model: Directory
     """Directory of a Gemma-3 checkpoint in Hugging Face layout."""
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     """Where the model runs; auto takes the first CUDA device and otherwise the CPU."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

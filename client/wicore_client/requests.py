@@ -97,12 +97,17 @@ class GenerateRequest:
         Raises
         ------
         InvalidArgument
-            For a picture that cannot be read and for values that JSON cannot hold.
+            For a prompt that is neither text nor messages, a picture that cannot be read and for values that JSON
+            cannot hold.
         TypeError
             For an option that does not exist.
         """
         if isinstance(images, bytes | str | os.PathLike):
             raise InvalidArgument("images is one picture; give a list of pictures")
+        if not isinstance(prompt, str) and not _are_messages(prompt):
+            raise InvalidArgument(
+                f"prompt is {ascii(prompt)[:80]}; give a text, or a list of messages, which are dicts"
+            )
         unknown = options.keys() - SamplingOptions.__annotations__.keys()
         if unknown:
             known = ", ".join(SamplingOptions.__annotations__)
@@ -119,6 +124,14 @@ class GenerateRequest:
         check_text("request_id", request.id)
         check_text("prompt", request.prompt or "")
         return request
+
+
+def _are_messages(prompt: object) -> bool:
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, bytes)
+        and all(isinstance(message, Mapping) for message in prompt)
+    )
 
 
 def check_text(name: str, text: str) -> None:

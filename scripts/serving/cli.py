@@ -175,7 +175,8 @@ def _options(given: argparse.Namespace) -> ServerOptions:
     named = given.model or settings.get("model") or os.environ.get("WICORE_MODEL") or DEMO_MODEL
     model = Path(str(named)).expanduser().resolve()
     if not (model / "config.json").is_file():
-        raise ServerStartError(f"{model} is not a checkpoint: it has no config.json")
+        lacks = "it has no config.json" if model.is_dir() else "there is no such directory"
+        raise ServerStartError(f"{model} is not a checkpoint: {lacks}; name that of one in Hugging Face layout")
     settings |= {"model": str(model), **({"device": given.device} if given.device else {})}
     return ServerOptions(
         model_repository=given.model_repository.resolve(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -334,9 +335,11 @@ class TritonServer:
                     listener.listen()
                 except OSError as error:
                     name = ("http", "grpc", "metrics")[place]
+                    remedy = f"--{name}-port 0 takes a free port"
+                    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                        remedy = "--host takes a name or an address of this machine"
                     raise ServerStartError(
-                        f"cannot listen on {self.options.host}:{port}: {error.strerror}; "
-                        f"--{name}-port 0 takes a free port"
+                        f"cannot listen on {self.options.host}:{port}: {error.strerror}; {remedy}"
                     ) from None
                 chosen.append((place, int(listener.getsockname()[1])))
         http, grpc, metrics = (port for _, port in sorted(chosen))
