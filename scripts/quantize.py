@@ -240,7 +240,9 @@ def _check_fits(checkpoint: _Source, scheme: Scheme) -> None:
         try:
             scheme.tensors(torch.zeros(_FEW_ROWS, inputs, dtype=torch.bfloat16))
         except ValueError as error:
-            raise CheckpointError(f"{name} {checkpoint.shape(name)} cannot be {scheme.name}: {error}") from None
+            raise CheckpointError(
+                f"{name} {checkpoint.shape(name)} cannot be {scheme.name}: {error}; --group sets it"
+            ) from None
 
 
 def _check_room(partial: Path, checkpoint: _Source, groups: Mapping[str, list[str]], scheme: Scheme) -> None:

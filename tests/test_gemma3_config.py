@@ -244,7 +244,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Gemma3Config.from_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON: .*; fetch"):
         Gemma3Config.from_checkpoint(tmp_path)
 
 

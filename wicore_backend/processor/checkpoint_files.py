@@ -13,8 +13,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError if it cannot be read or is not an object."""
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; fetch the model's own file again") from None
     except RecursionError:
         raise CheckpointError(
             f"{path} cannot be read: its objects or lists are nested too deep; fetch the model's own file again"

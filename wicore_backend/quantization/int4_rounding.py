@@ -30,7 +30,9 @@ def quantized_int4(matrix: Tensor, group: int = 128, *, symmetric: bool = True, 
     """
     rows, columns = matrix.shape
     if columns % group or group % 8:
-        raise ValueError(f"{columns} inputs cannot be cut into groups of {group}; both must be multiples of 8")
+        raise ValueError(
+            f"{columns} inputs cannot be cut into groups of {group}; a multiple of 8 that divides them can"
+        )
     shrinks = _SHRINKS if search else _SHRINKS[:1]
     quantize = _symmetric if symmetric else _with_zeros
     scale_type = matrix.dtype if matrix.dtype.itemsize == 2 else torch.bfloat16
