@@ -16,8 +16,9 @@
 //
 // A matrix is cut into tiles of 16 outputs, a tile into spans of 128 bytes of each output. A stage of the ring is some
 // spans of a tile, and each warp multiplies one of them by tensor cores (mma.m16n8k16): weights are the left operand,
-// those of fewer bits raised to float16, x is in columns of the right one. A span's halves lie in the same banks of shared memory for all
-// outputs, so that odd outputs take them the other way round: for those x is in a second column, likewise turned.
+// those of 4 and 8 bits raised to float16, x is in columns of the right one. A span's halves lie in the same banks of
+// shared memory for all outputs, so that odd outputs take them the other way round: for those x is in a second column,
+// likewise turned.
 //
 // Given when it is compiled: HIDDEN, ATTENDED, FED, QKV, HEAD_DIM, QK_HEADS (sizes); BITS (of a weight: 4, 8 or 16);
 // SCALE_HALF (INT4's scales are float16, not bfloat16); ZEROS (INT4 has zero points); WARPS (that multiply); STAGES (of
