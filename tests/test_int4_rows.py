@@ -329,7 +329,7 @@ def test_a_matrix_has_two_to_eight_rows_multiplied_by_it_and_others_by_others(ro
     weight = on(kernel_device, int4(64, 512))
     matrix = Int4GpuMatrix(role, weight)
     for rows in (1, 2, 3, 8, 9, 130):
-        x, before = torch.randn(rows, 512, device=kernel_device).bfloat16(), len(launched)
+        x, before = torch.randn(rows, 512, device=kernel_device).mul_(0.1).bfloat16(), len(launched)
         result = matrix(x)
         assert len(launched) - before == (2 <= rows <= 8), f"{rows} rows"
         if len(launched) == before:
@@ -377,11 +377,11 @@ def test_without_cuda_bindings_others_multiply(monkeypatch, caplog):
 # ---- Whether it compiles; no GPU is needed
 
 FORMS = {
-    f"{tiles} tiles{', zero points' * zeros}{', float16 scales' * half}": Form(tiles, half, zeros)
-    for tiles in sorted({cut_of(matrix).tiles for matrix in PUBLISHED})
-    for zeros in (False, True)
-    for half in (False, True)
-    if zeros == half or tiles == 22
+    **{
+        f"{tiles} tiles, all": Form(tiles, True, True)
+        for tiles in sorted({cut_of(matrix).tiles for matrix in PUBLISHED})
+    },
+    "22 tiles, symmetric": Form(22),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 

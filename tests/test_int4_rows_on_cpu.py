@@ -135,6 +135,12 @@ PLANTED = {
     "rows are copied before the kernel before has ended": planted(
         "    wait_for_kernel_before();\n    ring = {};", "    ring = {};", "race: .* (out|x)", "one after the other"
     ),
+    "one lane waits for the kernel before, and others copy": planted(
+        "    wait_for_kernel_before();\n    ring = {};",
+        "    if (threadIdx.x % WIDTH == 0) wait_for_kernel_before();\n    ring = {};",
+        "race: .* (out|x)",
+        "one after the other",
+    ),
     "splits overlap": planted(
         "end(product.spans * (split + 1) / product.splits)",
         "end(min(product.spans, product.spans * (split + 1) / product.splits + 1))",
@@ -238,3 +244,10 @@ def test_a_mistake_is_found(mistake):
 
     with pytest.raises(AssertionError, match=PLANTED[mistake].found):
         run_often()
+
+
+def test_a_ring_that_parts_do_not_share_evenly_is_not_compiled():
+    product = SmallProduct(2, 32, 256, cut=Cut(4, 1))
+    wrong = product.form.defines() | {"STAGES": product.form.parts + 1}
+    with pytest.raises(RuntimeError, match="a stage is always the same part's"):
+        hopper_twin.HostKernel(SOURCE, TEXTS, wrong, parameter="Product")
