@@ -64,6 +64,32 @@ def test_a_product_is_the_plain_twin_s_however_it_is_cut(rows, pairs, spans, pro
     right(SmallProduct(rows, pairs * 32, spans * 256, cut=cut, gated=role == "gate_up"), seed)
 
 
+@pytest.mark.parametrize("case", ["gate and up", "float16 scales and zero points", "inputs in splits"])
+@pytest.mark.parametrize("scale", [1e-3, 1e5])
+def test_activations_may_be_of_any_size(scale, case):
+    """Those of trained models reach far beyond float16."""
+    sizes, more = CASES[case]
+    product = SmallProduct(*sizes, **more)
+    product.memory *= scale
+    right(product, seed=1)
+
+
+@pytest.mark.parametrize("case", ["several blocks, the last with fewer tiles", "gate and up"])
+def test_a_row_s_result_is_its_own_whoever_the_others_are(case):
+    """Not a bit of it is another where fewer are there, or some that are no numbers: rows are of several requests."""
+    sizes, more = CASES[case]
+    product = SmallProduct(*sizes, **more)
+    whole, rows = right(product, seed=2), product.memory
+    product.memory = rows[:3].clone()
+    assert torch.equal(product.run(seed=3), whole[:, :3])
+    product.memory = rows.clone()
+    product.memory[1] = float("nan")
+    others = [n for n in range(len(rows)) if n != 1]
+    result = product.run(seed=4)
+    assert torch.equal(result[:, others], whole[:, others])
+    assert bool(result[:, 1].isnan().all())
+
+
 class Planted(NamedTuple):
     """A mistake in the kernel, other words for the right ones, and what says that it was found, in which case."""
 

@@ -49,6 +49,11 @@ class SmallProduct:
     ----------
     launches
         In a stream. Each but the first reads what the one before it gave, and gives it where that reads.
+
+    Attributes
+    ----------
+    memory
+        The rows, with what lies between them.
     """
 
     def __init__(
@@ -69,8 +74,12 @@ class SmallProduct:
         self.cut, self.gated, self.launches = cut, gated, launches
         self.form = Form(cut.tiles, half_scales=half_scales, zeros=zeros)
         self.memory = torch.randn(rows, inputs + (8 if launches == 1 else 0)).bfloat16()
-        self.x = self.memory[:, :inputs]
         self._texts = texts
+
+    @property
+    def x(self) -> Tensor:
+        """The rows, [T, K]."""
+        return self.memory[:, : self.weight.shape[1]]
 
     @cached_property
     def _on_host(self) -> hopper_twin.HostKernel:
