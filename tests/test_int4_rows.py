@@ -6,7 +6,6 @@ What it computes of small ones: `test_int4_rows_on_cpu.py`, whose cases a card h
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import shutil
@@ -244,18 +243,30 @@ def launched(monkeypatch):
     nvrtc.Kernel, nvrtc.compiled = Kernel, compiled
     monkeypatch.setitem(sys.modules, "wicore_backend.hopper.nvrtc", nvrtc)
     monkeypatch.setattr(int4_rows, "overlaps", lambda _: True)
-    for name, of_cpu in (
-        ("get_device_properties", SimpleNamespace(multi_processor_count=H200_BLOCKS)),
-        ("device", contextlib.nullcontext()),
-    ):
-        monkeypatch.setattr(torch.cuda, name, _passing(getattr(torch.cuda, name), of_cpu))
+    properties = torch.cuda.get_device_properties
+    of_cpu = SimpleNamespace(multi_processor_count=H200_BLOCKS)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda d=None: of_cpu if d == torch.device("cpu") else properties(d)
+    )
+    monkeypatch.setattr(torch.cuda, "device", _CudaDeviceOrCpu)
     int4_rows._kernel.cache_clear()
     yield launches
     int4_rows._kernel.cache_clear()
 
 
-def _passing(real, of_cpu):
-    return lambda device=None: of_cpu if device == torch.device("cpu") else real(device)
+class _CudaDeviceOrCpu(torch.cuda.device):
+    """Leaves a CPU as it is; a class, as what it is in place of, since PyTorch asks what is one of it."""
+
+    def __init__(self, device):
+        self._is_cpu = device == torch.device("cpu")
+        if not self._is_cpu:
+            super().__init__(device)
+
+    def __enter__(self):
+        return None if self._is_cpu else super().__enter__()
+
+    def __exit__(self, *raised):
+        return None if self._is_cpu else super().__exit__(*raised)
 
 
 def test_a_head_has_none(launched):

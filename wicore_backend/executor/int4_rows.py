@@ -211,7 +211,7 @@ def fits(weight: Int4Matrix) -> bool:
 
 
 def rows_product(role: Role, weight: Int4Matrix) -> RowsProduct | None:
-    """The product with a layer's matrix on this device; None if that is of another kind, or has not what compiles it, or
+    """The product with a layer's matrix on this device; None if that is of another kind or has not what compiles it, or
     the matrix does not fit."""
     if role == "head" or not overlaps(weight.codes) or not fits(weight):
         return None
