@@ -344,7 +344,8 @@ def test_a_matrix_has_two_to_eight_rows_multiplied_by_it_and_others_by_others(ro
         result = matrix(x)
         assert len(launched) - before == (2 <= rows <= 8), f"{rows} rows"
         if len(launched) == before:
-            assert relative_error(result, plain(x, weight, gated=role == "gate_up")) < 1e-2
+            whole = result.sum(0) if result.dim() == 3 else result  # Other kernels, too, give parts of a sum.
+            assert relative_error(whole, plain(x, weight, gated=role == "gate_up")) < 1e-2
 
 
 def test_a_bias_tilings_that_are_given_and_a_head_are_left_to_others(launched, kernel_device):
