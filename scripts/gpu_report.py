@@ -1,6 +1,6 @@
 """Measures on a card what Gemma-3-27B is to reach on it: a table of goals and figures, with the command of each.
 
-    python -m scripts.gpu_report                                    # everything: 13 minutes on an H200, 22 at most
+    python -m scripts.gpu_report                                    # everything: 14 minutes on an H200, 25 at most
     python -m scripts.gpu_report --parts bf16 fp8 int4 --seconds 150
     python -m scripts.gpu_report --parts                            # the table of what was measured before
     python -m scripts.gpu_report --rehearse                         # without a card, at shapes that a CPU computes
