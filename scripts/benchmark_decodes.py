@@ -78,7 +78,6 @@ class Layers:
         made = random_weights(config, device=DEVICE, dtype=torch.bfloat16, quantize=QUANTIZE[weights])
         self._hidden_size = text.hidden_size
         self._executor = CudaExecutor(config, made)
-        self._executor._streamed = None  # One sequence's layers as several kernels, too: they are what it follows.
         values = (most * -(-_KEYS // BLOCK_SIZE) + 1) * BLOCK_SIZE * self._load(1).token_bytes // kv_dtype.itemsize
         self._memory = random_pool(_LAYERS * values, kv_dtype)
 
