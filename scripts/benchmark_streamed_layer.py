@@ -27,13 +27,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scripts.benchmark_shape import QUANTIZE
 from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
 from wicore_backend.executor.streamed_layer import MEASURED, Bits, Form, StreamedLayers, Tuning
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.models.gemma3.weights import Gemma3Weights, Weight
-from wicore_backend.quantization.fp8 import quantized_fp8
-from wicore_backend.quantization.int4_rounding import quantized_int4
+from wicore_backend.models.gemma3.weights import Gemma3Weights, plain
 
+_KINDS: Mapping[Bits, str] = {4: "int4", 8: "fp8", 16: "bf16"}
 LAYERS = 8
 REPLAYS, REPEATS = 20, 100
 _TOLERANCE = 1e-2
@@ -56,13 +56,13 @@ WAYS: Mapping[Bits, Mapping[str, Tuning]] = {
         "as it is": MEASURED,
         "44 KB on their way": replace(MEASURED, in_flight=44 * _KB),
         "58 KB": replace(MEASURED, in_flight=58 * _KB),
-        "116 KB": replace(MEASURED, in_flight=116 * _KB),
-        "11 warps": replace(MEASURED, warps=11),
+        "88 KB": replace(MEASURED, in_flight=88 * _KB),
+        "14 warps": replace(MEASURED, warps=14),
     },
     16: {
         "as it is": MEASURED,
         "58 KB on their way": replace(MEASURED, in_flight=58 * _KB),
-        "88 KB": replace(MEASURED, in_flight=88 * _KB),
+        "116 KB": replace(MEASURED, in_flight=116 * _KB),
         "140 KB": replace(MEASURED, in_flight=140 * _KB),
         "6 warps": replace(MEASURED, warps=6),
         "7 warps": replace(MEASURED, warps=7),
@@ -92,7 +92,7 @@ class Layers:
             (Path(directory) / "config.json").write_text(json.dumps(_COMMON | SHAPES[shape] | few))
             self.config = Gemma3Config.from_checkpoint(Path(directory))
         self.weights: Gemma3Weights = random_weights(
-            self.config, device=device, dtype=torch.bfloat16, quantize=_QUANTIZE[bits]
+            self.config, device=device, dtype=torch.bfloat16, quantize=QUANTIZE[_KINDS[bits]]
         )
         text = self.config.text
         self.attended = text.num_heads * text.head_dim
@@ -136,11 +136,12 @@ class Layers:
         from wicore_backend.executor.torch_executor import TorchExecutor
 
         text = self.weights.text
-        plain = tuple(
-            replace(layer, **{name: _plain(getattr(layer, name)) for name in _MATRICES}) for layer in text.layers[:2]
+        widened = tuple(
+            replace(layer, **{name: plain(getattr(layer, name), torch.float32) for name in _MATRICES})
+            for layer in text.layers[:2]
         )
         embedding = text.embedding.float()
-        twin = replace(text, embedding=embedding, head=embedding, layers=plain)
+        twin = replace(text, embedding=embedding, head=embedding, layers=widened)
         rope = [table.float() for table in self.rope]
         executor = TorchExecutor(self.config, replace(self.weights, text=twin))
         hidden, qkv = executor.mid(0, self.hidden.float(), self.attention.float(), *rope)
@@ -294,18 +295,6 @@ def _arguments() -> argparse.Namespace:
     if not options.dry and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --dry runs small layers on the CPU")
     return options
-
-
-_QUANTIZE: Mapping[Bits, Callable[[Tensor], Weight]] = {
-    4: lambda matrix: quantized_int4(matrix, search=False),
-    8: quantized_fp8,
-    16: lambda matrix: matrix,
-}
-_KINDS: Mapping[Bits, str] = {4: "int4", 8: "fp8", 16: "bf16"}
-
-
-def _plain(weight: Weight) -> Tensor:
-    return weight.float() if isinstance(weight, Tensor) else weight.dequantized(torch.float32)
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:

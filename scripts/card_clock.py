@@ -1,6 +1,6 @@
 """The clock that a card keeps while something runs, its power, and what holds the clock down, as NVML tells them.
 
-    with CardClock() as clock:
+    with CardClock("GPU-...") as clock:
         began = time.perf_counter()
         ...
         print(clock.between(began, time.perf_counter()))

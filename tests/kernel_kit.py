@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from wicore_backend.hopper import ARCHITECTURE
+from wicore_backend.hopper import HEADERS as HOPPER_HEADERS
+from wicore_backend.quantization.int4 import Int4Matrix
 
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER_SHARED_MEMORY = 227 * 1024  # a program's, at most
@@ -21,6 +29,7 @@ SHAPES_OF_27B = {
 }
 EPS = 1e-6
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -31,6 +40,40 @@ def run_alone(program: str) -> str:
     done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def assert_nvrtc_compiles(source: Path, headers: Sequence[Path], defines: Mapping[str, int]) -> None:
+    """Where there is NVRTC, for Hopper; no GPU is needed."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="PyTorch's builds for CUDA bring cuda-bindings")
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        pytest.skip(f"no NVRTC: {error}")
+    from wicore_backend.hopper.nvrtc import compiled
+
+    assert compiled(source, headers, defines, architecture=ARCHITECTURE).startswith(b"\x7fELF")
+
+
+def nvcc_compiled(source: Path, defines: Mapping[str, int], code: Path) -> tuple[list[int], int]:
+    """Bytes that spill, each time that they are told, and registers that each thread is given, of a kernel for Hopper,
+    which is left in `code`."""
+    given = (f"-D{name}={value}" for name, value in defines.items())
+    command = ["nvcc", f"-arch={ARCHITECTURE}", "-std=c++17", f"-I{HOPPER_HEADERS[0].parent}", *given, "-cubin"]
+    command += ["--resource-usage", "-o", str(code), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert code.read_bytes().startswith(b"\x7fELF")
+    told = result.stdout + result.stderr
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill", told)]
+    assert spills
+    (registers,) = map(int, re.findall(r"Used (\d+) registers", told))
+    return spills, -(-registers // 8) * 8  # They are given out in eights.
+
+
+def on(device: torch.device, matrix: Int4Matrix) -> Int4Matrix:
+    """The matrix there."""
+    zeros = None if matrix.zeros is None else matrix.zeros.to(device)
+    return replace(matrix, codes=matrix.codes.to(device), scales=matrix.scales.to(device), zeros=zeros)
 
 
 def rms_norm(x, weight):

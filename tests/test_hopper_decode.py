@@ -5,9 +5,6 @@ What it computes: `test_hopper_decode_on_cpu.py`, whose steps a card has here, t
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -20,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hopper_twin.small_decodes import SmallDecodes
+from tests.kernel_kit import assert_nvrtc_compiles, needs_nvcc, nvcc_compiled
 from tests.test_hopper_decode_on_cpu import BOUND, CASES, of_all_numbers, over
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.hopper_decode import (
@@ -37,7 +35,7 @@ from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.tuning import Tuning as TritonTuning
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
-from wicore_backend.hopper import ARCHITECTURE, HEADERS, SHARED_BYTES
+from wicore_backend.hopper import HEADERS, SHARED_BYTES
 
 GLOBAL, LOCAL = LayerGroup.GLOBAL, LayerGroup.LOCAL
 WINDOW = 50
@@ -333,30 +331,14 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 @every_form
 def test_it_compiles(form):
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="PyTorch's builds for CUDA bring cuda-bindings")
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError as error:
-        pytest.skip(f"no NVRTC: {error}")
-    from wicore_backend.hopper.nvrtc import compiled
-
-    code = compiled(SOURCE, HEADERS, FORMS[form].defines(), architecture=ARCHITECTURE)
-    assert code.startswith(b"\x7fELF")
+    assert_nvrtc_compiles(SOURCE, HEADERS, FORMS[form].defines())
 
 
 @every_form
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@needs_nvcc
 def test_the_toolkit_s_compiler_takes_it_and_a_multiprocessor_has_registers_for_its_blocks(form, tmp_path):
-    defines = (f"-D{name}={value}" for name, value in FORMS[form].defines().items())
-    command = ["nvcc", f"-arch={ARCHITECTURE}", "-std=c++17", f"-I{HEADERS[0].parent}", *defines, "-cubin"]
-    command += ["--resource-usage", "-o", tmp_path / "code", SOURCE]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "code").read_bytes().startswith(b"\x7fELF")
-    told = result.stdout + result.stderr
-    assert max(map(int, re.findall(r"(\d+) bytes spill", told))) <= 8
-    (registers,) = map(int, re.findall(r"Used (\d+) registers", told))
-    of_thread = -(-registers // 8) * 8  # They are given out in eights.
+    spills, of_thread = nvcc_compiled(SOURCE, FORMS[form].defines(), tmp_path / "code")
+    assert max(spills) <= 8
     assert FORMS[form].tuning.blocks * FORMS[form].threads * of_thread <= 65_536
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.accuracy import relative_error
 from tests.gemma3_random import write_random_checkpoint
-from tests.kernel_kit import EPS, HOPPER_SHARED_MEMORY, SHAPES_OF_27B, run_alone, segments
+from tests.kernel_kit import EPS, HOPPER_SHARED_MEMORY, SHAPES_OF_27B, on, run_alone, segments
 from tests.peak_memory import peak_bytes
 from tests.test_int4 import random_matrix
 from wicore_backend.executor import int4_matrix, matrix
@@ -45,11 +45,6 @@ TILES = [
 def dtype(kernel_device):
     """The interpreter multiplies bfloat16 matrices as if their bits were integers."""
     return torch.bfloat16 if kernel_device.type == "cuda" else torch.float16
-
-
-def on(device: torch.device, matrix: Int4Matrix) -> Int4Matrix:
-    zeros = None if matrix.zeros is None else matrix.zeros.to(device)
-    return replace(matrix, codes=matrix.codes.to(device), scales=matrix.scales.to(device), zeros=zeros)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

@@ -7,9 +7,6 @@ What it computes of small ones: `test_int4_rows_on_cpu.py`, whose cases a card h
 from __future__ import annotations
 
 import logging
-import re
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -22,8 +19,8 @@ from hypothesis import strategies as st
 
 from scripts.random_gemma3 import SHAPES
 from tests.accuracy import relative_error
-from tests.hopper_twin.small_products import SmallProduct, int4, on, plain
-from tests.kernel_kit import EPS, SHAPES_OF_27B
+from tests.hopper_twin.small_products import SmallProduct, int4, plain
+from tests.kernel_kit import EPS, SHAPES_OF_27B, assert_nvrtc_compiles, needs_nvcc, nvcc_compiled, on
 from tests.test_int4_rows_on_cpu import BOUND, CASES
 from wicore_backend.executor import int4_rows
 from wicore_backend.executor.int4_matrix import Int4GpuMatrix, widened_bytes
@@ -400,32 +397,14 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 @every_form
 def test_it_compiles(form):
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="PyTorch's builds for CUDA bring cuda-bindings")
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError as error:
-        pytest.skip(f"no NVRTC: {error}")
-    from wicore_backend.hopper.nvrtc import compiled
-
-    code = compiled(SOURCE, HEADERS, FORMS[form].defines(), architecture=ARCHITECTURE)
-    assert code.startswith(b"\x7fELF")
+    assert_nvrtc_compiles(SOURCE, HEADERS, FORMS[form].defines())
 
 
 @every_form
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@needs_nvcc
 def test_the_toolkit_s_compiler_takes_it_and_a_multiprocessor_has_registers_for_a_block(form, tmp_path):
-    defines = (f"-D{name}={value}" for name, value in FORMS[form].defines().items())
-    command = ["nvcc", f"-arch={ARCHITECTURE}", "-std=c++17", f"-I{HEADERS[0].parent}", *defines, "-cubin"]
-    command += ["--resource-usage", "-o", tmp_path / "code", SOURCE]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "code").read_bytes().startswith(b"\x7fELF")
-    told = result.stdout + result.stderr
-    spills = re.findall(r"(\d+) bytes spill", told)
-    assert spills
-    assert set(spills) == {"0"}
-    (registers,) = map(int, re.findall(r"Used (\d+) registers", told))
-    of_thread = -(-registers // 8) * 8  # They are given out in eights.
+    spills, of_thread = nvcc_compiled(SOURCE, FORMS[form].defines(), tmp_path / "code")
+    assert set(spills) == {0}
     assert FORMS[form].threads * of_thread <= 65_536
 
 

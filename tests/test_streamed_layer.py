@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
 from tests.accuracy import relative_error
-from tests.hopper_twin.small_layers import plain_matrix
+from tests.kernel_kit import assert_nvrtc_compiles
 from wicore_backend.executor.streamed_layer import (
     HEADERS,
     MEASURED,
@@ -25,8 +25,8 @@ from wicore_backend.executor.streamed_layer import (
     streamed_layers,
 )
 from wicore_backend.executor.torch_executor import TorchExecutor
-from wicore_backend.hopper import ARCHITECTURE
 from wicore_backend.models.gemma3.config import Gemma3Config
+from wicore_backend.models.gemma3.weights import plain
 from wicore_backend.quantization.fp8 import quantized_fp8
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
@@ -182,18 +182,9 @@ def layers_of(model, dtype, quantize):
 @every_way
 @every_width
 def test_it_compiles(bits, way, config):
-    """Where there is NVRTC; no GPU is needed."""
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="PyTorch's builds for CUDA bring cuda-bindings")
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError as error:
-        pytest.skip(f"no NVRTC: {error}")
-    from wicore_backend.hopper.nvrtc import compiled
-
     form = replace(form_of(config(SHAPES["gemma-3-27b"]).text, bits), tuning=WAYS[way])
     launch = form.launch(form.shares(H200_BLOCKS))
-    code = compiled(SOURCE, HEADERS, form.defines(launch), architecture=ARCHITECTURE)
-    assert code.startswith(b"\x7fELF")
+    assert_nvrtc_compiles(SOURCE, HEADERS, form.defines(launch))
 
 
 # ---- What it computes
@@ -218,8 +209,10 @@ class Case:
         text = model.text
         self.layers = weights.text.layers
         self.streamed = StreamedLayers(Form.of(text, self.layers, WAYS[way]), text.rms_norm_eps, self.layers, device)
-        plain = [replace(layer, **{n: plain_matrix(getattr(layer, n)) for n in MATRICES}) for layer in self.layers]
-        twin = replace(weights.text, embedding=weights.text.embedding.float(), layers=tuple(plain))
+        widened = [
+            replace(layer, **{n: plain(getattr(layer, n), torch.float32) for n in MATRICES}) for layer in self.layers
+        ]
+        twin = replace(weights.text, embedding=weights.text.embedding.float(), layers=tuple(widened))
         self.twin = TorchExecutor(model, replace(weights, text=replace(twin, head=twin.embedding)))
         angles = torch.randn(1, text.head_dim // 2, device=device).repeat(1, 2)
         self.rope = angles.cos().bfloat16(), angles.sin().bfloat16()

@@ -16,7 +16,7 @@ from tests.accuracy import relative_error
 from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls, Tuning
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.models.gemma3.weights import Weight
+from wicore_backend.models.gemma3.weights import Weight, plain
 from wicore_backend.quantization.fp8 import Fp8Matrix, quantized_fp8
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
@@ -43,11 +43,6 @@ SHAPE = {
 TEXTS = {file.name: file.read_text() for file in (SOURCE, *HEADERS)}
 
 
-def plain_matrix(weight: Weight) -> Tensor:
-    """In float32."""
-    return weight.float() if isinstance(weight, Tensor) else weight.dequantized(torch.float32)
-
-
 class SmallLayers:
     """A model's layers, what one token brings, the plain twin, and the kernel for so many blocks."""
 
@@ -70,8 +65,10 @@ class SmallLayers:
         self.launch = launch
         defines = form.defines(launch)
         self.kernel = hopper_twin.HostKernel(SOURCE, texts, defines, parameter="Layer")
-        plain = [replace(layer, **{n: plain_matrix(getattr(layer, n)) for n in MATRICES}) for layer in self.layers]
-        twin = replace(weights.text, embedding=weights.text.embedding.float(), layers=tuple(plain))
+        widened = [
+            replace(layer, **{n: plain(getattr(layer, n), torch.float32) for n in MATRICES}) for layer in self.layers
+        ]
+        twin = replace(weights.text, embedding=weights.text.embedding.float(), layers=tuple(widened))
         self.twin = TorchExecutor(model, replace(weights, text=replace(twin, head=twin.embedding)))
         torch.manual_seed(0)
         angles = torch.randn(1, model.text.head_dim // 2).repeat(1, 2)

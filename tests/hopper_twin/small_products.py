@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests import hopper_twin
 from tests.accuracy import relative_error
+from tests.kernel_kit import on
 from wicore_backend.executor.int4_rows import HEADERS, SOURCE, Cut, Form, given
 from wicore_backend.hopper import ARCHITECTURE
 from wicore_backend.quantization.int4 import Int4Matrix
@@ -160,12 +161,6 @@ class SmallProduct:
             expected.append(plain(reads, self.weight, gated=self.gated))
             reads = expected[-1].bfloat16()
         return relative_error(results, torch.stack(expected))
-
-
-def on(device: torch.device, weight: Int4Matrix) -> Int4Matrix:
-    """The matrix there."""
-    zeros = None if weight.zeros is None else weight.zeros.to(device)
-    return replace(weight, codes=weight.codes.to(device), scales=weight.scales.to(device), zeros=zeros)
 
 
 def _guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from wicore_backend.errors import SegmentError
 from wicore_backend.executor.segments.contract import Precision, Segment, SegmentKind
 from wicore_backend.executor.segments.manifest import WeightsAs
-from wicore_backend.executor.segments.matrices import FP8_INPUTS, INT4_GROUPS, Keeping, keeps_codes, kept, plain
+from wicore_backend.executor.segments.matrices import FP8_INPUTS, INT4_GROUPS, Keeping, keeps_codes, kept
 from wicore_backend.executor.segments.source import ShapeParts, WeightSource
 from wicore_backend.models.gemma3.config import Gemma3Config
-from wicore_backend.models.gemma3.weights import LayerEnd, LayerStart, VisionWeights, Weight
+from wicore_backend.models.gemma3.weights import LayerEnd, LayerStart, VisionWeights, Weight, plain
 from wicore_backend.quantization.base import QuantizedMatrix
 from wicore_backend.quantization.fp8 import Fp8Matrix
 from wicore_backend.quantization.int4 import Int4Matrix

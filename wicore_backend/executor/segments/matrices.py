@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wicore_backend.executor.segments.graph import Scope, Value
-from wicore_backend.models.gemma3.weights import Weight
+from wicore_backend.models.gemma3.weights import Weight, plain
 from wicore_backend.quantization.fp8 import FP8, FP8_MAX, Fp8Matrix, quantized_fp8
 from wicore_backend.quantization.int4 import SYMMETRIC_ZERO, Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
@@ -67,11 +67,6 @@ def int4_group(inputs: int) -> int:
         if inputs % group == 0:
             return group
     raise ValueError(f"{inputs} inputs are no multiple of {INT4_GROUPS[-1]}")
-
-
-def plain(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """`weight` widened, in `dtype`."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantized(dtype)
 
 
 def keeps_codes(matrix: Int4Matrix) -> bool:

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from wicore_backend.quantization.base import QuantizedMatrix
 
 Weight = Tensor | QuantizedMatrix
+
+
+def plain(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """`weight` widened, in `dtype`."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantized(dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
