@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from types import ModuleType
-from typing import ClassVar, NamedTuple
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -257,30 +257,25 @@ def test_other_devices_have_none():
 # ---- What is launched
 
 
-class Compiled(NamedTuple):
-    """In place of machine code."""
-
-    defines: dict[str, int]
-
-
 @pytest.fixture
 def launched(monkeypatch):
     """The kernels that are made, each with the number of blocks of its launches."""
     kernels = []
 
     class Kernel:
-        def __init__(self, code, _, *, threads, shared_bytes, cooperative):
+        def __init__(self, source, headers, defines, *, threads, shared_bytes, cooperative):
+            assert (source, headers) == (SOURCE, HEADERS)
             assert not cooperative
-            assert threads == 32 * (code.defines["WARPS"] + 1)
+            assert threads == 32 * (defines["WARPS"] + 1)
             assert shared_bytes <= SHARED_BYTES
-            self.defines, self.blocks = code.defines, []
+            self.defines, self.blocks = defines, []
             kernels.append(self)
 
         def launch(self, blocks, _):
             self.blocks.append(blocks)
 
     nvrtc = ModuleType("nvrtc")
-    nvrtc.Kernel, nvrtc.compiled = Kernel, lambda _, __, defines, **___: Compiled(defines)
+    nvrtc.Kernel = SimpleNamespace(of=Kernel)
     monkeypatch.setitem(sys.modules, "wicore_backend.hopper.nvrtc", nvrtc)
     return kernels
 

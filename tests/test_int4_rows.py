@@ -28,7 +28,7 @@ from wicore_backend.executor.int4_rows import HEADERS, MOST_ROWS, SOURCE, Cut, F
 from wicore_backend.executor.kernels.int4 import Int4Tile
 from wicore_backend.executor.kernels.small import add_norm
 from wicore_backend.executor.roles import Role
-from wicore_backend.hopper import ARCHITECTURE, SHARED_BYTES
+from wicore_backend.hopper import SHARED_BYTES
 from wicore_backend.quantization.int4 import Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
@@ -224,20 +224,16 @@ def launched(monkeypatch):
     launches: list[Launched] = []
 
     class Kernel:
-        def __init__(self, code, name, *, threads, shared_bytes, cooperative):
-            assert name == "int4_rows"
+        def __init__(self, source, headers, defines, *, threads, shared_bytes, cooperative):
+            assert (source, headers) == (SOURCE, HEADERS)
             assert not cooperative
-            self._made = (code, threads, shared_bytes)
+            self._made = (defines, threads, shared_bytes)
 
         def launch(self, blocks, parameters):
             launches.append(Launched(*self._made, blocks, parameters))
 
-    def compiled(source, headers, defines, *, architecture):
-        assert (source, headers, architecture) == (SOURCE, HEADERS, ARCHITECTURE)
-        return defines
-
     nvrtc = ModuleType("nvrtc")
-    nvrtc.Kernel, nvrtc.compiled = Kernel, compiled
+    nvrtc.Kernel = SimpleNamespace(of=Kernel)
     monkeypatch.setitem(sys.modules, "wicore_backend.hopper.nvrtc", nvrtc)
     monkeypatch.setattr(int4_rows, "overlaps", lambda _: True)
     properties = torch.cuda.get_device_properties
@@ -364,7 +360,7 @@ def test_where_it_cannot_be_compiled_others_multiply_and_it_is_told(
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(sys.modules["wicore_backend.hopper.nvrtc"], "compiled", refuse)
+    monkeypatch.setattr(sys.modules["wicore_backend.hopper.nvrtc"].Kernel, "of", refuse)
     weight, x = on(kernel_device, int4(64, 512)), torch.randn(4, 512, device=kernel_device).bfloat16()
     with caplog.at_level(logging.WARNING):
         matrix = Int4GpuMatrix("qkv", weight)

@@ -20,7 +20,7 @@ from wicore_backend.attention.gpu.masses import Measurements
 from wicore_backend.attention.gpu.schedule import WORK_KEYS, Sequences, decode_work
 from wicore_backend.hmt.fp8 import FP8, to_fp8
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hopper import ARCHITECTURE, HEADERS
+from wicore_backend.hopper import HEADERS
 
 if TYPE_CHECKING:
     from wicore_backend.hopper.nvrtc import Kernel
@@ -113,11 +113,12 @@ class SmallDecodes:
 
     @cached_property
     def _on_card(self) -> Kernel:
-        from wicore_backend.hopper.nvrtc import Kernel, compiled
+        from wicore_backend.hopper.nvrtc import Kernel
 
         form = self.form
-        code = compiled(SOURCE, HEADERS, form.defines(), architecture=ARCHITECTURE)
-        return Kernel(code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False)
+        return Kernel.of(
+            SOURCE, HEADERS, form.defines(), threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False
+        )
 
     def split(self, layer: int) -> list[Tensor]:
         """Queries, keys and values of the layer, as if it were the first."""

@@ -17,7 +17,6 @@ from tests import hopper_twin
 from tests.accuracy import relative_error
 from tests.kernel_kit import on
 from wicore_backend.executor.int4_rows import HEADERS, SOURCE, Cut, Form, given
-from wicore_backend.hopper import ARCHITECTURE
 from wicore_backend.quantization.int4 import Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
@@ -88,11 +87,12 @@ class SmallProduct:
 
     @cached_property
     def _on_card(self) -> Any:
-        from wicore_backend.hopper.nvrtc import Kernel, compiled
+        from wicore_backend.hopper.nvrtc import Kernel
 
         form = self.form
-        code = compiled(SOURCE, HEADERS, form.defines(), architecture=ARCHITECTURE)
-        return Kernel(code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False)
+        return Kernel.of(
+            SOURCE, HEADERS, form.defines(), threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False
+        )
 
     def run(self, seed: int) -> Tensor:
         """What each launch gives, [launches, T, N] in float32; parts of sums are added.

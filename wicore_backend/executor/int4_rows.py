@@ -19,7 +19,7 @@ from torch import Tensor
 from wicore_backend import hopper
 from wicore_backend.executor.kernels.small import overlaps
 from wicore_backend.executor.roles import Role
-from wicore_backend.hopper import ARCHITECTURE, SHARED_BYTES
+from wicore_backend.hopper import SHARED_BYTES
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
 if TYPE_CHECKING:
@@ -225,8 +225,9 @@ def rows_product(role: Role, weight: Int4Matrix) -> RowsProduct | None:
 @functools.cache
 def _kernel(form: Form, device: torch.device) -> Kernel:
     # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
-    from wicore_backend.hopper.nvrtc import Kernel, compiled
+    from wicore_backend.hopper.nvrtc import Kernel
 
-    code = compiled(SOURCE, HEADERS, form.defines(), architecture=ARCHITECTURE)
     with torch.cuda.device(device):
-        return Kernel(code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False)
+        return Kernel.of(
+            SOURCE, HEADERS, form.defines(), threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False
+        )

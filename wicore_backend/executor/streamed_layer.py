@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wicore_backend import hopper
 from wicore_backend.executor.kernels.small import overlaps
-from wicore_backend.hopper import ARCHITECTURE, SHARED_BYTES
+from wicore_backend.hopper import SHARED_BYTES
 from wicore_backend.models.gemma3.config import TextConfig
 from wicore_backend.models.gemma3.weights import LayerWeights, Weight
 from wicore_backend.quantization.fp8 import Fp8Matrix
@@ -339,7 +339,7 @@ class StreamedLayers:
 
     def __init__(self, form: Form, eps: float, layers: Sequence[LayerWeights], device: torch.device) -> None:
         # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
-        from wicore_backend.hopper.nvrtc import Kernel, compiled
+        from wicore_backend.hopper.nvrtc import Kernel
 
         self._form = form
         self._device = device
@@ -348,9 +348,13 @@ class StreamedLayers:
         launch = form.launch(shares)
         if launch is None:
             raise RuntimeError(f"a layer of {form} does not fit {self._blocks} multiprocessors")
-        code = compiled(SOURCE, HEADERS, form.defines(launch), architecture=ARCHITECTURE)
-        self._kernel: Kernel = Kernel(
-            code, SOURCE.stem, threads=launch.threads, shared_bytes=launch.shared_bytes, cooperative=True
+        self._kernel: Kernel = Kernel.of(
+            SOURCE,
+            HEADERS,
+            form.defines(launch),
+            threads=launch.threads,
+            shared_bytes=launch.shared_bytes,
+            cooperative=True,
         )
         self._calls = LayerCalls(form, eps, layers, shares)
         self._try_out()

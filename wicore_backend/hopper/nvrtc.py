@@ -13,10 +13,12 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from cuda.bindings import driver, nvrtc
+
+from wicore_backend.hopper import ARCHITECTURE
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +71,21 @@ class Kernel:
         self._attributes = [_attribute("PROGRAMMATIC_STREAM_SERIALIZATION", "programmaticStreamSerializationAllowed")]
         if cooperative:
             self._attributes.append(_attribute("COOPERATIVE", "cooperative"))
+
+    @classmethod
+    def of(
+        cls,
+        source: Path,
+        headers: Sequence[Path],
+        defines: Mapping[str, int],
+        *,
+        threads: int,
+        shared_bytes: int,
+        cooperative: bool,
+    ) -> Self:
+        """The function of a source's name, compiled for Hopper; otherwise as `compiled` and the class have it."""
+        code = compiled(source, headers, defines, architecture=ARCHITECTURE)
+        return cls(code, source.stem, threads=threads, shared_bytes=shared_bytes, cooperative=cooperative)
 
     def launch(self, blocks: int, parameters: ctypes.Structure) -> None:
         """Launch it on PyTorch's current stream with `parameters` as its only one.

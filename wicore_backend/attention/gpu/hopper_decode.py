@@ -20,7 +20,7 @@ from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hopper import ARCHITECTURE, HEADERS, SHARED_BYTES
+from wicore_backend.hopper import HEADERS, SHARED_BYTES
 
 if TYPE_CHECKING:
     from wicore_backend.hopper.nvrtc import Kernel
@@ -260,11 +260,12 @@ class HopperDecode:
 
     def __init__(self, form: Form, *, processors: int, scale: float, device: torch.device) -> None:
         # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
-        from wicore_backend.hopper.nvrtc import Kernel, compiled
+        from wicore_backend.hopper.nvrtc import Kernel
 
         def kernel(form: Form) -> tuple[Kernel, int]:
-            code = compiled(SOURCE, HEADERS, form.defines(), architecture=ARCHITECTURE)
-            made = Kernel(code, SOURCE.stem, threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False)
+            made = Kernel.of(
+                SOURCE, HEADERS, form.defines(), threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False
+            )
             return made, processors * form.tuning.blocks
 
         self._tunings = TUNED[form.pool]
