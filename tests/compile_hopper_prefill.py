@@ -17,7 +17,8 @@ from wicore_backend.attention.gpu.kernels.prefill_hopper import hopper_prefill_k
 from wicore_backend.attention.gpu.kernels.prefill_hopper_fp8 import hopper_fp8_prefill_kernel
 from wicore_backend.attention.gpu.tuning import HOPPER_SHARED_BYTES
 
-SHAPE = {"KV_HEADS": 16, "GROUP": 2, "GROUP_ROWS": 2, "HEAD_DIM": 128, "BLOCK_SIZE": 32, "SOFTCAP": False}
+SHAPE = {"KV_HEADS": 16, "GROUP": 2, "GROUP_ROWS": 2, "HEAD_DIM": 128, "BLOCK_SIZE": 32}
+SHAPE |= {"SOFTCAP": False, "HEAD_AXIS": 1}
 TYPES = {"q": "*bf16", "out": "*bf16", "log_totals": "*fp32", "scale": "fp32", "softcap": "fp32"}
 TYPES |= dict.fromkeys(("tiles", "tables", "lowers", "uppers"), "*i32")
 

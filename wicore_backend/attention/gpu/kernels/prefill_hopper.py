@@ -199,9 +199,12 @@ def attend_rows(
 def hopper_prefill_kernel(
     q, pool, out, log_totals, tiles, tables, lowers, uppers, scale, softcap, layer_row, rows_in_block, q_token, q_head,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HEAD_AXIS: gl.constexpr,
 ):  # fmt: skip
-    """What `prefill_kernel` is with ROWS = 128, HEAD_DIM = 128, 16-bit values and nothing shared out. Grid: the same.
+    """What `prefill_kernel` is with ROWS = 128, HEAD_DIM = 128, 16-bit values and nothing shared out.
+
+    Grid: one axis KV heads, `HEAD_AXIS`, the other items. With heads last all programs at work have the same head, of
+    which each key then comes from memory once, not once for each of them.
 
     Parameters
     ----------
@@ -211,7 +214,7 @@ def hopper_prefill_kernel(
     layer_row, rows_in_block
         The layer's first row in a block, and the rows of a block.
     """
-    head, item = gl.program_id(0), gl.program_id(1)
+    head, item = gl.program_id(HEAD_AXIS), gl.program_id(1 - HEAD_AXIS)
     record = tiles + item * _TILE
     first_token, num_tokens = gl.load(record), gl.load(record + 1)
     start, end = gl.load(record + 2), gl.load(record + 3)

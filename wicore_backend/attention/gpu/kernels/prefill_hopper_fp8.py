@@ -92,10 +92,10 @@ def _bring_and_widen(
 def hopper_fp8_prefill_kernel(
     q, pool, out, log_totals, tiles, tables, lowers, uppers, scale, softcap, layer_row, rows_in_block, q_token, q_head,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, HEAD_AXIS: gl.constexpr,
 ):  # fmt: skip
     """`hopper_prefill_kernel` over bytes of e4m3; `pool` describes them in the same boxes."""
-    head, item = gl.program_id(0), gl.program_id(1)
+    head, item = gl.program_id(HEAD_AXIS), gl.program_id(1 - HEAD_AXIS)
     record = tiles + item * _TILE
     first_token, num_tokens = gl.load(record), gl.load(record + 1)
     start, end = gl.load(record + 2), gl.load(record + 3)
