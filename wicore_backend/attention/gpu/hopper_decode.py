@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wicore_backend import hopper
 from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hopper import HEADERS, SHARED_BYTES
+from wicore_backend.hopper import SHARED_BYTES
 
 if TYPE_CHECKING:
     from wicore_backend.hopper.nvrtc import Kernel
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "kernels" / "decode_hopper.cu"
+HEADERS = (*hopper.HEADERS, hopper.ATTENTION)
 MOST = 64
 """Sequences of a step: of 128 the other kernel's programs hide each other's waits as well, and none idles."""
 _FEW = 8
@@ -166,7 +168,7 @@ class Form:
         return {
             "HEAD_DIM": self.head_dim,
             "KV_HEADS": self.kv_heads,
-            "GROUP": self.group,
+            "MEMBERS": self.group,
             "BLOCK_SIZE": self.block_size,
             "MOST_SEQUENCES": self.most_sequences,
             "WARPS": self.warps,
