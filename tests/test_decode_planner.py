@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.attention_kit import HOLES, SMALL, Bench
 from tests.paged_steps import DECODES, LAYERS, PREFILLS, SCALE, Part, Shape
-from tests.test_gpu_attention import HOLES, SMALL, Bench
 from wicore_backend.attention.gpu import hopper_decode, tile_scheduler
 from wicore_backend.attention.gpu.hopper_decode import MOST
 from wicore_backend.attention.gpu.plans import DecodeItems, DecodeWork
