@@ -307,6 +307,36 @@ def test_the_view_follows_the_answer_only_from_its_end(visit, gateway):
     rest.set()
 
 
+WATCH = """
+  window.starts = new Set(); // where the centre was painted
+  window.slides = [];
+  document.addEventListener("transitionrun", ({ target, propertyName }) => {
+    if (target.id === "layout") window.slides.push(propertyName);
+  });
+  const look = () => {
+    const [shown] = document.querySelector(".centre")?.getClientRects() ?? [];
+    if (shown) window.starts.add(shown.left);
+    requestAnimationFrame(look);
+  };
+  requestAnimationFrame(look);
+"""
+
+
+def test_the_sides_are_in_their_places_at_the_first_view_and_slide_when_toggled(visit):
+    page = visit()
+    page.add_init_script(WATCH)
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    page.wait_for_timeout(300)  # A slide takes 200 ms.
+    width = page.locator("#sidebar").bounding_box()["width"]
+    assert page.evaluate("[...window.starts]") == [width]
+    assert page.evaluate("window.slides") == []
+    page.click("#close-sidebar")
+    until(page, "window.starts.has(0)")
+    assert page.evaluate("window.slides") == ["grid-template-columns"]
+    assert len(page.evaluate("[...window.starts]")) > 2
+
+
 def test_the_panel_shows_this_answer_and_the_tiers(visit, gateway):
     rest = threading.Event()
     gateway.answers = [Answer(["word "] * 60, pause_s=0.005, hold=rest)]

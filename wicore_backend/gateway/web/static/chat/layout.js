@@ -33,6 +33,7 @@ export class Layout {
   restore() {
     this.#showSidebar(!NARROW.matches && preferences.get("sidebar") !== false);
     this.#showPanel(!MEDIUM.matches && preferences.get("panel") !== false);
+    this.#layout.hidden = false; // What was not shown before does not slide to where it is now.
   }
 
   toggleSidebar() {

@@ -272,6 +272,7 @@ prepareDialogs();
 fillIcons();
 translate();
 layout.restore();
+composer.focus();
 await chats.reload();
 const wanted = location.hash.slice(1);
 if (chats.conversations.some(({ id }) => id === wanted)) await openConversation(wanted);
