@@ -204,6 +204,12 @@ PLANTED |= {
     "rows that are not there are given": planted(
         "i < product.rows * features / 2", "i < ROWS * features / 2", "beyond out", "one block"
     ),
+    "shared memory is read as if it were global": planted(
+        "load<uint4>(x + swapped(quarter", "load_words(x + swapped(quarter", "outside of global memory"
+    ),
+    "zero points are read that are not there": planted(
+        "if (ZEROS) next_zeros.load", "next_zeros.load", "outside of global memory"
+    ),
     "zero points are those of the other group": planted(
         "high_zero = zero_of(zeros.high[tile], group)",
         "high_zero = zero_of(zeros.high[tile], 1 - group)",

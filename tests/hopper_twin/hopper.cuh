@@ -134,9 +134,15 @@ inline void line_to_l2(const void* global) { twin::inside(global, 128, 4); }
 
 inline float constant(const float* at) { return twin::loaded_constant<float>(at); }
 inline float4 constants(const float* at) { return twin::loaded_constant<float4>(at); }
-inline u32 load_pair(const char* at) { return twin::loaded<u32>(at); }
-inline uint2 load_pairs(const char* at) { return twin::loaded<uint2>(at); }
-inline uint4 load_words(const void* at) { return twin::loaded<uint4>(at); }
+template <class T>
+T loaded_global(const void* from) {
+    twin::inside(from, sizeof(T), sizeof(T));
+    return twin::loaded<T>(from);
+}
+
+inline u32 load_pair(const char* at) { return loaded_global<u32>(at); }
+inline uint2 load_pairs(const char* at) { return loaded_global<uint2>(at); }
+inline uint4 load_words(const void* at) { return loaded_global<uint4>(at); }
 
 inline void tell(u32* to, u32 word) { twin::tell(to, word); }
 inline u32 told(const u32* from) { return twin::told(from, twin::Order::relaxed); }
