@@ -254,6 +254,11 @@ class HopperDecode:
     processors, scale
         Multiprocessors of the device; of scores, which are powers of two.
 
+    Attributes
+    ----------
+    scale
+        As given.
+
     Raises
     ------
     RuntimeError
@@ -270,6 +275,7 @@ class HopperDecode:
             )
             return made, processors * form.tuning.blocks
 
+        self.scale = scale
         self._tunings = TUNED[form.pool]
         self._kernels = {tuning: kernel(replace(form, tuning=tuning)) for tuning in set(self._tunings)}
         self._calls = Calls(form, blocks=processors * form.tuning.blocks, scale=scale, device=device)
