@@ -177,10 +177,10 @@ def test_random_steps_equal_the_twin(seed, kernel_device):
 def test_the_kernels_for_hopper_compile_without_one():
     # Two warpgroups, each with a first tile, those after it and the last: products in steps of 16.
     assert run_alone("tests.compile_hopper_prefill").splitlines() == [
-        "64 4 products 64 copies 8 widened 0",
-        "128 2 products 96 copies 16 widened 0",
-        "64 4 products 64 copies 12 widened 64",
-        "128 2 products 96 copies 24 widened 128",
+        "64 4 products 48 copies 8 widened 0",
+        "128 2 products 64 copies 16 widened 0",
+        "64 4 products 48 copies 12 widened 64",
+        "128 2 products 64 copies 24 widened 128",
     ]
 
 

@@ -6,7 +6,7 @@ warpgroups have half of the rows each: while one does its softmax the other has 
 the next product before it begins with the softmax of the last.
 
 A warpgroup's rows are 64. So are the 16-bit values in a row of shared memory as the tensor cores read it, 128 bytes, so
-that a head of 128 lies in two panels side by side, and its result in two accumulators.
+that a head of 128 lies in two panels, one after the other: each is copied by itself, and both are one operand.
 
 Written in Gluon, OpenAI Triton's language a level below, which no interpreter runs: where there is no GPU, tests see
 only that it compiles.
@@ -47,29 +47,30 @@ def _bring(
         first_block = (start + nth * KEYS) // BLOCK_SIZE
         mbarrier.wait(keys_free.index(stage), phase ^ 1)
         mbarrier.expect(keys_there.index(stage), KEYS * HEAD_DIM * 2)
+        boxes = keys.index(stage)._reinterpret(pool.dtype, [2 * BLOCKS, BLOCK_SIZE, 64], layout)
         for block in gl.static_range(BLOCKS):
             row = gl.load(table + gl.minimum(first_block + block, last_block)) * rows_in_block + layer_row
             for panel in gl.static_range(2):
-                tile = keys.index(stage * 2 + panel)._reinterpret(pool.dtype, [BLOCKS, BLOCK_SIZE, 64], layout)
                 column = head * HEAD_DIM + panel * 64
-                tma.async_copy_global_to_shared(pool, [row, column], keys_there.index(stage), tile.index(block))
+                place = boxes.index(panel * BLOCKS + block)
+                tma.async_copy_global_to_shared(pool, [row, column], keys_there.index(stage), place)
         mbarrier.wait(values_free.index(stage), phase ^ 1)
         mbarrier.expect(values_there.index(stage), KEYS * HEAD_DIM * 2)
+        boxes = values.index(stage)._reinterpret(pool.dtype, [2 * BLOCKS, BLOCK_SIZE, 64], layout)
         for block in gl.static_range(BLOCKS):
             row = gl.load(table + gl.minimum(first_block + block, last_block)) * rows_in_block + layer_row + BLOCK_SIZE
             for panel in gl.static_range(2):
-                tile = values.index(stage * 2 + panel)._reinterpret(pool.dtype, [BLOCKS, BLOCK_SIZE, 64], layout)
                 column = head * HEAD_DIM + panel * 64
-                tma.async_copy_global_to_shared(pool, [row, column], values_there.index(stage), tile.index(block))
+                place = boxes.index(panel * BLOCKS + block)
+                tma.async_copy_global_to_shared(pool, [row, column], values_there.index(stage), place)
 
 
 @gluon.jit
 def _products(queries, keys, stage, WARPGROUP: gl.constexpr, KEYS: gl.constexpr, layout: gl.constexpr):
     """Queries times keys [rows, KEYS], begun."""
     scores = gl.zeros([64, KEYS], gl.float32, layout)
-    first, second = queries.index(WARPGROUP * 2), queries.index(WARPGROUP * 2 + 1)
-    scores = warpgroup_mma(first, keys.index(stage * 2).permute((1, 0)), scores, use_acc=False, is_async=True)
-    return warpgroup_mma(second, keys.index(stage * 2 + 1).permute((1, 0)), scores, is_async=True)
+    of_stage = keys.index(stage).permute((1, 0))
+    return warpgroup_mma(queries.index(WARPGROUP), of_stage, scores, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -99,10 +100,9 @@ def _clear_past(values, stage, valid, KEYS: gl.constexpr, layout: gl.constexpr):
     Both warpgroups do so, and write the same.
     """
     rows = gl.arange(0, 32, gl.SliceLayout(1, layout))[:, None]
-    for panel in gl.static_range(2):
-        for part in gl.static_range(KEYS // 32):
-            some = values.index(stage * 2 + panel).slice(part * 32, 32)
-            some.store(gl.where(rows + part * 32 < valid, some.load(layout), 0.0))
+    for part in gl.static_range(KEYS // 32):
+        some = values.index(stage).slice(part * 32, 32)
+        some.store(gl.where(rows + part * 32 < valid, some.load(layout), 0.0))
     fence_async_shared()
 
 
@@ -114,23 +114,21 @@ def attend_rows(
     WARPGROUP: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_ROWS: gl.constexpr,
     HEAD_DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's rows of the tile of queries; products are of the type of `keys` and `values`, 16-bit panels."""
+    """A warpgroup's rows of the tile of queries; products are of the type of `keys` and `values`, of 16 bits."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    of_result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    of_result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     of_weights: gl.constexpr = gl.DotOperandLayout(0, of_result, 2)
-    of_memory: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    of_memory: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     dtype: gl.constexpr = keys.dtype
 
     # Queries to shared memory.
     rows = WARPGROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, of_memory))
-    dims = gl.arange(0, 64, gl.SliceLayout(0, of_memory))
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, of_memory))
     member = rows % GROUP_ROWS
     there = (rows // GROUP_ROWS < num_tokens) & (member < GROUP)
     token = (first_token + rows // GROUP_ROWS).to(gl.int64)
     from_rows = (q + token * q_token + (head * GROUP + member) * q_head)[:, None] + dims[None, :]
-    for panel in gl.static_range(2):
-        of_panel = gl.load(from_rows + panel * 64, mask=there[:, None], other=0.0).to(dtype)
-        queries.index(WARPGROUP * 2 + panel).store(of_panel)
+    queries.index(WARPGROUP).store(gl.load(from_rows, mask=there[:, None], other=0.0).to(dtype))
     fence_async_shared()
 
     score_rows = WARPGROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, of_scores))
@@ -140,8 +138,7 @@ def attend_rows(
     upper = gl.load(uppers + score_token, mask=score_there, other=0)
     top = gl.full([64], _FLOOR, gl.float32, gl.SliceLayout(1, of_scores))
     total = gl.zeros([64], gl.float32, gl.SliceLayout(1, of_scores))
-    left = gl.zeros([64, 64], gl.float32, of_result)
-    right = gl.zeros([64, 64], gl.float32, of_result)
+    result = gl.zeros([64, HEAD_DIM], gl.float32, of_result)
 
     count = gl.cdiv(end - start, KEYS)
     mbarrier.wait(keys_there.index(0), 0)
@@ -160,39 +157,33 @@ def attend_rows(
         mbarrier.wait(keys_there.index(stage), phase)
         begun = _products(queries, keys, stage, WARPGROUP, KEYS, of_scores)
         mbarrier.wait(values_there.index(before), phase_before)
-        left_begun = warpgroup_mma(weights16, values.index(before * 2), left, is_async=True)
-        right_begun = warpgroup_mma(weights16, values.index(before * 2 + 1), right, is_async=True)
-        scores = warpgroup_mma_wait(2, deps=[begun])
+        result_begun = warpgroup_mma(weights16, values.index(before), result, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[begun])
         tl.debug_barrier()
         mbarrier.arrive(keys_free.index(stage))
         top, total, weights, shrink = _softmax(
             scores, top, total, start + nth * KEYS, lower, upper, full_from, full_to, scale, softcap,
             KEYS, SOFTCAP, of_scores,
         )  # fmt: skip
-        left, right, weights16 = warpgroup_mma_wait(0, deps=[left_begun, right_begun, weights16])
+        result, weights16 = warpgroup_mma_wait(0, deps=[result_begun, weights16])
         tl.debug_barrier()
         mbarrier.arrive(values_free.index(before))
         of_rows = gl.convert_layout(shrink, gl.SliceLayout(1, of_result))[:, None]
-        left = left * of_rows
-        right = right * of_rows
+        result = result * of_rows
         weights16 = gl.convert_layout(weights.to(dtype), of_weights)
     final = (count - 1) % STAGES
     mbarrier.wait(values_there.index(final), ((count - 1) // STAGES) & 1)
     valid = end - start - (count - 1) * KEYS
     if valid < KEYS:
         _clear_past(values, final, valid, KEYS, of_memory)
-    left = warpgroup_mma(weights16, values.index(final * 2), left, is_async=True)
-    right = warpgroup_mma(weights16, values.index(final * 2 + 1), right, is_async=True)
-    left, right = warpgroup_mma_wait(0, deps=[left, right])
+    result = warpgroup_mma(weights16, values.index(final), result, is_async=True)
+    result = warpgroup_mma_wait(0, deps=[result])
 
     score_at = (score_token.to(gl.int64) * KV_HEADS + head) * GROUP + score_rows % GROUP_ROWS
     gl.store(log_totals + score_at, top + gl.log2(total), mask=score_there)
     whole = gl.convert_layout(total, gl.SliceLayout(1, of_result))[:, None]
     to_rows = (out + ((token * KV_HEADS + head) * GROUP + member) * HEAD_DIM)[:, None] + dims[None, :]
-    left = gl.convert_layout((left / whole).to(out.dtype.element_ty), of_memory)
-    gl.store(to_rows, left, mask=there[:, None])
-    right = gl.convert_layout((right / whole).to(out.dtype.element_ty), of_memory)
-    gl.store(to_rows + 64, right, mask=there[:, None])
+    gl.store(to_rows, gl.convert_layout((result / whole).to(out.dtype.element_ty), of_memory), mask=there[:, None])
 
 
 @gluon.jit
@@ -222,9 +213,9 @@ def hopper_prefill_kernel(
     table = tables + gl.load(record + 6)
 
     shared: gl.constexpr = pool.layout
-    queries = gl.allocate_shared_memory(pool.dtype, [4, 64, 64], shared)
-    keys = gl.allocate_shared_memory(pool.dtype, [2 * STAGES, KEYS, 64], shared)
-    values = gl.allocate_shared_memory(pool.dtype, [2 * STAGES, KEYS, 64], shared)
+    queries = gl.allocate_shared_memory(pool.dtype, [2, 64, HEAD_DIM], shared)
+    keys = gl.allocate_shared_memory(pool.dtype, [STAGES, KEYS, HEAD_DIM], shared)
+    values = gl.allocate_shared_memory(pool.dtype, [STAGES, KEYS, HEAD_DIM], shared)
     keys_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -46,9 +46,10 @@ def _widen(job, stage, raw, raw_there, wide, wide_there, wide_free, wide_phase, 
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     mbarrier.wait(raw_there.index(job % _RAW), (job // _RAW) & 1)
     mbarrier.wait(wide_free.index(stage), wide_phase ^ 1)
+    panels = wide.index(stage)._reinterpret(gl.float16, [2, KEYS, 64], wide.layout)
     for panel in gl.static_range(2):
         narrow = raw.index(job % _RAW * 2 + panel)
-        target = wide.index(stage * 2 + panel)
+        target = panels.index(panel)
         for part in gl.static_range(KEYS // _PART):
             stored = narrow.slice(part * _PART, _PART).load(layout)
             numbers = stored.to(gl.float8e4nv, bitcast=True).to(gl.float16)
@@ -103,9 +104,9 @@ def hopper_fp8_prefill_kernel(
     table = tables + gl.load(record + 6)
 
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    queries = gl.allocate_shared_memory(gl.float16, [4, 64, 64], shared)
-    keys = gl.allocate_shared_memory(gl.float16, [2 * STAGES, KEYS, 64], shared)
-    values = gl.allocate_shared_memory(gl.float16, [2 * STAGES, KEYS, 64], shared)
+    queries = gl.allocate_shared_memory(gl.float16, [2, 64, HEAD_DIM], shared)
+    keys = gl.allocate_shared_memory(gl.float16, [STAGES, KEYS, HEAD_DIM], shared)
+    values = gl.allocate_shared_memory(gl.float16, [STAGES, KEYS, HEAD_DIM], shared)
     raw = gl.allocate_shared_memory(pool.dtype, [2 * _RAW, KEYS, 64], pool.layout)
     keys_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
