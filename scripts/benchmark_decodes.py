@@ -65,7 +65,7 @@ _KV_DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp8": FP8}
 _LAYERS, _KEYS, _TURNS, _REPLAYS = 8, 576, 9, 4
 _INSIDE_KEYS = (64, 576, 1536)
 """Of `inside`: few, as after a prompt of 512 tokens, and a full window."""
-_LEAST = (2, 3, 6, 9)
+_LEAST = (1, 2, 4, 6)
 """Tiles of a block at least, besides what `Tuning` has."""
 _REPEATS = 100
 _POOL_VALUES = 5_600_000_000

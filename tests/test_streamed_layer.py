@@ -118,6 +118,7 @@ def form_of(text, bits):
         text.qkv_heads * text.head_dim,
         text.head_dim,
         text.qk_heads,
+        text.window,
         bits,
     )
 

@@ -53,10 +53,11 @@ class AttendingLayers(SmallLayers):
         block_size: int = 32,
         tuning: Tuning = MEASURED,
         texts: Mapping[str, str] = TEXTS,
+        stages: int = 3,
     ) -> None:
         shape = {**SHAPE, "hidden_size": _HIDDEN[kind, kv_dtype], "intermediate_size": 512, "num_key_value_heads": 2}
         self.shape, pool = shape, Pool(block_size, 8 * kv_dtype.itemsize)
-        super().__init__(directory, kind, tuning=tuning, texts=texts, shape=shape, pool=pool)
+        super().__init__(directory, kind, tuning=tuning, texts=texts, shape=shape, pool=pool, stages=stages)
         self.kv_dtype = kv_dtype
         self.block_size = block_size
 

@@ -56,6 +56,7 @@ class SmallLayers:
         texts: Mapping[str, str] = TEXTS,
         shape: Mapping[str, int] = SHAPE,
         pool: Pool | None = None,
+        stages: int = 3,
     ) -> None:
         (directory / "config.json").write_text(json.dumps(_COMMON | dict(shape)))
         model = Gemma3Config.from_checkpoint(directory)
@@ -67,7 +68,7 @@ class SmallLayers:
         cut = None
         for self.blocks in range(_FEWEST_BLOCKS, 60, 2):  # Until a thread of each has at most one output of a matrix.
             self.form, self.shares = form, form.shares(self.blocks)
-            cut = form.launch(self.shares, most_stages=3)
+            cut = form.launch(self.shares, most_stages=stages)
             if cut is not None:
                 break
         assert cut is not None

@@ -44,6 +44,8 @@ HEADERS = (
 _WIDTH, _GROUP, _ROW_BYTES = 32, 128, 128
 _TILE_KEYS, _MOST_MEMBERS = 32, 8
 _FEWEST_STAGES = 3
+_FEWEST_OF_WEIGHTS = 2
+"""Stages, while others are slots for tiles of keys."""
 _MOST_WARPS = 11
 _MOST_BLOCKS = 159
 
@@ -76,7 +78,7 @@ class Tuning:
 
     warps: int | None = None
     in_flight: int | None = None
-    least: int = 4
+    least: int = 3
 
 
 MEASURED = Tuning()
@@ -100,6 +102,8 @@ class Form:
         Sizes: of the residual stream, of attention's result, of the MLP, of all heads.
     head_dim, qk_heads
         Of a head; and how many are normalised and rotated.
+    window
+        Keys that a token sees in a local layer.
     bits
         Of a weight.
     half_scales, zeros
@@ -116,6 +120,7 @@ class Form:
     qkv: int
     head_dim: int
     qk_heads: int
+    window: int
     bits: Bits
     half_scales: bool = False
     zeros: bool = False
@@ -138,6 +143,7 @@ class Form:
             config.qkv_heads * config.head_dim,
             config.head_dim,
             config.qk_heads,
+            config.window,
             kind.bits,
             kind.half_scales,
             kind.zeros,
@@ -209,22 +215,27 @@ class Form:
         warps = self.warps
         # x, and each warp's part of each output.
         area = max(d * 2 + tiles * warps * TILE_ROWS * 4 for d, tiles in zip(self.depths, parts, strict=True))
-        of_stage = 2 * 8
         if self.pool is not None:
             if not self._attends(self.pool, blocks=len(shares[0]) - 1):
                 return None
-            area = max(area, warps * self.members * (self.head_dim * 4 + 8))
-            of_stage += 8
+            # What warps put together, then what the parts of each head weigh.
+            area = max(area, warps * self.members * (self.head_dim * 4 + 8), len(shares[0]) * self.members * 8)
         sums = max(self.depths) // _GROUP * 8 if self.bits == 4 else 0
-        beside = 4 * warps * 4 + sums + 144 + area
+        beside = 4 * warps * 4 + sums + 144 + area + (0 if self.pool is None else 8 * warps)
         stage = warps * TILE_ROWS * (_ROW_BYTES + (4 * (1 + self.zeros) if self.bits == 4 else 0))
-        stages = (SHARED_BYTES - beside) // (stage + of_stage)
+        stages = (SHARED_BYTES - beside) // (stage + 16)
         if stages < _FEWEST_STAGES or len(shares[0]) > _MOST_BLOCKS + 1 or max(given) * TILE_ROWS > warps * _WIDTH:
             return None
         stages = min(stages, most_stages or stages)
         threads = (warps + 1) * _WIDTH
         in_flight = min(stages - 1, max(1, (self.tuning.in_flight or _IN_FLIGHT[self.bits]) // stage))
-        return Launch(stages, in_flight, threads=threads, shared_bytes=stages * (stage + of_stage) + beside)
+        slots = 0
+        if self.pool is not None:
+            blocks_of_head = (len(shares[0]) - 1) // self.kv_heads
+            tiles = (self.window - 2) // _TILE_KEYS + 2  # In a full window that begins and ends anywhere.
+            of_part = max(-(-tiles // blocks_of_head), min(tiles, self.tuning.least))
+            slots = min(of_part, warps, (stages - _FEWEST_OF_WEIGHTS) * (stage // self._tile_bytes(self.pool)))
+        return Launch(stages, in_flight, slots, threads=threads, shared_bytes=stages * (stage + 16) + beside)
 
     def defines(self, launch: Launch) -> dict[str, int]:
         """For the compiler."""
@@ -236,6 +247,7 @@ class Form:
                 "BLOCK_SIZE": self.pool.block_size,
                 "POOL_BITS": self.pool.bits,
                 "LEAST": self.tuning.least,
+                "SLOTS": launch.slots,
             }
         return {
             "ATTENDS": int(self.pool is not None),
@@ -259,10 +271,14 @@ class Form:
         deep = all(depth % self.span == depth % _GROUP == 0 for depth in self.depths)
         return deep and self.head_dim in (_GROUP, 2 * _GROUP)
 
+    def _tile_bytes(self, pool: Pool) -> int:
+        """Of keys and values."""
+        return 2 * _TILE_KEYS * self.head_dim * pool.bits // 8
+
     def _attends(self, pool: Pool, *, blocks: int) -> bool:
         """Whether a stage has room for a tile of keys and values, and there are heads for which the kernel is."""
-        tile = 2 * _TILE_KEYS * self.head_dim * pool.bits // 8
-        fits = tile <= self.warps * TILE_ROWS * _ROW_BYTES and pool.block_size % _TILE_KEYS == 0
+        stage = self.warps * TILE_ROWS * _ROW_BYTES
+        fits = self._tile_bytes(pool) <= stage and pool.block_size % _TILE_KEYS == 0
         return fits and self.members <= _MOST_MEMBERS and self.kv_heads <= blocks
 
 
@@ -274,12 +290,15 @@ class Launch:
     ----------
     stages, in_flight
         Of the ring; and of those, how many may be on their way at once.
+    slots
+        For tiles of keys, in the ring's first stages.
     threads, shared_bytes
         Of a block.
     """
 
     stages: int
     in_flight: int
+    slots: int
     threads: int
     shared_bytes: int
 

@@ -91,6 +91,9 @@ __device__ __forceinline__ void copy(const char* to, const char* from, u32 bytes
         ::"r"(address(to)), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
+// What this thread did in shared memory comes before bulk copies there, of whoever hears that it has been done.
+__device__ __forceinline__ void before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Into L2 only, and nobody is told.
 __device__ __forceinline__ void line_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
