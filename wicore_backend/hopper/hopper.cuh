@@ -7,7 +7,10 @@
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-extern __shared__ __align__(128) char shared[];
+#ifndef SHARED_ALIGNMENT  // A kernel may ask for more.
+#define SHARED_ALIGNMENT 128
+#endif
+extern __shared__ __align__(SHARED_ALIGNMENT) char shared[];
 
 // ---- Shared memory
 
@@ -93,6 +96,27 @@ __device__ __forceinline__ void copy(const char* to, const char* from, u32 bytes
 
 // What this thread did in shared memory comes before bulk copies there, of whoever hears that it has been done.
 __device__ __forceinline__ void before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A matrix in global memory, of which boxes are copied: as cuTensorMapEncodeTiled makes it.
+struct __align__(64) TensorMap { u64 words[16]; };
+
+// A box of it, from a column and a row on, zeros where the matrix has ended. As the map has it, 16-byte pieces of its
+// rows of 128 bytes are exchanged with each other: within eight rows, which begin at multiples of 1,024.
+__device__ __forceinline__ void copy_box(const char* to, const TensorMap& map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        ::"r"(address(to)), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+// The same to the same place in each of the cluster's blocks, each of whose barriers is told.
+template <int BLOCKS>
+__device__ __forceinline__ void copy_box_to_all(const char* to, const TensorMap& map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(address(to)), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)((1 << BLOCKS) - 1))
+        : "memory");
+}
 
 // Into L2 only, and nobody is told.
 __device__ __forceinline__ void line_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
@@ -186,6 +210,94 @@ __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddep
 
 // The next one may take what multiprocessors this one leaves.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- Blocks of a cluster, which reach each other's shared memory
+
+__device__ __forceinline__ u32 rank_in_cluster() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of all its blocks. What came before is there for what comes after.
+__device__ __forceinline__ void cluster_meets() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// At the same barrier of the block of that rank, when the tensor cores have read what lies there: what this thread itself
+// wrote or read need not come before (with `.release.cluster` it did, by a fence of the whole card in the loop).
+__device__ __forceinline__ void arrive_at(u32 barrier, u32 rank) {
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank) : "memory");
+}
+
+// ---- Registers that one warpgroup leaves for another; all of its warps do so.
+
+template <int COUNT>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+template <int COUNT>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+// ---- Products by a warpgroup, with both operands in shared memory (wgmma), which go on while it does something else
+
+// Rows of 64 numbers of 16 bits, as `copy_box` leaves them; further columns are 16 bytes a unit beyond.
+__device__ __forceinline__ u64 wgmma_operand(const char* in_shared) {
+    return (u64)((address(in_shared) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// Before the first product, and when a thread has touched the sums.
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// The products since the last end are a group.
+__device__ __forceinline__ void wgmma_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most the last so many groups go on.
+template <int GROUPS>
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory"); }
+
+// Until all have ended, and the sums can be read.
+template <int COUNT>
+__device__ __forceinline__ void wgmma_wait_for(float (&sum)[COUNT]) {
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+// The operands of an instruction that has 128 sums: their numbers in its text, and what they are.
+#define TEN(n) "%" #n "0,%" #n "1,%" #n "2,%" #n "3,%" #n "4,%" #n "5,%" #n "6,%" #n "7,%" #n "8,%" #n "9,"
+#define SUM_NAMES                                                                                  \
+    TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) "%120,%121,%122,%123,%124," \
+    "%125,%126,%127"
+#define FOUR_OF(v, i) "+f"(v[i]), "+f"(v[i + 1]), "+f"(v[i + 2]), "+f"(v[i + 3])
+#define SIXTEEN_OF(v, i) FOUR_OF(v, i), FOUR_OF(v, i + 4), FOUR_OF(v, i + 8), FOUR_OF(v, i + 12)
+#define SUMS_OF(v)                                                                                                   \
+    SIXTEEN_OF(v, 0), SIXTEEN_OF(v, 16), SIXTEEN_OF(v, 32), SIXTEEN_OF(v, 48), SIXTEEN_OF(v, 64), SIXTEEN_OF(v, 80), \
+        SIXTEEN_OF(v, 96), SIXTEEN_OF(v, 112)
+#define WGMMA_256(TYPE)                                                                          \
+    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %130, 0;\n"                               \
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" SUM_NAMES "}," \
+                 "%128, %129, adds, 1, 1, 0, 0; }"                                               \
+                 : SUMS_OF(sum) : "l"(a), "l"(b), "r"(adds))
+
+// sum [64, 256] = a [64, 16] b [256, 16]^T, plus what it was if it `adds`: of float16 or bfloat16. Warp w of the warpgroup
+// has rows 16 w and following, of which a lane has `lane / 4` and that plus 8: sum[4 i] and the next one are
+// columns 8 i + lane % 4 * 2 and the next of the former, sum[4 i + 2] and the next one those of the latter.
+template <bool HALF>
+__device__ __forceinline__ void wgmma_256(float (&sum)[128], u64 a, u64 b, int adds) {
+    if constexpr (HALF) {
+        WGMMA_256("f16");
+    } else {
+        WGMMA_256("bf16");
+    }
+}
+
+#undef WGMMA_256
+#undef SUMS_OF
+#undef SIXTEEN_OF
+#undef FOUR_OF
+#undef SUM_NAMES
+#undef TEN
 
 // ---- Numbers of 16 bits, of 8 and of 4
 

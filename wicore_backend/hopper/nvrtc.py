@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from cuda.bindings import driver, nvrtc
+from torch import Tensor
 
 from wicore_backend.hopper import ARCHITECTURE
 
@@ -54,6 +55,8 @@ class Kernel:
         Of a block.
     cooperative
         Whether all blocks of a launch run at the same time.
+    cluster
+        Adjacent blocks that run at the same time and reach each other's shared memory.
 
     Raises
     ------
@@ -61,7 +64,9 @@ class Kernel:
         If the driver does not take the code.
     """
 
-    def __init__(self, code: bytes, name: str, *, threads: int, shared_bytes: int, cooperative: bool) -> None:
+    def __init__(
+        self, code: bytes, name: str, *, threads: int, shared_bytes: int, cooperative: bool, cluster: int = 1
+    ) -> None:
         self._module = _checked(driver.cuModuleLoadData(code))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
         self._threads = threads
@@ -71,6 +76,8 @@ class Kernel:
         self._attributes = [_attribute("PROGRAMMATIC_STREAM_SERIALIZATION", "programmaticStreamSerializationAllowed")]
         if cooperative:
             self._attributes.append(_attribute("COOPERATIVE", "cooperative"))
+        if cluster > 1:
+            self._attributes.append(_cluster(cluster))
 
     @classmethod
     def of(
@@ -82,10 +89,12 @@ class Kernel:
         threads: int,
         shared_bytes: int,
         cooperative: bool,
+        cluster: int = 1,
     ) -> Self:
         """The function of a source's name, compiled for Hopper; otherwise as `compiled` and the class have it."""
         code = compiled(source, headers, defines, architecture=ARCHITECTURE)
-        return cls(code, source.stem, threads=threads, shared_bytes=shared_bytes, cooperative=cooperative)
+        of_block = {"threads": threads, "shared_bytes": shared_bytes}
+        return cls(code, source.stem, **of_block, cooperative=cooperative, cluster=cluster)
 
     def launch(self, blocks: int, parameters: ctypes.Structure) -> None:
         """Launch it on PyTorch's current stream with `parameters` as its only one.
@@ -100,6 +109,49 @@ class Kernel:
         config.attrs, config.numAttrs = self._attributes, len(self._attributes)
         places = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(places), 0))
+
+
+TensorMap = ctypes.c_uint64 * 16
+"""A matrix in global memory, of which kernels copy boxes."""
+
+
+def tensor_map(matrix: Tensor, *, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
+    """Of `matrix` [R, C], 16 bits a number, for boxes of [box_rows, 64]; `hopper.cuh` says how they lie (`copy_box`).
+
+    It is of the memory, not the tensor: that has to stay for as long as the map is used.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver refuses: rows that do not begin at multiples of 16 bytes, or lie too far apart.
+    """
+    types = driver.CUtensorMapDataType
+    rows, columns = matrix.shape
+    apart = matrix.stride(0) if rows > 1 else columns  # Of one row it may be anything.
+    made = _checked(
+        driver.cuTensorMapEncodeTiled(
+            types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+            if matrix.dtype is torch.float16
+            else types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            *(2, matrix.data_ptr(), [driver.cuuint64_t(columns), driver.cuuint64_t(rows)]),
+            [driver.cuuint64_t(apart * matrix.itemsize)],
+            [driver.cuuint32_t(64), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return TensorMap(*map(int, made.opaque))
+
+
+def _cluster(blocks: int) -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    size = attribute.value.clusterDim
+    size.x, size.y, size.z = blocks, 1, 1
+    return attribute
 
 
 def _attribute(name: str, value: str) -> Any:
