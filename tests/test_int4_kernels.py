@@ -113,6 +113,25 @@ def test_gate_and_up_are_widened_some_columns_of_both_at_a_time(monkeypatch, dty
     assert seen == [256, 128]
 
 
+def test_many_rows_are_multiplied_by_whole_tiles_of_what_is_widened(dtype, kernel_device, monkeypatch):
+    """By a kernel that is not run here: of 640 outputs 256 fit at a time, and the last 128 are cuBLAS'."""
+    monkeypatch.setattr(int4_matrix, "_WIDENED_AT_ONCE", 256 * 64)
+    monkeypatch.setattr(int4_matrix, "WIDE_ROWS", {"down": 140})
+    weight = on(kernel_device, random_matrix(640, 64, 32, dtype=dtype))
+    seen = []
+
+    def product(x, widened, *, out):
+        seen.append((len(x), len(widened)))
+        out.copy_(x.float() @ widened.float().T)
+
+    matrix = Int4GpuMatrix("down", weight, tiles={})
+    monkeypatch.setattr(matrix, "_wide", product)
+    for rows in (139, 140):
+        x = torch.randn(rows, 64, device=kernel_device).to(dtype)
+        assert relative_error(matrix(x), x.float() @ weight.dequantized(torch.float32).T) < TOLERANCE[dtype]
+    assert seen == [(140, 256), (140, 256)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper card"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.accuracy import relative_error
 from tests.kernel_kit import SHAPES_OF_27B, TOLERANCE, assert_nvrtc_compiles, needs_nvcc, nvcc_compiled
-from wicore_backend.executor import wide_product
+from wicore_backend.executor import plain_matrix, wide_product
 from wicore_backend.executor.kernels.shared_tiles import ROW_TILES, ROWS, WEIGHT_ROWS, Shares, sum_parts, tile_columns
 from wicore_backend.executor.plain_matrix import WIDE_ROWS, PlainMatrix
 from wicore_backend.executor.wide_product import HEADERS, SOURCE, Cut, Form, WideProduct, copyable, fits
@@ -112,6 +112,36 @@ def test_rows_that_begin_at_multiples_of_16_bytes_are_copied():
     assert not copyable(x[:, 1:65])
     assert not copyable(x.T)
     assert not copyable(torch.empty(4, 257, dtype=torch.bfloat16)[:, :256])
+
+
+class Seen:
+    """Stands for `WideProduct` where there is no card: rows of each call."""
+
+    def __init__(self, weight: Tensor, *, gated: bool) -> None:
+        self._weight, self._gated = weight, gated
+        self.rows: list[int] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        return exact(x, self._weight, gated=self._gated).to(x.dtype)
+
+
+@pytest.mark.parametrize("role", WIDE_ROWS)
+def test_a_matrix_takes_it_from_its_number_of_rows_on(role, kernel_device, monkeypatch):
+    monkeypatch.setattr(plain_matrix, "overlaps", lambda _: True)
+    monkeypatch.setattr(plain_matrix, "compiles", lambda _, *, gated: gated == (role == "gate_up"))
+    products: list[Seen] = []
+    monkeypatch.setattr(plain_matrix, "WideProduct", lambda *a, **k: products.append(Seen(*a, **k)) or products[-1])
+    monkeypatch.setattr(plain_matrix, "WIDE_ROWS", {**WIDE_ROWS, role: 300})
+    weight = (torch.randn(512, 64, device=kernel_device) * 0.1).half()
+    matrix = PlainMatrix(role, weight, tiles={})
+    for rows, columns in ((299, 64), (300, 64), (301, 64), (302, 71)):  # The last cannot be copied.
+        x = torch.randn(rows, columns, device=kernel_device).half()[:, :64]
+        assert relative_error(matrix(x), exact(x, weight, gated=role == "gate_up")) < TOLERANCE[torch.float16]
+    assert products[0].rows == [300, 301]
+    PlainMatrix(role, weight, torch.zeros(512, device=kernel_device).half(), tiles={})
+    PlainMatrix(role, weight[:384], tiles={})
+    assert len(products) == 1, "nothing adds a bias, and there are whole tiles only"
 
 
 # ---- What adds tiles' parts
@@ -229,14 +259,10 @@ def test_a_graph_computes_what_is_there_when_it_is_replayed(gated):
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("role", WIDE_ROWS)
-def test_a_matrix_takes_it_from_its_number_of_rows_on(role, monkeypatch):
+def test_a_matrix_multiplies_about_its_number_of_rows(role):
     weight = (torch.randn(512, 640, device="cuda") * 0.05).bfloat16()
     matrix = PlainMatrix(role, weight)
-    seen = []
-    call = WideProduct.__call__
-    monkeypatch.setattr(WideProduct, "__call__", lambda self, x: seen.append(len(x)) or call(self, x))
     for rows in (WIDE_ROWS[role] - 1, WIDE_ROWS[role]):
         x = torch.randn(rows, 640, device="cuda").bfloat16()
         ours = matrix(x)
         assert relative_error(ours, exact(x, weight, gated=role == "gate_up")) < TOLERANCE[torch.bfloat16]
-    assert seen == [WIDE_ROWS[role]]
