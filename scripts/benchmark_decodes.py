@@ -41,7 +41,8 @@ from scripts.random_gemma3 import published_config, random_weights
 from wicore_backend.attention.base import Unattended
 from wicore_backend.attention.gpu.hopper_decode import DEEP, DEEP_FP8, SEVERAL, SEVERAL_FP8, Tuning
 from wicore_backend.executor.cuda_executor import CudaExecutor
-from wicore_backend.executor.streamed_layer import MEASURED, Form, StreamedLayers
+from wicore_backend.executor.streamed_form import MEASURED, Form
+from wicore_backend.executor.streamed_layer import StreamedLayers
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 

@@ -14,7 +14,8 @@ from tests.accuracy import relative_error
 from tests.hopper_twin.small_layers import SHAPE, TEXTS, SmallLayers
 from wicore_backend.attention.base import PackedStep, Unattended
 from wicore_backend.attention.gpu.schedule import Sequences, decode_work
-from wicore_backend.executor.streamed_layer import MEASURED, LayerCalls, Pool, Tuning
+from wicore_backend.executor.streamed_form import MEASURED, Pool, Tuning
+from wicore_backend.executor.streamed_layer import LayerCalls
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.fp8 import FP8, to_fp8
 from wicore_backend.hmt.layout import LayerGroup

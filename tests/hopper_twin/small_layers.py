@@ -14,7 +14,8 @@ from torch import Tensor
 from scripts.random_gemma3 import _COMMON, random_weights
 from tests import hopper_twin
 from tests.accuracy import relative_error
-from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls, Pool, Tuning
+from wicore_backend.executor.streamed_form import MEASURED, Form, Pool, Tuning
+from wicore_backend.executor.streamed_layer import HEADERS, SOURCE, LayerCalls
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weights import Weight, plain
