@@ -22,9 +22,10 @@ from tests.accuracy import relative_error
 from tests.hopper_twin.small_products import SmallProduct, int4, plain
 from tests.kernel_kit import EPS, SHAPES_OF_27B, assert_nvrtc_compiles, needs_nvcc, nvcc_compiled, on
 from tests.test_int4_rows_on_cpu import BOUND, CASES
-from wicore_backend.executor import int4_rows
+from wicore_backend.executor import int4_products
 from wicore_backend.executor.int4_matrix import Int4GpuMatrix, widened_bytes
-from wicore_backend.executor.int4_rows import HEADERS, MOST_ROWS, SOURCE, Cut, Form, fits, rows_product
+from wicore_backend.executor.int4_products import HEADERS, fits
+from wicore_backend.executor.int4_rows import MOST_ROWS, SOURCE, Cut, Form, rows_product
 from wicore_backend.executor.kernels.int4 import Int4Tile
 from wicore_backend.executor.kernels.small import add_norm
 from wicore_backend.executor.roles import Role
@@ -235,16 +236,16 @@ def launched(monkeypatch):
     nvrtc = ModuleType("nvrtc")
     nvrtc.Kernel = SimpleNamespace(of=Kernel)
     monkeypatch.setitem(sys.modules, "wicore_backend.hopper.nvrtc", nvrtc)
-    monkeypatch.setattr(int4_rows, "overlaps", lambda _: True)
+    monkeypatch.setattr(int4_products, "overlaps", lambda _: True)
     properties = torch.cuda.get_device_properties
     of_cpu = SimpleNamespace(multi_processor_count=H200_BLOCKS)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda d=None: of_cpu if d == torch.device("cpu") else properties(d)
     )
     monkeypatch.setattr(torch.cuda, "device", _CudaDeviceOrCpu)
-    int4_rows._kernel.cache_clear()
+    int4_products.compiled.cache_clear()
     yield launches
-    int4_rows._kernel.cache_clear()
+    int4_products.compiled.cache_clear()
 
 
 class _CudaDeviceOrCpu(torch.cuda.device):

@@ -242,10 +242,10 @@ PLANTED |= {
     "tiles are given that are not there": planted(
         "        if (first + feature >= outputs) continue;\n", "", "race|beyond|wrong numbers"
     ),
-    "a part is left out": planted("part = 0; part < PARTS", "part = 1; part < PARTS", "wrong numbers"),
+    "a part is left out": planted("part = 0; part < SUMMANDS", "part = 1; part < SUMMANDS", "wrong numbers"),
     "gate and up change places": planted(
-        "gelu_times(whole(sums, row, gate), whole(sums, row, gate + TILE))",
-        "gelu_times(whole(sums, row, gate + TILE), whole(sums, row, gate))",
+        "gelu_times(whole(row, gate), whole(row, gate + TILE))",
+        "gelu_times(whole(row, gate + TILE), whole(row, gate))",
         "wrong numbers",
         "gate and up",
     ),
@@ -263,12 +263,12 @@ PLANTED |= {
 
 @pytest.mark.parametrize("mistake", PLANTED)
 def test_a_mistake_is_found(mistake):
-    text = TEXTS[SOURCE.name]
+    texts = {name: TEXTS[name] for name in (SOURCE.name, "int4_tiles.cuh")}
     for words, wrong in PLANTED[mistake].edits:
-        assert text.count(words) == 1, "the kernel has changed: plant it anew"
-        text = text.replace(words, wrong)
+        assert sum(text.count(words) for text in texts.values()) == 1, "the kernel has changed: plant it anew"
+        texts = {name: text.replace(words, wrong) for name, text in texts.items()}
     sizes, more = CASES[PLANTED[mistake].case]
-    product = SmallProduct(*sizes, **more, texts=TEXTS | {SOURCE.name: text})
+    product = SmallProduct(*sizes, **more, texts=TEXTS | texts)
 
     def run_often():
         for seed in range(24):

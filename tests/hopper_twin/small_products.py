@@ -16,7 +16,8 @@ from torch import Tensor
 from tests import hopper_twin
 from tests.accuracy import relative_error
 from tests.kernel_kit import on
-from wicore_backend.executor.int4_rows import HEADERS, SOURCE, Cut, Form, given
+from wicore_backend.executor.int4_products import HEADERS
+from wicore_backend.executor.int4_rows import SOURCE, Cut, Form, given
 from wicore_backend.quantization.int4 import Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wicore_backend.executor.fp8_matrix import CublasProducts
 from wicore_backend.executor.int4_rows import rows_product
+from wicore_backend.executor.int4_wide import wide_product
 from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_rows import Unscaled
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
@@ -124,6 +125,7 @@ class Int4GpuMatrix:
         self._bias = bias
         self._by_kernels = (tiles is not None or weight.codes.is_cuda) and takes(weight)
         self._rows_product = rows_product(role, weight) if bias is None and tiles is None else None
+        self._wide_product = wide_product(role, weight) if bias is None and tiles is None else None
         # The tilings were chosen on Hopper, and other cards have less shared memory than some of them take.
         streamed = self._by_kernels and bias is None and (tiles is not None or overlaps(weight.codes))
         tiles = INT4_TILES[role] if tiles is None else tiles
@@ -149,8 +151,9 @@ class Int4GpuMatrix:
             product = self._products.scaled(self._read(x), self._in_fp8(self._fp8_scale))
             return gated(product) if self._role == "gate_up" else product
         assert isinstance(x, Tensor), "only a product in FP8 is given rows in FP8"
-        if self._rows_product is not None and self._rows_product.takes(x):
-            return self._rows_product(x)
+        for own in (self._rows_product, self._wide_product):
+            if own is not None and own.takes(x):
+                return own(x)
         tile = self._tile(len(x))
         if tile is not None:
             result_type = torch.float32 if self._role == "head" else x.dtype

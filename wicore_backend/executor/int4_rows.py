@@ -7,38 +7,36 @@ are made, and kept on disk. It takes bfloat16 and groups of 128.
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from wicore_backend import hopper
-from wicore_backend.executor.kernels.small import overlaps
+from wicore_backend.executor.int4_products import (
+    KERNELS,
+    POINTERS,
+    SPAN_BYTES,
+    SUM_PADDING,
+    HopperProduct,
+    compiled,
+    in_parts,
+    made,
+    pointers,
+    processors,
+)
 from wicore_backend.executor.roles import Role
 from wicore_backend.hopper import SHARED_BYTES
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix
 
-if TYPE_CHECKING:
-    from wicore_backend.hopper.nvrtc import Kernel
-
-_log = logging.getLogger(__name__)
-
-_KERNELS = Path(__file__).parent / "kernels"
-SOURCE = _KERNELS / "int4_rows.cu"
-HEADERS = (*hopper.HEADERS, _KERNELS / "gelu.cuh")
+SOURCE = KERNELS / "int4_rows.cu"
 MOST_ROWS = 8
 """Of 16 a layer of 27B takes 103 us by this kernel, where `kernels/int4.py` takes 86 (docs/benchmarks/int4.md)."""
-_WIDTH, _GROUP, _SPAN = 32, 128, 256
+_WIDTH, _SPAN = 32, 256
 _MOST_WARPS = 11
 """That multiply: with the one that copies three on each of a multiprocessor's four schedulers."""
 _MOST_STAGES = 12
 _LEAST_SPANS = 4
 """Of a block that gives a part of the sum: parts are written and read again."""
-_PADDING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ class Form:
     @property
     def shared_bytes(self) -> int:
         """Of a block: the ring, and in its place, when all has been multiplied, the parts' sums."""
-        sums = self.parts * MOST_ROWS * (self.tiles * TILE_ROWS + _PADDING) * torch.float32.itemsize
+        sums = self.parts * MOST_ROWS * (self.tiles * TILE_ROWS + SUM_PADDING) * torch.float32.itemsize
         return max(self.stages * self._of_stage, sums)
 
     def defines(self) -> dict[str, int]:
@@ -96,7 +94,7 @@ class Form:
     @property
     def _of_stage(self) -> int:
         """A span of the tiles and of the rows, and two barriers."""
-        return self.tiles * TILE_ROWS * _SPAN // 2 + MOST_ROWS * _SPAN * torch.bfloat16.itemsize + 2 * 8
+        return self.tiles * SPAN_BYTES + MOST_ROWS * _SPAN * torch.bfloat16.itemsize + 2 * 8
 
     @property
     def _room(self) -> int:
@@ -139,7 +137,8 @@ class Cut:
 
 class _Product(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zeros", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "codes")),
+        *POINTERS,
         ("x_row", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("rows", "tiles", "spans", "splits", "gated", "wide")),
     ]
@@ -149,23 +148,14 @@ def given(x: Tensor, weight: Int4Matrix, cut: Cut, out: Tensor, *, gated: bool) 
     """The kernel's parameters for `x` [T, K], `weight` [N, K] and `out` [T, N], or [splits, T, N], or [T, N / 2]."""
     assert x.dtype is torch.bfloat16, "rows in bfloat16"
     tiles, spans = weight.codes.shape[:2]
-    zeros = None if weight.zeros is None else weight.zeros.data_ptr()
     return _Product(
-        *(x.data_ptr(), weight.codes.data_ptr(), weight.scales.data_ptr(), zeros, out.data_ptr()),
+        *(x.data_ptr(), weight.codes.data_ptr(), *pointers(weight, out)),
         *(x.stride(0) * x.itemsize, len(x), tiles, spans, cut.splits, gated, out.dtype is torch.float32),
     )
 
 
-class RowsProduct:
-    """x W^T of `x` [T, K], 2 to 8 rows in bfloat16, and an INT4 matrix [N, K].
-
-    Gives [T, N]; of out and down its parts, float32 [splits, T, N]; of gate and up GELU of one times the other,
-    [T, N / 2].
-
-    Parameters
-    ----------
-    role
-        Of the matrix, whose form is `fits`.
+class RowsProduct(HopperProduct):
+    """Of 2 to 8 rows.
 
     Raises
     ------
@@ -175,59 +165,16 @@ class RowsProduct:
 
     def __init__(self, role: Role, weight: Int4Matrix) -> None:
         tiles, spans = weight.codes.shape[:2]
-        self._weight = weight
-        self._gated = role == "gate_up"
-        self._in_parts = role in ("out", "down")
-        processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
-        self._cut = Cut.of(tiles, spans, processors=processors, splits=self._in_parts)
+        self._cut = Cut.of(tiles, spans, processors=processors(weight.device), splits=in_parts(role))
+        super().__init__(role, weight, rows=range(2, MOST_ROWS + 1), splits=self._cut.splits)
         self._blocks = self._cut.blocks(tiles)
         form = Form(self._cut.tiles, weight.scales.dtype is torch.float16, weight.zeros is not None)
-        self._kernel = _kernel(form, weight.device)
+        self._kernel = compiled(SOURCE, form, weight.device)
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether it is for so many rows, and they can be copied by 16 bytes."""
-        apart = x.stride(0) * x.itemsize
-        return 1 < len(x) <= MOST_ROWS and x.stride(1) == 1 and x.data_ptr() % 16 == apart % 16 == 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        columns = self._weight.shape[0] // (1 + self._gated)
-        dtype = torch.float32 if self._in_parts else x.dtype
-        out = x.new_empty((self._cut.splits, len(x), columns) if self._in_parts else (len(x), columns), dtype=dtype)
+    def _launch(self, x: Tensor, out: Tensor) -> None:
         self._kernel.launch(self._blocks, given(x, self._weight, self._cut, out, gated=self._gated))
-        return out
-
-
-def fits(weight: Int4Matrix) -> bool:
-    """Whether the kernel multiplies by such a matrix."""
-    tensors = [tensor for tensor in (weight.codes, weight.scales, weight.zeros) if tensor is not None]
-    return (
-        weight.dtype is torch.bfloat16
-        and weight.codes.shape[2] == TILE_ROWS
-        and weight.codes.shape[0] % 2 == 0
-        and weight.scales.shape[3] == 2
-        and weight.group == _GROUP
-        and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    )
 
 
 def rows_product(role: Role, weight: Int4Matrix) -> RowsProduct | None:
-    """The product with a layer's matrix on this device; None if that is of another kind or has not what compiles it, or
-    the matrix does not fit."""
-    if role == "head" or not overlaps(weight.codes) or not fits(weight):
-        return None
-    try:
-        return RowsProduct(role, weight)
-    except (ImportError, OSError, RuntimeError):
-        _log.warning("products of few rows with INT4 are by another kernel, which is slower", exc_info=True)
-        return None
-
-
-@functools.cache
-def _kernel(form: Form, device: torch.device) -> Kernel:
-    # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
-    from wicore_backend.hopper.nvrtc import Kernel
-
-    with torch.cuda.device(device):
-        return Kernel.of(
-            SOURCE, HEADERS, form.defines(), threads=form.threads, shared_bytes=form.shared_bytes, cooperative=False
-        )
+    """As `int4_products.made`."""
+    return made(RowsProduct, role, weight)

@@ -108,6 +108,14 @@ __device__ __forceinline__ void copy_box(const char* to, const TensorMap& map, i
         ::"r"(address(to)), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
+// Of several matrices the same box, from one of them on.
+__device__ __forceinline__ void copy_box(const char* to, const TensorMap& map, int column, int row, int matrix,
+                                         u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+        ::"r"(address(to)), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier) : "memory");
+}
+
 // The same to the same place in each of the cluster's blocks, each of whose barriers is told.
 template <int BLOCKS>
 __device__ __forceinline__ void copy_box_to_all(const char* to, const TensorMap& map, int column, int row, u32 barrier) {
@@ -292,6 +300,24 @@ __device__ __forceinline__ void wgmma_256(float (&sum)[128], u64 a, u64 b, int a
     }
 }
 
+// sum [64, 64] += a [64, 16] b [64, 16]^T of bfloat16, where a is in registers: of warp w's 16 rows a lane has four columns
+// of `lane / 4` and of that plus 8, columns lane % 4 * 2 and the next one of both, and then those 8 further on. Until the
+// product has ended nobody may write them.
+__device__ __forceinline__ void wgmma_64(float (&sum)[32], const u32* a, u64 b) {
+    asm volatile(
+        "{ .reg .pred adds; setp.eq.b32 adds, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" TEN() TEN(1) TEN(2) "%30,%31},"
+        "{%32, %33, %34, %35}, %36, adds, 1, 1, 0; }"
+        : SIXTEEN_OF(sum, 0), SIXTEEN_OF(sum, 16) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// Registers that products have read are these products' until here.
+template <int COUNT>
+__device__ __forceinline__ void wgmma_has_read(const u32 (&a)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" ::"r"(a[i]));
+}
+
 #undef WGMMA_256
 #undef SUMS_OF
 #undef SIXTEEN_OF
@@ -360,6 +386,13 @@ __device__ __forceinline__ u32 masked_with(u32 word) {
 __device__ __forceinline__ u32 minus(u32 a, u32 b) {
     u32 v;
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
+// Times two others.
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+    u32 v;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
     return v;
 }
 

@@ -115,8 +115,10 @@ TensorMap = ctypes.c_uint64 * 16
 """A matrix in global memory, of which kernels copy boxes."""
 
 
-def tensor_map(matrix: Tensor, *, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
+def tensor_map(matrix: Tensor, *, box_rows: int, box_matrices: int | None = None) -> ctypes.Array[ctypes.c_uint64]:
     """Of `matrix` [R, C], 16 bits a number, for boxes of [box_rows, 64]; `hopper.cuh` says how they lie (`copy_box`).
+
+    Of several matrices [M, R, C] boxes are [box_matrices, box_rows, 64].
 
     It is of the memory, not the tensor: that has to stay for as long as the map is used.
 
@@ -126,17 +128,19 @@ def tensor_map(matrix: Tensor, *, box_rows: int) -> ctypes.Array[ctypes.c_uint64
         If the driver refuses: rows that do not begin at multiples of 16 bytes, or lie too far apart.
     """
     types = driver.CUtensorMapDataType
-    rows, columns = matrix.shape
-    apart = matrix.stride(0) if rows > 1 else columns  # Of one row it may be anything.
+    sizes, box = [*reversed(matrix.shape)], [64, box_rows, *([] if box_matrices is None else [box_matrices])]
+    apart = [*reversed(matrix.stride())][1:]
+    if sizes[1:] == [1]:
+        apart = [sizes[0]]  # Of one row it may be anything.
     made = _checked(
         driver.cuTensorMapEncodeTiled(
             types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
             if matrix.dtype is torch.float16
             else types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            *(2, matrix.data_ptr(), [driver.cuuint64_t(columns), driver.cuuint64_t(rows)]),
-            [driver.cuuint64_t(apart * matrix.itemsize)],
-            [driver.cuuint32_t(64), driver.cuuint32_t(box_rows)],
-            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            *(len(sizes), matrix.data_ptr(), [driver.cuuint64_t(size) for size in sizes]),
+            [driver.cuuint64_t(each * matrix.itemsize) for each in apart],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1)] * len(box),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

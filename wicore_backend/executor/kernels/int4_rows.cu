@@ -19,7 +19,7 @@
 // Given when it is compiled: TILES (of a block, an even number), PARTS, STAGES (of the ring, a multiple of PARTS), SCALE_HALF
 // (scales are float16, not bfloat16), ZEROS (there are zero points).
 
-#include "gelu.cuh"
+#include "int4_tiles.cuh"
 #include "ring.cuh"
 
 struct Product {
@@ -32,14 +32,10 @@ struct Product {
     int rows, tiles, spans, splits, gated, wide;  // `tiles` is an even number.
 };
 
-constexpr int WIDTH = 32, ROWS = 8, TILE = 16, SPAN_INPUTS = 256;
-constexpr int CODE_ROW = 128, CODE_BYTES = TILE * CODE_ROW, SCALE_ROW = 4, SCALE_BYTES = TILE * SCALE_ROW;  // of a span
-constexpr int X_ROW = SPAN_INPUTS * 2, X_AT = TILES * CODE_BYTES;
-constexpr int PAIRS = TILES / 2, CONSUMERS = PAIRS * PARTS * WIDTH, OUTPUTS = TILES * TILE;
+constexpr int ROWS = 8, X_ROW = SPAN_INPUTS * 2, X_AT = TILES * CODE_BYTES;
+constexpr int PAIRS = TILES / 2, CONSUMERS = PAIRS * PARTS * WIDTH;
 
 using Ring = RingOf<STAGES, X_AT + ROWS * X_ROW>;
-
-constexpr int SUM_ROW = OUTPUTS + 4;  // In float32: what a warp writes at once lies in all banks.
 
 static_assert(TILES % 2 == 0 && TILES <= WIDTH, "a warp has two tiles, and a lane copies one");
 
@@ -106,38 +102,6 @@ __device__ __forceinline__ void copy_all(const Product& product, const Share& sh
 
 // ---- The multiplying warps
 
-// Of a span of a warp's two tiles, for each of a lane's outputs, `lane / 4` and that plus 8: numbers of both groups.
-struct Factors {
-    u32 low[2], high[2];
-
-    __device__ void load(const char* of_matrix, const int (&tiles)[2], int spans, int span) {
-        const int row = threadIdx.x % WIDTH / 4;
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-            const char* at = of_matrix + ((long long)tiles[tile] * spans + span) * SCALE_BYTES + row * SCALE_ROW;
-            low[tile] = load_pair(at);
-            high[tile] = load_pair(at + 8 * SCALE_ROW);
-        }
-    }
-};
-
-__device__ __forceinline__ float number_of(u32 of_groups, int group) {
-    const float2 both = unpack<SCALE_HALF>(of_groups);
-    return group ? both.y : both.x;
-}
-
-constexpr float RAISED_BY = 128.0f;  // What a code is with the bits of bfloat16's 128 before it.
-
-// The codes of a quarter of the span less their zero point.
-__device__ __forceinline__ u32 lowered(u32 codes, int quarter, u32 zero) {
-    return minus(masked_with<0x000f000f, 0x43004300>(codes >> 4 * quarter), zero);
-}
-
-__device__ __forceinline__ u32 zero_of(u32 of_groups, int group) {
-    const float zero = RAISED_BY + (ZEROS ? number_of(of_groups, group) : 8.0f);
-    return pack<false>(zero, zero);
-}
-
 // sum += the products of the warp's two tiles with the rows, of one span.
 __device__ __forceinline__ void add_span(float (&sum)[2][4], const char* stage, int pair, const Factors& scales,
                                          const Factors& zeros) {
@@ -178,38 +142,6 @@ __device__ __forceinline__ void add_span(float (&sum)[2][4], const char* stage, 
     }
 }
 
-// A number of the block's result, in which PARTS have parts.
-__device__ __forceinline__ float whole(const float* sums, int row, int output) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) sum += sums[(part * ROWS + row) * SUM_ROW + output];
-    return sum;
-}
-
-// The block's result, two adjacent numbers of a row by a thread.
-__device__ __forceinline__ void give(const Product& product, const Share& share, const float* sums) {
-    const int features = (product.gated ? PAIRS : TILES) * TILE;  // of the block
-    const int first = share.first * TILE, outputs = product.tiles / (1 + product.gated) * TILE;
-    for (int i = threadIdx.x; i < product.rows * features / 2; i += CONSUMERS) {
-        const int row = i / (features / 2), feature = i % (features / 2) * 2;
-        if (first + feature >= outputs) continue;
-        float2 v;
-        if (product.gated) {
-            const int gate = feature / TILE * 2 * TILE + feature % TILE;
-            v.x = gelu_times(whole(sums, row, gate), whole(sums, row, gate + TILE));
-            v.y = gelu_times(whole(sums, row, gate + 1), whole(sums, row, gate + 1 + TILE));
-        } else {
-            v = {whole(sums, row, feature), whole(sums, row, feature + 1)};
-        }
-        const long long at = ((long long)share.split * product.rows + row) * outputs + first + feature;
-        if (product.wide) {
-            *(float2*)(product.out + at * 4) = v;
-        } else {
-            *(u32*)(product.out + at * 2) = pack<false>(v.x, v.y);
-        }
-    }
-}
-
 __device__ __forceinline__ void multiply(const Product& product, const Share& share) {
     const int warp = threadIdx.x / WIDTH, lane = threadIdx.x % WIDTH, part = warp / PAIRS, pair = warp % PAIRS;
     const bool there = pair * 2 < share.count;
@@ -233,17 +165,17 @@ __device__ __forceinline__ void multiply(const Product& product, const Share& sh
         if (lane == 0) arrive(ring.empty());
     }
     consumers_meet();  // Nobody reads the ring any more.
-    float* sums = (float*)shared;
+    const Sums<PARTS, ROWS, TILES * TILE> sums{(float*)shared};
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int row = lane % 4 * 2 + i % 2, output = (pair * 2 + tile) * TILE + lane / 4 + i / 2 * 8;
-            sums[(part * ROWS + row) * SUM_ROW + output] = sum[tile][i];
+            sums.at(part, row, output) = sum[tile][i];
         }
     consumers_meet();
     wait_for_kernel_before();  // Which may still read what was where the result goes.
-    give(product, share, sums);
+    sums.give(product, share, CONSUMERS);
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH, 1)
