@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -20,9 +19,9 @@ from hypothesis import strategies as st
 from scripts.random_gemma3 import SHAPES
 from tests.accuracy import relative_error
 from tests.hopper_twin.small_products import SmallProduct, int4, plain
+from tests.int4_launches import H200_BLOCKS, listed_launches, random_int4
 from tests.kernel_kit import EPS, SHAPES_OF_27B, assert_nvrtc_compiles, needs_nvcc, nvcc_compiled, on
 from tests.test_int4_rows_on_cpu import BOUND, CASES
-from wicore_backend.executor import int4_products
 from wicore_backend.executor.int4_matrix import Int4GpuMatrix, widened_bytes
 from wicore_backend.executor.int4_products import HEADERS, fits
 from wicore_backend.executor.int4_rows import MOST_ROWS, SOURCE, Cut, Form, rows_product
@@ -33,7 +32,6 @@ from wicore_backend.hopper import SHARED_BYTES
 from wicore_backend.quantization.int4 import Int4Matrix
 from wicore_backend.quantization.int4_rounding import quantized_int4
 
-H200_BLOCKS = 132
 MOST_WARPS = 11
 IN_PARTS = ("out", "down")
 
@@ -211,56 +209,9 @@ def test_other_matrices_are_left_to_others(what, launched):
     assert launched == []
 
 
-class Launched(NamedTuple):
-    form: dict[str, int]
-    threads: int
-    shared_bytes: int
-    blocks: int
-    given: Any
-
-
 @pytest.fixture
 def launched(monkeypatch):
-    """Any device passes for Hopper, and what would be launched is listed."""
-    launches: list[Launched] = []
-
-    class Kernel:
-        def __init__(self, source, headers, defines, *, threads, shared_bytes, cooperative):
-            assert (source, headers) == (SOURCE, HEADERS)
-            assert not cooperative
-            self._made = (defines, threads, shared_bytes)
-
-        def launch(self, blocks, parameters):
-            launches.append(Launched(*self._made, blocks, parameters))
-
-    nvrtc = ModuleType("nvrtc")
-    nvrtc.Kernel = SimpleNamespace(of=Kernel)
-    monkeypatch.setitem(sys.modules, "wicore_backend.hopper.nvrtc", nvrtc)
-    monkeypatch.setattr(int4_products, "overlaps", lambda _: True)
-    properties = torch.cuda.get_device_properties
-    of_cpu = SimpleNamespace(multi_processor_count=H200_BLOCKS)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda d=None: of_cpu if d == torch.device("cpu") else properties(d)
-    )
-    monkeypatch.setattr(torch.cuda, "device", _CudaDeviceOrCpu)
-    int4_products.compiled.cache_clear()
-    yield launches
-    int4_products.compiled.cache_clear()
-
-
-class _CudaDeviceOrCpu(torch.cuda.device):
-    """Leaves a CPU as it is; a class, as what it is in place of, since PyTorch asks what is one of it."""
-
-    def __init__(self, device):
-        self._is_cpu = device == torch.device("cpu")
-        if not self._is_cpu:
-            super().__init__(device)
-
-    def __enter__(self):
-        return None if self._is_cpu else super().__enter__()
-
-    def __exit__(self, *raised):
-        return None if self._is_cpu else super().__exit__(*raised)
+    yield from listed_launches(monkeypatch)
 
 
 def test_a_head_has_none(launched):
@@ -289,7 +240,7 @@ def test_what_is_launched_is_for_the_role_and_the_rows(role, rows, launched):
     assert out.dtype is (torch.float32 if in_parts else torch.bfloat16)
     (launch,) = launched
     form = Form(cut.tiles, half_scales=True, zeros=True)
-    assert launch[:4] == (form.defines(), form.threads, form.shared_bytes, cut.blocks(40))
+    assert launch[:5] == (SOURCE, form.defines(), form.threads, form.shared_bytes, cut.blocks(40))
     told = launch.given
     tensors = (x, weight.codes, weight.scales, weight.zeros, out)
     assert [told.x, told.codes, told.scales, told.zeros, told.out] == [tensor.data_ptr() for tensor in tensors]
@@ -409,15 +360,6 @@ def test_the_toolkit_s_compiler_takes_it_and_a_multiprocessor_has_registers_for_
 
 _HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SMALL = {"qkv": (320, 512), "out": (160, 768), "gate_up": (832, 256), "down": (736, 2304)}
-
-
-def random_int4(outputs: int, inputs: int, *, zeros: bool = False, half_scales: bool = False) -> Int4Matrix:
-    """A matrix on the card, made there: to quantise a large one takes long."""
-    shape, kind = (outputs // 16, inputs // 256, 16), torch.float16 if half_scales else torch.bfloat16
-    codes = torch.randint(-(2**31), 2**31, (*shape, 32), dtype=torch.int32, device="cuda")
-    scales = (torch.rand(*shape, 2, device="cuda") * 0.01 + 0.001).to(kind)
-    zero_points = torch.randint(0, 16, scales.shape, device="cuda").to(kind) if zeros else None
-    return Int4Matrix(codes, scales, zero_points, torch.bfloat16)
 
 
 class TestOnTheDevice:

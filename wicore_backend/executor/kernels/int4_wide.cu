@@ -149,7 +149,7 @@ __device__ __forceinline__ void multiply(const Product& product, const Share& sh
     Codes codes;
     Rows rows;
     for (int span = share.begin; span < share.end; ++span, codes.next(), rows.next()) {
-        const Factors scales = NextFactors::of_all(next.scale), zeros = NextFactors::of_all(next.zero);
+        const Factors scales = NextFactors::of_all(next.scale), zeros = ZEROS ? NextFactors::of_all(next.zero) : Factors{};
         next.load(span + 1);
         wait(codes.full(), codes.parity);
         words.load(codes.memory(), in_half);
@@ -172,7 +172,7 @@ __device__ __forceinline__ void multiply(const Product& product, const Share& sh
                 wgmma_end();
             }
         wgmma_wait<0>();
-        if (threadIdx.x % (WARPS * WIDTH) == 0) arrive(rows.empty());
+        if (lane == 0) arrive(rows.empty());
     }
     meet<1, CONSUMERS>();  // Nobody reads the rings any more.
     const Sums<1, ROWS, TILES * TILE> sums{(float*)shared};
@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int4_wide(const __grid_
     let_next_begin();
     if (threadIdx.x == 0) {
         Codes::prepare(1, WARPGROUPS * WARPS);
-        Rows::prepare(1, WARPGROUPS);
+        Rows::prepare(1, WARPGROUPS * WARPS);
     }
     __syncthreads();
     const Share share(product);
