@@ -50,18 +50,25 @@ def test_the_tiles_that_are_left_over_are_shared_out(tiles, programs):
 
 
 def units(cut: Cut, programs: int) -> list[tuple[int, int, int, int]]:
-    """Row and column of a tile and its steps, of all clusters' units, as the kernel has them (`Unit`)."""
+    """Row and column of a tile and its steps, of all clusters' units, as the kernel has them (`Unit`).
+
+    The last rows' tiles may be two of a unit.
+    """
     clusters, rest = divmod(cut.blocks(programs), 2)
     assert rest == 0
     assert 1 <= clusters <= programs
     shared, splits = cut.shares.shared, cut.shares.splits
-    found = []
+    found: list[tuple[int, int, int, int]] = []
     for cluster in range(clusters):
         for number in range(cluster, cut.shares.units, clusters):
             tile, begin, end = number - shared * (splits - 1), 0, cut.steps
             if number < shared * splits:
                 tile, part = divmod(number, splits)
                 begin, end = cut.steps * part // splits, cut.steps * (part + 1) // splits
+            if (pair := tile - cut.row_tiles * cut.column_tiles) >= 0:
+                columns = range(pair * 2, min(pair * 2 + 2, cut.column_tiles))
+                found.extend((cut.row_tiles, column, begin, end) for column in columns)
+                continue
             width = ROW_TILES * cut.column_tiles
             first, within = tile // width * ROW_TILES, tile % width
             size = min(cut.row_tiles - first, ROW_TILES)
@@ -78,13 +85,15 @@ def units(cut: Cut, programs: int) -> list[tuple[int, int, int, int]]:
 )
 def test_each_step_of_each_tile_is_one_clusters(gated, rows, tiles, steps, programs):
     cut = Cut.of(rows, tiles * tile_columns(gated=gated), steps * 64, gated=gated, programs=programs)
-    assert (cut.row_tiles - 1) * ROWS < rows <= cut.row_tiles * ROWS
+    left = rows - cut.row_tiles * ROWS
+    assert 0 < left <= ROWS // 2 if cut.pairs else -ROWS < left <= 0
+    assert cut.shares.shared <= cut.row_tiles * cut.column_tiles, "a part is of a whole tile"
     seen = units(cut, programs)
     whole: Counter[tuple[int, int]] = Counter()
     for row, column, begin, end in seen:
         assert 0 <= begin < end <= steps
         whole[row, column] += end - begin
-    assert whole == {(row, column): steps for row in range(cut.row_tiles) for column in range(tiles)}
+    assert whole == {(row, column): steps for row in range(-(-rows // ROWS)) for column in range(tiles)}
     assert len(set(seen)) == len(seen)
 
 
@@ -155,7 +164,7 @@ def test_the_parts_of_tiles_are_added(rows, gated, kernel_device):
     columns = tile_columns(gated=gated)
     parts = torch.randn(4, 3, ROWS, WEIGHT_ROWS, device=kernel_device)
     out = torch.full((rows, 3 * columns + 8), torch.nan, device=kernel_device)
-    sum_parts(parts, out[:, : 3 * columns], shares, gated=gated)
+    sum_parts(parts, out[:, : 3 * columns], shares, row_tiles=2, gated=gated)
     tiles = parts.sum(1)
     for number, tile in enumerate(gelu_gated(tiles) if gated else tiles):
         column, row = divmod(number, 2)  # Tiles below each other come first.
@@ -203,6 +212,24 @@ def test_products_of_many_rows(rows, dtype, gated):
     ours = product(x)
     assert relative_error(ours, exact(x, weight, gated=gated)) < TOLERANCE[dtype]
     assert torch.equal(product(x), ours), "sums have one order"
+
+
+@pytest.mark.gpu
+@on_hopper
+@both_ways
+@pytest.mark.parametrize("tiles", [66, 67])
+@pytest.mark.parametrize("rows", [257, 300, 384, 385, 640, 2049])
+def test_the_last_rows_have_two_tiles_beside_each_other(rows, tiles, gated):
+    """As wide as the card, in which of an odd number of tiles the last one is alone."""
+    columns = tiles * tile_columns(gated=gated)
+    weight = (torch.randn(columns * (1 + gated), 320, device="cuda") * 0.05).bfloat16()
+    x = torch.randn(rows, 320, device="cuda").bfloat16()
+    out = torch.full((rows, columns + 8), torch.nan, device="cuda", dtype=torch.bfloat16)
+    product = WideProduct(weight, gated=gated)
+    product(x, out=out[:, :columns])
+    assert relative_error(out[:, :columns], exact(x, weight, gated=gated)) < TOLERANCE[torch.bfloat16]
+    assert out[:, columns:].isnan().all()
+    assert torch.equal(product(x), out[:, :columns]), "sums have one order"
 
 
 @pytest.mark.gpu

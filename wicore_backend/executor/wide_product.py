@@ -42,7 +42,7 @@ _STAGES = 4
 _CLUSTER = 2
 _THREADS = 3 * 128
 """Of a block: two warpgroups multiply, and of a third one thread copies."""
-_BOX_ROWS = 128
+_X_BOX_ROWS, _BOX_ROWS = 64, 128
 """Of x and of the weight, that are copied at once."""
 
 
@@ -79,12 +79,15 @@ class Cut:
     ----------
     row_tiles, column_tiles
         Of the result.
+    pairs
+        Of tiles of half as many rows, those that are left: two beside each other are a cluster's.
     steps
         Of the inner dimension, of 64.
     """
 
     row_tiles: int
     column_tiles: int
+    pairs: int
     steps: int
     shares: Shares
 
@@ -92,8 +95,12 @@ class Cut:
     def of(cls, rows: int, columns: int, depth: int, *, gated: bool, programs: int) -> Cut:
         """Of `rows` times `depth` to `columns` of the result, among so many clusters."""
         row_tiles, column_tiles = -(-rows // ROWS), columns // tile_columns(gated=gated)
-        steps = depth // DEPTH
-        return cls(row_tiles, column_tiles, steps, Shares.of(row_tiles * column_tiles, steps=steps, programs=programs))
+        steps, pairs = depth // DEPTH, 0
+        # Pairs come last, and tiles that are shared out first, fewer than there are programs.
+        if 0 < rows % ROWS <= ROWS // 2 and (row_tiles - 1) * column_tiles >= programs:
+            row_tiles, pairs = row_tiles - 1, -(-column_tiles // 2)
+        shares = Shares.of(row_tiles * column_tiles + pairs, steps=steps, programs=programs)
+        return cls(row_tiles, column_tiles, pairs, steps, shares)
 
     def blocks(self, programs: int) -> int:
         """Of a launch."""
@@ -152,7 +159,7 @@ class WideProduct:
         self._gated = gated
         self._kernel = _kernel(Form(gated, weight.dtype is torch.float16), weight.device)
         self._map = tensor_map(weight, box_rows=_BOX_ROWS)
-        self._x_map = functools.partial(tensor_map, box_rows=_BOX_ROWS)
+        self._x_map = functools.partial(tensor_map, box_rows=_X_BOX_ROWS)
         self._programs = programs(weight.device)
 
     def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -165,7 +172,7 @@ class WideProduct:
         parts = x.new_empty(shares.shared, shares.splits, ROWS, WEIGHT_ROWS, dtype=torch.float32)
         self._kernel.launch(cut.blocks(self._programs), given(self._x_map(x), self._map, out, parts, cut))
         if shares.shared:
-            sum_parts(parts, out, shares, gated=self._gated)
+            sum_parts(parts, out, shares, row_tiles=cut.row_tiles, gated=self._gated)
         return out
 
 

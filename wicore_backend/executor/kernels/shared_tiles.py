@@ -105,8 +105,8 @@ def sum_kernel(
     tl.store(places, value.to(out.dtype.element_ty), mask=(row < rows)[:, None])
 
 
-def sum_parts(parts: Tensor, out: Tensor, shares: Shares, *, gated: bool) -> None:
-    """Into `out` [T, N] the tiles that were shared out; if `gated`, GELU of gate times up.
+def sum_parts(parts: Tensor, out: Tensor, shares: Shares, *, row_tiles: int, gated: bool) -> None:
+    """Into `out` [T, N] the tiles that were shared out, of so many rows of tiles; if `gated`, GELU of gate times up.
 
     `parts` is float32 [shared, splits, ROWS, WEIGHT_ROWS], the sums of the tiles' parts: gated, of the gate and then
     of up, half of the last dimension each.
@@ -115,7 +115,7 @@ def sum_parts(parts: Tensor, out: Tensor, shares: Shares, *, gated: bool) -> Non
     of_tile = tile_columns(gated=gated)
     overlapped = overlaps(out)
     sum_kernel[(shares.shared, ROWS // _SUMMED_ROWS)](
-        *(parts, out, rows, triton.cdiv(rows, ROWS), columns // of_tile, shares.splits, out.stride(0)),
+        *(parts, out, rows, row_tiles, columns // of_tile, shares.splits, out.stride(0)),
         ROWS=ROWS,
         COLUMNS=of_tile,
         SUMMED_ROWS=_SUMMED_ROWS,

@@ -9,7 +9,9 @@
 //   2. A stage is empty when the warpgroups of both blocks have read it, for either block's copies write to both. Each
 //      therefore lets both go on, and no block leaves before the other has done with it.
 //   3. GATED: a tile's weight rows are 128 of gate and as many of up, so one lane has both numbers of each result.
-//   4. Clusters stay and take tile after tile. Those that would be left over at the end come first, their depth shared
+//   4. Where the last rows are 128 at most, a cluster has two tiles of them side by side, one for each block: there rows
+//      are read once for both, and the weight by each for itself.
+//   5. Clusters stay and take tile after tile. Those that would be left over at the end come first, their depth shared
 //      out: parts' sums are left in `parts` for another kernel (shared_tiles.py, which also says where tiles lie).
 //
 // The weight, too, is read after the kernel before has ended: that may have widened it.
@@ -23,23 +25,25 @@
 #include "ring.cuh"
 
 struct Product {
-    TensorMap x;       // [rows, 64 steps] in boxes of [128, 64]
-    TensorMap weight;  // [columns, 64 steps] in the same boxes; GATED: [2 columns, 64 steps]
+    TensorMap x;       // [rows, 64 steps] in boxes of [64, 64]
+    TensorMap weight;  // [columns, 64 steps] in boxes of [128, 64]; GATED: [2 columns, 64 steps]
     char* out;         // [rows, columns], rows `stride` numbers apart
     float* parts;      // [shared, splits, 256, 256]
     int rows, row_tiles, column_tiles, columns, steps, shared, splits, units, stride;  // `shared` tiles are in parts.
+    // Units beyond all tiles have two tiles of the rows that are left.
 };
 
 constexpr int BLOCKS = 2, BLOCK_ROWS = 128, WEIGHT_ROWS = 256, DEPTH = 64, WIDTH = 32, WARPGROUP = 128;
 constexpr int X_BYTES = BLOCK_ROWS * DEPTH * 2, HALF_BYTES = WEIGHT_ROWS / 2 * DEPTH * 2, STAGE = X_BYTES + 2 * HALF_BYTES;
+constexpr int X_BOX_ROWS = 64, X_BOX_BYTES = X_BOX_ROWS * DEPTH * 2;
 constexpr int COLUMNS = GATED ? WEIGHT_ROWS / 2 : WEIGHT_ROWS;  // of the result
 
 using Ring = RingOf<STAGES, STAGE>;
 
-// A tile, and from which to which step of the depth it is multiplied.
+// A tile, and from which to which step of the depth it is multiplied; or two tiles `across`, of half as many rows.
 struct Unit {
     int row, column, begin, end;
-    bool part;
+    bool part, across;
 
     __device__ Unit(const Product& product, int number) : part(number < product.shared * product.splits) {
         int tile = number - product.shared * (product.splits - 1);
@@ -49,10 +53,19 @@ struct Unit {
             const int of_tile = number % product.splits;
             begin = product.steps * of_tile / product.splits, end = product.steps * (of_tile + 1) / product.splits;
         }
-        const int width = GROUP * product.column_tiles, first = tile / width * GROUP, within = tile % width;
-        const int size = min(product.row_tiles - first, GROUP);
-        row = first + within % size, column = within / size;
+        const int tiles = product.row_tiles * product.column_tiles;
+        across = tile >= tiles;
+        if (across) {
+            row = product.row_tiles, column = (tile - tiles) * BLOCKS;
+        } else {
+            const int width = GROUP * product.column_tiles, first = tile / width * GROUP, within = tile % width;
+            const int size = min(product.row_tiles - first, GROUP);
+            row = first + within % size, column = within / size;
+        }
     }
+    // Of the result, a block's first.
+    __device__ int row_of(int rank) const { return (row * BLOCKS + (across ? 0 : rank)) * BLOCK_ROWS; }
+    __device__ int column_of(int rank) const { return (column + (across ? rank : 0)) * COLUMNS; }
 };
 
 // ---- The copying thread
@@ -61,15 +74,21 @@ __device__ __forceinline__ void copy_all(const Product& product, int rank) {
     Ring ring;
     for (int n = blockIdx.x / BLOCKS; n < product.units; n += gridDim.x / BLOCKS) {
         const Unit unit(product, n);
-        const int row = (unit.row * BLOCKS + rank) * BLOCK_ROWS;
-        const int of_weight = GATED ? rank * product.columns + unit.column * COLUMNS
-                                    : unit.column * COLUMNS + rank * (WEIGHT_ROWS / BLOCKS);
+        const int row = unit.row_of(rank), column = unit.column_of(rank);
         for (int step = unit.begin; step < unit.end; ++step, ring.next()) {
             wait(ring.empty(), ring.parity ^ 1);
-            arrive_expecting(ring.full(), STAGE);  // The other block's half, too.
-            copy_box(ring.memory(), product.x, step * DEPTH, row, ring.full());
-            copy_box_to_all<BLOCKS>(ring.memory() + X_BYTES + rank * HALF_BYTES, product.weight, step * DEPTH, of_weight,
-                                    ring.full());
+            arrive_expecting(ring.full(), STAGE);  // What the other block copies, too.
+            const int depth = step * DEPTH;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int x_row = row + half * X_BOX_ROWS, of_weight = GATED ? half * product.columns + column
+                                                                            : column + half * (WEIGHT_ROWS / 2);
+                const char *x = ring.memory() + half * X_BOX_BYTES, *weight = ring.memory() + X_BYTES + half * HALF_BYTES;
+                if (!unit.across) copy_box(x, product.x, depth, x_row, ring.full());
+                if (!unit.across && half == rank) copy_box_to_all<BLOCKS>(weight, product.weight, depth, of_weight, ring.full());
+                if (unit.across) copy_box(weight, product.weight, depth, of_weight, ring.full());
+                if (unit.across && half == rank) copy_box_to_all<BLOCKS>(x, product.x, depth, x_row, ring.full());
+            }
         }
     }
 }
@@ -101,11 +120,11 @@ __device__ __forceinline__ void leave_part(const Product& product, const float (
     }
 }
 
-// Of rows `row` and `row + 8`. Four lanes have two numbers each of 8 columns, and exchange them: each writes 16 bytes.
+// Of rows `row` and `row + 8`, if there is such a column. Four lanes have two numbers each of 8 columns, and exchange them: each writes 16 bytes.
 __device__ __forceinline__ void give(const Product& product, const float (&sum)[128], int row, int column) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const bool there = row + half * 8 < product.rows;
+        const bool there = row + half * 8 < product.rows && column < product.columns;
         char* to = product.out + ((long long)(row + half * 8) * product.stride + column + threadIdx.x % 4 * 8) * 2;
 #pragma unroll
         for (int group = 0; group < COLUMNS / 32; ++group) {
@@ -127,9 +146,7 @@ __device__ __forceinline__ void give(const Product& product, const float (&sum)[
 }
 
 __device__ __forceinline__ void multiply_all(const Product& product, int rank, int group) {
-    // Of the block's rows, and of those of its cluster.
-    const int row = group * 64 + threadIdx.x % WARPGROUP / WIDTH * 16 + threadIdx.x % WIDTH / 4;
-    const int of_tile = rank * BLOCK_ROWS + row;
+    const int row = group * 64 + threadIdx.x % WARPGROUP / WIDTH * 16 + threadIdx.x % WIDTH / 4;  // of the block's
     float sum[128];
     Ring ring;
     for (int n = blockIdx.x / BLOCKS; n < product.units; n += gridDim.x / BLOCKS) {
@@ -153,9 +170,9 @@ __device__ __forceinline__ void multiply_all(const Product& product, int rank, i
         wgmma_wait_for(sum);
         let_go(before);
         if (unit.part) {
-            leave_part(product, sum, n, of_tile);
+            leave_part(product, sum, n, rank * BLOCK_ROWS + row);
         } else {
-            give(product, sum, unit.row * BLOCKS * BLOCK_ROWS + of_tile, unit.column * COLUMNS);
+            give(product, sum, unit.row_of(rank) + row, unit.column_of(rank));
         }
     }
 }
