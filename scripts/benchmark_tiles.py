@@ -29,7 +29,7 @@ from torch import Tensor
 
 from wicore_backend.executor import matrix
 from wicore_backend.executor.fp8_matrix import Fp8GpuMatrix
-from wicore_backend.executor.int4_matrix import Int4GpuMatrix
+from wicore_backend.executor.int4_matrix import INT4_TILES, Int4GpuMatrix
 from wicore_backend.executor.kernels.int4 import Int4Tile
 from wicore_backend.executor.kernels.products import Tile
 from wicore_backend.executor.kernels.small import qk_norm_rope
@@ -56,6 +56,16 @@ _FP8_APART = 0.25
 """And eight layers of such products, each of which takes in the errors of those before it: 0.145 in a small twin."""
 
 ROLES: Sequence[Role] = ("qkv", "out", "gate_up", "down")
+
+
+def _by_tilings(rows: int, roles: Sequence[Role]) -> Mapping[str, Tiles]:
+    """For INT4: `roles`, each and all, by their tilings where `int4_wide` is in use."""
+    tiles: dict[Role, Way] = {
+        role: next(tile for most, tile in INT4_TILES[role].items() if rows <= most) for role in roles
+    }
+    return {f"{role}: by its tiling": {role: tile} for role, tile in tiles.items()} | {"all: by their tilings": tiles}
+
+
 OPTIONS: Mapping[Kind, Mapping[int, Mapping[str, Tiles]]] = {
     "bf16": {
         16: {
@@ -79,7 +89,10 @@ OPTIONS: Mapping[Kind, Mapping[int, Mapping[str, Tiles]]] = {
             "QKV: 256 deep, 6 stages": {"qkv": Tile(64, 256, 6, 256)},
         }
     },
-    "int4": {rows: {"all: in FP8": dict.fromkeys(ROLES, "fp8")} for rows in (512, 8192)},
+    "int4": {
+        **{rows: _by_tilings(rows, ("out", "gate_up", "down")) for rows in (40, 48, 64)},
+        **{rows: {"all: in FP8": dict.fromkeys(ROLES, "fp8")} for rows in (512, 8192)},
+    },
 }
 """By kind of weights and rows: neighbours of the tilings in use. What lost is told in docs/benchmarks."""
 
