@@ -41,8 +41,7 @@ from scripts.random_gemma3 import published_config, random_weights
 from wicore_backend.attention.base import Unattended
 from wicore_backend.attention.gpu.hopper_decode import DEEP, DEEP_FP8, SEVERAL, SEVERAL_FP8, Tuning
 from wicore_backend.executor.cuda_executor import CudaExecutor
-from wicore_backend.executor.streamed_form import MEASURED, Form
-from wicore_backend.executor.streamed_layer import StreamedLayers
+from wicore_backend.executor.streamed_layer import MEASURED, Form, StreamedLayers
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 
@@ -66,7 +65,7 @@ _KV_DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp8": FP8}
 _LAYERS, _KEYS, _TURNS, _REPLAYS = 8, 576, 9, 4
 _INSIDE_KEYS = (64, 576, 1536)
 """Of `inside`: few, as after a prompt of 512 tokens, and a full window."""
-_LEAST = (1, 2, 4, 6)
+_LEAST = (2, 3, 6, 9)
 """Tiles of a block at least, besides what `Tuning` has."""
 _REPEATS = 100
 _POOL_VALUES = 5_600_000_000

@@ -29,8 +29,7 @@ from torch import Tensor
 
 from scripts.benchmark_shape import QUANTIZE
 from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
-from wicore_backend.executor.streamed_form import MEASURED, Bits, Form, Tuning
-from wicore_backend.executor.streamed_layer import StreamedLayers
+from wicore_backend.executor.streamed_layer import MEASURED, Bits, Form, StreamedLayers, Tuning
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weights import Gemma3Weights, plain
 

@@ -21,8 +21,7 @@ from tests.test_streamed_layer import H200_BLOCKS, LAYERS, SMALL, Case, form_of
 from wicore_backend.attention.gpu import hopper_decode
 from wicore_backend.engine.runner import run_layers
 from wicore_backend.executor.base import QKV, AttendingExecutor
-from wicore_backend.executor.streamed_form import Pool
-from wicore_backend.executor.streamed_layer import HEADERS, SOURCE, StreamedLayers
+from wicore_backend.executor.streamed_layer import HEADERS, SOURCE, Pool, StreamedLayers
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
 from wicore_backend.models.gemma3.config import Gemma3Config

@@ -10,7 +10,7 @@ import torch
 from tests import hopper_twin
 from tests.hopper_twin.attending_layers import AttendingLayers
 from tests.hopper_twin.small_layers import TEXTS, SmallLayers
-from wicore_backend.executor.streamed_form import Tuning
+from wicore_backend.executor.streamed_layer import Tuning
 from wicore_backend.hmt.fp8 import FP8
 
 pytestmark = pytest.mark.skipif(hopper_twin.gxx() is None, reason="needs g++")
@@ -37,9 +37,8 @@ LENGTHS = {
 }
 FEW = ("one key", "a window", "more tiles than warps, and than a ring has")
 WAYS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
-    "bf16": ("bf16", BFLOAT16, {"tuning": SPREAD, "stages": 6}),
-    "bf16 over FP8": ("bf16", FP8, {"tuning": SPREAD, "stages": 5}),
-    "bf16, a slot for each warp": ("bf16", BFLOAT16, {"tuning": ALONE, "stages": 11}),
+    "bf16": ("bf16", BFLOAT16, {"tuning": SPREAD}),
+    "bf16 over FP8": ("bf16", FP8, {"tuning": SPREAD}),
     "bf16, one block a head": ("bf16", BFLOAT16, {"tuning": ALONE}),
     "bf16 over FP8, one block a head": ("bf16", FP8, {"tuning": ALONE}),
     "bf16, two tiles a block": ("bf16", BFLOAT16, {"tuning": TWO, "block_size": 96}),
@@ -49,14 +48,7 @@ WAYS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "int4 over FP8": ("int4", FP8, {"tuning": SPREAD}),
     "int4 with zero points over FP8": ("int4 with zero points", FP8, {"tuning": SPREAD}),
 }
-ALL_LENGTHS = ("bf16", "bf16 over FP8", "bf16, one block a head")
-ONE_LENGTH = ("int4", "int4 with zero points over FP8")
-"""The machine takes ten seconds for a run of such layers."""
-CASES = [
-    (way, length)
-    for way in WAYS
-    for length in (LENGTHS if way in ALL_LENGTHS else FEW[-1:] if way in ONE_LENGTH else FEW)
-]
+CASES = [(way, length) for way in WAYS for length in (FEW if "fp8" in way or "int4" in way else LENGTHS)]
 
 
 def made(directory, way, **more):
@@ -124,7 +116,6 @@ class Planted(NamedTuple):
 
 
 PARTS = "race: .* (parts|stats)"
-LANES_MEET = "            before_bulk_copies();\n            __syncwarp();\n"
 PLANTED = {
     "other blocks' parts are not waited for": Planted(
         LAYER, "meetings.hold_parts();", "consumers_meet();", PARTS + "|nobody wrote"
@@ -139,60 +130,34 @@ PLANTED = {
         LAYER, "if (ATTENDS) tell(layer.launches + 1, told(layer.launches + 1) + 1);", "", PARTS
     ),
     "a tile is not waited for": Planted(
-        OWN, "wait(slot_barrier(warp), parity);", "", "race: .* reads shared memory .* a copy|nobody wrote it"
+        OWN, "wait(tiles_barrier(ring), ring.parity);", "", "race: .* reads shared memory .* a copy|nobody wrote it"
     ),
-    "a second tile is taken for the first": Planted(
+    "a stage of tiles is let go before they are read": Planted(
         OWN,
-        "tile += SLOTS, parity ^= 1)",
-        "tile += SLOTS)",
-        "race|nobody wrote it|wrong numbers",
-        "bf16, one block a head",
-    ),
-    "a slot is filled before all lanes have read it": Planted(
-        OWN, LANES_MEET, "", "race|nobody can go on", "bf16, one block a head"
-    ),
-    "a slot is let go before it is read": Planted(
-        OWN,
-        "wait(slot_barrier(warp), parity);",
-        "wait(slot_barrier(warp), parity); if (lane == 0) arrive(Ring{warp / OF_STAGE}.empty());",
+        "wait(tiles_barrier(ring), ring.parity);",
+        "wait(tiles_barrier(ring), ring.parity); if (lane == 0) arrive(ring.empty());",
         "race: a copy|arrival too many",
     ),
-    "a lane speaks for others that it has not met": Planted(OWN, LANES_MEET, "", "race: a copy .* writes .* read"),
-    "a warp with a tile lets all slots go": Planted(
-        OWN, "if (!has_tile || stage != warp / OF_STAGE) arrive", "arrive", "race: a copy|arrival too many"
+    "a lane speaks for others that it has not met": Planted(
+        OWN, "        __syncwarp();\n", "", "race: a copy .* writes .* read"
     ),
-    "a warp without a tile holds a slot": Planted(
-        OWN, "if (!has_tile || stage != warp / OF_STAGE) arrive", "if (has_tile && stage != warp / OF_STAGE) arrive",
-        "nobody can go on"
+    "a stage's tiles are another phase's": Planted(
+        OWN, "wait(ring.empty(), ring.parity ^ 1);", "wait(ring.empty(), ring.parity);", "nobody can go on"
     ),
-    "slots' stages are not said to be full": Planted(
-        OWN,
-        "++stage, ring.next()) arrive(ring.full());",
-        "++stage, ring.next()) {}",
-        "nobody can go on|race|nobody wrote",
-    ),
+    "a stage is not said to be full": Planted(OWN, "if (lane == 0) arrive(ring.full());", "", "nobody can go on"),
     "tiles are told of before they are copied": Planted(
-        OWN, "arrive_when_copied(slot_barrier(slot));", "arrive(slot_barrier(slot));", "race|nobody wrote it"
+        OWN, "arrive_when_copied(tiles_barrier(ring));", "arrive(tiles_barrier(ring));", "race|nobody wrote it"
     ),
-    "weights begin where slots are": Planted(
-        LAYER,
-        "        Ring ring;\n#if ATTENDS\n        ring.skip(TILE_STAGES);",
-        "        Ring ring;\n#if ATTENDS",
-        "race|nobody can go on|wrong numbers|too many|outside",
+    "weights begin where tiles are": Planted(
+        LAYER, "copy_all(ring, layer);", "copy_all({}, layer);", "race|nobody can go on|wrong numbers|too many|outside"
     ),
-    "slots lie upon each other": Planted(
-        OWN, "shared + slot / OF_STAGE * STAGE_BYTES", "shared", "race|wrong numbers|nobody wrote"
-    ),
-    "the second tile of a stage is the first": Planted(
-        OWN, "slot % OF_STAGE * attention::TILE_BYTES", "0", "race|wrong numbers|nobody wrote", "bf16 over FP8"
-    ),
-    "what parts weigh is not waited for": Planted(
-        OWN, "weigh(keys, parts, weights);\n    consumers_meet();", "weigh(keys, parts, weights);", "race: .* shared"
+    "a tile is two warps'": Planted(
+        OWN, "if (slot < OF_STAGE && first", "if (slot <= OF_STAGE && first", "nobody wrote|wrong numbers|race|outside"
     ),
     "warps' sums are not waited for": Planted(
         OWN,
-        "attention::leave(state, warp, stats, parts);\n    }\n    consumers_meet();",
-        "attention::leave(state, warp, stats, parts);\n    }",
+        "attention::leave(state, warp, stats, parts);\n    consumers_meet();",
+        "attention::leave(state, warp, stats, parts);",
         "race: .* shared memory|nobody wrote it",
     ),
     "a warp's sums are left out": Planted(OWN, "of < softmaxes;", "of < softmaxes - 1;", "wrong numbers|pool"),
@@ -200,9 +165,11 @@ PLANTED = {
         OWN, "const int at = part.number * ATTENDED", "const int at = 0 * ATTENDED", PARTS + "|wrong numbers"
     ),
     "a part is left out": Planted(
-        OWN, "if (first + j < parts && row.has(i)) {", "if (first + j < parts - 1 && row.has(i)) {", "wrong numbers"
+        OWN, "first + j < parts && row.has(i)", "first + j < parts - 1 && row.has(i)", "wrong numbers"
     ),
-    "parts weigh equally": Planted(OWN, "weight.y * exp2_quickly(weight.x - top)", "1.0f", "wrong numbers"),
+    "parts weigh equally": Planted(
+        OWN, "const float share = stat.y * exp2_quickly(stat.x - higher);", "const float share = 1.0f;", "wrong numbers"
+    ),
     "the token's own key is left out": Planted(
         OWN, "return number == parts - 1;", "return false;", "nobody wrote|pool|wrong numbers"
     ),
@@ -210,16 +177,20 @@ PLANTED = {
         OWN, "return number == parts - 1;", "return true;", "race: .* pool"
     ),
     "two warps take the token's own key": Planted(
-        OWN, "warp == slots % WARPS)", "warp / 2 == slots % WARPS / 2)", "race: .* pool|wrong numbers"
+        OWN, "warp == part.count % WARPS", "warp / 2 == part.count % WARPS / 2", "race: .* pool|wrong numbers"
     ),
     "the key that is written is copied": Planted(
-        OWN, "position + token < part.sequence.fresh;", "position + token <= part.sequence.fresh;", "race: .* pool"
+        OWN, "at < part.sequence.fresh;", "at <= part.sequence.fresh;", "race: .* pool"
     ),
     "keys before the window count": Planted(TILES, "if (key < sequence.lowest || ", "if (", "wrong numbers"),
     "the tile of the token's own key is not masked": Planted(
         TILES, " || key >= sequence.fresh)", ")", "wrong numbers"
     ),
     "the kernel before is not waited for": Planted(LAYER, "    wait_for_kernel_before();\n", "", "race"),
+    "the second tile of a stage is the first": Planted(
+        OWN, "ring.memory() + slot * attention::TILE_BYTES;", "ring.memory();", "race|wrong numbers|nobody wrote",
+        "bf16 over FP8",
+    ),
 }  # fmt: skip
 
 

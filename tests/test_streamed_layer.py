@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from scripts.random_gemma3 import _COMMON, SHAPES, random_weights
 from tests.accuracy import relative_error
 from tests.kernel_kit import assert_nvrtc_compiles
-from wicore_backend.executor.streamed_form import MEASURED, Form, Tuning, shared_out
-from wicore_backend.executor.streamed_layer import HEADERS, SOURCE, StreamedLayers, streamed_layers
+from wicore_backend.executor.streamed_layer import (
+    HEADERS,
+    MEASURED,
+    SOURCE,
+    Form,
+    StreamedLayers,
+    Tuning,
+    shared_out,
+    streamed_layers,
+)
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weights import plain
@@ -110,7 +118,6 @@ def form_of(text, bits):
         text.qkv_heads * text.head_dim,
         text.head_dim,
         text.qk_heads,
-        text.window,
         bits,
     )
 

@@ -10,7 +10,7 @@ import torch
 from scripts.benchmark_streamed_layer import Found, dry, table
 from tests import hopper_twin
 from tests.hopper_twin.small_layers import TEXTS, SmallLayers
-from wicore_backend.executor.streamed_form import MEASURED, Tuning
+from wicore_backend.executor.streamed_layer import MEASURED, Tuning
 
 pytestmark = pytest.mark.skipif(hopper_twin.gxx() is None, reason="needs g++")
 
@@ -84,7 +84,7 @@ PLANTED = {
     ),
     "several lanes copy, of which one waits": Planted(
         (
-            (LAYER, "else if (threadIdx.x == CONSUMERS)", "else if (threadIdx.x < CONSUMERS + TILE)"),
+            (LAYER, "if (threadIdx.x == CONSUMERS) copy_all", "if (threadIdx.x < CONSUMERS + TILE) copy_all"),
             (RING, "    wait(ring.empty(),", "    if (threadIdx.x == CONSUMERS) wait(ring.empty(),"),
             (RING, "    flight.take_off();", "    if (threadIdx.x == CONSUMERS) flight.take_off();"),
             (RING, "    arrive_expecting(", "    if (threadIdx.x == CONSUMERS) arrive_expecting("),

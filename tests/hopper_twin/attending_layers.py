@@ -14,8 +14,7 @@ from tests.accuracy import relative_error
 from tests.hopper_twin.small_layers import SHAPE, TEXTS, SmallLayers
 from wicore_backend.attention.base import PackedStep, Unattended
 from wicore_backend.attention.gpu.schedule import Sequences, decode_work
-from wicore_backend.executor.streamed_form import MEASURED, Pool, Tuning
-from wicore_backend.executor.streamed_layer import LayerCalls
+from wicore_backend.executor.streamed_layer import MEASURED, LayerCalls, Pool, Tuning
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.hmt.fp8 import FP8, to_fp8
 from wicore_backend.hmt.layout import LayerGroup
@@ -54,11 +53,10 @@ class AttendingLayers(SmallLayers):
         block_size: int = 32,
         tuning: Tuning = MEASURED,
         texts: Mapping[str, str] = TEXTS,
-        stages: int = 3,
     ) -> None:
         shape = {**SHAPE, "hidden_size": _HIDDEN[kind, kv_dtype], "intermediate_size": 512, "num_key_value_heads": 2}
         self.shape, pool = shape, Pool(block_size, 8 * kv_dtype.itemsize)
-        super().__init__(directory, kind, tuning=tuning, texts=texts, shape=shape, pool=pool, stages=stages)
+        super().__init__(directory, kind, tuning=tuning, texts=texts, shape=shape, pool=pool)
         self.kv_dtype = kv_dtype
         self.block_size = block_size
 

@@ -126,7 +126,6 @@ inline Policy evict_first() { return 0; }
 inline void copy(const char* to, const char* from, u32 bytes, u32 barrier, Policy) {
     twin::copy(to, from, bytes, barrier);
 }
-inline void before_bulk_copies() {}
 inline void copy_16(const char* to, const char* from, bool there) { twin::copy_16(to, from, there); }
 inline void arrive_when_copied(u32 barrier) { twin::arrive_when_copied(barrier); }
 inline void line_to_l2(const void* global) { twin::inside(global, 128, 4); }

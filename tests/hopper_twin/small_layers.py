@@ -14,8 +14,7 @@ from torch import Tensor
 from scripts.random_gemma3 import _COMMON, random_weights
 from tests import hopper_twin
 from tests.accuracy import relative_error
-from wicore_backend.executor.streamed_form import MEASURED, Form, Pool, Tuning
-from wicore_backend.executor.streamed_layer import HEADERS, SOURCE, LayerCalls
+from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls, Pool, Tuning
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weights import Weight, plain
@@ -57,7 +56,6 @@ class SmallLayers:
         texts: Mapping[str, str] = TEXTS,
         shape: Mapping[str, int] = SHAPE,
         pool: Pool | None = None,
-        stages: int = 3,
     ) -> None:
         (directory / "config.json").write_text(json.dumps(_COMMON | dict(shape)))
         model = Gemma3Config.from_checkpoint(directory)
@@ -69,7 +67,7 @@ class SmallLayers:
         cut = None
         for self.blocks in range(_FEWEST_BLOCKS, 60, 2):  # Until a thread of each has at most one output of a matrix.
             self.form, self.shares = form, form.shares(self.blocks)
-            cut = form.launch(self.shares, most_stages=stages)
+            cut = form.launch(self.shares, most_stages=3)
             if cut is not None:
                 break
         assert cut is not None

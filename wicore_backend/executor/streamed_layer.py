@@ -1,19 +1,19 @@
-"""A decoder layer of one token as one kernel on Hopper: how it is called.
+"""A decoder layer of one token as one kernel on Hopper: what it is compiled for, how it is shared out and called.
 
-`kernels/streamed_layer.cu` says what it does and why. It is compiled for the sizes of a model (`streamed_form.py`) when
-its executor is made and kept on disk; once more, with attention in it, when the first local layer's pool is seen. It
-multiplies by INT4 in groups of 128, by FP8 and by bfloat16.
+`kernels/streamed_layer.cu` says what it does and why. It is compiled for the sizes of a model when its executor is made
+and kept on disk; once more, with attention in it, when the first local layer's pool is seen. It multiplies by INT4 in
+groups of 128, by FP8 and by bfloat16.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from wicore_backend import hopper
 from wicore_backend.attention.base import Unattended
 from wicore_backend.executor.kernels.small import overlaps
-from wicore_backend.executor.streamed_form import MOST_BLOCKS, Form, Launch, Pool, matrices_of
+from wicore_backend.hopper import SHARED_BYTES
 from wicore_backend.models.gemma3.config import TextConfig
 from wicore_backend.models.gemma3.weights import LayerWeights, Weight
 from wicore_backend.quantization.fp8 import Fp8Matrix
@@ -41,9 +41,258 @@ HEADERS = (
     _KERNELS / "gelu.cuh",
     *(_KERNELS / f"streamed_{part}.cuh" for part in _PARTS),
 )
+_WIDTH, _GROUP, _ROW_BYTES = 32, 128, 128
+_TILE_KEYS, _MOST_MEMBERS = 32, 8
+_FEWEST_STAGES = 3
+_MOST_WARPS = 11
+_MOST_BLOCKS = 159
+
+Bits = Literal[4, 8, 16]
+
+_IN_FLIGHT: Mapping[Bits, int] = {4: 48 * 1024, 8: 116 * 1024, 16: 88 * 1024}
+"""Bytes of weights on their way to a multiprocessor with which layers of 27B are fastest: what blocks tell each other
+queues behind more. INT4 comes in large copies, others row by row."""
 _LEAST_BYTES = 200_000_000
 """Of a layer's matrices: it was measured with 213 MB (27B in INT4), 413 MB (in FP8) and 811 MB (in bfloat16). In
 smaller layers, what blocks wait for each other weighs more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Ways to do the same, of which a card says what is fastest. Those of `MEASURED` have been found so.
+
+    Attributes
+    ----------
+    warps
+        That multiply; None for as many, 11 at most, as a tile of `hidden` inputs is shared out among in few equal
+        stages: with 14 a layer of 27B takes 68.5 us in INT4 in place of 64.7 and 105.4 in FP8 in place of 104.4, with 7
+        it takes 67.0 in INT4.
+    in_flight
+        Bytes of weights on their way to a multiprocessor; None for what suits the weights' bits.
+    least
+        Tiles of keys that a block attends to, where there are as many: fewer are read sooner, and make more parts to be
+        put together.
+    """
+
+    warps: int | None = None
+    in_flight: int | None = None
+    least: int = 4
+
+
+MEASURED = Tuning()
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Of the keys and values that a layer attends to: tokens of a block, bits of a number."""
+
+    block_size: int
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the kernel is compiled for.
+
+    Attributes
+    ----------
+    hidden, attended, fed, qkv
+        Sizes: of the residual stream, of attention's result, of the MLP, of all heads.
+    head_dim, qk_heads
+        Of a head; and how many are normalised and rotated.
+    bits
+        Of a weight.
+    half_scales, zeros
+        Whether INT4's scales are float16, not bfloat16, and whether it has zero points.
+    tuning
+        How.
+    pool
+        If attention is of the layer, that of its keys.
+    """
+
+    hidden: int
+    attended: int
+    fed: int
+    qkv: int
+    head_dim: int
+    qk_heads: int
+    bits: Bits
+    half_scales: bool = False
+    zeros: bool = False
+    tuning: Tuning = MEASURED
+    pool: Pool | None = None
+
+    @classmethod
+    def of(cls, config: TextConfig, layers: Sequence[LayerWeights], tuning: Tuning = MEASURED) -> Form | None:
+        """The form for a model's layers; None if the kernel is not for such."""
+        if any(layer.qkv_bias is not None or layer.out_bias is not None for layer in layers):
+            return None
+        kinds = {_kind(weight) for layer in layers for weight in _matrices(layer)}
+        kind = kinds.pop()
+        if kinds or kind is None:
+            return None
+        form = cls(
+            config.hidden_size,
+            config.num_heads * config.head_dim,
+            config.intermediate_size,
+            config.qkv_heads * config.head_dim,
+            config.head_dim,
+            config.qk_heads,
+            kind.bits,
+            kind.half_scales,
+            kind.zeros,
+            tuning,
+        )
+        return form if form._fits() else None
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys."""
+        return self.qkv // self.head_dim - self.qk_heads
+
+    @property
+    def members(self) -> int:
+        """Query heads of a KV head."""
+        return self.attended // self.head_dim // self.kv_heads
+
+    @property
+    def depths(self) -> tuple[int, int, int, int]:
+        """Inputs of out, of gate and up, of down and of QKV."""
+        return self.attended, self.hidden, self.fed, self.hidden
+
+    @property
+    def tiles(self) -> tuple[int, int, int, int]:
+        """Of outputs of each, of 16."""
+        return self.hidden // TILE_ROWS, 2 * self.fed // TILE_ROWS, self.hidden // TILE_ROWS, self.qkv // TILE_ROWS
+
+    @property
+    def span(self) -> int:
+        """Inputs of a span: a warp's part of a tile at once."""
+        return _ROW_BYTES * 8 // self.bits
+
+    @property
+    def warps(self) -> int:
+        """That multiply."""
+        if self.tuning.warps is not None:
+            return self.tuning.warps
+        spans = self.hidden // self.span
+        return -(-spans // -(-spans // _MOST_WARPS))
+
+    @property
+    def _steps(self) -> tuple[int, int, int, int]:
+        """Stages of what is computed as one of each matrix."""
+        out, gate_up, down, qkv = (-(-depth // (self.span * self.warps)) for depth in self.depths)
+        return out, 2 * gate_up, down, qkv
+
+    def shares(self, blocks: int) -> list[list[int]]:
+        """Where each block's stages of each matrix begin, and where the last one's end: [matrices, blocks + 1]."""
+        return [
+            shared_out(tiles // together, steps, blocks)
+            for tiles, steps, together in zip(self.tiles, self._steps, self._together, strict=True)
+        ]
+
+    @property
+    def _together(self) -> tuple[int, int, int, int]:
+        """Tiles of each matrix that are computed as one: of gate and up, a pair."""
+        return 1, 2, 1, 1
+
+    def launch(self, shares: Sequence[Sequence[int]], *, most_stages: int | None = None) -> Launch | None:
+        """How to compile and launch it for blocks with such shares; None if there is no room in shared memory.
+
+        The ring has as many stages as there is room for, or `most_stages`.
+        """
+        parts, given = [], []
+        for share, steps, together in zip(shares, self._steps, self._together, strict=True):
+            ends = [-(-end // steps) for end in share]
+            parts.append(together * max(after - first // steps for first, after in zip(share, ends[1:], strict=False)))
+            given.append(max(after - first for first, after in pairwise(ends)))
+        warps = self.warps
+        # x, and each warp's part of each output.
+        area = max(d * 2 + tiles * warps * TILE_ROWS * 4 for d, tiles in zip(self.depths, parts, strict=True))
+        of_stage = 2 * 8
+        if self.pool is not None:
+            if not self._attends(self.pool, blocks=len(shares[0]) - 1):
+                return None
+            area = max(area, warps * self.members * (self.head_dim * 4 + 8))
+            of_stage += 8
+        sums = max(self.depths) // _GROUP * 8 if self.bits == 4 else 0
+        beside = 4 * warps * 4 + sums + 144 + area
+        stage = warps * TILE_ROWS * (_ROW_BYTES + (4 * (1 + self.zeros) if self.bits == 4 else 0))
+        stages = (SHARED_BYTES - beside) // (stage + of_stage)
+        if stages < _FEWEST_STAGES or len(shares[0]) > _MOST_BLOCKS + 1 or max(given) * TILE_ROWS > warps * _WIDTH:
+            return None
+        stages = min(stages, most_stages or stages)
+        threads = (warps + 1) * _WIDTH
+        in_flight = min(stages - 1, max(1, (self.tuning.in_flight or _IN_FLIGHT[self.bits]) // stage))
+        return Launch(stages, in_flight, threads=threads, shared_bytes=stages * (stage + of_stage) + beside)
+
+    def defines(self, launch: Launch) -> dict[str, int]:
+        """For the compiler."""
+        attention = {}
+        if self.pool is not None:
+            attention = {
+                "KV_HEADS": self.kv_heads,
+                "MEMBERS": self.members,
+                "BLOCK_SIZE": self.pool.block_size,
+                "POOL_BITS": self.pool.bits,
+                "LEAST": self.tuning.least,
+            }
+        return {
+            "ATTENDS": int(self.pool is not None),
+            **attention,
+            "HIDDEN": self.hidden,
+            "ATTENDED": self.attended,
+            "FED": self.fed,
+            "QKV": self.qkv,
+            "HEAD_DIM": self.head_dim,
+            "QK_HEADS": self.qk_heads,
+            "BITS": self.bits,
+            "SCALE_HALF": int(self.half_scales),
+            "ZEROS": int(self.zeros),
+            "WARPS": self.warps,
+            "STAGES": launch.stages,
+            "FLIGHT": launch.in_flight,
+        }
+
+    def _fits(self) -> bool:
+        """Whether all sizes are whole numbers of tiles, spans, groups and heads."""
+        deep = all(depth % self.span == depth % _GROUP == 0 for depth in self.depths)
+        return deep and self.head_dim in (_GROUP, 2 * _GROUP)
+
+    def _attends(self, pool: Pool, *, blocks: int) -> bool:
+        """Whether a stage has room for a tile of keys and values, and there are heads for which the kernel is."""
+        tile = 2 * _TILE_KEYS * self.head_dim * pool.bits // 8
+        fits = tile <= self.warps * TILE_ROWS * _ROW_BYTES and pool.block_size % _TILE_KEYS == 0
+        return fits and self.members <= _MOST_MEMBERS and self.kv_heads <= blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How the kernel is compiled and launched.
+
+    Attributes
+    ----------
+    stages, in_flight
+        Of the ring; and of those, how many may be on their way at once.
+    threads, shared_bytes
+        Of a block.
+    """
+
+    stages: int
+    in_flight: int
+    threads: int
+    shared_bytes: int
+
+
+def shared_out(pieces: int, stages: int, blocks: int) -> list[int]:
+    """Where each block's part of `pieces` with so many `stages` each begins, and where the last one's ends, in stages.
+
+    Blocks wait for each other after each matrix, so that all get equally many stages, and a piece may be two blocks'.
+    It is never three's: where there are fewer pieces than blocks, each is one block's.
+    """
+    if pieces < blocks:
+        return [pieces * block // blocks * stages for block in range(blocks + 1)]
+    return [pieces * stages * block // blocks for block in range(blocks + 1)]
 
 
 class _Matrix(ctypes.Structure):
@@ -68,7 +317,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("told_attended", "told_fed", "told_given", "told_heads", "told_parts")),
         *((name, ctypes.c_void_p) for name in ("counters", "fed_tiles")),
         ("eps", ctypes.c_float),
-        ("shares", ctypes.c_uint16 * (MOST_BLOCKS + 1) * 4),
+        ("shares", ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4),
         ("keys", _Keys),
     ]
 
@@ -110,7 +359,7 @@ class LayerCalls:
         self.stats = torch.empty(parts, form.attended // form.head_dim, 2, device=device)
         words = self.launches, *self.told.values(), self.counters, self.fed_tiles
         lasting = [memory.data_ptr() for memory in words]
-        begins = (ctypes.c_uint16 * (MOST_BLOCKS + 1) * 4)()
+        begins = (ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4)()
         for row, share in zip(begins, shares, strict=True):
             row[: len(share)] = share
         self._parameters = [
@@ -252,7 +501,7 @@ class StreamedLayers:
 def streamed_layers(config: TextConfig, layers: Sequence[LayerWeights]) -> StreamedLayers | None:
     """The layers of a model as such; None if the card or the model is another kind, or what compiles it is missing."""
     norm = layers[0].input_norm
-    if not overlaps(norm) or len(layers) < 2 or sum(w.nbytes for w in matrices_of(layers[0])) < _LEAST_BYTES:
+    if not overlaps(norm) or len(layers) < 2 or sum(w.nbytes for w in _matrices(layers[0])) < _LEAST_BYTES:
         return None
     form = Form.of(config, layers)
     if form is None:
@@ -262,6 +511,40 @@ def streamed_layers(config: TextConfig, layers: Sequence[LayerWeights]) -> Strea
     except (ImportError, OSError, RuntimeError):
         _log.warning("layers of one token run as several kernels each, which is slower", exc_info=True)
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What the kernel must know of a matrix besides its shape."""
+
+    bits: Bits
+    half_scales: bool = False
+    zeros: bool = False
+
+
+def _matrices(layer: LayerWeights) -> tuple[Weight, ...]:
+    return layer.qkv, layer.out, layer.gate_up, layer.down
+
+
+def _kind(weight: Weight) -> _Kind | None:
+    """None if the kernel does not multiply by such a matrix."""
+    if weight.dtype is not torch.bfloat16:
+        return None
+    if isinstance(weight, Tensor):
+        return _Kind(16) if _copied_at_once(weight) else None
+    if isinstance(weight, Fp8Matrix):
+        return _Kind(8) if _copied_at_once(weight.values) else None
+    if isinstance(weight, Int4Matrix):
+        tiled = weight.codes.shape[2] == TILE_ROWS and weight.scales.shape[3] == 2 and weight.group == _GROUP
+        tensors = [tensor for tensor in (weight.codes, weight.scales, weight.zeros) if tensor is not None]
+        if tiled and all(map(_copied_at_once, tensors)):
+            return _Kind(4, weight.scales.dtype is torch.float16, weight.zeros is not None)
+    return None
+
+
+def _copied_at_once(tensor: Tensor) -> bool:
+    """Whether its rows can be copied as bytes that lie together, from an address that bulk copies take."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def _matrix(weight: Weight) -> _Matrix:

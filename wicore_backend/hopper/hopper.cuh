@@ -94,9 +94,6 @@ __device__ __forceinline__ void copy(const char* to, const char* from, u32 bytes
         ::"r"(address(to)), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
-// What this thread did in shared memory comes before bulk copies there, of whoever hears that it has been done.
-__device__ __forceinline__ void before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // A matrix in global memory, of which boxes are copied: as cuTensorMapEncodeTiled makes it.
 struct __align__(64) TensorMap { u64 words[16]; };
 

@@ -263,8 +263,6 @@ __device__ void compute(Ring ring, const Layer& layer) {
     }
 #if ATTENDS
     const Part part(layer.keys);
-    begin_tiles(layer.keys, part);
-    ring.skip(TILE_STAGES);
 #endif
     wait_for_kernel_before();
     const Meetings meetings{layer, told(layer.launches)};
@@ -273,7 +271,7 @@ __device__ void compute(Ring ring, const Layer& layer) {
         const Row<ATTENDED / 4> attended;
         float4 attention[attended.rounds];
 #if ATTENDS
-        attend(layer.keys, part);
+        ring = attend(ring, layer.keys, part);
         meetings.hold_parts();
         put_together(layer.keys, part.parts, attended, attention);
 #else
@@ -319,22 +317,19 @@ __device__ void compute(Ring ring, const Layer& layer) {
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH, 1) streamed_layer(const __grid_constant__ Layer layer) {
     if (threadIdx.x == 0) {
 #if ATTENDS
-        prepare_slots();
+        prepare_tiles();
 #endif
         Ring::prepare(1, WARPS);
-#if ATTENDS
-        skip_slots();
-#endif
     }
     __syncthreads();
     let_next_begin();
     if (threadIdx.x < CONSUMERS) {
         compute({}, layer);
-    } else if (threadIdx.x == CONSUMERS) {
-        Ring ring;
-#if ATTENDS
-        ring.skip(TILE_STAGES);
-#endif
-        copy_all(ring, layer);
+        return;
     }
+    Ring ring;
+#if ATTENDS
+    copy_tiles(ring, layer.keys);
+#endif
+    if (threadIdx.x == CONSUMERS) copy_all(ring, layer);
 }

@@ -61,14 +61,14 @@ struct Cut {  // of a tile of a matrix of DEPTH inputs
     static constexpr int each = (spans + stages - 1) / stages;  // spans of a stage, but for the last
 };
 
-// ---- Shared memory: ring, barriers, scratch for sums over the block, barriers of slots for keys, sums of x, x and the
+// ---- Shared memory: ring, barriers, scratch for sums over the block, barriers of tiles of keys, sums of x, x and the
 // warps' parts of results.
 
 using Ring = RingOf<STAGES, STAGE_BYTES>;
 
 constexpr int SCRATCH_AT = Ring::end;
 constexpr int TILES_AT = SCRATCH_AT + 4 * WARPS * 4;
-constexpr int SUMS_AT = (TILES_AT + (ATTENDS ? WARPS * 8 : 0) + 15) / 16 * 16;
+constexpr int SUMS_AT = (TILES_AT + (ATTENDS ? STAGES * 8 : 0) + 15) / 16 * 16;
 constexpr int X_AT = (SUMS_AT + SUMS_BYTES + 127) / 128 * 128;
 
 __device__ __forceinline__ void consumers_meet() { meet<1, CONSUMERS>(); }
