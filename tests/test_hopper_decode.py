@@ -21,7 +21,6 @@ from tests.kernel_kit import assert_nvrtc_compiles, needs_nvcc, nvcc_compiled
 from tests.test_hopper_decode_on_cpu import BOUND, CASES, of_all_numbers, over
 from wicore_backend.attention.base import PackedStep
 from wicore_backend.attention.gpu.hopper_decode import (
-    HEADERS,
     MOST,
     SOURCE,
     TUNED,
@@ -36,7 +35,7 @@ from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.attention.gpu.tuning import Tuning as TritonTuning
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
-from wicore_backend.hopper import SHARED_BYTES
+from wicore_backend.hopper import HEADERS, SHARED_BYTES
 
 GLOBAL, LOCAL = LayerGroup.GLOBAL, LayerGroup.LOCAL
 WINDOW = 50

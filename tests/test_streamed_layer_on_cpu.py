@@ -84,7 +84,7 @@ PLANTED = {
     ),
     "several lanes copy, of which one waits": Planted(
         (
-            (LAYER, "if (threadIdx.x == CONSUMERS) copy_all", "if (threadIdx.x < CONSUMERS + TILE) copy_all"),
+            (LAYER, "else if (threadIdx.x == CONSUMERS)", "else if (threadIdx.x < CONSUMERS + TILE)"),
             (RING, "    wait(ring.empty(),", "    if (threadIdx.x == CONSUMERS) wait(ring.empty(),"),
             (RING, "    flight.take_off();", "    if (threadIdx.x == CONSUMERS) flight.take_off();"),
             (RING, "    arrive_expecting(", "    if (threadIdx.x == CONSUMERS) arrive_expecting("),
@@ -100,8 +100,8 @@ PLANTED = {
         (
             (
                 MEETING,
-                "add_released(counter, 1)",
-                "twin::add(counter, 1, twin::Order::relaxed)",
+                "add_released(layer.counters + matrix, 1)",
+                "twin::add(layer.counters + matrix, 1, twin::Order::relaxed)",
             ),
         ),
         "race: .* reads told_",

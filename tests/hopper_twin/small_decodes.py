@@ -15,11 +15,12 @@ from torch import Tensor
 from tests import hopper_twin
 from tests.accuracy import relative_error
 from wicore_backend.attention.base import PackedStep
-from wicore_backend.attention.gpu.hopper_decode import HEADERS, SOURCE, Calls, Form, Tuning
+from wicore_backend.attention.gpu.hopper_decode import SOURCE, Calls, Form, Tuning
 from wicore_backend.attention.gpu.masses import Measurements
 from wicore_backend.attention.gpu.schedule import WORK_KEYS, Sequences, decode_work
 from wicore_backend.hmt.fp8 import FP8, to_fp8
 from wicore_backend.hmt.layout import LayerGroup
+from wicore_backend.hopper import HEADERS
 
 if TYPE_CHECKING:
     from wicore_backend.hopper.nvrtc import Kernel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import Structure
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from scripts.random_gemma3 import _COMMON, random_weights
 from tests import hopper_twin
 from tests.accuracy import relative_error
-from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls, Pool, Tuning
+from wicore_backend.executor.streamed_layer import HEADERS, MEASURED, SOURCE, Form, LayerCalls, Tuning
 from wicore_backend.executor.torch_executor import TorchExecutor
 from wicore_backend.models.gemma3.config import Gemma3Config
 from wicore_backend.models.gemma3.weights import Weight, plain
@@ -31,7 +30,7 @@ QUANTIZE: Mapping[str, Callable[[Tensor], Weight]] = {
 _FEWEST_BLOCKS = 7
 """With which tiles of each matrix are two blocks'."""
 MATRICES = ("qkv", "out", "gate_up", "down")
-SHAPE: Mapping[str, int] = {
+SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 768,
     "num_attention_heads": 4,
@@ -48,31 +47,23 @@ class SmallLayers:
     """A model's layers, what one token brings, the plain twin, and the kernel for so many blocks."""
 
     def __init__(
-        self,
-        directory: Path,
-        kind: str,
-        *,
-        tuning: Tuning = MEASURED,
-        texts: Mapping[str, str] = TEXTS,
-        shape: Mapping[str, int] = SHAPE,
-        pool: Pool | None = None,
+        self, directory: Path, kind: str, *, tuning: Tuning = MEASURED, texts: Mapping[str, str] = TEXTS
     ) -> None:
-        (directory / "config.json").write_text(json.dumps(_COMMON | dict(shape)))
+        (directory / "config.json").write_text(json.dumps(_COMMON | SHAPE))
         model = Gemma3Config.from_checkpoint(directory)
         weights = random_weights(model, device=CPU, dtype=torch.bfloat16, quantize=QUANTIZE[kind])
         self.text, self.layers = model.text, weights.text.layers
         form = Form.of(model.text, self.layers, tuning)
         assert form is not None, "the kernel is for such sizes"
-        form = replace(form, pool=pool)
-        cut = None
+        launch = None
         for self.blocks in range(_FEWEST_BLOCKS, 60, 2):  # Until a thread of each has at most one output of a matrix.
             self.form, self.shares = form, form.shares(self.blocks)
-            cut = form.launch(self.shares, most_stages=3)
-            if cut is not None:
+            launch = form.launch(self.shares, most_stages=3)
+            if launch is not None:
                 break
-        assert cut is not None
-        self.cut = cut
-        defines = form.defines(cut)
+        assert launch is not None
+        self.launch = launch
+        defines = form.defines(launch)
         self.kernel = hopper_twin.HostKernel(SOURCE, texts, defines, parameter="Layer")
         widened = [
             replace(layer, **{n: plain(getattr(layer, n), torch.float32) for n in MATRICES}) for layer in self.layers
@@ -88,58 +79,36 @@ class SmallLayers:
         sizes = self.text.hidden_size, self.text.num_heads * self.text.head_dim
         return [torch.randn(1, size).mul_(scale).bfloat16() for size in sizes]
 
-    def calls(self) -> LayerCalls:
-        """Parameters, and memory as it is before the first launch."""
-        return LayerCalls(self.form, self.text.rms_norm_eps, self.layers, self.shares)
-
-    def run(
-        self, hidden: Tensor, attention: Tensor, seed: int, *, calls: LayerCalls | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Two layers one after the other, whose attention gives what the queries are: what each leaves.
-
-        They share the memory of `calls` with launches before, if it is given.
-        """
-        calls = self.calls() if calls is None else calls
+    def run(self, hidden: Tensor, attention: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """Two layers one after the other, whose attention gives what the queries are: what each leaves."""
+        calls = LayerCalls(self.form, self.text.rms_norm_eps, self.layers, self.shares)
         results = [calls.results(hidden), calls.results(hidden)]
         attended = self.text.num_heads * self.text.head_dim
         launches = [
             calls.given(0, hidden, attention, *self.rope, results[0]),
             calls.given(1, results[0][0], results[0][1][:, :attended], *self.rope, results[1]),
         ]
-        self.launch(calls, launches, results, {"hidden": hidden, "attention": attention}, {}, seed)
-        return results
-
-    def launch(
-        self,
-        calls: LayerCalls,
-        launches: Sequence[Structure],
-        results: Sequence[tuple[Tensor, Tensor]],
-        constant: Mapping[str, Tensor],
-        mutable: Mapping[str, Tensor],
-        seed: int,
-    ) -> None:
-        """Launch the kernel with each of `launches`, which give `results`; what else they have is told by name."""
-        told = {f"told_{name}": words for name, words in calls.told.items()} | {
+        mutable = {f"told_{name}": words for name, words in calls.told.items()} | {
             "launches": calls.launches,
             "counters": calls.counters,
             "fed_tiles": calls.fed_tiles,
-            "parts": calls.parts,
-            "stats": calls.stats,
         }
         for layer, (stream, heads) in enumerate(results):
-            told |= {f"hidden_{layer}": stream, f"heads_{layer}": heads}
-        rope = dict(zip(("cos", "sin"), self.rope, strict=True))
+            mutable |= {f"hidden_{layer}": stream, f"heads_{layer}": heads}
+        constant = {"hidden": hidden, "attention": attention}
+        constant |= dict(zip(("cos", "sin"), self.rope, strict=True)) | self.weights()
         for into in results:
             for result in into:
                 result.fill_(float("nan"))
         self.kernel.run(
             launches,
-            hopper_twin.Memory({**constant, **rope, **self.weights()}, {**mutable, **told}),
+            hopper_twin.Memory(constant, mutable),
             blocks=self.blocks,
-            threads=self.cut.threads,
-            shared_bytes=self.cut.shared_bytes,
+            threads=self.launch.threads,
+            shared_bytes=self.launch.shared_bytes,
             seed=seed,
         )
+        return results
 
     def weights(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

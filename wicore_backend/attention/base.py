@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,42 +86,3 @@ class Attention(Protocol[PlanT]):
 
         That does not wait for what the device is given in between.
         """
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Unattended:
-    """A decode's attention in a local layer, left to whoever wants its result, who also writes its key and value.
-
-    Attributes
-    ----------
-    q, k, v
-        bfloat16 [1, query heads, d] and [1, KV heads, d] twice, each one's heads one after the other.
-    pool
-        Bfloat16, or FP8 as bytes. The layer has [2, block_size, KV heads, d] of each block: keys, then values.
-    work, tables
-        int32 on the device: `Sequence` of `hopper/attention.cuh`, the step's only one and the one after it, and its
-        block table. Their contents may be another step's by the time that they are read.
-    layer_at, block_stride
-        Bytes from a block's beginning to the layer's, and from one block to the next.
-    scale
-        Of scores, which are powers of two.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    pool: Tensor
-    work: Tensor
-    tables: Tensor
-    layer_at: int
-    block_stride: int
-    block_size: int
-    scale: float
-
-
-@runtime_checkable
-class LeavingAttention(Attention[PlanT], Protocol[PlanT]):
-    """Attention that an executor may take off its hands."""
-
-    def left(self, plan: PlanT, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Unattended | None:
-        """What it takes to `attend` to `layer` elsewhere; None for steps and layers of which nothing is left."""

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wicore_backend.attention.base import Attention, LeavingAttention, PackedStep, PlanT
+from wicore_backend.attention.base import Attention, PackedStep, PlanT
 from wicore_backend.attention.mass_sampling import MassSampling
 from wicore_backend.engine.pictures import Picture, PictureEncoder
 from wicore_backend.engine.plan import Chunk, StepPlan
 from wicore_backend.engine.request import Request
-from wicore_backend.executor.base import AttendingExecutor, Executor
+from wicore_backend.executor.base import Executor
 from wicore_backend.executor.upload import to_device
 from wicore_backend.hmt.layout import KVLayout, LayerGroup
 from wicore_backend.models.gemma3.rope import RotaryTables
@@ -96,17 +96,11 @@ def run_layers(
     `hidden` are the embeddings, `rope` the cosines and sines of the tokens' positions. `arrive` is called with each
     layer before its attention.
     """
-    attending = executor if isinstance(executor, AttendingExecutor) else None
-    leaving = attention if attending is not None and isinstance(attention, LeavingAttention) else None
     q, k, v = executor.first(hidden, *rope[layers[0][0]])
     for layer, (_, (next_group, _)) in enumerate(pairwise(layers)):
         arrive(layer)
-        left = None if leaving is None else leaving.left(work, layer, q, k, v)
-        if attending is not None and left is not None and attending.attends(left):
-            hidden, (q, k, v) = attending.mid(layer, hidden, left, *rope[next_group])
-        else:
-            attended = attention.attend(work, layer, q, k, v)
-            hidden, (q, k, v) = executor.mid(layer, hidden, attended, *rope[next_group])
+        attended = attention.attend(work, layer, q, k, v)
+        hidden, (q, k, v) = executor.mid(layer, hidden, attended, *rope[next_group])
     arrive(len(layers) - 1)
     return hidden, attention.attend(work, len(layers) - 1, q, k, v)
 

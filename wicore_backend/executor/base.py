@@ -6,12 +6,10 @@ mixed. An executor implements these five functions and nothing else; it never se
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from wicore_backend.attention.base import Unattended
 
 
 class QKV(NamedTuple):
@@ -67,16 +65,3 @@ class Executor(Protocol):
 
     def vision(self, pixels: Tensor) -> Tensor:
         """Soft tokens [N, M, D] of normalised float pixels [N, 3, S, S]."""
-
-
-@runtime_checkable
-class AttendingExecutor(Executor, Protocol):
-    """An executor that takes some attention itself, since weights can come while it is computed."""
-
-    def attends(self, attention: Unattended) -> bool:
-        """Whether `mid` takes it."""
-
-    def mid(
-        self, layer: int, hidden: Tensor, attention: Tensor | Unattended, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, QKV]:
-        """As ever, or of attention that is computed first."""

@@ -3,8 +3,7 @@
 `TorchExecutor` is the plain twin. Here a layer is five kernels around its four products: the norm at the end of a part
 also adds the residual and norms for the next part, queries and keys are normalised and rotated in place in the QKV
 product, GELU is taken where gate and up are computed. Nothing waits for the device, so a step can be captured.
-For one token on Hopper, a layer's end and the next one's beginning are one kernel, where its weights let it, and in a
-local layer the attention before them is of it, too.
+For one token on Hopper, a layer's end and the next one's beginning are one kernel, where its weights let it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wicore_backend.attention.base import Unattended
 from wicore_backend.executor.base import QKV
 from wicore_backend.executor.kernels.small import embed, norm, qk_norm_rope
 from wicore_backend.executor.matrix import Matrix, add_norm, gated, matrix_of
@@ -62,17 +60,11 @@ class CudaExecutor:
         layer = self._layers[0]
         return layer.before_attention(norm(hidden, layer.input_norm, self._eps), cos, sin)
 
-    def attends(self, attention: Unattended) -> bool:
-        return self._streamed is not None and self._streamed.attends(attention)
-
-    def mid(
-        self, layer: int, hidden: Tensor, attention: Tensor | Unattended, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, QKV]:
+    def mid(self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, QKV]:
         following = self._layers[layer + 1]
         if self._streamed is not None and len(hidden) == 1:
             hidden, heads = self._streamed(layer, hidden, attention, cos, sin)
             return hidden, following.split(heads)
-        assert isinstance(attention, Tensor), "only what `attends` says is left"
         hidden, normed = self._layers[layer].after_attention(
             hidden, attention, following.input_norm, reader=following.qkv
         )

@@ -1,8 +1,7 @@
 """A decoder layer of one token as one kernel on Hopper: what it is compiled for, how it is shared out and called.
 
 `kernels/streamed_layer.cu` says what it does and why. It is compiled for the sizes of a model when its executor is made
-and kept on disk; once more, with attention in it, when the first local layer's pool is seen. It multiplies by INT4 in
-groups of 128, by FP8 and by bfloat16.
+and kept on disk. It multiplies by INT4 in groups of 128, by FP8 and by bfloat16.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from wicore_backend import hopper
-from wicore_backend.attention.base import Unattended
 from wicore_backend.executor.kernels.small import overlaps
 from wicore_backend.hopper import SHARED_BYTES
 from wicore_backend.models.gemma3.config import TextConfig
@@ -34,15 +32,11 @@ _log = logging.getLogger(__name__)
 
 _KERNELS = Path(__file__).parent / "kernels"
 SOURCE = _KERNELS / "streamed_layer.cu"
-_PARTS = ("ring", "products", "meeting", "attention")
 HEADERS = (
     *hopper.HEADERS,
-    hopper.ATTENTION,
-    _KERNELS / "gelu.cuh",
-    *(_KERNELS / f"streamed_{part}.cuh" for part in _PARTS),
+    *(_KERNELS / name for name in ("gelu.cuh", "streamed_ring.cuh", "streamed_products.cuh", "streamed_meeting.cuh")),
 )
 _WIDTH, _GROUP, _ROW_BYTES = 32, 128, 128
-_TILE_KEYS, _MOST_MEMBERS = 32, 8
 _FEWEST_STAGES = 3
 _MOST_WARPS = 11
 _MOST_BLOCKS = 159
@@ -69,25 +63,13 @@ class Tuning:
         it takes 67.0 in INT4.
     in_flight
         Bytes of weights on their way to a multiprocessor; None for what suits the weights' bits.
-    least
-        Tiles of keys that a block attends to, where there are as many: fewer are read sooner, and make more parts to be
-        put together.
     """
 
     warps: int | None = None
     in_flight: int | None = None
-    least: int = 4
 
 
 MEASURED = Tuning()
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Of the keys and values that a layer attends to: tokens of a block, bits of a number."""
-
-    block_size: int
-    bits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +88,6 @@ class Form:
         Whether INT4's scales are float16, not bfloat16, and whether it has zero points.
     tuning
         How.
-    pool
-        If attention is of the layer, that of its keys.
     """
 
     hidden: int
@@ -120,7 +100,6 @@ class Form:
     half_scales: bool = False
     zeros: bool = False
     tuning: Tuning = MEASURED
-    pool: Pool | None = None
 
     @classmethod
     def of(cls, config: TextConfig, layers: Sequence[LayerWeights], tuning: Tuning = MEASURED) -> Form | None:
@@ -144,16 +123,6 @@ class Form:
             tuning,
         )
         return form if form._fits() else None
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys."""
-        return self.qkv // self.head_dim - self.qk_heads
-
-    @property
-    def members(self) -> int:
-        """Query heads of a KV head."""
-        return self.attended // self.head_dim // self.kv_heads
 
     @property
     def depths(self) -> tuple[int, int, int, int]:
@@ -209,37 +178,20 @@ class Form:
         warps = self.warps
         # x, and each warp's part of each output.
         area = max(d * 2 + tiles * warps * TILE_ROWS * 4 for d, tiles in zip(self.depths, parts, strict=True))
-        of_stage = 2 * 8
-        if self.pool is not None:
-            if not self._attends(self.pool, blocks=len(shares[0]) - 1):
-                return None
-            area = max(area, warps * self.members * (self.head_dim * 4 + 8))
-            of_stage += 8
         sums = max(self.depths) // _GROUP * 8 if self.bits == 4 else 0
         beside = 4 * warps * 4 + sums + 144 + area
         stage = warps * TILE_ROWS * (_ROW_BYTES + (4 * (1 + self.zeros) if self.bits == 4 else 0))
-        stages = (SHARED_BYTES - beside) // (stage + of_stage)
+        stages = (SHARED_BYTES - beside) // (stage + 16)
         if stages < _FEWEST_STAGES or len(shares[0]) > _MOST_BLOCKS + 1 or max(given) * TILE_ROWS > warps * _WIDTH:
             return None
         stages = min(stages, most_stages or stages)
         threads = (warps + 1) * _WIDTH
         in_flight = min(stages - 1, max(1, (self.tuning.in_flight or _IN_FLIGHT[self.bits]) // stage))
-        return Launch(stages, in_flight, threads=threads, shared_bytes=stages * (stage + of_stage) + beside)
+        return Launch(stages, in_flight, threads=threads, shared_bytes=stages * (stage + 16) + beside)
 
     def defines(self, launch: Launch) -> dict[str, int]:
         """For the compiler."""
-        attention = {}
-        if self.pool is not None:
-            attention = {
-                "KV_HEADS": self.kv_heads,
-                "MEMBERS": self.members,
-                "BLOCK_SIZE": self.pool.block_size,
-                "POOL_BITS": self.pool.bits,
-                "LEAST": self.tuning.least,
-            }
         return {
-            "ATTENDS": int(self.pool is not None),
-            **attention,
             "HIDDEN": self.hidden,
             "ATTENDED": self.attended,
             "FED": self.fed,
@@ -258,12 +210,6 @@ class Form:
         """Whether all sizes are whole numbers of tiles, spans, groups and heads."""
         deep = all(depth % self.span == depth % _GROUP == 0 for depth in self.depths)
         return deep and self.head_dim in (_GROUP, 2 * _GROUP)
-
-    def _attends(self, pool: Pool, *, blocks: int) -> bool:
-        """Whether a stage has room for a tile of keys and values, and there are heads for which the kernel is."""
-        tile = 2 * _TILE_KEYS * self.head_dim * pool.bits // 8
-        fits = tile <= self.warps * TILE_ROWS * _ROW_BYTES and pool.block_size % _TILE_KEYS == 0
-        return fits and self.members <= _MOST_MEMBERS and self.kv_heads <= blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,15 +245,6 @@ class _Matrix(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("values", "scales", "zeros")]
 
 
-class _Keys(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "pool", "work", "tables")),
-        *((name, ctypes.c_longlong) for name in ("layer_at", "block_stride")),
-        *((name, ctypes.c_void_p) for name in ("parts", "stats")),
-        ("scale", ctypes.c_float),
-    ]
-
-
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Matrix) for name in ("out", "gate_up", "down", "qkv")),
@@ -318,7 +255,6 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("counters", "fed_tiles")),
         ("eps", ctypes.c_float),
         ("shares", ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4),
-        ("keys", _Keys),
     ]
 
 
@@ -331,11 +267,9 @@ class LayerCalls:
         The blocks' results as they tell each other, and parts of them, by name: of the launch before the first they
         are 0.
     launches
-        The next one's number, the first's being 1, and the next one's of those that attend themselves.
+        The next one's number, the first's being 1.
     counters, fed_tiles
         Blocks that came to each meeting; sum and largest number of each tile of the MLP's row.
-    parts, stats
-        Of attention: what each block has of a head, bfloat16 [parts, Hq d], float32 [parts, Hq, 2].
     """
 
     def __init__(
@@ -351,12 +285,9 @@ class LayerCalls:
         sizes = {"attended": form.hidden, "fed": form.fed // 2, "given": form.hidden, "heads": form.qkv}
         sizes["parts"] = len(shares) * (len(shares[0]) - 1) * 2 * TILE_ROWS
         self.told = {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in sizes.items()}
-        self.launches = torch.ones(2, dtype=torch.int32, device=device)
-        self.counters = torch.zeros(4, dtype=torch.int32, device=device)
+        self.launches = torch.ones(1, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(3, dtype=torch.int32, device=device)
         self.fed_tiles = torch.zeros(form.fed // TILE_ROWS, 2, device=device)
-        parts = (len(shares[0]) - 1) // form.kv_heads
-        self.parts = torch.empty(parts, form.attended, dtype=torch.bfloat16, device=device)
-        self.stats = torch.empty(parts, form.attended // form.head_dim, 2, device=device)
         words = self.launches, *self.told.values(), self.counters, self.fed_tiles
         lasting = [memory.data_ptr() for memory in words]
         begins = (ctypes.c_uint16 * (_MOST_BLOCKS + 1) * 4)()
@@ -374,7 +305,6 @@ class LayerCalls:
                 *lasting,
                 eps,
                 begins,
-                _Keys(parts=self.parts.data_ptr(), stats=self.stats.data_ptr()),
             )
             for layer, following in pairwise(layers)
         ]
@@ -384,29 +314,14 @@ class LayerCalls:
         return torch.empty_like(hidden), hidden.new_empty(1, self._form.qkv)
 
     def given(
-        self,
-        layer: int,
-        hidden: Tensor,
-        attention: Tensor | Unattended,
-        cos: Tensor,
-        sin: Tensor,
-        results: tuple[Tensor, Tensor],
+        self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor, results: tuple[Tensor, Tensor]
     ) -> ctypes.Structure:
         """The parameters of `layer`, until the next call for it; what is given is told at `StreamedLayers`."""
-        rows = (attention.q, attention.k, attention.v) if isinstance(attention, Unattended) else (attention,)
-        rows = hidden, cos, sin, *rows
+        rows = hidden, attention, cos, sin
         assert all(x.dtype is torch.bfloat16 and x.stride(-1) == 1 for x in rows), "one row in bfloat16"
         parameters = self._parameters[layer]
-        parameters.hidden, parameters.cos, parameters.sin = (x.data_ptr() for x in (hidden, cos, sin))
+        parameters.hidden, parameters.attention, parameters.cos, parameters.sin = (x.data_ptr() for x in rows)
         parameters.next_hidden, parameters.heads = (x.data_ptr() for x in results)
-        if isinstance(attention, Unattended):
-            keys = parameters.keys
-            for name in ("q", "k", "v", "pool", "work", "tables"):
-                setattr(keys, name, getattr(attention, name).data_ptr())
-            keys.layer_at, keys.block_stride = attention.layer_at, attention.block_stride
-            keys.scale = attention.scale
-        else:
-            parameters.attention = attention.data_ptr()
         return parameters
 
 
@@ -423,65 +338,17 @@ class StreamedLayers:
     """
 
     def __init__(self, form: Form, eps: float, layers: Sequence[LayerWeights], device: torch.device) -> None:
-        self._form = form
-        self._device = device
-        self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self._kernel = self._compiled(form)
-        self._attending: dict[Pool, Kernel | None] = {}
-        self._calls = LayerCalls(form, eps, layers, form.shares(self._blocks))
-        sizes = form.hidden, form.attended, form.head_dim, form.head_dim
-        self._idle = [torch.zeros(1, size, dtype=torch.bfloat16, device=device) for size in sizes]
-        self._try_out(self._kernel, self._idle[1])
-
-    def attends(self, attention: Unattended) -> bool:
-        """Whether a layer's call takes that in place of attention's result; compiles it for whoever asks first."""
-        return self._attending_kernel(attention) is not None
-
-    def __call__(
-        self, layer: int, hidden: Tensor, attention: Tensor | Unattended, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream [1, D] after `layer`, and the heads [1, (Hq + 2 Hkv) d] of the next layer.
-
-        `hidden` is [1, D], `attention` [1, Hq d] or such as it `attends`, `cos` and `sin` [1, d] of the next layer.
-        """
-        kernel = self._attending_kernel(attention) if isinstance(attention, Unattended) else self._kernel
-        assert kernel is not None, "only what `attends` says is left to it"
-        results = self._calls.results(hidden)
-        kernel.launch(self._blocks, self._calls.given(layer, hidden, attention, cos, sin, results))
-        return results
-
-    def _attending_kernel(self, attention: Unattended) -> Kernel | None:
-        pool = Pool(attention.block_size, 8 * attention.pool.itemsize)
-        if pool not in self._attending:
-            self._attending[pool] = self._compiled_attending(pool, attention)
-        return self._attending[pool]
-
-    def _compiled_attending(self, pool: Pool, attention: Unattended) -> Kernel | None:
-        form = replace(self._form, pool=pool)
-        heads = (form.members * form.kv_heads, form.kv_heads, form.kv_heads)
-        if [x.shape[1] for x in (attention.q, attention.k, attention.v)] != list(heads) or self._launch(form) is None:
-            return None
-        try:
-            kernel = self._compiled(form)
-            self._try_out(kernel, replace(attention, work=torch.zeros_like(attention.work)))  # Of no token.
-        except (ImportError, OSError, RuntimeError):
-            _log.warning(
-                "local layers of one token have attention as a kernel of its own, which is slower", exc_info=True
-            )
-            return None
-        return kernel
-
-    def _launch(self, form: Form) -> Launch | None:
-        return form.launch(form.shares(self._blocks))
-
-    def _compiled(self, form: Form) -> Kernel:
         # Imported where it is used: only PyTorch's builds for CUDA bring what it needs.
         from wicore_backend.hopper.nvrtc import Kernel
 
-        launch = self._launch(form)
+        self._form = form
+        self._device = device
+        self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        shares = form.shares(self._blocks)
+        launch = form.launch(shares)
         if launch is None:
             raise RuntimeError(f"a layer of {form} does not fit {self._blocks} multiprocessors")
-        return Kernel.of(
+        self._kernel: Kernel = Kernel.of(
             SOURCE,
             HEADERS,
             form.defines(launch),
@@ -489,13 +356,26 @@ class StreamedLayers:
             shared_bytes=launch.shared_bytes,
             cooperative=True,
         )
+        self._calls = LayerCalls(form, eps, layers, shares)
+        self._try_out()
 
-    def _try_out(self, kernel: Kernel, attention: Tensor | Unattended) -> None:
-        """Launch it once, so that a card that does not take it says so here."""
-        hidden, _, cos, sin = self._idle
+    def __call__(
+        self, layer: int, hidden: Tensor, attention: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream [1, D] after `layer`, and the heads [1, (Hq + 2 Hkv) d] of the next layer.
+
+        `hidden` is [1, D], `attention` [1, Hq d], `cos` and `sin` [1, d] of the next layer.
+        """
         results = self._calls.results(hidden)
-        kernel.launch(self._blocks, self._calls.given(0, hidden, attention, cos, sin, results))
-        torch.cuda.synchronize(self._device)
+        self._kernel.launch(self._blocks, self._calls.given(layer, hidden, attention, cos, sin, results))
+        return results
+
+    def _try_out(self) -> None:
+        """Launch it once, so that a card that does not take it says so here."""
+        form, device = self._form, self._device
+        sizes = form.hidden, form.attended, form.head_dim, form.head_dim
+        self(0, *(torch.zeros(1, size, dtype=torch.bfloat16, device=device) for size in sizes))
+        torch.cuda.synchronize(device)
 
 
 def streamed_layers(config: TextConfig, layers: Sequence[LayerWeights]) -> StreamedLayers | None:

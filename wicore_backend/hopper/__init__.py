@@ -5,8 +5,6 @@ from pathlib import Path
 
 HEADERS = tuple(Path(__file__).parent / name for name in ("hopper.cuh", "ring.cuh"))
 """What all of them include."""
-ATTENTION = Path(__file__).parent / "attention.cuh"
-"""What those include that attend."""
 ARCHITECTURE = "sm_90a"
 SHARED_BYTES = 227 * 1024
 """What a block may have of a multiprocessor's shared memory."""

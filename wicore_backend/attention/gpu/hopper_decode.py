@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wicore_backend import hopper
 from wicore_backend.attention.gpu.schedule import WORK_FIELDS, WORK_KEYS
 from wicore_backend.attention.gpu.tiling import Tiling
 from wicore_backend.hmt.fp8 import FP8
 from wicore_backend.hmt.layout import LayerGroup
-from wicore_backend.hopper import SHARED_BYTES
+from wicore_backend.hopper import HEADERS, SHARED_BYTES
 
 if TYPE_CHECKING:
     from wicore_backend.hopper.nvrtc import Kernel
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "kernels" / "decode_hopper.cu"
-HEADERS = (*hopper.HEADERS, hopper.ATTENTION)
 MOST = 64
 """Sequences of a step: of 128 the other kernel's programs hide each other's waits as well, and none idles."""
 _FEW = 8
@@ -168,7 +166,7 @@ class Form:
         return {
             "HEAD_DIM": self.head_dim,
             "KV_HEADS": self.kv_heads,
-            "MEMBERS": self.group,
+            "GROUP": self.group,
             "BLOCK_SIZE": self.block_size,
             "MOST_SEQUENCES": self.most_sequences,
             "WARPS": self.warps,
@@ -254,11 +252,6 @@ class HopperDecode:
     processors, scale
         Multiprocessors of the device; of scores, which are powers of two.
 
-    Attributes
-    ----------
-    scale
-        As given.
-
     Raises
     ------
     RuntimeError
@@ -275,7 +268,6 @@ class HopperDecode:
             )
             return made, processors * form.tuning.blocks
 
-        self.scale = scale
         self._tunings = TUNED[form.pool]
         self._kernels = {tuning: kernel(replace(form, tuning=tuning)) for tuning in set(self._tunings)}
         self._calls = Calls(form, blocks=processors * form.tuning.blocks, scale=scale, device=device)

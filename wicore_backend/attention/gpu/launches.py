@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
-from wicore_backend.attention.base import Unattended
 from wicore_backend.attention.gpu.hopper import HopperPrefill
 from wicore_backend.attention.gpu.kernel_options import KernelOptions
 from wicore_backend.attention.gpu.kernels.decode import decode_kernel
@@ -51,7 +50,6 @@ class Launches:
         hopper: HopperPrefill | None,
     ) -> None:
         self._kv_heads = layout.kv_heads
-        self._block_size = layout.block_size
         self._options = options
         self._tuning = tuning
         self._hopper = hopper
@@ -80,23 +78,6 @@ class Launches:
             self._prefills(plan, layer, of_prefills)
             self._measure_prefills(plan, layer, of_prefills)
         return plan.out
-
-    def left(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Unattended | None:
-        """As `LeavingAttention.left`. Mass is measured in global layers, so that these are never left."""
-        of_layer = self._layers[layer]
-        if of_layer.group is not LayerGroup.LOCAL or (plan.num_decodes, plan.num_prefilled) != (1, 0):
-            return None
-        decodes = plan.decodes[of_layer.group]
-        if not isinstance(decodes, DecodeWork) or not all(x[0].is_contiguous() for x in (q, k, v)):
-            return None
-        itemsize = of_layer.pool.itemsize
-        return Unattended(
-            *(q, k, v, of_layer.pool, decodes.work, decodes.tables),
-            layer_at=of_layer.where["layer_at"] * itemsize,
-            block_stride=of_layer.where["block_stride"] * itemsize,
-            block_size=self._block_size,
-            scale=decodes.kernel.scale,
-        )
 
     def _decodes(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         of_layer = self._layers[layer]

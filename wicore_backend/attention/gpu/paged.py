@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wicore_backend.attention.base import Attention, PackedStep, Unattended
+from wicore_backend.attention.base import Attention, PackedStep
 from wicore_backend.attention.gpu import hopper, hopper_decode
 from wicore_backend.attention.gpu.decode_bucket import DecodeBucket, SharedMasses
 from wicore_backend.attention.gpu.decode_planner import DecodePlanner
@@ -116,10 +116,6 @@ class GpuPagedAttention:
 
     def attend(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._launches.attend(plan, layer, q, k, v)
-
-    def left(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Unattended | None:
-        """As `LeavingAttention.left`: of a local layer, if one decode is all of the step."""
-        return self._launches.left(plan, layer, q, k, v)
 
     def mass(self, plan: Plan) -> Masses:
         return self.collect(plan)()

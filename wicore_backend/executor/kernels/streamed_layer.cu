@@ -22,13 +22,9 @@
 //
 // Given when it is compiled: HIDDEN, ATTENDED, FED, QKV, HEAD_DIM, QK_HEADS (sizes); BITS (of a weight: 4, 8 or 16);
 // SCALE_HALF (INT4's scales are float16, not bfloat16); ZEROS (INT4 has zero points); WARPS (that multiply); STAGES (of
-// the ring); FLIGHT (of those, at most on their way); ATTENDS (the attention before them is this kernel's, too: see
-// `streamed_attention.cuh`).
+// the ring); FLIGHT (of those, at most on their way).
 
 #include "streamed_meeting.cuh"
-#if ATTENDS
-#include "streamed_attention.cuh"
-#endif
 
 // ---- Between products
 
@@ -261,24 +257,15 @@ __device__ void compute(Ring ring, const Layer& layer) {
                                   layer.next_norm})
             line_to_l2(norm + line * 32);
     }
-#if ATTENDS
-    const Part part(layer.keys);
-#endif
     wait_for_kernel_before();
     const Meetings meetings{layer, told(layer.launches)};
     float scale;
     {
         const Row<ATTENDED / 4> attended;
         float4 attention[attended.rounds];
-#if ATTENDS
-        ring = attend(ring, layer.keys, part);
-        meetings.hold_parts();
-        put_together(layer.keys, part.parts, attended, attention);
-#else
 #pragma unroll
         for (int i = 0; i < attended.rounds; ++i)
             if (attended.has(i)) attention[i] = unpack(load_pairs(layer.attention + attended.place(i) * 8));
-#endif
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i)
             if (row.has(i)) stream[i] = load_pairs(layer.hidden + row.place(i) * 8);
@@ -299,10 +286,7 @@ __device__ void compute(Ring ring, const Layer& layer) {
                  [&](int output, float value) { layer.told_given[output] = __float_as_uint(value); });
     scale = add_norm(meetings, DOWN, row, layer.told_given, layer.post_feedforward_norm, layer.next_norm, stream);
     if (blockIdx.x == 0) {
-        if (threadIdx.x == 0) {  // All have read them who told what has been heard.
-            tell(layer.launches, meetings.launch + 1);
-            if (ATTENDS) tell(layer.launches + 1, told(layer.launches + 1) + 1);
-        }
+        if (threadIdx.x == 0) tell(layer.launches, meetings.launch + 1);  // All have read it who told what has been heard.
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i)
             if (row.has(i)) *(uint2*)(layer.next_hidden + row.place(i) * 8) = stream[i];
@@ -315,21 +299,12 @@ __device__ void compute(Ring ring, const Layer& layer) {
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WIDTH, 1) streamed_layer(const __grid_constant__ Layer layer) {
-    if (threadIdx.x == 0) {
-#if ATTENDS
-        prepare_tiles();
-#endif
-        Ring::prepare(1, WARPS);
-    }
+    if (threadIdx.x == 0) Ring::prepare(1, WARPS);
     __syncthreads();
     let_next_begin();
     if (threadIdx.x < CONSUMERS) {
         compute({}, layer);
-        return;
+    } else if (threadIdx.x == CONSUMERS) {
+        copy_all({}, layer);
     }
-    Ring ring;
-#if ATTENDS
-    copy_tiles(ring, layer.keys);
-#endif
-    if (threadIdx.x == CONSUMERS) copy_all(ring, layer);
 }

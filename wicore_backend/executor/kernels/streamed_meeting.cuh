@@ -41,9 +41,7 @@ __device__ __forceinline__ bool ask(float4& v, const u32* from, u32 turn) {
     return (((a ^ turn) | (b ^ turn) | (c ^ turn) | (d ^ turn)) & 1) == 0;
 }
 
-constexpr int PARTS = 3;  // attention's counter
-
-// After out, after gate and up, after down; before them after attention.
+// After out, after gate and up, after down.
 struct Meetings {
     const Layer& layer;
     u32 launch;  // its number
@@ -51,17 +49,11 @@ struct Meetings {
     __device__ u32 turn() const { return launch & 1; }
 
     // After a matrix: until all blocks have written their results.
-    __device__ void hold(int matrix) const { hold(layer.counters + matrix, launch); }
-
-    // After attention, which has a counter of its own, since not each launch counts there.
-    __device__ void hold_parts() const { hold(layer.counters + PARTS, told(layer.launches + 1)); }
-
-  private:
-    __device__ __forceinline__ static void hold(u32* counter, u32 launch) {
+    __device__ void hold(int matrix) const {
         consumers_meet();
         if (threadIdx.x == 0) {
-            add_released(counter, 1);
-            while ((int)(told_acquired(counter) - launch * gridDim.x) < 0) __nanosleep(20);
+            add_released(layer.counters + matrix, 1);
+            while ((int)(told_acquired(layer.counters + matrix) - launch * gridDim.x) < 0) __nanosleep(20);
         }
         consumers_meet();
     }

@@ -10,18 +10,6 @@ struct Matrix {
     const char* zeros;   // INT4: likewise.
 };
 
-// One token's, in a pool: see `streamed_attention.cuh`.
-struct Keys {
-    const char *q, *k, *v;  // bfloat16 [heads, HEAD_DIM]: the layer's own, of the token
-    char* pool;             // Its keys begin at `layer_at` of a block: [2, BLOCK_SIZE, KV_HEADS, HEAD_DIM].
-    const char* work;       // `Sequence`, that of the token and the one after it
-    const int* tables;
-    long long layer_at, block_stride;  // bytes
-    char* parts;            // bfloat16 [parts, ATTENDED], and
-    float2* stats;          // [parts, query heads]: what parts leave, their greatest scores and sums of weights
-    float scale;
-};
-
 constexpr int MOST_BLOCKS = 159;
 constexpr int OUT = 0, GATE_UP = 1, DOWN = 2, NEXT_QKV = 3;  // the layer's matrices, in the order of their use
 
@@ -31,14 +19,13 @@ struct Layer {
     const float* qk_norm;                        // [QK_HEADS, HEAD_DIM]
     const char *attention, *hidden, *cos, *sin;  // bfloat16 [ATTENDED], [HIDDEN], [HEAD_DIM] twice
     char *next_hidden, *heads;                   // bfloat16 [HIDDEN], [QKV]
-    u32* launches;  // How many there have been, from 1; of those that attend themselves.
+    u32* launches;  // How many there have been, from 1.
     u32 *told_attended, *told_fed, *told_given, *told_heads;  // [HIDDEN], [FED / 2], [HIDDEN], [QKV]: results
     u32* told_parts;    // [4, blocks, 2 TILE]: parts of tiles, see `product`
     u32* counters;      // Of each meeting.
     float2* fed_tiles;  // [FED / 16]: see `of_tile`
     float eps;
     unsigned short shares[4][MOST_BLOCKS + 1];  // Where each block's begins, in stages.
-    Keys keys;  // If the layer attends itself, in place of `attention`.
 };
 
 constexpr int WIDTH = 32, TILE = 16, ROW_BYTES = 128, GROUP = 128;
@@ -61,14 +48,12 @@ struct Cut {  // of a tile of a matrix of DEPTH inputs
     static constexpr int each = (spans + stages - 1) / stages;  // spans of a stage, but for the last
 };
 
-// ---- Shared memory: ring, barriers, scratch for sums over the block, barriers of tiles of keys, sums of x, x and the
-// warps' parts of results.
+// ---- Shared memory: ring, barriers, scratch for sums over the block, sums of x, x and the warps' parts of results.
 
 using Ring = RingOf<STAGES, STAGE_BYTES>;
 
 constexpr int SCRATCH_AT = Ring::end;
-constexpr int TILES_AT = SCRATCH_AT + 4 * WARPS * 4;
-constexpr int SUMS_AT = (TILES_AT + (ATTENDS ? STAGES * 8 : 0) + 15) / 16 * 16;
+constexpr int SUMS_AT = (SCRATCH_AT + 4 * WARPS * 4 + 15) / 16 * 16;
 constexpr int X_AT = (SUMS_AT + SUMS_BYTES + 127) / 128 * 128;
 
 __device__ __forceinline__ void consumers_meet() { meet<1, CONSUMERS>(); }
@@ -137,7 +122,7 @@ __device__ __forceinline__ void copy_share(Ring& ring, Flight& flight, const Lay
 
 __device__ void copy_all(Ring ring, const Layer& layer) {
     const Policy policy = evict_first();
-    Flight flight{ring};
+    Flight flight;
     copy_share<ATTENDED>(ring, flight, layer, layer.out, OUT, policy);
     copy_share<HIDDEN>(ring, flight, layer, layer.gate_up, GATE_UP, policy);
     copy_share<FED>(ring, flight, layer, layer.down, DOWN, policy);
