@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import cast
 
 from triton.compiler import CompiledKernel
 
@@ -28,11 +27,11 @@ def kernels(names: set[str]) -> Iterator[tuple[str, CompiledKernel]]:
         for rows, options in by_rows.items():
             for name, tiles in options.items():
                 for role, tile in tiles.items():
-                    if isinstance(tile, str) or (names and name not in names):
+                    if not isinstance(tile, Tile) or (names and name not in names):
                         continue
-                    compiled = partial(compile_products.compiled, cast(Tile, tile))
+                    compiled = partial(compile_products.compiled, tile)
                     if kind == "fp8":
-                        compiled = partial(compile_fp8_products.compiled, cast(Tile, tile))
+                        compiled = partial(compile_fp8_products.compiled, tile)
                     yield f"{kind}:{rows} {role} {name}", compiled(rows, gated=role == "gate_up")
 
 
