@@ -136,7 +136,7 @@ def _compiled(source: Path, texts: Mapping[str, str], defines: Mapping[str, int]
 @functools.cache
 def _machine() -> tuple[Path, ...]:
     objects = []
-    for source in ("machine.cpp", "fibers.cpp", "numbers.cpp"):
+    for source in ("machine.cpp", "fibers.cpp", "numbers.cpp", "warpgroups.cpp"):
         objects.append(_directory() / f"{source}.o")
         _gxx(*_OPTIONS, "-O2", "-U_FORTIFY_SOURCE", "-c", _HERE / source, "-o", objects[-1])
     return tuple(objects)

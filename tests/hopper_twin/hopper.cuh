@@ -207,3 +207,5 @@ void mma(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
     twin::mma(sum, a, b, HALF);
 }
+
+#include "warpgroups.hpp"

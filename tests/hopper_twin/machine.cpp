@@ -119,6 +119,7 @@ void barrier_init(u32 barrier, u32 arrivals) { machine->barrier_init(barrier, ar
 void arrive(u32 barrier, u32 announced_bytes) { machine->arrive(barrier, announced_bytes); }
 void wait(u32 barrier, u32 parity) { machine->wait(barrier, parity); }
 void copy(const void* to, const void* from, u32 bytes, u32 barrier) { machine->copy(to, from, bytes, barrier); }
+void copy_pieces(const Piece* pieces, u32 count, u32 barrier) { machine->copy_pieces(pieces, count, barrier); }
 void copy_16(const void* to, const void* from, bool there) { machine->copy_16(to, from, there); }
 void arrive_when_copied(u32 barrier) { machine->arrive_when_copied(barrier); }
 void tell(u32* to, u32 word) { machine->tell(to, word); }

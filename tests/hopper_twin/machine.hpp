@@ -41,6 +41,13 @@ void arrive(u32 barrier, u32 announced_bytes);
 void wait(u32 barrier, u32 parity);
 void copy(const void* to, const void* from, u32 bytes, u32 barrier);
 void copy_16(const void* to, const void* from, bool there);
+
+struct Piece {  // 16 bytes of a bulk copy, zeros from nowhere
+    const char* to;
+    const char* from;
+};
+
+void copy_pieces(const Piece* pieces, u32 count, u32 barrier);
 void arrive_when_copied(u32 barrier);
 
 // ---- Memory

@@ -224,6 +224,38 @@ class Machine {
         on_their_way_.push_back({std::move(land), to, block->launch, access, false});
     }
 
+    void copy_pieces(const Piece* pieces, u32 count, u32 at) {
+        yield();
+        Barrier& barrier = barrier_at(at);
+        std::vector<Piece> all(pieces, pieces + count);
+        for (const Piece& one : all) {
+            const u64 place = one.to - shared;
+            if (place >= shared_bytes_ || place + 16 > shared_bytes_) stop("a bulk copy ends outside of shared memory");
+            if (one.from) region_of(one.from, 16), access(one.from, 16, false, false);
+            for (u64 word = place / 4; word < place / 4 + 4; ++word)
+                check(words_here()[word], {barrier.id, barrier.copies, false}, past(), true, shared + word * 4);
+            std::memset((void*)one.to, 0xff, 16);
+        }
+        Past issued(size_);
+        release(issued);
+        issued.add(barrier.id, barrier.copies);
+        Block* block = self().block;
+        ++block->copies;
+        const Access access{self().id, counts_[self().id], false};
+        const char* first = all.front().to;
+        auto land = [this, block, &barrier, all = std::move(all), issued = std::move(issued)] {
+            for (const Piece& one : all) {
+                if (one.from) std::memcpy((void*)one.to, one.from, 16);
+                else std::memset((void*)one.to, 0, 16);
+            }
+            --block->copies;
+            barrier.bytes -= all.size() * 16;
+            barrier.coming.add(issued);
+            over_if_all_came(barrier);
+        };
+        on_their_way_.push_back({std::move(land), first, block->launch, access, false});
+    }
+
     void copy_16(const void* to, const void* from, bool there) {
         const u64 place = (const char*)to - shared;
         if (place % 16 || (u64)from % 16) stop("a copy of 16 bytes is not aligned");

@@ -134,7 +134,7 @@ class SmallProduct:
         weight, memory = on(device, self.weight), self.memory.to(device)
         columns, split = weight.shape[0] // (1 + self.gated), self.cut.splits > 1
         shape = (len(memory), columns)
-        out, beyond = _guarded(
+        out, beyond = guarded(
             (self.cut.splits, *shape) if split else shape, torch.float32 if split else torch.bfloat16, device
         )
         places, x = [out], memory[:, : weight.shape[1]]
@@ -164,7 +164,7 @@ class SmallProduct:
         return relative_error(results, torch.stack(expected))
 
 
-def _guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Room for a result, of NaN, and what lies behind it, as long."""
     size = math.prod(shape)
     out, beyond = torch.full((2 * size,), float("nan"), dtype=dtype, device=device).split(size)
