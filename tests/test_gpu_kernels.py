@@ -21,6 +21,7 @@ from tests.kernel_kit import (
 from wicore_backend.executor.cuda_executor import CudaExecutor
 from wicore_backend.executor.kernels import small
 from wicore_backend.executor.kernels.products import Tile, product
+from wicore_backend.executor.kernels.shared_tiles import COLUMNS, ROWS, Shares, sum_parts
 from wicore_backend.executor.kernels.small import add_norm, embed, gated, norm, qk_norm_rope
 from wicore_backend.executor.plain_matrix import TILES, PlainMatrix
 from wicore_backend.executor.torch_executor import TorchExecutor
@@ -121,6 +122,60 @@ def test_tilings_can_be_chosen_by_whoever_makes_a_matrix(role, kernel_device):
     x = torch.randn(3, 128, device=kernel_device).to(dtype)
     ours = PlainMatrix(role, weight, tiles={16: (Tile(16, 16, 3, 32),)})(x)
     assert relative_error(ours, PlainMatrix(role, weight)(x)) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper card"
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 700, 4097, 11_400])
+def test_gate_and_up_of_many_rows_in_one_kernel(rows, dtype):
+    from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
+
+    weight = (torch.randn(2 * 384, 640, device="cuda") * 0.05).to(dtype)
+    x = torch.randn(rows, 640, device="cuda").to(dtype)
+    assert fits(weight)
+    assert not fits(weight[:640])
+    assert not fits(weight[:, :600])
+    gate, up = (x.float() @ weight.float().T).chunk(2, -1)
+    assert relative_error(gated_product(x, weight), F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("tiles", "programs"), [(672, 132), (336, 132), (660, 132), (5, 132), (1, 4), (135, 132)])
+def test_the_tiles_that_are_left_over_are_shared_out(tiles, programs):
+    shares = Shares.of(tiles, steps=84, programs=programs)
+    most = -(-shares.units // programs)
+    assert shares.units == shares.shared * shares.splits + tiles - shares.shared
+    assert shares.splits <= 21, "a part is not worth its sum"
+    assert shares.shared * shares.splits <= programs, "memory is for a part a program"
+    # As many whole tiles for each program, and a part for most of them; or else it would not pay to share any.
+    assert (shares.tiles - shares.shared) % programs == 0 if shares.shared else most == -(-tiles // programs)
+    assert most - (shares.shared > 0) == tiles // programs or not shares.shared
+
+
+@pytest.mark.parametrize("rows", [256, 200])
+def test_the_parts_of_tiles_are_added_before_gelu(rows, kernel_device):
+    """Of 2 x 3 tiles, the first 4 of which were shared out; the others are not touched."""
+    shares = Shares(6, 4, 3)
+    parts = torch.randn(12, ROWS, 2, COLUMNS, device=kernel_device)
+    out = torch.full((rows, 3 * COLUMNS), torch.nan, device=kernel_device)
+    sum_parts(parts, out, shares)
+    gate, up = parts.view(4, 3, ROWS, 2, COLUMNS).sum(1).unbind(2)
+    tiles = F.gelu(gate, approximate="tanh") * up
+    for number, tile in enumerate(tiles):
+        column, row = divmod(number, 2)  # Tiles below each other come first.
+        place = out[row * ROWS : (row + 1) * ROWS, column * COLUMNS : (column + 1) * COLUMNS]
+        assert relative_error(place, tile[: len(place)]) < 1e-5
+        place.fill_(torch.nan)
+    assert out.isnan().all()
+
+
+def test_gate_and_up_compile_for_hopper_with_its_widest_product():
+    for line in run_alone("tests.compile_gated_product").splitlines():
+        shared, products, widest, _ = line.split()
+        assert int(shared) <= HOPPER_SHARED_MEMORY
+        assert int(products) == int(widest) > 0
 
 
 @pytest.mark.parametrize(("role", "shape"), SHAPES_OF_27B.items())

@@ -96,7 +96,7 @@ def test_widening_to_fp8_rounds_each_number_once(zeros, kernel_device):
 def test_gate_and_up_are_widened_some_columns_of_both_at_a_time(monkeypatch, dtype, kernel_device):
     """For a kernel for both, which is not run here: 3 x 128 columns, of which 2 x 128 fit."""
     monkeypatch.setattr(int4_matrix, "_WIDENED_AT_ONCE", 2 * 2 * 128 * 64)
-    monkeypatch.setattr(int4_matrix, "_GATE_UP_ROWS", 5)
+    monkeypatch.setattr(int4_matrix, "_ONE_KERNEL_ROWS", 5)
     weight = on(kernel_device, random_matrix(2 * 384, 64, 32, dtype=dtype))
     seen = []
 
@@ -106,30 +106,11 @@ def test_gate_and_up_are_widened_some_columns_of_both_at_a_time(monkeypatch, dty
         out.copy_(F.gelu(gate, approximate="tanh") * up)
 
     matrix = Int4GpuMatrix("gate_up", weight, tiles={})
-    monkeypatch.setattr(matrix, "_wide", gated_product)
+    monkeypatch.setattr(matrix, "_gated", gated_product)
     x = torch.randn(5, 64, device=kernel_device).to(dtype)
     gate, up = (x.float() @ weight.dequantized(torch.float32).T).chunk(2, -1)
     assert relative_error(matrix(x), F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
     assert seen == [256, 128]
-
-
-def test_many_rows_are_multiplied_by_whole_tiles_of_what_is_widened(dtype, kernel_device, monkeypatch):
-    """By a kernel that is not run here: of 640 outputs 256 fit at a time, and the last 128 are cuBLAS'."""
-    monkeypatch.setattr(int4_matrix, "_WIDENED_AT_ONCE", 256 * 64)
-    monkeypatch.setattr(int4_matrix, "WIDE_ROWS", {"down": 140})
-    weight = on(kernel_device, random_matrix(640, 64, 32, dtype=dtype))
-    seen = []
-
-    def product(x, widened, *, out):
-        seen.append((len(x), len(widened)))
-        out.copy_(x.float() @ widened.float().T)
-
-    matrix = Int4GpuMatrix("down", weight, tiles={})
-    monkeypatch.setattr(matrix, "_wide", product)
-    for rows in (139, 140):
-        x = torch.randn(rows, 64, device=kernel_device).to(dtype)
-        assert relative_error(matrix(x), x.float() @ weight.dequantized(torch.float32).T) < TOLERANCE[dtype]
-    assert seen == [(140, 256), (140, 256)]
 
 
 @pytest.mark.gpu

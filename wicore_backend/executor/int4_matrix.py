@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +15,10 @@ from wicore_backend.executor.kernels import fp8_rows
 from wicore_backend.executor.kernels.fp8_rows import Unscaled
 from wicore_backend.executor.kernels.int4 import MAX_ROWS, Int4Tile, int4_product
 from wicore_backend.executor.kernels.int4_codes import dequantize, takes
-from wicore_backend.executor.kernels.shared_tiles import WEIGHT_ROWS, parts_bytes
+from wicore_backend.executor.kernels.shared_tiles import COLUMNS, parts_bytes
 from wicore_backend.executor.kernels.small import gated, overlaps
-from wicore_backend.executor.plain_matrix import WIDE_ROWS
 from wicore_backend.executor.roles import Role
 from wicore_backend.executor.tile_choice import TileChoice
-from wicore_backend.executor.wide_product import WideProduct, compiles, copyable, fits
 from wicore_backend.quantization.fp8 import FP8, Fp8Matrix, Fp8Rows, Rows
 from wicore_backend.quantization.int4 import TILE_ROWS, Int4Matrix, fp8_scale
 
@@ -63,9 +60,9 @@ them again.
 _WIDENED_AT_ONCE = 2**27
 """Elements of a matrix that are widened for cuBLAS at a time, at most: 256 MiB in 16 bits."""
 
-_GATE_UP_ROWS = 512
-"""From as many on `wide_product` fills the card with half of gate's and up's columns at a time, too, and is quicker
-than cuBLAS with GELU after it: measured as the tilings were. Other roles take it as 16-bit weights do."""
+_ONE_KERNEL_ROWS = 512
+"""From as many on, four tiles of rows, `gated_hopper` fills the card with half of the columns at a time, too, and is
+quicker than cuBLAS with GELU after it: measured as the tilings were."""
 
 _PLAIN_WIDENING_BYTES = 16
 """For each element of a matrix that the kernels do not take, at most, while it is widened by PyTorch's operators."""
@@ -88,7 +85,7 @@ def widened_bytes(weight: Int4Matrix, *, fp8_prefill: bool = False) -> int:
         return rows * columns * _PLAIN_WIDENING_BYTES
     in_parts = min(rows, _widened_tiles(columns) * TILE_ROWS) * columns * weight.dtype.itemsize
     if overlaps(weight.codes):
-        in_parts += parts_bytes(weight.device)  # Of a `WideProduct`.
+        in_parts += parts_bytes(weight.device)  # Of the kernel for gate and up.
     return max(in_parts, rows * columns * FP8.itemsize) if fp8_prefill else in_parts
 
 
@@ -100,7 +97,7 @@ def _widened_tiles(columns: int) -> int:
 class Int4GpuMatrix:
     """`Matrix` of an `Int4Matrix`: few rows by kernels that read its codes, more by what they stand for, widened.
 
-    That is multiplied in 16 bits by cuBLAS, part by part; many rows on Hopper by `WideProduct`, gate and up with GELU.
+    That is multiplied in 16 bits by cuBLAS, part by part; gate and up of many rows on Hopper in one kernel with GELU.
 
     Parameters
     ----------
@@ -136,11 +133,12 @@ class Int4GpuMatrix:
         self._products = CublasProducts(role, bias, weight.device)
         if fp8_prefill and role != "head" and multiplies_in_fp8(weight):
             self._fp8_scale = fp8_scale(weight)
-        self._wide: Callable[..., Tensor] | None = None
-        self._wide_rows = _GATE_UP_ROWS if role == "gate_up" else WIDE_ROWS.get(role, 0)
-        if self._by_kernels and bias is None and role in WIDE_ROWS and overlaps(weight.codes) and fits(weight):
-            gate_up = role == "gate_up"
-            self._wide = partial(_wide, gated=gate_up) if compiles(weight, gated=gate_up) else None
+        self._gated: Callable[..., Tensor] | None = None
+        if self._by_kernels and bias is None and role == "gate_up" and overlaps(weight.codes):
+            # Imported where it is used: it is written in a language for such cards alone.
+            from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
+
+            self._gated = gated_product if fits(weight) else None
 
     def takes_fp8(self, rows: int) -> bool:
         """Whether a product with so many rows is of rows in FP8, which this quantises unless they already are."""
@@ -158,10 +156,9 @@ class Int4GpuMatrix:
         if tile is not None:
             result_type = torch.float32 if self._role == "head" else x.dtype
             return int4_product(x, self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
-        wide = self._wide if len(x) >= self._wide_rows and copyable(x) else None
-        if self._role == "gate_up" and wide is not None:
-            return self._gated_in_parts(x, wide)
-        whole = self._whole(x, wide)
+        if self._gated is not None and len(x) >= _ONE_KERNEL_ROWS:
+            return self._gated_in_parts(x, self._gated)
+        whole = self._whole(x)
         if self._role == "gate_up":
             return gated(whole)
         return whole.float() if self._role == "head" else whole
@@ -179,7 +176,7 @@ class Int4GpuMatrix:
             return self(x)
         return self._products.unscaled(self._read(x), self._in_fp8(scale))
 
-    def _whole(self, x: Tensor, wide: Callable[..., Tensor] | None) -> Tensor:
+    def _whole(self, x: Tensor) -> Tensor:
         """x W^T + b, [T, N], of the widened matrix."""
         if not self._by_kernels:
             return F.linear(x, self._weight.dequantized(), self._bias)
@@ -192,19 +189,14 @@ class Int4GpuMatrix:
             into = widened[: part.shape[0]]
             dequantize(part, into)
             first = start * TILE_ROWS
-            out = product[:, first : first + len(into)]
-            if wide is not None and fits(into):
-                wide(x, into, out=out)
-            else:
-                torch.mm(x, into.T, out=out)
+            torch.mm(x, into.T, out=product[:, first : first + len(into)])
         return product if self._bias is None else product.add_(self._bias)
 
-    def _gated_in_parts(self, x: Tensor, wide: Callable[..., Tensor]) -> Tensor:
+    def _gated_in_parts(self, x: Tensor, gated_product: Callable[..., Tensor]) -> Tensor:
         """GELU of the gate's product times the up's, [T, F], of as many columns of both at a time as may be widened."""
         rows, columns = self._weight.shape
         features = rows // 2
-        of_tile = WEIGHT_ROWS // 2
-        at_once = max(1, _WIDENED_AT_ONCE // (WEIGHT_ROWS * columns)) * of_tile
+        at_once = max(1, _WIDENED_AT_ONCE // (2 * COLUMNS * columns)) * COLUMNS
         out = x.new_empty(len(x), features)
         widened = x.new_empty(2 * min(features, at_once), columns)
         for first in range(0, features, at_once):
@@ -212,7 +204,7 @@ class Int4GpuMatrix:
             both = widened[: 2 * (last - first)]
             for half, into in zip((0, features), both.chunk(2), strict=True):
                 dequantize(self._weight.tile_rows((half + first) // TILE_ROWS, (half + last) // TILE_ROWS), into)
-            wide(x, both, out=out[:, first:last])
+            gated_product(x, both, out=out[:, first:last])
         return out
 
     def _read(self, x: Rows) -> Fp8Rows:
@@ -223,8 +215,3 @@ class Int4GpuMatrix:
         values = torch.empty(self._weight.shape, dtype=torch.uint8, device=scale.device)
         dequantize(self._weight, values, scale=scale)
         return Fp8Matrix(values.view(FP8), scale, self._weight.dtype)
-
-
-def _wide(x: Tensor, weight: Tensor, *, gated: bool, out: Tensor) -> Tensor:
-    """`WideProduct` by what was widened."""
-    return WideProduct(weight, gated=gated)(x, out=out)

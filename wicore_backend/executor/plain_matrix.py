@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from wicore_backend.executor.kernels.shared_tiles import parts_bytes
 from wicore_backend.executor.kernels.small import gated, overlaps
 from wicore_backend.executor.roles import Role
 from wicore_backend.executor.tile_choice import TileChoice
-from wicore_backend.executor.wide_product import WideProduct, compiles, copyable, fits
 from wicore_backend.quantization.fp8 import Rows
 
 TILES: Mapping[Role, Mapping[int, tuple[Tile, ...]]] = {
@@ -35,9 +34,8 @@ Measured on an H200 at the shapes of Gemma-3-27B (docs/benchmarks/hopper.md).
 """
 
 
-WIDE_ROWS: Mapping[Role, int] = {"out": 4096, "gate_up": 257, "down": 4096}
-"""For each role that it pays for, from how many rows on `wide_product` is faster than cuBLAS, and of gate and up than
-that with GELU after it: measured as the tilings were."""
+_GATED_ROWS = 257
+"""From as many on, three tiles of rows, the kernel for gate and up is faster than cuBLAS with GELU after it."""
 
 
 def shared_bytes(weight: Tensor) -> int:
@@ -46,7 +44,7 @@ def shared_bytes(weight: Tensor) -> int:
 
 
 class PlainMatrix:
-    """`Matrix` of a `weight` [N, K] as it is: by cuBLAS, for few rows streamed, for many by `WideProduct`.
+    """`Matrix` of a `weight` [N, K] as it is: by cuBLAS, for few rows streamed, gate and up of many in one kernel.
 
     Parameters
     ----------
@@ -70,9 +68,12 @@ class PlainMatrix:
         streamed = weight.dtype.itemsize == 2 and bias is None and (tiles is not None or hopper)
         tiles = TILES[role] if tiles is None else tiles
         self._tile = TileChoice(tiles if streamed else {}, lambda tile: tile.fits(weight, gated=role == "gate_up"))
-        gated = role == "gate_up"
-        wide = streamed and hopper and role in WIDE_ROWS and fits(weight) and compiles(weight, gated=gated)
-        self._wide = WideProduct(weight, gated=gated) if wide else None
+        self._gated: Callable[[Tensor, Tensor], Tensor] | None = None
+        if streamed and hopper and role == "gate_up":
+            # Imported where it is used: it is written in a language for such cards alone.
+            from wicore_backend.executor.kernels.gated_hopper import fits, gated_product
+
+            self._gated = gated_product if fits(weight) else None
 
     def __call__(self, x: Rows) -> Tensor:
         assert isinstance(x, Tensor), "only an FP8 matrix is given rows in FP8"
@@ -80,8 +81,8 @@ class PlainMatrix:
         if tile is not None:
             result_type = torch.float32 if self._role == "head" else x.dtype
             return product(x, self._weight, tile, gated=self._role == "gate_up", result_type=result_type)
-        if self._wide is not None and len(x) >= WIDE_ROWS[self._role] and copyable(x):
-            return self._wide(x)
+        if self._gated is not None and len(x) >= _GATED_ROWS:
+            return self._gated(x, self._weight)
         whole = F.linear(x, self._weight, self._bias)
         if self._role == "gate_up":
             return gated(whole)

@@ -113,16 +113,6 @@ __device__ __forceinline__ void copy_box(const char* to, const TensorMap& map, i
         ::"r"(address(to)), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier) : "memory");
 }
 
-// The same to the same place in each of the cluster's blocks, each of whose barriers is told.
-template <int BLOCKS>
-__device__ __forceinline__ void copy_box_to_all(const char* to, const TensorMap& map, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(address(to)), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)((1 << BLOCKS) - 1))
-        : "memory");
-}
-
 // Into L2 only, and nobody is told.
 __device__ __forceinline__ void line_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
@@ -216,26 +206,6 @@ __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddep
 // The next one may take what multiprocessors this one leaves.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// ---- Blocks of a cluster, which reach each other's shared memory
-
-__device__ __forceinline__ u32 rank_in_cluster() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// All threads of all its blocks. What came before is there for what comes after.
-__device__ __forceinline__ void cluster_meets() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// At the same barrier of the block of that rank, when the tensor cores have read what lies there: what this thread itself
-// wrote or read need not come before (with `.release.cluster` it did, by a fence of the whole card in the loop).
-__device__ __forceinline__ void arrive_at(u32 barrier, u32 rank) {
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank) : "memory");
-}
-
 // ---- Registers that one warpgroup leaves for another; all of its warps do so.
 
 template <int COUNT>
@@ -244,7 +214,7 @@ __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.
 template <int COUNT>
 __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
-// ---- Products by a warpgroup, with both operands in shared memory (wgmma), which go on while it does something else
+// ---- Products by a warpgroup (wgmma), which go on while it does something else
 
 // Rows of 64 numbers of 16 bits, as `copy_box` leaves them; further columns are 16 bytes a unit beyond.
 __device__ __forceinline__ u64 wgmma_operand(const char* in_shared) {
@@ -269,33 +239,10 @@ __device__ __forceinline__ void wgmma_wait_for(float (&sum)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
-// The operands of an instruction that has 128 sums: their numbers in its text, and what they are.
+// The operands of an instruction that has 32 sums: ten of their numbers in its text, and what 16 of them are.
 #define TEN(n) "%" #n "0,%" #n "1,%" #n "2,%" #n "3,%" #n "4,%" #n "5,%" #n "6,%" #n "7,%" #n "8,%" #n "9,"
-#define SUM_NAMES                                                                                  \
-    TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) "%120,%121,%122,%123,%124," \
-    "%125,%126,%127"
 #define FOUR_OF(v, i) "+f"(v[i]), "+f"(v[i + 1]), "+f"(v[i + 2]), "+f"(v[i + 3])
 #define SIXTEEN_OF(v, i) FOUR_OF(v, i), FOUR_OF(v, i + 4), FOUR_OF(v, i + 8), FOUR_OF(v, i + 12)
-#define SUMS_OF(v)                                                                                                   \
-    SIXTEEN_OF(v, 0), SIXTEEN_OF(v, 16), SIXTEEN_OF(v, 32), SIXTEEN_OF(v, 48), SIXTEEN_OF(v, 64), SIXTEEN_OF(v, 80), \
-        SIXTEEN_OF(v, 96), SIXTEEN_OF(v, 112)
-#define WGMMA_256(TYPE)                                                                          \
-    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %130, 0;\n"                               \
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" SUM_NAMES "}," \
-                 "%128, %129, adds, 1, 1, 0, 0; }"                                               \
-                 : SUMS_OF(sum) : "l"(a), "l"(b), "r"(adds))
-
-// sum [64, 256] = a [64, 16] b [256, 16]^T, plus what it was if it `adds`: of float16 or bfloat16. Warp w of the warpgroup
-// has rows 16 w and following, of which a lane has `lane / 4` and that plus 8: sum[4 i] and the next one are
-// columns 8 i + lane % 4 * 2 and the next of the former, sum[4 i + 2] and the next one those of the latter.
-template <bool HALF>
-__device__ __forceinline__ void wgmma_256(float (&sum)[128], u64 a, u64 b, int adds) {
-    if constexpr (HALF) {
-        WGMMA_256("f16");
-    } else {
-        WGMMA_256("bf16");
-    }
-}
 
 // sum [64, 64] += a [64, 16] b [64, 16]^T of bfloat16, where a is in registers: of warp w's 16 rows a lane has four columns
 // of `lane / 4` and of that plus 8, columns lane % 4 * 2 and the next one of both, and then those 8 further on. Until the
@@ -315,11 +262,8 @@ __device__ __forceinline__ void wgmma_has_read(const u32 (&a)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" ::"r"(a[i]));
 }
 
-#undef WGMMA_256
-#undef SUMS_OF
 #undef SIXTEEN_OF
 #undef FOUR_OF
-#undef SUM_NAMES
 #undef TEN
 
 // ---- Numbers of 16 bits, of 8 and of 4

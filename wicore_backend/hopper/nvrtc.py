@@ -55,8 +55,6 @@ class Kernel:
         Of a block.
     cooperative
         Whether all blocks of a launch run at the same time.
-    cluster
-        Adjacent blocks that run at the same time and reach each other's shared memory.
 
     Raises
     ------
@@ -64,9 +62,7 @@ class Kernel:
         If the driver does not take the code.
     """
 
-    def __init__(
-        self, code: bytes, name: str, *, threads: int, shared_bytes: int, cooperative: bool, cluster: int = 1
-    ) -> None:
+    def __init__(self, code: bytes, name: str, *, threads: int, shared_bytes: int, cooperative: bool) -> None:
         self._module = _checked(driver.cuModuleLoadData(code))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
         self._threads = threads
@@ -76,8 +72,6 @@ class Kernel:
         self._attributes = [_attribute("PROGRAMMATIC_STREAM_SERIALIZATION", "programmaticStreamSerializationAllowed")]
         if cooperative:
             self._attributes.append(_attribute("COOPERATIVE", "cooperative"))
-        if cluster > 1:
-            self._attributes.append(_cluster(cluster))
 
     @classmethod
     def of(
@@ -89,12 +83,10 @@ class Kernel:
         threads: int,
         shared_bytes: int,
         cooperative: bool,
-        cluster: int = 1,
     ) -> Self:
         """The function of a source's name, compiled for Hopper; otherwise as `compiled` and the class have it."""
         code = compiled(source, headers, defines, architecture=ARCHITECTURE)
-        of_block = {"threads": threads, "shared_bytes": shared_bytes}
-        return cls(code, source.stem, **of_block, cooperative=cooperative, cluster=cluster)
+        return cls(code, source.stem, threads=threads, shared_bytes=shared_bytes, cooperative=cooperative)
 
     def launch(self, blocks: int, parameters: ctypes.Structure) -> None:
         """Launch it on PyTorch's current stream with `parameters` as its only one.
@@ -148,14 +140,6 @@ def tensor_map(matrix: Tensor, *, box_rows: int, box_matrices: int | None = None
         )
     )
     return TensorMap(*map(int, made.opaque))
-
-
-def _cluster(blocks: int) -> Any:
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    size = attribute.value.clusterDim
-    size.x, size.y, size.z = blocks, 1, 1
-    return attribute
 
 
 def _attribute(name: str, value: str) -> Any:

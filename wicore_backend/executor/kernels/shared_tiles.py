@@ -1,10 +1,9 @@
 """How the tiles of a large product are shared out among programs, and the sums of those that several had a part in.
 
-A program is here a cluster of two multiprocessors, which stays and takes tile after tile (`wide_product.cu`). Tiles
-that are left over when all programs have as many as each other would keep a few busy and the others waiting: 6 of 336
-tiles on 66 programs would make it six turns in place of five. So their depth is shared out: each program multiplies a
-part of such a tile, first of all, and leaves its sum. When all is done a kernel adds the parts of each tile in their
-order, so that a product is the same each time.
+Programs that stay on their multiprocessor take tile after tile. Those that are left over when all have as many as each
+other would keep a few busy and the others waiting: 12 of 672 tiles on 132 multiprocessors would make it six turns in
+place of five. So their depth is shared out: each program multiplies a part of such a tile, first of all, and leaves its
+sum. When all is done a kernel adds the parts of each tile in their order, so that a product is the same each time.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from wicore_backend.executor.kernels.small import follow, gelu, overlaps, processors
 
-ROWS, WEIGHT_ROWS, DEPTH = 256, 256, 64
-"""Of x and of the weight, a tile; and of the inner dimension, a step."""
+ROWS, COLUMNS, DEPTH = 128, 128, 64
+"""Of the result, a tile; and of the inner dimension."""
 
-ROW_TILES = 8
+_ROW_TILES = tl.constexpr(16)
 """That are taken one after the other with the same columns: what programs read at the same time stays in the cache."""
-_ROW_TILES = tl.constexpr(ROW_TILES)
 _LEAST_STEPS = 4
 """Of the inner dimension, in a part of a tile: what it costs to leave a sum and to add it has to be worth it."""
 _SUMMED_ROWS = 8  # of a tile, that a program adds
@@ -52,19 +50,9 @@ class Shares:
         return cls(tiles, left, splits) if splits > 1 else cls(tiles, 0, 1)
 
 
-def programs(device: torch.device) -> int:
-    """Clusters of two that run at the same time."""
-    return max(1, processors(device) // 2)
-
-
-def tile_columns(*, gated: bool) -> int:
-    """Of the result, a tile's: gated, half of its weight rows are the gate's."""
-    return WEIGHT_ROWS // 2 if gated else WEIGHT_ROWS
-
-
 def parts_bytes(device: torch.device) -> int:
     """Of the sums at most: each program has one part."""
-    return programs(device) * ROWS * WEIGHT_ROWS * torch.float32.itemsize
+    return processors(device) * ROWS * 2 * COLUMNS * torch.float32.itemsize
 
 
 @triton.jit
@@ -79,47 +67,41 @@ def place(number, row_tiles, column_tiles):
 
 @triton.jit(do_not_specialize=["rows", "row_tiles", "column_tiles", "splits"])
 def sum_kernel(
-    parts, out, rows, row_tiles, column_tiles, splits, out_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED_ROWS: tl.constexpr, GATED: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    parts, out, rows, row_tiles, column_tiles, columns, splits,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED_ROWS: tl.constexpr, OVERLAPPED: tl.constexpr, out_stride=None,
 ):  # fmt: skip
-    """The tiles that were shared out; GATED, GELU of gate times up. Grid: [shared, ROWS / SUMMED_ROWS]."""
+    """GELU of gate times up, of the tiles that were shared out. Grid: [shared, ROWS / SUMMED_ROWS]."""
     tile = tl.program_id(0)
     tile_row, tile_column = place(tile, row_tiles, column_tiles)
     row = tl.program_id(1) * SUMMED_ROWS + tl.arange(0, SUMMED_ROWS)
     column = tl.arange(0, COLUMNS)
-    weight_rows: tl.constexpr = COLUMNS * (1 + GATED)
     follow(OVERLAPPED)
-    at = parts + (tile * splits * ROWS + row[:, None]) * weight_rows + column[None, :]
-    value = tl.zeros([SUMMED_ROWS, COLUMNS], tl.float32)
+    at = parts + (tile * splits * ROWS + row[:, None]) * (2 * COLUMNS) + column[None, :]
+    gate = tl.zeros([SUMMED_ROWS, COLUMNS], tl.float32)
     up = tl.zeros([SUMMED_ROWS, COLUMNS], tl.float32)
     for _ in range(splits):
-        value += tl.load(at)
-        if GATED:
-            up += tl.load(at + COLUMNS)
-        at += ROWS * weight_rows
-    if GATED:
-        value = gelu(value) * up
+        gate += tl.load(at)
+        up += tl.load(at + COLUMNS)
+        at += ROWS * 2 * COLUMNS
     row += tile_row * ROWS
-    places = out + row.to(tl.int64)[:, None] * out_stride + (tile_column * COLUMNS + column)[None, :]
-    tl.store(places, value.to(out.dtype.element_ty), mask=(row < rows)[:, None])
+    stride = columns if out_stride is None else out_stride
+    places = out + row.to(tl.int64)[:, None] * stride + (tile_column * COLUMNS + column)[None, :]
+    tl.store(places, (gelu(gate) * up).to(out.dtype.element_ty), mask=(row < rows)[:, None])
 
 
-def sum_parts(parts: Tensor, out: Tensor, shares: Shares, *, row_tiles: int, gated: bool) -> None:
-    """Into `out` [T, N] the tiles that were shared out, of so many rows of tiles; if `gated`, GELU of gate times up.
+def sum_parts(parts: Tensor, out: Tensor, shares: Shares) -> None:
+    """GELU of gate times up into `out` [T, F], of the tiles that were shared out.
 
-    `parts` is float32 [shared, splits, ROWS, WEIGHT_ROWS], the sums of the tiles' parts: gated, of the gate and then
-    of up, half of the last dimension each.
+    `parts` is float32 [shared, splits, ROWS, 2, COLUMNS]: the sums of the tiles' parts, of gate and of up.
     """
     rows, columns = out.shape
-    of_tile = tile_columns(gated=gated)
     overlapped = overlaps(out)
     sum_kernel[(shares.shared, ROWS // _SUMMED_ROWS)](
-        *(parts, out, rows, row_tiles, columns // of_tile, shares.splits, out.stride(0)),
+        *(parts, out, rows, triton.cdiv(rows, ROWS), columns // COLUMNS, columns, shares.splits),
         ROWS=ROWS,
-        COLUMNS=of_tile,
+        COLUMNS=COLUMNS,
         SUMMED_ROWS=_SUMMED_ROWS,
-        GATED=gated,
         OVERLAPPED=overlapped,
+        out_stride=None if out.stride(0) == columns else out.stride(0),
         launch_pdl=overlapped,
     )
