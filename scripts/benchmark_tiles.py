@@ -90,7 +90,7 @@ OPTIONS: Mapping[Kind, Mapping[int, Mapping[str, Tiles]]] = {
         }
     },
     "int4": {
-        **{rows: _by_tilings(rows, ("out", "gate_up", "down")) for rows in (40, 48, 64)},
+        **{rows: _by_tilings(rows, ("gate_up", "down")) for rows in (40, 48, 64)},
         **{rows: {"all: in FP8": dict.fromkeys(ROLES, "fp8")} for rows in (512, 8192)},
     },
 }

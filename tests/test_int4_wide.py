@@ -23,8 +23,8 @@ from wicore_backend.executor.roles import Role
 from wicore_backend.hopper import ARCHITECTURE, SHARED_BYTES
 from wicore_backend.quantization.int4 import Int4Matrix
 
-ROLES: tuple[Role, ...] = ("out", "gate_up", "down")
-IN_PARTS = ("out", "down")
+ROLES: tuple[Role, ...] = ("gate_up", "down")
+IN_PARTS = ("down",)
 
 # ---- How a matrix is cut
 
@@ -71,7 +71,7 @@ def test_matrices_of_27b_are_cut_as_was_fastest():
         outputs, inputs = SHAPES_OF_27B[role]
         return Cut.of(outputs // 16, inputs // 256, processors=H200_BLOCKS, splits=role in IN_PARTS)
 
-    assert {role: cut(role) for role in ROLES} == {"out": Cut(2, 6), "gate_up": Cut(3, 1), "down": Cut(2, 6)}
+    assert {role: cut(role) for role in ROLES} == {"gate_up": Cut(3, 1), "down": Cut(2, 6)}
 
 
 @given(pairs=st.integers(1, 2000), spans=st.integers(1, 100), processors=st.integers(1, 200))
@@ -113,16 +113,16 @@ def launched(monkeypatch):
     yield from listed_launches(monkeypatch)
 
 
-def test_a_head_and_qkv_have_none(launched):
+def test_a_head_qkv_and_out_have_none(launched):
     weight = int4(64, 512)
-    assert wide_product("head", weight) is None
-    assert wide_product("qkv", weight) is None
-    assert wide_product("out", weight) is not None
+    others: tuple[Role, ...] = ("head", "qkv", "out")
+    assert all(wide_product(role, weight) is None for role in others)
+    assert wide_product("down", weight) is not None
     assert launched == []
 
 
 def test_other_devices_have_none():
-    assert wide_product("out", int4(64, 512)) is None
+    assert wide_product("down", int4(64, 512)) is None
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -168,19 +168,19 @@ X = torch.zeros(65, 528).bfloat16()
     ids=["32", "33", "64, further on", "65", "not at 16 bytes", "16 bytes not apart", "columns"],
 )
 def test_it_takes_33_to_64_rows_that_boxes_can_be_copied_of(x, taken):
-    product = wide_product("out", int4(64, 512))
+    product = wide_product("down", int4(64, 512))
     assert product is not None
     assert product.takes(x) == taken
 
 
-@pytest.mark.parametrize("role", ["qkv", *ROLES])
+@pytest.mark.parametrize("role", ["qkv", "out", *ROLES])
 def test_a_matrix_has_33_to_64_rows_multiplied_by_it_and_others_by_others(role, launched, kernel_device):
     weight = on(kernel_device, int4(64, 512))
     matrix = Int4GpuMatrix(role, weight)
     for rows in (1, 9, 32, 33, 64, 65):
         x, before = torch.randn(rows, 512, device=kernel_device).mul_(0.1).bfloat16(), len(launched)
         result = matrix(x)
-        assert len(launched) - before == (33 <= rows <= 64 and role != "qkv"), f"{rows} rows"
+        assert len(launched) - before == (33 <= rows <= 64 and role in ROLES), f"{rows} rows"
         if len(launched) == before:
             whole = result.sum(0) if result.dim() == 3 else result  # Other kernels, too, give parts of a sum.
             assert relative_error(whole, plain(x, weight, gated=role == "gate_up")) < 1e-2
@@ -222,8 +222,8 @@ def test_products_go_on_while_registers_are_made_anew(form, waits, tmp_path):
 # ---- What it computes on a card
 
 _HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-SMALL: dict[Role, tuple[int, int]] = {"out": (160, 768), "gate_up": (832, 256), "down": (736, 2304)}
-ODD: dict[Role, tuple[int, int]] = {"out": (5408, 3840), "gate_up": (41120, 1280), "down": (2592, 10496)}
+SMALL: dict[Role, tuple[int, int]] = {"gate_up": (832, 256), "down": (736, 2304)}
+ODD: dict[Role, tuple[int, int]] = {"gate_up": (41120, 1280), "down": (2592, 10496)}
 """The last blocks have fewer tiles; splits have not the same spans; gate and up take three warpgroups."""
 KINDS: dict[str, dict[str, bool]] = {
     "as it is": {},
@@ -271,11 +271,11 @@ class TestOnTheDevice:
     @pytest.mark.parametrize("rows", [33, 48, 64])
     @pytest.mark.parametrize("shape", ["small", "27B"])
     def test_replays_repeat_bit_for_bit_whatever_came_between(self, shape, rows):
-        """A layer's products and the norms between them, which lie over each other."""
+        """A layer's products and the norms between them, which lie over each other; out is by another kernel."""
         hidden, attended, fed = (512, 768, 1280) if shape == "small" else (5376, 4096, 21504)
         sizes = {"out": (hidden, attended), "gate_up": (2 * fed, hidden), "down": (hidden, fed)}
         matrices = {role: Int4GpuMatrix(role, random_int4(*size)) for role, size in sizes.items()}
-        assert all(matrix._wide_product is not None for matrix in matrices.values())
+        assert all(matrices[role]._wide_product is not None for role in ROLES)
         norm = torch.ones(hidden, device="cuda")
         given = [torch.randn(4, rows, size, device="cuda").bfloat16() for size in (hidden, attended)]
         stream, attention = (torch.empty_like(of_turn[0]) for of_turn in given)
