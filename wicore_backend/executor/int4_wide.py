@@ -202,5 +202,5 @@ class WideInt4Product(HopperProduct):
 
 
 def wide_product(role: Role, weight: Int4Matrix) -> WideInt4Product | None:
-    """As `int4_products.made`; nor for QKV and out, which `kernels/int4.py` multiplies by faster (docs/benchmarks/int4.md)."""
+    """As `int4_products.made`; nor for QKV and out, where `kernels/int4.py` is faster (docs/benchmarks/int4.md)."""
     return None if role in ("qkv", "out") else made(WideInt4Product, role, weight)
